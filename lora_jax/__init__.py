@@ -1,0 +1,24 @@
+"""LoRA for any pure JAX function over a parameter pytree.
+
+::
+
+    lora_params = lora_jax.lorafy(params, rank=8)    # frozen base + trainable factors
+    apply = lora_jax.lora(model.apply)               # the same function, over split parameters
+    tx = lora_jax.optimizer(optax.adamw(3e-4))       # moves the factors only
+    params = lora_jax.merge(lora_params)             # plain parameters again
+"""
+
+from lora_jax._lorafy import lorafy as lorafy
+from lora_jax._merge import merge as merge
+from lora_jax._merge import unmerge as unmerge
+from lora_jax._optim import combine as combine
+from lora_jax._optim import labels as labels
+from lora_jax._optim import optimizer as optimizer
+from lora_jax._optim import split as split
+from lora_jax._optim import value_and_grad as value_and_grad
+from lora_jax._params import Adapter as Adapter
+from lora_jax._params import Factors as Factors
+from lora_jax._params import LoraParams as LoraParams
+from lora_jax._transform._lora import lora as lora
+
+__version__ = "0.1.0"

@@ -1,0 +1,129 @@
+"""All that depends on the JAX version: the only import of ``jax.extend``.
+
+Seen on jax 0.10.2, 0.11.2 and 0.12.0.
+"""
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import optax
+from jax.extend import core
+
+Literal = core.Literal
+
+
+def is_drop(var: Any) -> bool:
+    """Whether an output variable is never read."""
+    return isinstance(var, core.DropVar)
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on plain arrays; one value an outvar, None where it is dropped.
+
+    As a jaxpr of one equation, so that JAX itself binds it: contexts, name stacks and the rules
+    of custom derivatives are then its own, whatever the version.
+    """
+    invars, args = [], []
+    for atom, value in zip(eqn.invars, values, strict=True):
+        if not isinstance(atom, Literal) and atom not in invars:
+            invars.append(atom)
+            args.append(value)
+    outvars = [v for v in eqn.outvars if not is_drop(v)]
+    results = iter(
+        jax.core.eval_jaxpr(core.Jaxpr((), invars, outvars, [eqn], eqn.effects), (), *args)
+    )
+    return [None if is_drop(v) else next(results) for v in eqn.outvars]
+
+
+def read_inputs(closed: core.ClosedJaxpr) -> list[bool]:
+    """For each input of a jaxpr, whether anything reads it."""
+    jaxpr = closed.jaxpr
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    read.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
+    return [v in read for v in jaxpr.invars]
+
+
+def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carries."""
+    if "ft_in" in eqn.params:  # jax >= 0.11
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def rebind_jit(
+    eqn: core.JaxprEqn,
+    body: Callable[..., list[Any]],
+    args: Sequence[Any],
+    in_widths: Sequence[int],
+) -> list[Any]:
+    """Bind a ``jit`` equation again around another body: name and options are kept.
+
+    Operand ``i`` of the equation has become ``in_widths[i]`` operands. ``body`` gives its outputs
+    as a list of lists: output ``j`` of the equation has become as many values as list ``j`` has.
+    """
+    out_widths: list[int] = []
+
+    def flat_body(*args):
+        groups = body(*args)
+        out_widths[:] = [len(group) for group in groups]
+        return [x for group in groups for x in group]
+
+    jaxpr = jax.make_jaxpr(flat_body)(*args)
+    params = dict(eqn.params, jaxpr=jaxpr)
+    for name, widths in (
+        ("in_shardings", in_widths),
+        ("in_layouts", in_widths),
+        ("donated_invars", in_widths),
+        ("out_shardings", out_widths),
+        ("out_layouts", out_widths),
+    ):
+        repeated = zip(params[name], widths, strict=True)
+        params[name] = tuple(x for x, width in repeated for _ in range(width))
+    return eqn.primitive.bind(*args, **params)
+
+
+def rebind_remat(
+    eqn: core.JaxprEqn,
+    body: Callable[..., list[Any]],
+    args: Sequence[Any],
+    in_widths: Sequence[int],
+) -> list[Any]:
+    """Bind a ``checkpoint`` equation again around another body: policy and region are kept."""
+    jaxpr = jax.make_jaxpr(lambda *args: [x for group in body(*args) for x in group])(*args)
+    assert not jaxpr.consts, "a remat body closes over nothing"
+    params = dict(eqn.params, jaxpr=jaxpr.jaxpr)
+    if isinstance(params["prevent_cse"], tuple):  # jax >= 0.10: one flag an operand
+        repeated = zip(params["prevent_cse"], in_widths, strict=True)
+        params["prevent_cse"] = tuple(x for x, width in repeated for _ in range(width))
+    return eqn.primitive.bind(*args, **params)
+
+
+_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (jax, flax, optax))
+
+
+def source_line(eqn: core.JaxprEqn) -> str:
+    """Where in the user's code an equation was traced: ``model.py:41 (Mlp.__call__): y = ...``.
+
+    The innermost frame outside JAX, Flax and this package; failing that, the innermost of all.
+    """
+    own = os.path.dirname(__file__) + os.sep
+    trace = eqn.source_info.traceback
+    if trace is None:
+        return "(source line unknown)"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(trace.as_python_traceback())
+        if not frame.filename.startswith((*_LIBRARIES[:1], own))
+    ]
+    users = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    if not frames:
+        return "(source line unknown)"
+    frame = (users or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.name})" + (
+        f": {frame.line}" if frame.line else ""
+    )

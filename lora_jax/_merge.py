@@ -1,0 +1,165 @@
+"""``merge`` and ``unmerge``: from split parameters to plain ones, and back."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from lora_jax._layout import role_axes
+from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
+from lora_jax._paths import PyTree
+from lora_jax._transform._value import Delta
+
+
+def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
+    """Fuse the adapter into the base: plain parameters, at no extra cost to use.
+
+    For every adapted weight::
+
+        W' = W + scale * a b
+
+    the product and the sum in the wider of float32 and ``W``'s dtype, rounded once to ``W``'s
+    dtype. Jitted; needs the memory of one such product at a time, for stacked layers that of one
+    layer. Leaves the adapter does not touch are the base's own arrays.
+
+    Args:
+        lora_params: from ``lorafy``.
+        donate: give the adapted weights' memory to the merged ones. The base's arrays are then
+            gone, except those that stand at several places of it.
+
+    Returns:
+        A tree with the structure, shapes, dtypes and shardings of the base.
+
+    Raises:
+        TypeError: ``lora_params`` is not a LoraParams, such as when it is merged already.
+        ValueError: the adapter does not fit the base.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> lora_jax.merge(lora_jax.lorafy(params, rank=1))
+        {'query': {'kernel': Array([[1., 1.],
+               [1., 1.],
+               [1., 1.]], dtype=float32)}}
+    """
+    if not isinstance(lora_params, LoraParams):
+        raise TypeError(
+            f"merge: expected a LoraParams, got {type(lora_params).__name__}: these parameters "
+            "are plain, perhaps merged already"
+        )
+    leaves = check(lora_params)
+    adapter = lora_params.adapter
+    ids = [id(leaf) for leaf in leaves.values()]
+    merged = []
+    for path, leaf in leaves.items():
+        if path in adapter.full:
+            leaf = adapter.full[path].astype(leaf.dtype)
+        elif path in adapter.factors:
+            shared = ids.count(id(leaf)) > 1
+            leaf = _add(leaf, adapter.factors[path], donate=donate and not shared)
+        merged.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(lora_params.base), merged)
+
+
+def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree:
+    """Take an adapter out of merged parameters: ``W = W' - scale * a b``.
+
+    Within one rounding of the dtype of ``W'``. Exact undoing is to keep the base:
+    ``lora_params.base``.
+
+    Args:
+        params: merged parameters.
+        adapter: the adapter that was merged.
+        donate: give the merged weights' memory to the result.
+
+    Returns:
+        Plain parameters; ``LoraParams(unmerge(params, adapter), adapter)`` is the split form.
+
+    Raises:
+        TypeError: ``params`` is a LoraParams, or ``adapter`` is not an Adapter.
+        ValueError: the adapter does not fit, or has leaves trained whole, whose originals are
+            not in it.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1)
+        >>> params = lora_jax.merge(lora_params)
+        >>> bool((lora_jax.unmerge(params, lora_params.adapter)["query"]["kernel"] == 1).all())
+        True
+    """
+    if isinstance(params, LoraParams):
+        raise TypeError("unmerge: params is a LoraParams: nothing is merged, its .base is plain")
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"unmerge: adapter is {type(adapter).__name__}, expected an Adapter such as "
+            "lora_params.adapter"
+        )
+    if adapter.full:
+        raise ValueError(
+            f"unmerge: the adapter holds leaves trained whole ({', '.join(adapter.full)}), and "
+            "merging replaced the originals. Keep the base, lora_params.base, to undo exactly"
+        )
+    factors = {
+        path: Factors(f.a, f.b, -jnp.asarray(f.scale), f.layout)
+        for path, f in adapter.factors.items()
+    }
+    return merge(LoraParams(params, Adapter(factors)), donate=donate)
+
+
+def _add(w: Any, factors: Factors, *, donate: bool) -> jax.Array:
+    sharding = getattr(w, "sharding", None) if is_concrete(w) else None
+    if not isinstance(sharding, NamedSharding):
+        sharding = None
+    batch = role_axes(factors.layout, "b")
+    # A loop over the layers keeps one product in memory; over an axis that is spread over
+    # devices it would gather it.
+    loop = bool(batch) and not (
+        sharding and any(sharding.spec[i] for i in batch if i < len(sharding.spec))
+    )
+    return _jitted(sharding, donate)(w, factors, loop)
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(sharding: NamedSharding | None, donate: bool):
+    return jax.jit(
+        _merged,
+        static_argnames="loop",
+        donate_argnums=(0,) if donate else (),
+        out_shardings=sharding,
+    )
+
+
+def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
+    """``W + scale * a b``; with ``loop``, one entry of the batch axes at a time."""
+    if not loop:
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        return (w.astype(wide) + Delta.of(factors).dense(w.ndim, wide)).astype(w.dtype)
+    axes = role_axes(factors.layout, "b")
+    sizes = [w.shape[i] for i in axes]
+    inner = [1 if i in axes else size for i, size in enumerate(w.shape)]
+
+    def body(k, w):
+        index = jnp.unravel_index(k, sizes)
+        start = [jnp.zeros_like(k)] * w.ndim
+        for axis, i in zip(axes, index, strict=True):
+            start[axis] = i
+        piece = lax.dynamic_slice(w, start, inner)
+        one = Factors(
+            *(
+                lax.dynamic_slice(
+                    x,
+                    [*index, *[jnp.zeros_like(k)] * (x.ndim - len(axes))],
+                    [*[1] * len(axes), *x.shape[len(axes) :]],
+                )
+                for x in (factors.a, factors.b)
+            ),
+            factors.scale,
+            factors.layout,
+        )
+        return lax.dynamic_update_slice(w, _merged(piece, one, loop=False), start)
+
+    return lax.fori_loop(0, math.prod(sizes), body, w)

@@ -1,0 +1,186 @@
+"""The containers: Factors, Adapter, LoraParams. Immutable pytrees that validate nothing.
+
+Nothing is checked on construction, so that prefix trees such as ``LoraParams(None, 0)`` build;
+``lora`` and ``merge`` call :func:`check`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._layout import factor_shapes, is_array
+from lora_jax._paths import PyTree, flatten, nearest
+
+_node = partial(dataclasses.dataclass, frozen=True, eq=False)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale"), meta_fields=("layout",))
+@_node
+class Factors:
+    """The low-rank update of one weight: ``scale * sum_r a[*batch, *in, r] b[*batch, r, *out]``.
+
+    Attributes:
+        a: ``[*batch, *in, rank]``, reads the input; random at the start.
+        b: ``[*batch, rank, *out]``, writes the output; zero at the start.
+        scale: ``alpha / rank``, a 0-d array: frozen, and data, so that changing it recompiles
+            nothing.
+        layout: one letter an axis of the weight: ``b`` batch, ``i`` in, ``o`` out.
+    """
+
+    a: Any
+    b: Any
+    scale: Any
+    layout: str
+
+    @property
+    def rank(self) -> int:
+        """The rank: the size of ``a``'s last axis."""
+        return self.a.shape[-1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
+@_node
+class Adapter:
+    """All that training changes: what you save, stack, average and send.
+
+    Attributes:
+        factors: :class:`Factors` by the path of their weight, such as
+            ``layers_0/attn/query/kernel``.
+        full: leaves that are trained whole, by path; float32 masters.
+    """
+
+    factors: dict[str, Factors]
+    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
+@_node
+class LoraParams:
+    """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
+
+    It unpacks: ``base, adapter = lora_params``. The base is the tree that was given, with the
+    very same arrays: calling the unadapted function on it is calling the model without LoRA.
+
+    Attributes:
+        base: the frozen parameters.
+        adapter: an :class:`Adapter`.
+    """
+
+    base: PyTree
+    adapter: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.base, self.adapter))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.adapter, Adapter) or not isinstance(self.adapter.factors, dict):
+            return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
+        try:
+            counts = count_line(self)
+        except (AttributeError, TypeError):  # a tree of labels, of specs, ...
+            return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
+        return (
+            f"LoraParams({len(self.adapter.factors)} adapted weights, "
+            f"{len(self.adapter.full)} trained whole; {counts})"
+        )
+
+    def summary(self) -> str:
+        """A table of what trains: path, shape, layout, rank, scale, and parameters.
+
+        The last line is the total, as PEFT prints it.
+        """
+        rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
+        leaves = flatten(self.base)[0]
+        for path, f in self.adapter.factors.items():
+            shape = "x".join(map(str, leaves[path].shape))
+            scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"
+            size = f"{f.a.size + f.b.size:,}"
+            rows.append((path, shape, f.layout, str(f.rank), scale, size))
+        for path, leaf in self.adapter.full.items():
+            shape = "x".join(map(str, leaf.shape))
+            rows.append((path, shape, "-", "full", "-", f"{leaf.size:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i >= 3 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:], rule, count_line(self)])
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether ``x`` is an array with a value, not a tracer or an abstract shape."""
+    return not isinstance(x, jax.core.Tracer) and not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def count_line(lora_params: LoraParams) -> str:
+    """``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
+    adapter = lora_params.adapter
+    factors = sum(f.a.size + f.b.size for f in adapter.factors.values())
+    trainable = factors + sum(leaf.size for leaf in adapter.full.values())
+    total = factors + sum(x.size for x in jax.tree.leaves(lora_params.base) if is_array(x))
+    return (
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / max(total, 1):.3g}"
+    )
+
+
+def check(lora_params: LoraParams) -> dict[str, Any]:
+    """Raise unless the adapter fits the base; return the base's leaves by path."""
+    base, adapter = lora_params
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"LoraParams.adapter is {type(adapter).__name__}, expected an Adapter: build it with "
+            "lora_jax.lorafy(params, ...)"
+        )
+    leaves = flatten(base)[0]
+    for path in (*adapter.factors, *adapter.full):
+        if path not in leaves:
+            raise ValueError(
+                f"the adapter has an entry for {path!r}, and the base has no such leaf: this "
+                f"adapter was made for another model. Nearest in the base: {nearest(path, leaves)}"
+            )
+    for path, f in adapter.factors.items():
+        _check_factors(path, f, leaves[path])
+    for path, leaf in adapter.full.items():
+        if jnp.shape(leaf) != leaves[path].shape:
+            raise ValueError(
+                f"adapter.full[{path!r}] has shape {jnp.shape(leaf)}, the base's leaf has shape "
+                f"{leaves[path].shape}: this adapter was made for another model"
+            )
+        if path in adapter.factors:
+            raise ValueError(f"{path!r} is both in adapter.factors and in adapter.full: keep one")
+    return leaves
+
+
+def _check_factors(path: str, f: Factors, weight: Any) -> None:
+    for name in ("a", "b", "scale"):
+        if not is_array(getattr(f, name)) and not isinstance(getattr(f, name), int | float):
+            raise TypeError(
+                f"adapter.factors[{path!r}].{name} is {type(getattr(f, name)).__name__}, expected "
+                "an array. After lora_jax.split, put the two halves together again with "
+                "lora_jax.combine"
+            )
+    if jnp.ndim(f.scale) != 0:
+        raise ValueError(
+            f"adapter.factors[{path!r}].scale has shape {jnp.shape(f.scale)}, expected a 0-d "
+            "array. For a stack of adapters call through jax.vmap with "
+            "in_axes=LoraParams(base=None, adapter=0)"
+        )
+    expected = None
+    if len(f.layout) == len(weight.shape):
+        expected = factor_shapes(f.layout, weight.shape, f.a.shape[-1] if f.a.ndim else 0)
+    if expected != (f.a.shape, f.b.shape):
+        wanted = f"a {expected[0]} and b {expected[1]}" if expected else "another layout"
+        raise ValueError(
+            f"the factors of {path!r} do not fit its weight of shape {weight.shape} (layout "
+            f"{f.layout!r}): a has shape {f.a.shape} and b {f.b.shape}, expected {wanted}. This "
+            "adapter was made for another model, or is a stack that wants jax.vmap"
+        )

@@ -1,0 +1,133 @@
+"""The selector language: which leaves, by path.
+
+A selector is a regular expression matched in full against the path, ``"all-linear"``, a
+callable ``(path, leaf) -> bool | int``, or a list of those.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lora_jax._layout import QUERY_VALUE, is_embedding, is_head, why_not
+from lora_jax._paths import nearest
+
+Selector = str | Callable[[str, Any], bool | int] | Iterable[Any] | None
+
+
+def _compile(pattern: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{argument}={pattern!r} is not a regular expression: {error}. Patterns are matched "
+            "in full against paths such as 'layers_0/attn/query/kernel'"
+        ) from error
+
+
+def select(
+    selector: Selector, leaves: Mapping[str, Any], blocked: Mapping[str, str], argument: str
+) -> dict[str, bool | int]:
+    """The selected paths, and what the selector said of each (True, or a rank).
+
+    Args:
+        selector: what the user passed.
+        leaves: every leaf by path.
+        blocked: the leaves that may not be selected, and why.
+        argument: the name of the argument, for messages.
+
+    Raises:
+        ValueError: a pattern selects nothing; the message says what it did match and why that
+            does not count, and lists the nearest paths.
+        TypeError: the selector is of none of the kinds.
+    """
+    if isinstance(selector, str):
+        return _select_pattern(selector, leaves, blocked, argument)
+    if callable(selector):
+        return _select_callable(selector, leaves, blocked, argument)
+    if not isinstance(selector, Iterable) or isinstance(selector, Mapping):
+        raise TypeError(
+            f"{argument}={selector!r}: expected a regular expression, 'all-linear', a callable "
+            "(path, leaf) -> bool, or a list of those"
+        )
+    chosen: dict[str, bool | int] = {}
+    for part in selector:
+        chosen = select(part, leaves, blocked, argument) | chosen
+    return chosen
+
+
+def _select_pattern(pattern, leaves, blocked, argument):
+    if pattern == "all-linear":
+        matched = [p for p in leaves if not is_embedding(p) and not is_head(p)]
+    else:
+        regex = _compile(pattern, argument)
+        matched = [p for p in leaves if regex.fullmatch(p)]
+    free = [p for p in matched if p not in blocked]
+    if not free:
+        reasons = "".join(f"\n  {p}: {blocked[p]}" for p in matched[:8])
+        if len(matched) > 8:
+            reasons += f"\n  ... and {len(matched) - 8} more"
+        met = f"It matches only{reasons}" if matched else "It matches no path at all."
+        able = [p for p in leaves if p not in blocked]
+        raise ValueError(
+            f"{argument}={pattern!r} selects nothing. {met}\nPatterns are matched in full; the "
+            f"nearest paths that could be selected: {nearest(pattern, able)}"
+        )
+    return dict.fromkeys(free, True)
+
+
+def _select_callable(function, leaves, blocked, argument):
+    chosen = {}
+    for path, leaf in leaves.items():
+        answer = function(path, leaf) if path not in blocked else False
+        if not isinstance(answer, bool | int):
+            raise TypeError(
+                f"{argument}: the callable returned {answer!r} for {path!r}; expected a bool or "
+                "a rank"
+            )
+        if answer:
+            chosen[path] = answer
+    if not chosen:
+        able = [p for p in leaves if p not in blocked]
+        raise ValueError(
+            f"{argument}: the callable chose none of the {len(able)} leaves it was offered: "
+            f"{nearest('', able)}"
+        )
+    return chosen
+
+
+def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
+    """The default targets: query and value projections, by the field's names for them."""
+    chosen = {
+        path: True
+        for path, leaf in leaves.items()
+        if QUERY_VALUE.intersection(path.split("/")) and why_not(path, leaf) is None
+    }
+    if not chosen:
+        able = [p for p, leaf in leaves.items() if why_not(p, leaf) is None]
+        raise ValueError(
+            "targets=None adapts query and value projections, and no weight lies under a module "
+            f"named {', '.join(sorted(QUERY_VALUE))}. Say which to adapt: targets='all-linear', "
+            f"or a regular expression over paths such as {nearest('query/kernel', able)}"
+        )
+    return chosen
+
+
+def lookup(value: Any, path: str, argument: str, default: Any = None) -> Any:
+    """A setting for one path: ``value`` itself, or, if a mapping, its first pattern that matches."""
+    if not isinstance(value, Mapping):
+        return value
+    for pattern, setting in value.items():
+        if _compile(pattern, argument).fullmatch(path):
+            return setting
+    return default
+
+
+def check_patterns(value: Any, argument: str, paths: Iterable[str]) -> None:
+    """Raise if a mapping has a pattern that matches no path."""
+    paths = list(paths)
+    for pattern in value if isinstance(value, Mapping) else ():
+        if not any(_compile(pattern, argument).fullmatch(path) for path in paths):
+            raise ValueError(
+                f"{argument}={{{pattern!r}: ...}} matches none of the {len(paths)} paths it could "
+                f"apply to. Nearest: {nearest(pattern, paths)}"
+            )
