@@ -10,10 +10,18 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import optax
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 Literal = core.Literal
+_DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
+
+
+def literal(atom: core.Literal) -> jax.Array:
+    """The value of a literal as an array of its type."""
+    return jnp.asarray(atom.val, getattr(atom.aval, "dtype", None))
 
 
 def is_drop(var: Any) -> bool:
@@ -33,13 +41,12 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
             invars.append(atom)
             args.append(value)
     outvars = [v for v in eqn.outvars if not is_drop(v)]
-    results = iter(
-        jax.core.eval_jaxpr(core.Jaxpr((), invars, outvars, [eqn], eqn.effects), (), *args)
-    )
+    jaxpr = core.Jaxpr((), invars, outvars, [eqn], eqn.effects, _DEBUG_INFO)
+    results = iter(eval_jaxpr(jaxpr, (), *args))
     return [None if is_drop(v) else next(results) for v in eqn.outvars]
 
 
-def read_inputs(closed: core.ClosedJaxpr) -> list[bool]:
+def read_inputs(closed: Any) -> list[bool]:
     """For each input of a jaxpr, whether anything reads it."""
     jaxpr = closed.jaxpr
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
@@ -103,7 +110,7 @@ def rebind_remat(
     return eqn.primitive.bind(*args, **params)
 
 
-_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (jax, flax, optax))
+_LIBRARIES = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, flax, optax))
 
 
 def source_line(eqn: core.JaxprEqn) -> str:

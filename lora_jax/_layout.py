@@ -91,12 +91,19 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def why_not(path: str, leaf: Any) -> str | None:
-    """Why this leaf cannot take a LoRA; None if it can."""
+def not_trainable(leaf: Any) -> str | None:
+    """Why no gradient step can move this leaf; None if one can."""
     if not is_array(leaf):
         return f"not an array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"dtype {leaf.dtype}, not a real floating type"
+    return None
+
+
+def why_not(path: str, leaf: Any) -> str | None:
+    """Why this leaf cannot take a LoRA; None if it can."""
+    if reason := not_trainable(leaf):
+        return reason
     if path.split("/")[-1] in _VECTORS:
         return "a bias, a norm or a statistic: train it whole with full="
     if len(leaf.shape) < 2:

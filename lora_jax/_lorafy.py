@@ -16,10 +16,11 @@ from lora_jax._layout import (
     factor_shapes,
     is_array,
     max_rank,
+    not_trainable,
     role_shape,
     why_not,
 )
-from lora_jax._params import Adapter, Factors, LoraParams
+from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._paths import PyTree, flatten, nearest
 from lora_jax._select import Selector, check_patterns, lookup, select, select_query_value
 
@@ -124,7 +125,7 @@ def lorafy(
 
 def master(leaf: Any) -> jax.Array:
     """A copy to train whole, at least float32: a copy, so that donating it spares the base."""
-    return jnp.array(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+    return jnp.array(leaf, dtype=wide(leaf.dtype), copy=True)
 
 
 def _choose(
@@ -135,27 +136,21 @@ def _choose(
     layout: Mapping[str, str],
 ) -> tuple[dict[str, bool | int], list[str]]:
     """The paths to adapt, with the selector's answers, and the paths to train whole."""
-    excluded = {} if exclude is None else select(exclude, leaves, {}, "exclude")
-    out = {path: f"excluded by exclude={exclude!r}" for path in excluded}
-
-    fixed = {
-        path: f"dtype {leaf.dtype}, not a floating type"
-        for path, leaf in leaves.items()
-        if not jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    whole = [] if full is None else list(select(full, leaves, fixed | out, "full"))
+    fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
+    if exclude is not None:
+        fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
+    whole = [] if full is None else list(select(full, leaves, fixed, "full"))
 
     blocked = {
         path: reason
         for path, leaf in leaves.items()
-        if (reason := why_not(path, leaf))
-        and not (len(leaf.shape) > 1 and lookup(layout, path, ""))
+        if (reason := why_not(path, leaf)) and not lookup(layout, path, "layout", "")
     }
-    blocked |= out | {path: f"trained whole by full={full!r}" for path in whole}
+    blocked |= fixed | dict.fromkeys(whole, f"trained whole, {full=}")
     if targets is None:
         chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
     else:
-        chosen = select(targets, leaves, blocked | fixed, "targets")
+        chosen = select(targets, leaves, blocked, "targets")
     if not chosen and not whole:
         raise ValueError(
             f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "

@@ -1,5 +1,6 @@
 """``merge`` and ``unmerge``: from split parameters to plain ones, and back."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax._layout import role_axes
-from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
+from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete, wide
 from lora_jax._paths import PyTree
 from lora_jax._transform._value import Delta
 
@@ -136,8 +137,8 @@ def _jitted(sharding: NamedSharding | None, donate: bool):
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
     """``W + scale * a b``; with ``loop``, one entry of the batch axes at a time."""
     if not loop:
-        wide = jnp.promote_types(w.dtype, jnp.float32)
-        return (w.astype(wide) + Delta.of(factors).dense(w.ndim, wide)).astype(w.dtype)
+        dtype = wide(w.dtype)
+        return (w.astype(dtype) + Delta.of(factors).dense(w.ndim, dtype)).astype(w.dtype)
     axes = role_axes(factors.layout, "b")
     sizes = [w.shape[i] for i in axes]
     inner = [1 if i in axes else size for i, size in enumerate(w.shape)]
@@ -148,18 +149,15 @@ def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
         for axis, i in zip(axes, index, strict=True):
             start[axis] = i
         piece = lax.dynamic_slice(w, start, inner)
-        one = Factors(
-            *(
-                lax.dynamic_slice(
-                    x,
-                    [*index, *[jnp.zeros_like(k)] * (x.ndim - len(axes))],
-                    [*[1] * len(axes), *x.shape[len(axes) :]],
-                )
-                for x in (factors.a, factors.b)
-            ),
-            factors.scale,
-            factors.layout,
+        a, b = (
+            lax.dynamic_slice(
+                x,
+                [*index, *[jnp.zeros_like(k)] * (x.ndim - len(axes))],
+                [*[1] * len(axes), *x.shape[len(axes) :]],
+            )
+            for x in (factors.a, factors.b)
         )
+        one = dataclasses.replace(factors, a=a, b=b)
         return lax.dynamic_update_slice(w, _merged(piece, one, loop=False), start)
 
     return lax.fori_loop(0, math.prod(sizes), body, w)

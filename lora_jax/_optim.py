@@ -7,21 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from lora_jax._params import Adapter, Factors, LoraParams
+from lora_jax._paths import PyTree
 
 
-def labels(lora_params: LoraParams) -> LoraParams:
+def labels(params: PyTree) -> PyTree:
     """Label every leaf for ``optax.multi_transform``: ``"lora"`` trains, ``"frozen"`` does not.
 
-    ``a``, ``b`` and the leaves trained whole are ``"lora"``; the whole base, by one label for all
-    of it, and ``scale`` are ``"frozen"``.
+    Of a LoraParams, ``a``, ``b`` and the leaves trained whole are ``"lora"``; the base, by one
+    label for all of it, and ``scale`` are ``"frozen"``.
 
     Args:
-        lora_params: from ``lorafy``, or a tree of that structure.
+        params: from ``lorafy``; a tree with LoraParams inside, whose other leaves train; or the
+            ``nnx.State`` that ``nnx.Optimizer`` makes of a LoraParams of ``nnx.Param``s.
 
     Returns:
-        A LoraParams of strings, a prefix of ``lora_params``.
+        A tree of strings, a prefix of ``params``.
+
+    Raises:
+        TypeError: there is no LoraParams in ``params``.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -30,12 +36,36 @@ def labels(lora_params: LoraParams) -> LoraParams:
         >>> base, adapter.factors["query/kernel"].a, adapter.factors["query/kernel"].scale
         ('frozen', 'lora', 'frozen')
     """
-    _check_lora(lora_params, "labels")
+    if isinstance(params, nnx.State) and params.keys() == {"base", "adapter"}:
+        return _label_state(params)
+    nodes, tree = jax.tree.flatten(params, is_leaf=_is_lora)
+    if not any(map(_is_lora, nodes)):
+        raise TypeError(
+            f"labels: no LoraParams in {type(params).__name__}: every leaf would train. Pass what "
+            "lora_jax.lorafy returned"
+        )
+    return jax.tree.unflatten(tree, [_label(node) if _is_lora(node) else "lora" for node in nodes])
+
+
+def _label(lora_params: LoraParams) -> LoraParams:
     adapter = lora_params.adapter
     factors = {
         p: replace(f, a="lora", b="lora", scale="frozen") for p, f in adapter.factors.items()
     }
     return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
+
+
+def _label_state(state: nnx.State) -> nnx.State:
+    """The labels of a LoraParams that has become a State: by the names of its fields."""
+
+    def label(path, leaf):
+        del leaf
+        return "lora" if path[:2] == ("adapter", "full") or path[-1] in ("a", "b") else "frozen"
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state(
+        [(p, label(p, x) if p[0] == "adapter" else "frozen") for p, x in flat]
+    )
 
 
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -180,8 +210,12 @@ def value_and_grad(
     return value_and_grad_fn
 
 
+def _is_lora(x: Any) -> bool:
+    return isinstance(x, LoraParams)
+
+
 def _check_lora(x: Any, name: str) -> None:
-    if not isinstance(x, LoraParams):
+    if not _is_lora(x):
         raise TypeError(
             f"{name}: expected a LoraParams as lora_jax.lorafy returns, got {type(x).__name__}"
         )

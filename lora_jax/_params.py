@@ -11,15 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lora_jax._layout import factor_shapes, is_array
 from lora_jax._paths import PyTree, flatten, nearest
 
-_node = partial(dataclasses.dataclass, frozen=True, eq=False)
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale"), meta_fields=("layout",))
-@_node
+@dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
     """The low-rank update of one weight: ``scale * sum_r a[*batch, *in, r] b[*batch, r, *out]``.
 
@@ -43,7 +42,7 @@ class Factors:
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
-@_node
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """All that training changes: what you save, stack, average and send.
 
@@ -58,7 +57,7 @@ class Adapter:
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
-@_node
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoraParams:
     """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
 
@@ -115,9 +114,14 @@ class LoraParams:
         return "\n".join([lines[0], rule, *lines[1:], rule, count_line(self)])
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype to add up in: at least float32, whatever the promotion mode says."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
 def is_concrete(x: Any) -> bool:
     """Whether ``x`` is an array with a value, not a tracer or an abstract shape."""
-    return not isinstance(x, jax.core.Tracer) and not isinstance(x, jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer) and not isinstance(x, jax.ShapeDtypeStruct)
 
 
 def count_line(lora_params: LoraParams) -> str:

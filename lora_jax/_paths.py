@@ -7,14 +7,14 @@ the path.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
 from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-PyTree = Any
+PyTree: TypeAlias = Any
 
 
 def is_box(x: Any) -> bool:
@@ -31,7 +31,7 @@ def _name(key: Any) -> str:
     return str(key)
 
 
-def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """Flatten a tree into ``{path: leaf}``, in JAX's leaf order, and its treedef.
 
     A top-level ``"params"`` collection, as in ``{"params": ..., "batch_stats": ...}``, is not

@@ -55,7 +55,9 @@ def select(
     return chosen
 
 
-def _select_pattern(pattern, leaves, blocked, argument):
+def _select_pattern(
+    pattern: str, leaves: Mapping[str, Any], blocked: Mapping[str, str], argument: str
+) -> dict[str, bool | int]:
     if pattern == "all-linear":
         matched = [p for p in leaves if not is_embedding(p) and not is_head(p)]
     else:
@@ -72,10 +74,15 @@ def _select_pattern(pattern, leaves, blocked, argument):
             f"{argument}={pattern!r} selects nothing. {met}\nPatterns are matched in full; the "
             f"nearest paths that could be selected: {nearest(pattern, able)}"
         )
-    return dict.fromkeys(free, True)
+    return dict[str, bool | int].fromkeys(free, True)
 
 
-def _select_callable(function, leaves, blocked, argument):
+def _select_callable(
+    function: Callable[[str, Any], bool | int],
+    leaves: Mapping[str, Any],
+    blocked: Mapping[str, str],
+    argument: str,
+) -> dict[str, bool | int]:
     chosen = {}
     for path, leaf in leaves.items():
         answer = function(path, leaf) if path not in blocked else False
@@ -113,7 +120,7 @@ def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def lookup(value: Any, path: str, argument: str, default: Any = None) -> Any:
-    """A setting for one path: ``value`` itself, or, if a mapping, its first pattern that matches."""
+    """The setting of one path: ``value``, or, of a mapping, the first pattern that matches."""
     if not isinstance(value, Mapping):
         return value
     for pattern, setting in value.items():

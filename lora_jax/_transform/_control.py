@@ -48,7 +48,7 @@ def _rebuild(ctx: Context, eqn, values, jaxpr, rebind):
 def _typed(eqn, values) -> list[Any]:
     """Literal operands as arrays of their type, which Python numbers would not keep."""
     return [
-        jnp.asarray(v, atom.aval.dtype) if isinstance(atom, _jax.Literal) else v
+        _jax.literal(atom) if isinstance(atom, _jax.Literal) else v
         for atom, v in zip(eqn.invars, values, strict=True)
     ]
 
@@ -96,14 +96,16 @@ def while_loop(ctx: Context, eqn, values):
     values = _typed(eqn, values)
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-
-    def step(carry):
-        return evaluate(ctx, eqn.params["body_jaxpr"], [*body_consts, *carry])
+    init, step = _stable_carry(
+        ctx,
+        eqn,
+        values[n_cond + n_body :],
+        lambda carry: evaluate(ctx, eqn.params["body_jaxpr"], [*body_consts, *carry]),
+    )
 
     def cond(carry):
         return evaluate(ctx, eqn.params["cond_jaxpr"], [*cond_consts, *carry])[0]
 
-    init, step = _stable_carry(ctx, eqn, values[n_cond + n_body :], step)
     return lax.while_loop(cond, step, init)
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _jax
+from lora_jax._params import wide
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import R, Delta, LoraArray, contract
+from lora_jax._transform._value import Delta, LoraArray, R, contract
 
 
 def product_cost(
@@ -51,7 +52,6 @@ def lora_dot(
     """
     x_type = x.w.dtype if isinstance(x, LoraArray) else x.dtype
     compute = x_type if jnp.issubdtype(x_type, jnp.inexact) else dtype
-    wide = jnp.promote_types(compute, jnp.float32)
     sizes = dict(zip(x_labels, x.shape, strict=True))
     factors = [(delta.a, delta.a_labels), (delta.b, delta.b_labels)]
     for factor, labels in factors:
@@ -68,9 +68,9 @@ def lora_dot(
     ]
     with jax.named_scope("lora"):
         small = _contract_lora(
-            x, x_labels, first.astype(compute), first_labels, middle, precision, wide
+            x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
         )
-        small = (small * delta.scale.astype(wide)).astype(compute)
+        small = (small * delta.scale.astype(small.dtype)).astype(compute)
         return contract(
             small,
             middle,

@@ -149,9 +149,9 @@ def _check_uses(ctx: Context, owner: int, lora_params: LoraParams, read: set[str
     for path, f in adapter.factors.items():
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
-        inputs = big.intersection(role_axes(f.layout, "i"))
+        inputs, batch = (big.intersection(role_axes(f.layout, role)) for role in "ib")
         uses = [use for use in ctx.uses_of(owner, path) if use.primitive != "materialize"]
-        if uses and not any(big & use.contracted == inputs for use in uses):
+        if uses and not any((big & use.contracted) - batch == inputs for use in uses):
             use = uses[0]
             seen = "".join(
                 letter if i not in big else use.role(i) for i, letter in enumerate(f.layout)

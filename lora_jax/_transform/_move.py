@@ -24,9 +24,9 @@ def transpose(ctx: Context, eqn, values):
     return [dataclasses.replace(v, w=w, deltas=deltas, origins=origins)]
 
 
-@rule("convert_element_type", "copy", "copy_p")
+@rule("convert_element_type", "copy", "copy_p", "pvary")
 def convert(ctx: Context, eqn, values):
-    """A cast of the weight: the factors stay float32 masters, cast where they are used."""
+    """A cast or a copy: the factors stay float32 masters, cast where they are used."""
     (v,) = values
     if not jnp.issubdtype(eqn.params.get("new_dtype", v.w.dtype), jnp.floating):
         return NotImplemented

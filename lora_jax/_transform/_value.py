@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._layout import role_axes
-from lora_jax._params import Factors
+from lora_jax._params import Factors, wide
 
 R = -1
 Labels = tuple[Any, ...]
@@ -97,10 +96,10 @@ class LoraArray:
 
     def dense(self) -> jax.Array:
         """``W`` plus its deltas, summed in at least float32, rounded once to ``W``'s dtype."""
-        wide = jnp.promote_types(self.w.dtype, jnp.float32)
-        total = self.w.astype(wide)
+        dtype = wide(self.w.dtype)
+        total = self.w.astype(dtype)
         for delta in self.deltas:
-            total = total + delta.dense(self.w.ndim, wide)
+            total += delta.dense(self.w.ndim, dtype)
         return total.astype(self.w.dtype)
 
 

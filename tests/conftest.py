@@ -1,0 +1,24 @@
+"""Eight virtual devices and strict promotion, set before JAX is imported."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests through libraries that mix dtypes: Flax's norms, Optax's schedules."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

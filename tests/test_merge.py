@@ -1,0 +1,229 @@
+"""``merge`` and ``unmerge``: values, dtypes, shardings, memory, donation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import CASES, randomize_b
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lora_jax
+from lora_jax._merge import _jitted
+
+
+def adapted(shape, layout, dtype=jnp.float32, rank=2):
+    w = jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+    return randomize_b(lora_jax.lorafy({"w": w}, rank, targets="w", layout={"w": layout}))
+
+
+def expected(lora_params, path="w"):
+    """``W + scale a b`` by NumPy in float64, from the definition."""
+    f = lora_params.adapter.factors[path]
+    axes = {role: [i for i, c in enumerate(f.layout) if c == role] for role in "bio"}
+    letters = "abcdefg"
+    pick = lambda role: "".join(letters[i] for i in axes[role])  # noqa: E731
+    equation = f"{pick('b')}{pick('i')}z,{pick('b')}z{pick('o')}->{letters[: len(f.layout)]}"
+    a, b = (np.asarray(x, np.float64) for x in (f.a, f.b))
+    w = np.asarray(lora_params.base[path], np.float64)
+    return w + float(f.scale) * np.einsum(equation, a, b)
+
+
+LAYOUTS = [
+    ((6, 8), "io"),
+    ((6, 8), "oi"),
+    ((6, 2, 4), "ioo"),
+    ((2, 4, 6), "iio"),
+    ((3, 6, 8), "bio"),
+    ((6, 3, 8), "ibo"),
+    ((8, 3, 6, 2), "obib"),
+    ((2, 3, 4, 5), "bbio"),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
+def test_merge_is_w_plus_scaled_product(shape, layout):
+    lora_params = adapted(shape, layout)
+    merged = lora_jax.merge(lora_params)["w"]
+    np.testing.assert_allclose(merged, expected(lora_params), rtol=1e-5, atol=1e-6)
+    assert np.abs(merged - lora_params.base["w"]).max() > 0.01
+
+
+@given(st.text("bio", min_size=2, max_size=4).filter(lambda s: "i" in s and "o" in s))
+def test_merge_of_any_layout(layout):
+    lora_params = adapted([2, 3, 4, 5][: len(layout)], layout)
+    merged = lora_jax.merge(lora_params)["w"]
+    np.testing.assert_allclose(merged, expected(lora_params), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_sum_is_wide_and_rounded_once(dtype):
+    lora_params = adapted((64, 48), "io", dtype)
+    merged = lora_jax.merge(lora_params)["w"]
+    assert merged.dtype == dtype
+    exact = expected(lora_params)
+    nearest = np.asarray(jnp.asarray(exact, jnp.float32).astype(dtype), np.float64)
+    # Off by more than a rounding only where float32 itself puts a tie on the other side.
+    assert np.mean(np.asarray(merged, np.float64) != nearest) < (
+        0.02 if dtype != jnp.float32 else 1
+    )
+    ulp = float(jnp.finfo(dtype).eps)
+    assert np.abs(np.asarray(merged, np.float64) - exact).max() <= ulp * np.abs(exact).max()
+
+
+def test_full_leaves_and_untouched_ones():
+    params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4, jnp.bfloat16), "n": jnp.int32(3)}
+    lora_params = lora_jax.lorafy(params, 2, targets="w", full="b")
+    full = {"b": lora_params.adapter.full["b"] + 0.5}
+    adapter = dataclasses.replace(lora_params.adapter, full=full)
+    merged = lora_jax.merge(lora_jax.LoraParams(params, adapter))
+    assert merged["n"] is params["n"]
+    assert merged["b"].dtype == jnp.bfloat16
+    assert np.all(merged["b"] == 1.5)
+
+
+def test_merge_under_jit_and_grad():
+    lora_params = adapted((3, 6, 8), "bio")
+    jitted = jax.jit(lora_jax.merge)(lora_params)["w"]
+    np.testing.assert_allclose(jitted, expected(lora_params), rtol=1e-5, atol=1e-6)
+    _, grads = lora_jax.value_and_grad(lambda p: lora_jax.merge(p)["w"].sum())(lora_params)
+    f = lora_params.adapter.factors["w"]
+    np.testing.assert_allclose(
+        grads.factors["w"].b[0, :, 0], 8.0 * np.asarray(f.a[0]).sum(0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_nnx_state_merges_into_a_state_that_runs():
+    case = CASES["nnx einsum"]()
+    merged = lora_jax.merge(case.lorafy())
+    assert isinstance(merged, nnx.State)
+    assert np.isfinite(case.fn(merged, case.x)).all()
+
+
+def test_the_memory_of_a_stack_is_one_layer():
+    stack, inner = 16, 128 * 128 * 4
+    lora_params = adapted((stack, 128, 128), "bio", jnp.bfloat16)
+    f = lora_params.adapter.factors["w"]
+    for donate in (False, True):
+        lowered = _jitted(None, donate).lower(lora_params.base["w"], f, loop=True)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis.temp_size_in_bytes <= 3 * inner
+        assert analysis.alias_size_in_bytes == (stack * inner / 2 if donate else 0)
+
+
+def test_donation_takes_the_adapted_arrays_and_no_others():
+    lora_params = adapted((6, 8), "io")
+    other = jnp.ones(3)
+    lora_params.base["other"] = other
+    want = expected(lora_params)
+    merged = lora_jax.merge(lora_params, donate=True)
+    np.testing.assert_allclose(merged["w"], want, rtol=1e-5, atol=1e-6)
+    assert lora_params.base["w"].is_deleted()
+    assert not other.is_deleted()
+
+
+def test_donation_spares_an_array_that_stands_at_two_places():
+    lora_params = adapted((6, 8), "io")
+    lora_params.base["tied"] = lora_params.base["w"]
+    merged = lora_jax.merge(lora_params, donate=True)
+    assert not merged["tied"].is_deleted()
+    assert not np.array_equal(merged["tied"], merged["w"])
+
+
+@pytest.mark.parametrize("axis_types", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("shape", "layout", "spec"),
+    [
+        ((8, 16), "io", ("x", "y")),
+        ((4, 8, 16), "bio", (None, "x", "y")),
+        ((4, 8, 16), "bio", ("x", None, "y")),
+    ],
+)
+def test_sharded_stays_sharded(shape, layout, spec, axis_types):
+    kinds = (getattr(jax.sharding.AxisType, axis_types),) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    lora_params = adapted(shape, layout)
+    want = expected(lora_params)
+    base = {"w": jax.device_put(lora_params.base["w"], sharding)}
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    adapter = jax.device_put(lora_params.adapter, everywhere)
+    with jax.set_mesh(mesh):
+        merged = lora_jax.merge(lora_jax.LoraParams(base, adapter))["w"]
+    assert merged.sharding.is_equivalent_to(sharding, len(shape))
+    np.testing.assert_allclose(merged, want, rtol=1e-5, atol=1e-6)
+
+
+def test_sharded_by_the_old_mesh_too():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    lora_params = adapted((8, 16), "io")
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    base = {"w": jax.device_put(lora_params.base["w"], sharding)}
+    merged = lora_jax.merge(lora_jax.LoraParams(base, lora_params.adapter))["w"]
+    assert merged.sharding.is_equivalent_to(sharding, 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_unmerge_is_within_one_rounding(dtype):
+    lora_params = adapted((3, 64, 48), "bio", dtype)
+    merged = lora_jax.merge(lora_params)
+    back = lora_jax.unmerge(merged, lora_params.adapter)["w"]
+    assert back.dtype == dtype
+    gap = np.abs(np.asarray(back, np.float64) - np.asarray(lora_params.base["w"], np.float64))
+    largest = float(jnp.abs(merged["w"]).max())
+    assert 0 < gap.max() <= float(jnp.finfo(dtype).eps) * largest
+    moved = np.abs(np.asarray(merged["w"], np.float64) - np.asarray(lora_params.base["w"]))
+    assert moved.max() > 10 * gap.max()
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_merging_twice_raises():
+    merged = lora_jax.merge(adapted((6, 8), "io"))
+    with pytest.raises(TypeError, match=r"expected a LoraParams, got dict.*merged already"):
+        lora_jax.merge(merged)
+
+
+def test_unmerge_of_wrong_things_raises():
+    lora_params = adapted((6, 8), "io")
+    with pytest.raises(TypeError, match="nothing is merged"):
+        lora_jax.unmerge(lora_params, lora_params.adapter)
+    with pytest.raises(TypeError, match="expected an Adapter"):
+        lora_jax.unmerge(lora_params.base, {"w": 1})
+    full = lora_jax.lorafy(lora_params.base, targets=[], full="w")
+    with pytest.raises(ValueError, match=r"trained whole \(w\).*Keep the base"):
+        lora_jax.unmerge(full.base, full.adapter)
+
+
+def replaced(lora_params, **changes):
+    f = dataclasses.replace(lora_params.adapter.factors["w"], **changes)
+    return lora_jax.LoraParams(lora_params.base, lora_jax.Adapter({"w": f}))
+
+
+@pytest.mark.parametrize("use", [lora_jax.merge, lora_jax.lora(lambda p: jnp.ones(6) @ p["w"])])
+def test_an_adapter_that_does_not_fit_raises(use):
+    good = adapted((6, 8), "io")
+    w, f = good.base["w"], good.adapter.factors["w"]
+    with pytest.raises(ValueError, match=r"factors of 'w' do not fit.*a \(6, 2\) and b \(2, 8\)"):
+        use(replaced(good, b=jnp.ones((2, 7))))
+    with pytest.raises(ValueError, match="do not fit"):
+        use(replaced(good, a=jnp.ones((6, 3))))
+    with pytest.raises(ValueError, match="expected another layout"):
+        use(replaced(good, layout="bio"))
+    with pytest.raises(ValueError, match=r"scale has shape \(3,\).*jax.vmap"):
+        use(replaced(good, scale=jnp.ones(3)))
+    with pytest.raises(TypeError, match=r"\.a is NoneType.*lora_jax.combine"):
+        use(replaced(good, a=None))
+    with pytest.raises(ValueError, match=r"entry for 'w', and the base has no such leaf.*v"):
+        use(lora_jax.LoraParams({"v": w}, good.adapter))
+    with pytest.raises(TypeError, match=r"adapter is int, expected an Adapter"):
+        use(lora_jax.LoraParams({"w": w}, 0))
+    with pytest.raises(ValueError, match=r"full\['w'\] has shape \(3,\)"):
+        use(lora_jax.LoraParams({"w": w}, lora_jax.Adapter({}, {"w": jnp.ones(3)})))
+    with pytest.raises(ValueError, match=r"both in adapter.factors and in adapter.full"):
+        use(lora_jax.LoraParams({"w": w}, lora_jax.Adapter({"w": f}, {"w": w})))

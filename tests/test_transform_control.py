@@ -1,0 +1,423 @@
+"""Control flow: regions stay regions, names stay names, and the oracle holds inside."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CASES, all_eqns, assert_close, assert_oracle, loss_of, randomize_b
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+import lora_jax
+
+
+@pytest.fixture
+def square():
+    w = 0.3 * jax.random.normal(jax.random.key(0), (8, 8))
+    return randomize_b(lora_jax.lorafy({"w": w}, 2, targets="w"))
+
+
+@pytest.fixture
+def stack():
+    ws = 0.3 * jax.random.normal(jax.random.key(0), (3, 8, 8))
+    return randomize_b(lora_jax.lorafy({"w": ws}, 2, targets="w", layout={"w": "bio"}))
+
+
+X = jax.random.normal(jax.random.key(9), (4, 8))
+
+
+def names(fn, *args):
+    return [eqn.primitive.name for eqn in all_eqns(jax.make_jaxpr(fn)(*args))]
+
+
+def test_jit_inside_keeps_its_name(square):
+    @jax.jit
+    def my_projection(w, x):
+        return jnp.tanh(x @ w)
+
+    def fn(p, x):
+        return my_projection(p["w"], x)
+
+    assert_oracle(fn, square, X)
+    eqns = all_eqns(jax.make_jaxpr(lora_jax.lora(fn))(square, X))
+    assert "my_projection" in [e.params["name"] for e in eqns if e.primitive.name == "jit"]
+
+
+def test_jit_inside_may_return_the_weight(square):
+    fn = lambda p, x: x @ jax.jit(lambda w: (w.T, 1.0))(p["w"])[0].T  # noqa: E731
+    assert_oracle(fn, square, X)
+
+
+def test_remat_stays_a_region_with_its_policy(square):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def fn(p, x):
+        return jax.checkpoint(lambda w, x: jnp.sin(x @ w), policy=policy)(p["w"], x)
+
+    assert_oracle(fn, square, X)
+    eqns = list(all_eqns(jax.make_jaxpr(lora_jax.lora(fn))(square, X)))
+    (region,) = [e for e in eqns if "remat" in e.primitive.name or "checkpoint" in e.primitive.name]
+    assert region.params["policy"] is policy or region.params["policy"] == policy
+    assert [e.primitive.name for e in all_eqns(region.params["jaxpr"])].count("dot_general") == 3
+
+
+def test_remat_saves_the_memory_it_saved_before():
+    w = jnp.ones((8, 64, 64))
+    lora_params = lora_jax.lorafy({"w": w}, 2, targets="w", layout={"w": "bio"})
+    x = jnp.ones((512, 64))
+
+    def temp(wrap):
+        def fn(p, x):
+            def layer(x, w):
+                return jnp.tanh(jnp.tanh(jnp.tanh(x @ w) @ w) @ w), None
+
+            return lax.scan(wrap(layer), x, p["w"])[0]
+
+        step = jax.jit(lora_jax.value_and_grad(loss_of(lora_jax.lora(fn))))
+        return step.lower(lora_params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(functools.partial(jax.checkpoint, prevent_cse=False)) < 0.6 * temp(lambda f: f)
+
+
+def test_remat_of_a_gradient_taken_inside(square):
+    def fn(p, x):
+        f = jax.checkpoint(lambda x: jnp.sin(x @ p["w"]).sum())
+        return jax.grad(f)(x)
+
+    assert_oracle(fn, square, X)
+
+
+def test_scan_over_stacked_and_closed_over_weights(stack, square):
+    def fn(p, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w @ p["shared"]["w"]), x.sum()
+
+        return lax.scan(layer, x, p["stack"]["w"], reverse=True, unroll=1)
+
+    def adapted(stack, square, x):
+        return lora_jax.lora(fn)({"stack": stack, "shared": square}, x)
+
+    actual = jax.jit(adapted)(stack, square, X)
+    expected = fn({"stack": lora_jax.merge(stack), "shared": lora_jax.merge(square)}, X)
+    assert_close(actual, expected)
+    assert names(adapted, stack, square, X).count("scan") == 1
+
+
+@pytest.mark.parametrize("layout", ["bio", "ibo", "obi"])
+def test_scan_over_any_axis_the_factors_may_or_may_not_have(layout):
+    w = 0.3 * jax.random.normal(jax.random.key(0), (8, 8, 8))
+    lora_params = randomize_b(lora_jax.lorafy({"w": w}, 2, targets="w", layout={"w": layout}))
+
+    def fn(p, x):
+        if layout == "bio":
+            return lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, p["w"])[0]
+        # The scanned axis is an input or an output axis: one row or column at a time, beside one
+        # use of the whole.
+        whole = "cib,ibo->co" if layout == "ibo" else "cib,obi->co"
+        y = jnp.einsum(whole, jnp.broadcast_to(x[..., None], (*x.shape, 8)), p["w"])
+        rows = lax.scan(lambda c, w: (c, x @ w), jnp.float32(0), p["w"])[1]
+        return y, rows
+
+    assert_oracle(fn, lora_params, X)
+
+
+def test_scan_with_the_weight_in_the_carry(square):
+    def fn(p, x):
+        def step(carry, _):
+            w, x = carry
+            return (w, jnp.tanh(x @ w)), None
+
+        return lax.scan(step, (p["w"], x), None, length=3)[0][1]
+
+    assert_oracle(fn, square, X)
+
+
+def test_a_carry_that_changes_its_form_is_a_materialization(square):
+    def fn(p, x):
+        def step(w, _):
+            return w * 0.5, None
+
+        return x @ lax.scan(step, p["w"], None, length=2)[0]
+
+    with pytest.raises(NotImplementedError, match=r"'mul'|carried through 'scan'"):
+        lora_jax.lora(fn)(square, X)
+    assert_oracle(fn, square, X, on_materialize="allow")
+
+
+def test_a_weight_among_the_outputs_of_a_scan_is_a_materialization(square):
+    def fn(p, x):
+        return x @ lax.scan(lambda c, _: (c, p["w"]), jnp.float32(0), None, length=2)[1][1]
+
+    with pytest.raises(NotImplementedError, match="leaves the body of 'scan'"):
+        lora_jax.lora(fn)(square, X)
+    assert_oracle(fn, square, X, on_materialize="allow")
+
+
+def test_a_carry_that_takes_the_weight_is_a_materialization(square):
+    def fn(p, x):
+        def step(carry, _):
+            return (p["w"], jnp.tanh(x @ carry[0])), None
+
+        return lax.scan(step, (jnp.zeros_like(p["w"]), x), None, length=3)[0][1]
+
+    with pytest.raises(NotImplementedError, match="leaves the body of 'scan'"):
+        lora_jax.lora(fn)(square, X)
+    assert_oracle(fn, square, X, on_materialize="allow")
+
+
+def test_while_with_closed_over_and_carried_weights(square):
+    def closed(p, x):
+        return lax.while_loop(
+            lambda c: (c[0] < 3) & ((c[1] @ p["w"]).sum() < 1e9),
+            lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])),
+            (0, x),
+        )
+
+    def carried(p, x):
+        return lax.while_loop(
+            lambda c: c[0] < 3,
+            lambda c: (c[0] + 1, c[1], jnp.tanh(c[2] @ c[1])),
+            (0, p["w"], x),
+        )[2]
+
+    for fn in (closed, carried):
+        adapted = jax.jit(lora_jax.lora(fn))(square, X)
+        assert_close(adapted, fn(lora_jax.merge(square), X))
+
+
+def test_while_that_changes_the_carried_weight(square):
+    def fn(p, x):
+        body = lambda c: (c[0] + 1, p["w"] if c[0] is None else c[1].T)  # noqa: E731
+        return x @ lax.while_loop(lambda c: c[0] < 2, body, (0, p["w"]))[1]
+
+    with pytest.raises(NotImplementedError, match="changes its form while it is carried"):
+        lora_jax.lora(fn)(square, X)
+    actual = lora_jax.lora(fn, on_materialize="allow")(square, X)
+    assert_close(actual, fn(lora_jax.merge(square), X))
+
+
+def test_a_while_whose_body_brings_the_weight_in(square):
+    def fn(p, x):
+        body = lambda c: (c[0] + 1, p["w"])  # noqa: E731
+        return x @ lax.while_loop(lambda c: c[0] < 2, body, (0, jnp.zeros((8, 8))))[1]
+
+    with pytest.raises(NotImplementedError, match="changes its form while it is carried"):
+        lora_jax.lora(fn)(square, X)
+    actual = lora_jax.lora(fn, on_materialize="allow")(square, X)
+    assert_close(actual, fn(lora_jax.merge(square), X))
+
+
+def test_cond_and_switch(square):
+    def fn(p, x):
+        y = lax.cond(x.sum() > 0, lambda w: jnp.tanh(x @ w), lambda w: x @ w.T, p["w"])
+        branches = [lambda w, k=k: k * (y @ w) for k in (1.0, 2.0, 3.0)]
+        return lax.switch(jnp.int32(1), branches, p["w"])
+
+    assert_oracle(fn, square, X)
+    assert_oracle(fn, square, -X)
+    batched = jax.vmap(lora_jax.lora(fn), in_axes=(None, 0))(square, jnp.stack([X, -X]))
+    merged = lora_jax.merge(square)
+    assert_close(batched, jnp.stack([fn(merged, X), fn(merged, -X)]))
+
+
+def test_cond_that_returns_the_weight(square):
+    same = lambda p, x: x @ lax.cond(x.sum() > 0, lambda w: w.T, lambda w: w.T, p["w"])  # noqa: E731
+    differs = lambda p, x: x @ lax.cond(x.sum() > 0, lambda w: w, lambda w: w.T, p["w"])  # noqa: E731
+    layout = lora_jax.lorafy(square.base, 2, targets="w", layout={"w": "oi"})
+    assert_oracle(same, randomize_b(layout), X)
+    with pytest.raises(NotImplementedError, match="leaves the branches of 'cond'"):
+        lora_jax.lora(differs)(square, X)
+    assert_oracle(differs, square, X, on_materialize="allow")
+
+
+@pytest.mark.parametrize("kind", ["custom_jvp", "custom_vjp"])
+def test_a_custom_derivative_around_the_weight_is_kept(square, kind):
+    if kind == "custom_jvp":
+        project = jax.custom_jvp(lambda w, x: x @ w)
+        project.defjvp(
+            lambda primals, tangents: (project(*primals), 7 * (tangents[1] @ primals[0]))
+        )
+    else:
+        project = jax.custom_vjp(lambda w, x: x @ w)
+        project.defvjp(lambda w, x: (x @ w, w), lambda w, g: (jnp.zeros_like(w), 7 * (g @ w.T)))
+
+    def fn(p, x):
+        return project(p["w"], x)
+
+    with pytest.raises(NotImplementedError, match=f"custom derivative .'{kind}"):
+        lora_jax.lora(fn)(square, X)
+    adapted = lora_jax.lora(fn, on_materialize="allow")
+    actual = jax.grad(lambda x: adapted(square, x).sum())(X)
+    expected = jax.grad(lambda x: fn(lora_jax.merge(square), x).sum())(X)
+    assert_close(actual, expected)
+    plain = jax.grad(lambda x: (x @ lora_jax.merge(square)["w"]).sum())(X)
+    assert_close(actual, 7 * plain)
+
+
+def test_custom_derivatives_beside_the_weight_are_untouched(square):
+    @jax.custom_vjp
+    def loud(x):
+        return x
+
+    loud.defvjp(lambda x: (x, None), lambda _, g: (3 * g,))
+    assert_oracle(lambda p, x: jax.nn.relu(loud(x @ p["w"])), square, X)
+
+
+def test_forward_mode_and_linearize(square):
+    adapted = lora_jax.lora(lambda p, x: jnp.sin(x @ p["w"]))
+    merged = lambda p, x: jnp.sin(x @ lora_jax.merge(p)["w"])  # noqa: E731
+    trainable, frozen = lora_jax.split(square)
+    tangent = jax.tree.map(jnp.ones_like, trainable)
+
+    def jvp(f):
+        return jax.jvp(lambda t: f(lora_jax.combine(t, frozen), X), (trainable,), (tangent,))
+
+    assert_close(jvp(adapted), jvp(merged))
+
+
+def test_vmap_over_a_stack_of_adapters(square):
+    adapters = [randomize_b(square, seed).adapter for seed in (1, 2, 3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *adapters)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    many = jax.vmap(lora_jax.lora(fn), in_axes=(lora_jax.LoraParams(None, 0), None))
+    actual = many(lora_jax.LoraParams(square.base, stacked), X)
+    for y, adapter in zip(actual, adapters, strict=True):
+        assert_close(y, fn(lora_jax.merge(lora_jax.LoraParams(square.base, adapter)), X))
+    with pytest.raises(ValueError, match="stack of adapters"):
+        lora_jax.lora(fn)(lora_jax.LoraParams(square.base, stacked), X)
+
+
+def test_lora_inside_scan_and_remat(square):
+    adapted = lora_jax.lora(lambda p, x: jnp.tanh(x @ p["w"]))
+
+    def run(f):
+        def loss(p):
+            y, _ = lax.scan(lambda x, _: (jax.checkpoint(f)(p, x), None), X, None, length=3)
+            return y.sum()
+
+        return jax.jit(lora_jax.value_and_grad(loss))(square)
+
+    merged = lambda p, x: jnp.tanh(x @ lora_jax.merge(p)["w"])  # noqa: E731
+    assert_close(run(adapted), run(merged))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lora_inside_shard_map(square, check_vma):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    adapted = lora_jax.lora(lambda p, x: jnp.tanh(x @ p["w"]))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("d")),
+        out_specs=PartitionSpec("d"),
+        check_vma=check_vma,
+    )
+    def sharded(p, x):
+        return adapted(p, x)
+
+    assert_close(jax.jit(sharded)(square, X), adapted(square, X))
+
+
+def test_collectives_inside_the_function_under_pmap(square):
+    def fn(p, x):
+        return lax.pmean(x @ p["w"], "d")
+
+    xs = jnp.stack([X * i for i in range(4)])
+    actual = jax.pmap(lora_jax.lora(fn), "d", in_axes=(None, 0))(square, xs)
+    assert_close(actual, jax.pmap(fn, "d", in_axes=(None, 0))(lora_jax.merge(square), xs))
+
+
+def test_side_effects_and_dropped_outputs_survive(square, capfd):
+    def fn(p, x):
+        jax.debug.print("norm {n}", n=(x @ p["w"]).sum() * 0)
+        top, _ = lax.top_k(x @ p["w"], 2)
+        return top
+
+    assert_oracle(fn, square, X)
+    jax.effects_barrier()
+    assert "norm" in capfd.readouterr().out
+
+
+def test_static_arguments_methods_and_rngs_reach_the_function():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool, mode: str = "a"):
+            assert mode in "ab"
+            return nn.Dropout(0.5, deterministic=not train)(nn.Dense(8, name="query")(x))
+
+        def double(self, x):
+            return 2 * self(x, False)
+
+    net = Net()
+    variables = net.init(jax.random.key(0), X, False)
+    lora_params = randomize_b(lora_jax.lorafy(variables["params"], 2))
+    adapted, merged = lora_jax.lora(net.apply), {"params": lora_jax.merge(lora_params)}
+    variables = {"params": lora_params}
+    rngs = {"dropout": jax.random.key(3)}
+    assert_close(adapted(variables, X, False, mode="b"), net.apply(merged, X, False, mode="b"))
+    assert_close(adapted(variables, X, True, rngs=rngs), net.apply(merged, X, True, rngs=rngs))
+    assert_close(adapted(variables, X, method=Net.double), net.apply(merged, X, method=Net.double))
+    whole = lora_jax.lora(net.apply)(
+        lora_jax.lorafy(net.init(jax.random.key(0), X, False)), X, False
+    )
+    assert_close(whole, net.apply(net.init(jax.random.key(0), X, False), X, False))
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_lora_of_something_else_raises():
+    with pytest.raises(TypeError, match="expected a function, got int"):
+        lora_jax.lora(3)
+    with pytest.raises(ValueError, match="on_materialize='maybe'"):
+        lora_jax.lora(lambda p: p, on_materialize="maybe")
+
+
+def test_a_call_without_lora_params_raises(square):
+    with pytest.raises(ValueError, match="without a LoraParams"):
+        lora_jax.lora(lambda p, x: x @ p["w"])(square.base, X)
+
+
+def test_a_function_that_uses_no_adapted_weight_raises(square):
+    w = square.base["w"]
+    with pytest.raises(ValueError, match="uses none of the 1 adapted leaves: w"):
+        lora_jax.lora(lambda p, x: x @ w)(square, X)
+    full = lora_jax.lorafy(square.base, targets=[], full="w")
+    with pytest.raises(ValueError, match="uses none of the 1 adapted leaves: w"):
+        lora_jax.lora(lambda p, x: x)(full, X)
+
+
+def test_one_unused_weight_among_used_ones_is_fine(square):
+    params = {"w": square.base["w"], "v": square.base["w"] + 1}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*"))
+    assert_oracle(lambda p, x: x @ p["w"], lora_params, X)
+
+
+def test_a_function_that_returns_the_weight_raises(square):
+    with pytest.raises(NotImplementedError, match="is returned by the function"):
+        lora_jax.lora(lambda p, x: (x @ p["w"], p["w"]))(square, X)
+
+
+def test_full_leaves_are_trained_and_cast(square):
+    params = {"w": square.base["w"], "head": jnp.ones((8, 3), jnp.bfloat16)}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets="w", full="head"))
+
+    def fn(p, x):
+        assert p["head"].dtype == jnp.bfloat16
+        return x @ p["w"] @ p["head"].astype(jnp.float32)
+
+    assert_oracle(fn, lora_params, X)
+    grads = lora_jax.value_and_grad(loss_of(lora_jax.lora(fn)))(lora_params, X)[1]
+    assert np.any(grads.full["head"])
+
+
+def test_every_case_runs_eagerly(square):
+    case = CASES["plain dict"]()
+    lora_params = case.lorafy()
+    assert_close(
+        lora_jax.lora(case.fn)(lora_params, case.x), case.fn(lora_jax.merge(lora_params), case.x)
+    )
