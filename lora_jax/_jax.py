@@ -10,7 +10,7 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import eval_jaxpr
 from jax.extend import core
@@ -19,9 +19,9 @@ Literal = core.Literal
 _DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
 
 
-def literal(atom: core.Literal) -> jax.Array:
-    """The value of a literal as an array of its type."""
-    return jnp.asarray(atom.val, getattr(atom.aval, "dtype", None))
+def literal(atom: core.Literal) -> np.ndarray:
+    """The value of a literal as an array of its type, which a Python number would not keep."""
+    return np.asarray(atom.val, getattr(atom.aval, "dtype", None))
 
 
 def is_drop(var: Any) -> bool:
@@ -101,13 +101,16 @@ def rebind_remat(
     in_widths: Sequence[int],
 ) -> list[Any]:
     """Bind a ``checkpoint`` equation again around another body: policy and region are kept."""
-    jaxpr = jax.make_jaxpr(lambda *args: [x for group in body(*args) for x in group])(*args)
-    assert not jaxpr.consts, "a remat body closes over nothing"
-    params = dict(eqn.params, jaxpr=jaxpr.jaxpr)
-    if isinstance(params["prevent_cse"], tuple):  # jax >= 0.10: one flag an operand
+    closed = jax.make_jaxpr(lambda *args: [x for group in body(*args) for x in group])(*args)
+    jaxpr = closed.jaxpr  # a region takes its constants as operands
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    region = core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, _DEBUG_INFO)
+    params = dict(eqn.params, jaxpr=region)
+    if isinstance(params["prevent_cse"], tuple):  # one flag an operand
         repeated = zip(params["prevent_cse"], in_widths, strict=True)
-        params["prevent_cse"] = tuple(x for x, width in repeated for _ in range(width))
-    return eqn.primitive.bind(*args, **params)
+        flags = [x for x, width in repeated for _ in range(width)]
+        params["prevent_cse"] = (*[False] * len(closed.consts), *flags)
+    return eqn.primitive.bind(*closed.consts, *args, **params)
 
 
 _LIBRARIES = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, flax, optax))

@@ -82,6 +82,21 @@ def test_remat_saves_the_memory_it_saved_before():
     assert temp(functools.partial(jax.checkpoint, prevent_cse=False)) < 0.6 * temp(lambda f: f)
 
 
+@pytest.mark.parametrize("prevent_cse", [True, (True, False)])
+def test_remat_around_constants_and_a_loop(square, prevent_cse):
+    table = jnp.linspace(0.5, 1.5, 8)
+
+    def fn(p, x):
+        @functools.partial(jax.checkpoint, prevent_cse=prevent_cse)
+        def region(w, x):
+            step = lambda x, k: (jnp.tanh(x @ w) * table[None] + k, None)  # noqa: E731
+            return lax.scan(step, x, jnp.arange(2.0))[0]
+
+        return region(p["w"], x)
+
+    assert_oracle(fn, square, X)
+
+
 def test_remat_of_a_gradient_taken_inside(square):
     def fn(p, x):
         f = jax.checkpoint(lambda x: jnp.sin(x @ p["w"]).sum())

@@ -45,14 +45,6 @@ def _rebuild(ctx: Context, eqn, values, jaxpr, rebind):
     return [jax.tree.unflatten(t, [next(rest) for _ in range(t.num_leaves)]) for t in out_trees]
 
 
-def _typed(eqn, values) -> list[Any]:
-    """Literal operands as arrays of their type, which Python numbers would not keep."""
-    return [
-        _jax.literal(atom) if isinstance(atom, _jax.Literal) else v
-        for atom, v in zip(eqn.invars, values, strict=True)
-    ]
-
-
 def _signature(v: Any) -> Any:
     leaves, tree = jax.tree.flatten(v)
     return tree, [(x.shape, x.dtype) for x in leaves]
@@ -93,7 +85,6 @@ def _stable_carry(
 @rule("while")
 def while_loop(ctx: Context, eqn, values):
     """Constants are closed over by condition and body."""
-    values = _typed(eqn, values)
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
     init, step = _stable_carry(
@@ -112,7 +103,7 @@ def while_loop(ctx: Context, eqn, values):
 @rule("cond")
 def cond(ctx: Context, eqn, values):
     """Every branch over the split weights; their results must have one type."""
-    index, *operands = _typed(eqn, values)
+    index, *operands = values
 
     def branch(jaxpr):
         return lambda *args: evaluate(ctx, jaxpr, list(args))
@@ -137,7 +128,6 @@ def cond(ctx: Context, eqn, values):
 @rule("scan")
 def scan(ctx: Context, eqn, values):
     """Stacked weights ride along as xs, closed-over ones as constants."""
-    values = _typed(eqn, values)
     n_consts, n_carry = _jax.scan_counts(eqn)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     split = [_split_leading(v) for v in values[n_consts + n_carry :]]

@@ -25,17 +25,28 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     env.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, _jax.Literal) else env[atom]
+        return _jax.literal(atom) if isinstance(atom, _jax.Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
+    last_use = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        last_use.update((atom, i) for atom in eqn.invars if not isinstance(atom, _jax.Literal))
+    for atom in jaxpr.outvars:
+        if not isinstance(atom, _jax.Literal):
+            last_use.pop(atom, None)
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        values = [None if isinstance(atom, _jax.Literal) else env[atom] for atom in eqn.invars]
         if not any(isinstance(v, LoraArray) for v in values):
             outputs = _jax.bind(eqn, values)
         else:
             apply = RULES.get(eqn.primitive.name)
+            values = [read(atom) for atom in eqn.invars]
             with eqn.ctx.manager:
                 outputs = NotImplemented if apply is None else apply(ctx, eqn, values)
                 if outputs is NotImplemented:
                     outputs = ctx.materialize_all(eqn, values)
         env.update(zip(eqn.outvars, outputs, strict=True))
+        for atom in eqn.invars:  # run eagerly, what nobody reads again would stay in memory
+            if not isinstance(atom, _jax.Literal) and last_use.get(atom) == i:
+                env.pop(atom, None)
     return [read(atom) for atom in jaxpr.outvars]
