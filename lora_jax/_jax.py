@@ -3,15 +3,14 @@
 Seen on jax 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import importlib.util
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 import numpy as np
-import optax
 from jax.core import eval_jaxpr
 from jax.extend import core
 
@@ -113,7 +112,13 @@ def rebind_remat(
     return eqn.primitive.bind(*closed.consts, *args, **params)
 
 
-_LIBRARIES = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, flax, optax))
+def _folder(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    return os.path.dirname(str(spec and spec.origin)) + os.sep
+
+
+_OWN = os.path.dirname(__file__) + os.sep
+_JAX, *_OTHERS = (_folder(package) for package in ("jax", "flax", "optax"))
 
 
 def source_line(eqn: core.JaxprEqn) -> str:
@@ -121,16 +126,10 @@ def source_line(eqn: core.JaxprEqn) -> str:
 
     The innermost frame outside JAX, Flax and this package; failing that, the innermost of all.
     """
-    own = os.path.dirname(__file__) + os.sep
     trace = eqn.source_info.traceback
-    if trace is None:
-        return "(source line unknown)"
-    frames = [
-        frame
-        for frame in traceback.extract_tb(trace.as_python_traceback())
-        if not frame.filename.startswith((*_LIBRARIES[:1], own))
-    ]
-    users = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    frames = [] if trace is None else traceback.extract_tb(trace.as_python_traceback())
+    frames = [frame for frame in frames if not frame.filename.startswith((_JAX, _OWN))]
+    users = [frame for frame in frames if not frame.filename.startswith(tuple(_OTHERS))]
     if not frames:
         return "(source line unknown)"
     frame = (users or frames)[-1]

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from lora_jax._params import Adapter, Factors, LoraParams
-from lora_jax._paths import PyTree
+from lora_jax._paths import PyTree, is_flax
 
 
 def labels(params: PyTree) -> PyTree:
@@ -36,7 +35,7 @@ def labels(params: PyTree) -> PyTree:
         >>> base, adapter.factors["query/kernel"].a, adapter.factors["query/kernel"].scale
         ('frozen', 'lora', 'frozen')
     """
-    if isinstance(params, nnx.State) and params.keys() == {"base", "adapter"}:
+    if is_flax(params, "nnx", "State") and params.keys() == {"base", "adapter"}:
         return _label_state(params)
     nodes, tree = jax.tree.flatten(params, is_leaf=_is_lora)
     if not any(map(_is_lora, nodes)):
@@ -55,8 +54,9 @@ def _label(lora_params: LoraParams) -> LoraParams:
     return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
 
 
-def _label_state(state: nnx.State) -> nnx.State:
+def _label_state(state: Any) -> Any:
     """The labels of a LoraParams that has become a State: by the names of its fields."""
+    from flax import nnx
 
     def label(path, leaf):
         del leaf

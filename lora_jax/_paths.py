@@ -6,12 +6,11 @@ the path.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
-from flax import nnx
-from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 PyTree: TypeAlias = Any
@@ -19,7 +18,13 @@ PyTree: TypeAlias = Any
 
 def is_box(x: Any) -> bool:
     """Whether ``x`` is Flax metadata around an array, rather than an array or a container."""
-    return isinstance(x, meta.AxisMetadata | nnx.Variable)
+    return is_flax(x, "core.meta", "AxisMetadata") or is_flax(x, "nnx", "Variable")
+
+
+def is_flax(x: Any, module: str, name: str) -> bool:
+    """Whether ``x`` is of a Flax type; before Flax is imported nothing can be."""
+    flax = sys.modules.get(f"flax.{module}")
+    return flax is not None and isinstance(x, getattr(flax, name))
 
 
 def _name(key: Any) -> str:
