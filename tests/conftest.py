@@ -22,8 +22,15 @@ def strict_promotion():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    """Compiled programs of one module are of no use to the next, and take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def standard_promotion():
     """For tests through libraries that mix dtypes: Flax's norms, Optax's schedules."""
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -104,15 +104,17 @@ def test_nnx_state_merges_into_a_state_that_runs():
     assert np.isfinite(case.fn(merged, case.x)).all()
 
 
-def test_the_memory_of_a_stack_is_one_layer():
-    stack, inner = 16, 128 * 128 * 4
-    lora_params = adapted((stack, 128, 128), "bio", jnp.bfloat16)
-    f = lora_params.adapter.factors["w"]
-    for donate in (False, True):
-        lowered = _jitted(None, donate).lower(lora_params.base["w"], f, loop=True)
-        analysis = lowered.compile().memory_analysis()
-        assert analysis.temp_size_in_bytes <= 3 * inner
-        assert analysis.alias_size_in_bytes == (stack * inner / 2 if donate else 0)
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_memory_of_a_stack_is_one_layer(dtype, donate):
+    layer = 128 * 128 * 4  # one product in float32
+    lora_params = adapted((16, 128, 128), "bio", dtype)
+    w, f = lora_params.base["w"], lora_params.adapter.factors["w"]
+    analysis = _jitted(None, donate).lower(w, f, loop=True).compile().memory_analysis()
+    # Before jax 0.11, XLA for CPUs copies a bfloat16 loop state once, in bfloat16.
+    copy = w.nbytes if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11) else 0
+    assert analysis.temp_size_in_bytes <= 3 * layer + copy < 16 * layer
+    assert analysis.alias_size_in_bytes == (w.nbytes if donate else 0)
 
 
 def test_donation_takes_the_adapted_arrays_and_no_others():
