@@ -96,7 +96,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     References:
         Hu et al., arXiv:2106.09685, section 4.1: only A and B are trainable.
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no subclass
         raise TypeError(
             f"optimizer: expected an Optax transformation such as optax.adamw(3e-4), got {tx!r}"
         )

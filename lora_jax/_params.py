@@ -93,7 +93,7 @@ class LoraParams:
         The last line is the total, as PEFT prints it.
         """
         rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
-        leaves = flatten(self.base)[0]
+        leaves = check(self)
         for path, f in self.adapter.factors.items():
             shape = "x".join(map(str, leaves[path].shape))
             scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"

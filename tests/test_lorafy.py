@@ -214,6 +214,8 @@ def test_repr_and_summary_count_like_peft(params):
     assert table[2].split() == ["layer_0/query/kernel", "16x16", "io", "2", "8", "64"]
     assert table[4].split() == ["layer_0/norm/scale", "16", "-", "full", "-", "16"]
     assert table[-1] == line
+    with pytest.raises(TypeError, match="lora_jax.combine"):
+        lora_jax.split(lora_params)[1].summary()
     assert "base=None" in repr(lora_jax.LoraParams(None, 0))
     assert "adapter=Adapter" in repr(lora_jax.labels(lora_params))
     assert "lm_head" not in repr(jax.eval_shape(lambda: lora_params))

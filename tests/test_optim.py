@@ -120,6 +120,22 @@ def test_decay_and_clipping_see_the_adapter_only():
     np.testing.assert_allclose(u.b, 1 + 0.5 * f.b, rtol=1e-6)
 
 
+def test_accumulation_over_steps_inside_and_outside():
+    lora_params = randomize_b(lora_jax.lorafy({"query": jnp.ones((4, 4))}, 2))
+    grads = jax.tree.map(jnp.ones_like, lora_params)
+    inside = lora_jax.optimizer(optax.MultiSteps(optax.sgd(1.0), 2))
+    outside = optax.MultiSteps(lora_jax.optimizer(optax.sgd(1.0)), 2)
+    for tx in (inside, outside):
+        params, opt_state = lora_params, tx.init(lora_params)
+        for _ in range(2):
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        f, g = lora_params.adapter.factors["query"], params.adapter.factors["query"]
+        np.testing.assert_allclose(g.b, f.b - 1, rtol=1e-6)
+        assert bits(params.base) == bits(lora_params.base)
+        assert g.scale == f.scale
+
+
 def test_gradients_of_base_and_scale_are_zeros():
     case = einsum_case()
     grads = jax.grad(loss_of(lora_jax.lora(case.fn)))(case.lorafy(), case.x)

@@ -436,3 +436,14 @@ def test_every_case_runs_eagerly(square):
     assert_close(
         lora_jax.lora(case.fn)(lora_params, case.x), case.fn(lora_jax.merge(lora_params), case.x)
     )
+
+
+def test_the_error_inside_a_library_function_names_the_users_line(square):
+    fn = lambda p, x: x @ jnp.nan_to_num(p["w"])  # noqa: E731
+    with pytest.raises(NotImplementedError, match=rf"at {__file__}:\d+ \(<lambda>\): fn = "):
+        lora_jax.lora(fn)(square, X)
+
+
+def test_a_materialized_use_says_nothing_about_the_layout(square):
+    fn = lambda p, x: jnp.sin(p["w"])[:4] + x @ p["w"].T  # noqa: E731
+    assert_oracle(fn, square, X, on_materialize="allow")

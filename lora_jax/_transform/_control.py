@@ -58,7 +58,6 @@ def _stable_carry(
     An adapted weight may be carried where a step hands it on as it came; one that changes its
     form is materialized, before the loop or at the end of a step.
     """
-    source = _jax.source_line(eqn)
     why = f"changes its form while it is carried through {eqn.primitive.name!r}"
     while True:
         out = jax.eval_shape(step, init)
@@ -69,11 +68,11 @@ def _stable_carry(
         ]
         if not changed:
             break
-        init = [ctx.materialize(v, why, source) if i in changed else v for i, v in enumerate(init)]
+        init = [ctx.materialize(v, why) if i in changed else v for i, v in enumerate(init)]
 
     def stable(carry):
         return [
-            ctx.materialize(v, why, source)
+            ctx.materialize(v, why)
             if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
             else v
             for v, old in zip(step(carry), init, strict=True)
@@ -114,11 +113,11 @@ def cond(ctx: Context, eqn, values):
         all(_signature(v) == _signature(column[0]) for v in column)
         for column in zip(*shapes, strict=True)
     ]
-    why, source = "leaves the branches of 'cond' in different forms", _jax.source_line(eqn)
+    why = "leaves the branches of 'cond' in different forms"
 
     def joined(f):
         return lambda *args: [
-            v if ok or not isinstance(v, LoraArray) else ctx.materialize(v, why, source)
+            v if ok or not isinstance(v, LoraArray) else ctx.materialize(v, why)
             for v, ok in zip(f(*args), same, strict=True)
         ]
 
@@ -132,7 +131,6 @@ def scan(ctx: Context, eqn, values):
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     split = [_split_leading(v) for v in values[n_consts + n_carry :]]
     moving, rebuild = [m for m, _ in split], [f for _, f in split]
-    source = _jax.source_line(eqn)
 
     def body(carry, xs):
         xs = [f(x) for f, x in zip(rebuild, xs, strict=True)]
@@ -149,7 +147,7 @@ def scan(ctx: Context, eqn, values):
         outputs = [
             v
             if not isinstance(v, LoraArray) or (i < n_carry and isinstance(carry[i], LoraArray))
-            else ctx.materialize(v, why, source)
+            else ctx.materialize(v, why)
             for i, v in enumerate(outputs)
         ]
         return outputs[:n_carry], outputs[n_carry:]

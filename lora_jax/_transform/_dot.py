@@ -105,7 +105,7 @@ def dot_general(ctx: Context, eqn, values):
         v, x = values[side], values[1 - side]
         if not isinstance(v, LoraArray):
             continue
-        ctx.use(eqn, v, contracting[side], batch[side])
+        ctx.use(v, contracting[side], batch[side])
         meets = (*contracting[side], *batch[side])
         met = (*contracting[1 - side], *batch[1 - side])
         x_labels = [("x", i) for i in range(len(x.shape))]

@@ -41,10 +41,12 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         else:
             apply = RULES.get(eqn.primitive.name)
             values = [read(atom) for atom in eqn.invars]
+            ctx.eqns.append(eqn)
             with eqn.ctx.manager:
                 outputs = NotImplemented if apply is None else apply(ctx, eqn, values)
                 if outputs is NotImplemented:
-                    outputs = ctx.materialize_all(eqn, values)
+                    outputs = ctx.materialize_all(values)
+            ctx.eqns.pop()
         env.update(zip(eqn.outvars, outputs, strict=True))
         for atom in eqn.invars:  # run eagerly, what nobody reads again would stay in memory
             if not isinstance(atom, _jax.Literal) and last_use.get(atom) == i:

@@ -14,7 +14,7 @@ from lora_jax._params import LoraParams, check
 from lora_jax._paths import flatten
 from lora_jax._transform import _control, _dot, _move  # noqa: F401  (their rules register)
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._rules import Context, OnMaterialize
+from lora_jax._transform._rules import MATERIALIZE, Context, OnMaterialize
 from lora_jax._transform._value import Delta, LoraArray
 
 
@@ -89,9 +89,7 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
         ctx = Context(on_materialize)
         results = evaluate(ctx, closed, values)
         results = [
-            ctx.materialize(v, "is returned by the function", "its return statement")
-            if isinstance(v, LoraArray)
-            else v
+            ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
             for v in results
         ]
         invars = iter(_jax.read_inputs(closed))
@@ -150,7 +148,9 @@ def _check_uses(ctx: Context, owner: int, lora_params: LoraParams, read: set[str
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch = (big.intersection(role_axes(f.layout, role)) for role in "ib")
-        uses = [use for use in ctx.uses_of(owner, path) if use.primitive != "materialize"]
+        uses = ctx.uses_of(owner, path)
+        if any(use.primitive == MATERIALIZE for use in uses):
+            continue  # what was read there is not known
         if uses and not any((big & use.contracted) - batch == inputs for use in uses):
             use = uses[0]
             seen = "".join(

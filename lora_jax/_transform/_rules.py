@@ -11,6 +11,7 @@ from lora_jax._transform._value import LoraArray
 OnMaterialize = Literal["error", "warn", "allow"]
 Rule = Callable[["Context", Any, list[Any]], Any]
 RULES: dict[str, Rule] = {}
+MATERIALIZE = "materialize"  # the primitive of a Use that built the whole weight
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -37,7 +38,7 @@ class Use:
         primitive: that reads it.
         contracted: the axes of the weight's leaf that are summed over.
         free: the axes of the leaf that the result has, and the other operand has not.
-        source: the line of the user's code.
+        eqns: the equation that reads it, inside those it is part of, outermost first.
     """
 
     owner: int
@@ -45,7 +46,12 @@ class Use:
     primitive: str
     contracted: frozenset[int]
     free: frozenset[int]
-    source: str
+    eqns: tuple[Any, ...]
+
+    @property
+    def source(self) -> str:
+        """The line of the user's code: that of the innermost equation which has one."""
+        return next(filter(None, map(_jax.source_line, reversed(self.eqns))), "an unknown line")
 
     def role(self, axis: int) -> str:
         """The letter of the leaf's axis in this use: scanned and matched ones are batch axes."""
@@ -54,51 +60,60 @@ class Use:
 
 @dataclass
 class Context:
-    """One run of ``lora(fn)``: its policy, and what it has seen of the adapted weights."""
+    """One run of ``lora(fn)``: its policy, and what it has seen of the adapted weights.
+
+    Attributes:
+        on_materialize: the policy.
+        uses: every use so far.
+        eqns: the equations under evaluation, outermost first.
+        warned: the materializations that a warning was given for.
+    """
 
     on_materialize: OnMaterialize
     uses: list[Use] = field(default_factory=list)
-    materialized: set[str] = field(default_factory=set)
+    eqns: list[Any] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
-    def use(self, eqn, v: LoraArray, contracted: Sequence[int], batch: Sequence[int]) -> None:
-        """Record that ``eqn`` reads ``v``, summing over its axes ``contracted``."""
+    def use(self, v: LoraArray, contracted: Sequence[int], batch: Sequence[int]) -> None:
+        """Record that the present equation reads ``v``, summing over its axes ``contracted``."""
         free = [i for i in range(len(v.shape)) if i not in contracted and i not in batch]
         axes = [frozenset(k for i in group for k in v.origins[i]) for group in (contracted, free)]
-        source = _jax.source_line(eqn)
-        self.uses.append(Use(v.owner, v.path, eqn.primitive.name, *axes, source=source))
+        name = self.eqns[-1].primitive.name
+        self.uses.append(Use(v.owner, v.path, name, *axes, eqns=tuple(self.eqns)))
 
     def uses_of(self, owner: int, path: str) -> list[Use]:
         """The recorded uses of one weight."""
         return [use for use in self.uses if (use.owner, use.path) == (owner, path)]
 
-    def materialize(self, v: LoraArray, why: str, source: str) -> Any:
+    def materialize(self, v: LoraArray, why: str) -> Any:
         """``W + scale * a b`` itself, if the policy allows it.
 
         Raises:
             NotImplementedError: it does not.
         """
-        message = (
-            f"lora: the weight {v.path!r} {v.w.dtype}{list(v.shape)} {why}, at {source}\n"
-            "There the whole W + (alpha / rank) A B would have to be built. Either keep it out: "
-            f"lorafy(..., exclude={v.path!r}); or allow it, at the cost of its memory: "
-            "lora(fn, on_materialize='allow') (or 'warn')."
-        )
-        if self.on_materialize == "error":
-            raise NotImplementedError(message)
-        if self.on_materialize == "warn" and message not in self.materialized:
-            warnings.warn(message, stacklevel=2)
-        self.materialized.add(message)
-        self.uses.append(Use(v.owner, v.path, "materialize", frozenset(), frozenset(), source))
+        use = Use(v.owner, v.path, MATERIALIZE, frozenset(), frozenset(), tuple(self.eqns))
+        self.uses.append(use)
+        if self.on_materialize != "allow":
+            message = (
+                f"lora: the weight {v.path!r} {v.w.dtype}{list(v.shape)} {why}"
+                f"{f', at {use.source}' if use.eqns else ''}\n"
+                "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
+                f"out: lorafy(..., exclude={v.path!r}); or allow it, at the cost of its memory: "
+                "lora(fn, on_materialize='allow') (or 'warn')."
+            )
+            if self.on_materialize == "error":
+                raise NotImplementedError(message)
+            if message not in self.warned:
+                warnings.warn(message, stacklevel=2)
+            self.warned.add(message)
         return v.dense()
 
-    def materialize_all(self, eqn, values: Sequence[Any]) -> list[Any]:
-        """The outputs of an equation that has no rule, on materialized weights."""
+    def materialize_all(self, values: Sequence[Any]) -> list[Any]:
+        """The outputs of the present equation, which has no rule, on materialized weights."""
+        eqn = self.eqns[-1]
         name = eqn.primitive.name
         why = f"reaches {name!r}, which has no low-rank rule"
         if name.startswith(("custom_jvp", "custom_vjp")):
             why = f"enters a function with a custom derivative ({name!r}), whose rule must be kept"
-        source = _jax.source_line(eqn)
-        plain = [
-            self.materialize(v, why, source) if isinstance(v, LoraArray) else v for v in values
-        ]
+        plain = [self.materialize(v, why) if isinstance(v, LoraArray) else v for v in values]
         return _jax.bind(eqn, plain)
