@@ -3,6 +3,7 @@
 Seen on jax 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import functools
 import importlib.util
 import os
 import traceback
@@ -10,17 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 Literal = core.Literal
 _DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
 
 
-def literal(atom: core.Literal) -> np.ndarray:
-    """The value of a literal as an array of its type, which a Python number would not keep."""
-    return np.asarray(atom.val, getattr(atom.aval, "dtype", None))
+def literal(atom: core.Literal) -> jax.Array:
+    """The value of a literal as an array of its type, weak if that is."""
+    weak = getattr(atom.aval, "weak_type", False)
+    return jnp.asarray(atom.val, None if weak else getattr(atom.aval, "dtype", None))
 
 
 def is_drop(var: Any) -> bool:
@@ -45,12 +48,34 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [None if is_drop(v) else next(results) for v in eqn.outvars]
 
 
-def read_inputs(closed: Any) -> list[bool]:
-    """For each input of a jaxpr, whether anything reads it."""
+def trace(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, list[Any], Any]:
+    """Trace ``fn``: its jaxpr without what no output needs, constants to put first, output tree.
+
+    NNX hands a scanned layer's parameters back as outputs of the scan, where nobody reads them.
+    """
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    jaxpr = _open(closed)
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return jaxpr, list(closed.consts), jax.tree.structure(out)
+
+
+def _open(closed: Any) -> core.Jaxpr:
+    """A jaxpr whose constants are its first inputs."""
     jaxpr = closed.jaxpr
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    return core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, _DEBUG_INFO)
+
+
+def read_inputs(jaxpr: core.Jaxpr) -> list[bool]:
+    """For each input of a jaxpr, whether anything reads it."""
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
     read.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
     return [v in read for v in jaxpr.invars]
+
+
+def name_stack(eqn: core.JaxprEqn) -> str:
+    """The user's named scopes around an equation, as ``jax.named_scope`` takes them."""
+    return str(eqn.source_info.name_stack)
 
 
 def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
@@ -69,8 +94,10 @@ def rebind_jit(
 ) -> list[Any]:
     """Bind a ``jit`` equation again around another body: name and options are kept.
 
-    Operand ``i`` of the equation has become ``in_widths[i]`` operands. ``body`` gives its outputs
-    as a list of lists: output ``j`` of the equation has become as many values as list ``j`` has.
+    Operand ``i`` of the equation has become ``in_widths[i]`` operands, of which the first is what
+    it was: a sharding or layout asked for is that one's, and the others have what they come with.
+    ``body`` gives its outputs as a list of lists: output ``j`` of the equation has become as many
+    values as list ``j`` has.
     """
     out_widths: list[int] = []
 
@@ -81,16 +108,26 @@ def rebind_jit(
 
     jaxpr = jax.make_jaxpr(flat_body)(*args)
     params = dict(eqn.params, jaxpr=jaxpr)
-    for name, widths in (
-        ("in_shardings", in_widths),
-        ("in_layouts", in_widths),
-        ("donated_invars", in_widths),
-        ("out_shardings", out_widths),
-        ("out_layouts", out_widths),
+    for name, widths, unset in (
+        ("in_shardings", in_widths, _unspecified()),
+        ("in_layouts", in_widths, None),
+        ("donated_invars", in_widths, False),
+        ("out_shardings", out_widths, _unspecified()),
+        ("out_layouts", out_widths, None),
     ):
-        repeated = zip(params[name], widths, strict=True)
-        params[name] = tuple(x for x, width in repeated for _ in range(width))
+        params[name] = tuple(
+            x if i == 0 else unset
+            for x, width in zip(params[name], widths, strict=True)
+            for i in range(width)
+        )
     return eqn.primitive.bind(*args, **params)
+
+
+@functools.cache
+def _unspecified() -> Any:
+    """JAX's mark for a sharding that nobody asked for."""
+    (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
+    return eqn.params["in_shardings"][0]
 
 
 def rebind_remat(
@@ -101,10 +138,7 @@ def rebind_remat(
 ) -> list[Any]:
     """Bind a ``checkpoint`` equation again around another body: policy and region are kept."""
     closed = jax.make_jaxpr(lambda *args: [x for group in body(*args) for x in group])(*args)
-    jaxpr = closed.jaxpr  # a region takes its constants as operands
-    invars = [*jaxpr.constvars, *jaxpr.invars]
-    region = core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, _DEBUG_INFO)
-    params = dict(eqn.params, jaxpr=region)
+    params = dict(eqn.params, jaxpr=_open(closed))  # a region takes its constants as operands
     if isinstance(params["prevent_cse"], tuple):  # one flag an operand
         repeated = zip(params["prevent_cse"], in_widths, strict=True)
         flags = [x for x, width in repeated for _ in range(width)]

@@ -132,8 +132,8 @@ def _stacked(path: str, shape: Sequence[int], leaves: Mapping[str, Any]) -> bool
         ]
         if any(len(s) == 1 for s in vectors):
             return False
-        if vectors and all(s[0] == shape[0] for s in vectors):
-            return True
+        if vectors and all(s and s[0] == shape[0] for s in near.values()):
+            return True  # every leaf of a stack has the layers in front
         if any(len(s) == 2 and p.endswith("/kernel") for p, s in near.items()):
             return False
     return None
@@ -163,6 +163,8 @@ def conventional(path: str, leaf: Any, leaves: Mapping[str, Any]) -> str:
         choices = "'bio' (stacked [layers, in, out]), 'ioo' ([in, heads, head_dim]), 'iio'"
     else:
         choices = "such as 'iiio' for a convolution, 'bioo' for stacked attention kernels"
+    if attention and kernel_axes == len(attention):
+        choices += f"; {attention!r} if it is an attention kernel of one layer"
     raise ValueError(
         f"{path}: the axes of its shape {shape} are ambiguous by Flax's naming conventions. Say "
         f"which are inputs, outputs and batch, one letter an axis: layout={{{path!r}: ...}} with "

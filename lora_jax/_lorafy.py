@@ -97,6 +97,8 @@ def lorafy(
     layout = {} if layout is None else layout
     if not isinstance(layout, Mapping):
         raise TypeError(f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     check_patterns(layout, "layout", leaves)
 
     chosen, whole = _choose(leaves, targets, exclude, full, layout)

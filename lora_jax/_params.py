@@ -166,7 +166,8 @@ def check(lora_params: LoraParams) -> dict[str, Any]:
 
 def _check_factors(path: str, f: Factors, weight: Any) -> None:
     for name in ("a", "b", "scale"):
-        if not is_array(getattr(f, name)) and not isinstance(getattr(f, name), int | float):
+        is_number = name == "scale" and isinstance(f.scale, int | float)
+        if not is_array(getattr(f, name)) and not is_number:
             raise TypeError(
                 f"adapter.factors[{path!r}].{name} is {type(getattr(f, name)).__name__}, expected "
                 "an array. After lora_jax.split, put the two halves together again with "

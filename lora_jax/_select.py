@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from lora_jax._layout import QUERY_VALUE, is_embedding, is_head, why_not
 from lora_jax._paths import nearest
 
-Selector = str | Callable[[str, Any], bool | int] | Iterable[Any] | None
+Selector = str | re.Pattern[str] | Callable[[str, Any], bool | int] | Iterable[Any] | None
 
 
-def _compile(pattern: str, argument: str) -> re.Pattern[str]:
+def _compile(pattern: str | re.Pattern[str], argument: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -40,7 +42,7 @@ def select(
             does not count, and lists the nearest paths.
         TypeError: the selector is of none of the kinds.
     """
-    if isinstance(selector, str):
+    if isinstance(selector, str | re.Pattern):
         return _select_pattern(selector, leaves, blocked, argument)
     if callable(selector):
         return _select_callable(selector, leaves, blocked, argument)
@@ -56,7 +58,10 @@ def select(
 
 
 def _select_pattern(
-    pattern: str, leaves: Mapping[str, Any], blocked: Mapping[str, str], argument: str
+    pattern: str | re.Pattern[str],
+    leaves: Mapping[str, Any],
+    blocked: Mapping[str, str],
+    argument: str,
 ) -> dict[str, bool | int]:
     if pattern == "all-linear":
         matched = [p for p in leaves if not is_embedding(p) and not is_head(p)]
@@ -72,7 +77,7 @@ def _select_pattern(
         able = [p for p in leaves if p not in blocked]
         raise ValueError(
             f"{argument}={pattern!r} selects nothing. {met}\nPatterns are matched in full; the "
-            f"nearest paths that could be selected: {nearest(pattern, able)}"
+            f"nearest paths that could be selected: {nearest(str(pattern), able)}"
         )
     return dict[str, bool | int].fromkeys(free, True)
 
@@ -86,6 +91,7 @@ def _select_callable(
     chosen = {}
     for path, leaf in leaves.items():
         answer = function(path, leaf) if path not in blocked else False
+        answer = answer.item() if isinstance(answer, np.bool_ | np.integer) else answer
         if not isinstance(answer, bool | int):
             raise TypeError(
                 f"{argument}: the callable returned {answer!r} for {path!r}; expected a bool or "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 
@@ -75,6 +76,10 @@ def test_lists_callables_and_exclude(params):
     assert paths(chosen) == ["layer_0/up/kernel"]
     chosen = lora_jax.lorafy(params, targets=lambda path, leaf: 3 if "up" in path else False)
     assert chosen.adapter.factors["layer_0/up/kernel"].rank == 3
+    chosen = lora_jax.lorafy(params, targets=lambda path, leaf: np.prod(leaf.shape) > 1000)
+    assert paths(chosen) == ["layer_0/up/kernel"]
+    chosen = lora_jax.lorafy(params, targets=re.compile(".*UP/.*", re.IGNORECASE))
+    assert paths(chosen) == ["layer_0/up/kernel"]
     chosen = lora_jax.lorafy(params, targets="all-linear", exclude=[".*query.*", ".*up.*"])
     assert paths(chosen) == ["layer_0/value/kernel"]
     chosen = lora_jax.lorafy(params, exclude=".*query.*")
@@ -214,7 +219,7 @@ def test_repr_and_summary_count_like_peft(params):
     assert table[2].split() == ["layer_0/query/kernel", "16x16", "io", "2", "8", "64"]
     assert table[4].split() == ["layer_0/norm/scale", "16", "-", "full", "-", "16"]
     assert table[-1] == line
-    with pytest.raises(TypeError, match="lora_jax.combine"):
+    with pytest.raises(TypeError, match=r"lora_jax.combine"):
         lora_jax.split(lora_params)[1].summary()
     assert "base=None" in repr(lora_jax.LoraParams(None, 0))
     assert "adapter=Adapter" in repr(lora_jax.labels(lora_params))
@@ -240,6 +245,18 @@ CONVENTIONS = [
         "a/query/kernel",
         "ioo",
     ),
+]
+
+
+# Vectors of [heads, head_dim] beside attention kernels do not make a stack.
+QK_NORM = {
+    "query": {"kernel": kernel(8, 2, 4)},
+    "q_norm": {"scale": kernel(2, 4)},
+    "out": {"kernel": kernel(2, 4, 8)},
+}
+CONVENTIONS += [
+    ({"m": {"attn": QK_NORM} | FLAT}, "m/attn/out/kernel", "iio"),
+    ({"m": {"attn": QK_NORM} | FLAT}, "m/attn/query/kernel", "ioo"),
 ]
 
 
@@ -355,6 +372,8 @@ def test_other_bad_arguments(params):
         lora_jax.lorafy(params, alpha={".*query.*": 2})
     with pytest.raises(ValueError, match="nothing to train"):
         lora_jax.lorafy(params, exclude=".*")
+    with pytest.raises(ValueError, match="factors need a real floating type"):
+        lora_jax.lorafy(params, dtype=jnp.int32)
     with pytest.raises(ValueError, match=r"exclude='.*up.*'"):
         lora_jax.lorafy(params, targets=".*up/kernel", exclude=".*up.*")
 

@@ -1,5 +1,6 @@
 """Control flow: regions stay regions, names stay names, and the oracle holds inside."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import CASES, all_eqns, assert_close, assert_oracle, loss_of, randomize_b
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
 
@@ -447,3 +450,104 @@ def test_the_error_inside_a_library_function_names_the_users_line(square):
 def test_a_materialized_use_says_nothing_about_the_layout(square):
     fn = lambda p, x: jnp.sin(p["w"])[:4] + x @ p["w"].T  # noqa: E731
     assert_oracle(fn, square, X, on_materialize="allow")
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.mlp = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.mlp(x))
+
+
+def test_nnx_scan_over_remat_hands_its_parameters_back_unread():
+    layers = [nnx.split(Layer(nnx.Rngs(i)), nnx.Param) for i in range(3)]
+    graph, state = layers[0][0], jax.tree.map(lambda *xs: jnp.stack(xs), *(s for _, s in layers))
+
+    @functools.partial(nnx.scan, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x, layer):
+        return nnx.remat(lambda layer, x: layer(x))(layer, x)
+
+    def fn(state, x):
+        return run(x, nnx.merge(graph, state, copy=True))
+
+    assert_oracle(fn, randomize_b(lora_jax.lorafy(state, 2, targets="all-linear")), X)
+
+
+def test_nested_cond(square):
+    def fn(p, x):
+        def level(depth, x):
+            if not depth:
+                return jnp.tanh(x @ p["w"])
+            return lax.cond(x.sum() > 0, lambda x: level(depth - 1, x), lambda x: -x, x)
+
+        return level(4, x)
+
+    assert_oracle(fn, square, X)
+    assert names(lora_jax.lora(fn), square, X).count("dot_general") == 3
+
+
+def test_shardings_asked_for_inside_are_the_frozen_parts(square):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    columns, everywhere = (
+        NamedSharding(mesh, s) for s in (PartitionSpec(None, "d"), PartitionSpec())
+    )
+    project = jax.jit(lambda w, x: (x @ w, w.T), in_shardings=(columns, everywhere))
+
+    def fn(p, x):
+        w = lax.with_sharding_constraint(p["w"], columns)
+        y, transposed = project(w, x)
+        return y, x @ transposed.T
+
+    adapted = jax.jit(lora_jax.lora(fn))(square, X)
+    assert_close(adapted, jax.jit(fn)(lora_jax.merge(square), X))
+
+
+def test_boxed_parameters_under_a_mesh():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "d"))
+    model = nn.Dense(8, name=None, kernel_init=init)
+    variables = model.init(jax.random.key(0), X)
+    lora_params = randomize_b(lora_jax.lorafy(variables, 2, targets="kernel"))
+    with jax.set_mesh(mesh):
+        adapted = jax.jit(lora_jax.lora(model.apply))(lora_params, X)
+        merged = jax.jit(model.apply)(lora_jax.merge(lora_params), X)
+    assert_close(adapted, merged)
+
+
+def test_barriers_and_names_pass_the_weight_on(square):
+    def fn(p, x):
+        w, x = lax.optimization_barrier((p["w"], x))
+        return x @ checkpoint_name(w, "kernel")
+
+    assert_oracle(fn, square, X)
+
+
+def test_a_python_number_is_a_scale(square):
+    f = dataclasses.replace(square.adapter.factors["w"], scale=0.5)
+    lora_params = lora_jax.LoraParams(square.base, lora_jax.Adapter({"w": f}))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    assert_close(lora_jax.lora(fn)(lora_params, X), fn(lora_jax.merge(lora_params), X))
+
+
+def test_constant_outputs_have_the_types_jit_gives_them(square):
+    fn = lambda p, x: (x @ p["w"], 1.0, jnp.int32(3))  # noqa: E731
+    actual, expected = lora_jax.lora(fn)(square, X), jax.jit(fn)(square.base, X)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        assert (a.dtype, a.weak_type, a) == (e.dtype, e.weak_type, e)
+
+
+def test_loops_stay_loops_without_jit(stack):
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    with jax.disable_jit():
+        actual = lora_jax.lora(fn)(stack, X)
+    assert_close(actual, fn(lora_jax.merge(stack), X))
+
+
+def test_the_users_scopes_are_on_the_low_rank_path(square):
+    def fn(p, x):
+        with jax.named_scope("block"):
+            return x @ p["w"]
+
+    text = jax.jit(lora_jax.lora(fn)).lower(square, X).compile().as_text()
+    assert "block/lora/dot_general" in text

@@ -197,3 +197,17 @@ def test_a_square_weight_read_through_its_transpose_is_caught():
     lora_params = lora_jax.lorafy({"w": jnp.ones((4, 4))}, 2, targets="w")
     with pytest.raises(ValueError, match=r"layout=\{'w': 'oi'\}"):
         lora_jax.lora(lambda p, x: x @ p["w"].T)(lora_params, jnp.ones((1, 4)))
+
+
+def test_float8_activations_do_not_overflow():
+    x, lora_params = setup("bd,do->bo", "io")
+    x = (100 * x).astype(jnp.float8_e4m3fn)
+
+    def fn(p, x):
+        w = p["w"].astype(jnp.float8_e4m3fn)
+        return lax.dot(x, w, preferred_element_type=jnp.float32)
+
+    actual = lora_jax.lora(fn)(lora_params, x)
+    expected = x.astype(jnp.float32) @ lora_jax.merge(lora_params)["w"]
+    assert np.isfinite(actual).all()
+    assert_close(actual, expected, 0.1)  # the frozen product is float8's own

@@ -59,16 +59,13 @@ def _stable_carry(
     form is materialized, before the loop or at the end of a step.
     """
     why = f"changes its form while it is carried through {eqn.primitive.name!r}"
-    while True:
+    while any(isinstance(v, LoraArray) for v in init):
         out = jax.eval_shape(step, init)
-        changed = [
-            i
-            for i, (v, new) in enumerate(zip(init, out, strict=True))
-            if isinstance(v, LoraArray) and _signature(v) != _signature(new)
-        ]
-        if not changed:
+        keeps = [_signature(v) == _signature(new) for v, new in zip(init, out, strict=True)]
+        changed = [isinstance(v, LoraArray) and not k for v, k in zip(init, keeps, strict=True)]
+        if not any(changed):
             break
-        init = [ctx.materialize(v, why) if i in changed else v for i, v in enumerate(init)]
+        init = [ctx.materialize(v, why) if c else v for v, c in zip(init, changed, strict=True)]
 
     def stable(carry):
         return [
@@ -99,29 +96,46 @@ def while_loop(ctx: Context, eqn, values):
     return lax.while_loop(cond, step, init)
 
 
+class _Leaves(Exception):  # noqa: N818  (not an error: it ends a trace)
+    """A branch returns an adapted weight."""
+
+
 @rule("cond")
 def cond(ctx: Context, eqn, values):
     """Every branch over the split weights; their results must have one type."""
     index, *operands = values
+    depth = len(ctx.eqns)
 
-    def branch(jaxpr):
-        return lambda *args: evaluate(ctx, jaxpr, list(args))
+    def branches(finish):
+        return [
+            lambda *args, jaxpr=jaxpr: finish(evaluate(ctx, jaxpr, args))
+            for jaxpr in eqn.params["branches"]
+        ]
 
-    branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
-    shapes = [jax.eval_shape(f, *operands) for f in branches]
+    def plain(outputs):
+        if any(isinstance(v, LoraArray) for v in outputs):
+            raise _Leaves
+        return outputs
+
+    try:
+        return lax.switch(index, branches(plain), *operands)
+    except _Leaves:
+        del ctx.eqns[depth:]
+
+    shapes = [jax.eval_shape(f, *operands) for f in branches(lambda outputs: outputs)]
     same = [
         all(_signature(v) == _signature(column[0]) for v in column)
         for column in zip(*shapes, strict=True)
     ]
     why = "leaves the branches of 'cond' in different forms"
 
-    def joined(f):
-        return lambda *args: [
+    def joined(outputs):
+        return [
             v if ok or not isinstance(v, LoraArray) else ctx.materialize(v, why)
-            for v, ok in zip(f(*args), same, strict=True)
+            for v, ok in zip(outputs, same, strict=True)
         ]
 
-    return lax.switch(index, [joined(f) for f in branches], *operands)
+    return lax.switch(index, branches(joined), *operands)
 
 
 @rule("scan")

@@ -52,6 +52,9 @@ def lora_dot(
     """
     x_type = x.w.dtype if isinstance(x, LoraArray) else x.dtype
     compute = x_type if jnp.issubdtype(x_type, jnp.inexact) else dtype
+    if jnp.dtype(compute).itemsize < 2:  # float8 has neither the range nor the digits for x a
+        compute = jnp.bfloat16
+    x = x if isinstance(x, LoraArray) else x.astype(compute)
     sizes = dict(zip(x_labels, x.shape, strict=True))
     factors = [(delta.a, delta.a_labels), (delta.b, delta.b_labels)]
     for factor, labels in factors:
@@ -66,27 +69,21 @@ def lora_dot(
     middle += [
         lab for lab in first_labels if lab not in x_labels and (lab in then_labels or lab in out)
     ]
-    with jax.named_scope("lora"):
-        small = _contract_lora(
-            x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
-        )
-        small = (small * delta.scale.astype(small.dtype)).astype(compute)
-        return contract(
-            small,
-            middle,
-            then.astype(compute),
-            then_labels,
-            out,
-            precision=precision,
-            dtype=dtype,
-        )
+    small = _contract_lora(
+        x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
+    )
+    small = (small * delta.scale.astype(small.dtype)).astype(compute)
+    then = then.astype(compute)
+    return contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
 
 
 def _contract_lora(x, x_labels, y, y_labels, out, precision, dtype):
     """``contract`` where ``x`` may itself be an adapted weight, of other labels."""
     if not isinstance(x, LoraArray):
         return contract(x, x_labels, y, y_labels, out, precision=precision, dtype=dtype)
-    result = contract(x.w, x_labels, y, y_labels, out, precision=precision, dtype=dtype)
+    result = contract(
+        x.w.astype(y.dtype), x_labels, y, y_labels, out, precision=precision, dtype=dtype
+    )
     for delta in x.deltas:
         delta = delta.relabel(dict(enumerate(x_labels)), rank=("other", R))
         result += lora_dot(y, y_labels, delta, out, precision=precision, dtype=dtype)
@@ -121,6 +118,7 @@ def dot_general(ctx: Context, eqn, values):
             precision = precision[::-1]
         if side == 1:  # the left weight's deltas have met the right weight's already
             x = plain[0]
-        for delta in v.deltas:
-            result += lora_dot(x, x_labels, delta, out, precision=precision, dtype=result.dtype)
+        with jax.named_scope(f"{_jax.name_stack(eqn)}/lora".lstrip("/")):
+            for delta in v.deltas:
+                result += lora_dot(x, x_labels, delta, out, precision=precision, dtype=result.dtype)
     return [result]

@@ -85,21 +85,22 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
             return fn(*args, **kwargs)
 
         arrays = [v.w if isinstance(v, LoraArray) else v for v in values]
-        closed, out = jax.make_jaxpr(flat_fn, return_shape=True)(*arrays)
         ctx = Context(on_materialize)
-        results = evaluate(ctx, closed, values)
+        with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
+            jaxpr, consts, out = _jax.trace(flat_fn, arrays)
+            results = evaluate(ctx, jaxpr, [*consts, *values])
         results = [
             ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
             for v in results
         ]
-        invars = iter(_jax.read_inputs(closed))
+        invars = iter(_jax.read_inputs(jaxpr)[len(consts) :])
         for i, (node, (_, static)) in enumerate(zip(nodes, places, strict=True)):
             is_read = [s is None and next(invars) for s in static]
             if _is_lora(node):
                 paths = flatten(node.base)[0]
                 read = {path for path, r in zip(paths, is_read, strict=True) if r}
                 _check_uses(ctx, i, node, read)
-        return jax.tree.unflatten(jax.tree.structure(out), results)
+        return jax.tree.unflatten(out, results)
 
     return lora_fn
 

@@ -34,6 +34,16 @@ def convert(ctx: Context, eqn, values):
     return [dataclasses.replace(v, w=w)]
 
 
+@rule("sharding_constraint", "device_put", "optimization_barrier", "name")
+def pass_on(ctx: Context, eqn, values):
+    """What is asked of the weight's place, order or name is asked of the frozen part."""
+    plain = [v.w if isinstance(v, LoraArray) else v for v in values]
+    return [
+        dataclasses.replace(v, w=out) if isinstance(v, LoraArray) else out
+        for v, out in zip(values, _jax.bind(eqn, plain), strict=True)
+    ]
+
+
 @rule("stop_gradient")
 def stop_gradient(ctx: Context, eqn, values):
     """No gradient flows to the factors through this use."""

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._layout import role_axes
@@ -40,7 +41,7 @@ class Delta:
     def of(cls, factors: Factors) -> "Delta":
         """The delta of a weight as it enters the function."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
-        scale = lax.stop_gradient(factors.scale)
+        scale = lax.stop_gradient(jnp.asarray(factors.scale, jnp.float32))
         return cls(factors.a, factors.b, scale, (*batch, *inputs, R), (*batch, R, *outputs))
 
     def relabel(self, new: Mapping[int, Any], rank: Any = R) -> "Delta":
