@@ -84,18 +84,16 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Run]], title: str) -> No
         title: above the figure.
     """
     with plt.rc_context(_STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.0), layout="constrained")
         for color, (name, seeds) in zip(_COLORS, runs.items(), strict=False):
             losses = np.array([_running_mean(run.losses) for run in seeds])
             _line(left, np.arange(1, losses.shape[1] + 1), losses, color, name)
             steps = [step for step, _ in seeds[0].validation]
             accuracies = np.array([[value for _, value in run.validation] for run in seeds])
-            label = f"{name}, {accuracies[:, -1].mean():.3f} at the end"
-            _line(right, steps, accuracies, color, label, marker="o", markersize=3.5)
+            _line(right, steps, accuracies, color, name, marker="o", markersize=3.5)
         left.set(xlabel="step", ylabel="training loss, running mean")
         right.set(xlabel="step", ylabel="validation accuracy")
-        left.legend(loc="lower left")
-        right.legend(loc="lower right")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=9)
         figure.suptitle(title)
         figure.savefig(path, dpi=160)
         plt.close(figure)

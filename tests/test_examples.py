@@ -112,8 +112,8 @@ def test_the_demo_runs_from_data_to_reloaded_model(model_dir, reviews, tmp_path,
         "0.03",
         "--seeds",
         "2",
-        "a great film",
-        "a flat film",
+        "a great bright film",
+        "a flat dull film",
     )
     printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
