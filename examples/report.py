@@ -50,15 +50,22 @@ def measure(method: str, runs: Sequence[Run], accuracies: Sequence[float]) -> di
 
 def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The rows that :func:`measure` returned, for people."""
-    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    out.add_column("\nmethod")
+    out = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,  # so that it fits 80 columns
+    )
+    out.add_column("\nmethod", no_wrap=True)
     for name in (
         "\naccuracy",
         "trained\nparameters",
         "\n%",
         "optimizer\nMB",
-        "checkpoint\nMB",
-        "\ns / step",
+        "saved\nMB",
+        "\ns/step",
     ):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:

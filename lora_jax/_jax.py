@@ -48,15 +48,18 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [None if is_drop(v) else next(results) for v in eqn.outvars]
 
 
-def trace(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, list[Any], Any]:
-    """Trace ``fn``: its jaxpr without what no output needs, constants to put first, output tree.
+def trace(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
+    """Trace ``fn``.
 
-    NNX hands a scanned layer's parameters back as outputs of the scan, where nobody reads them.
+    Returns:
+        Its jaxpr without what no output needs (NNX hands a scanned layer's parameters back as
+        outputs of the scan, where nobody reads them); the whole of it; the constants that both
+        take as their first inputs; and the structure of ``fn``'s output.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    jaxpr = _open(closed)
-    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return jaxpr, list(closed.consts), jax.tree.structure(out)
+    whole = _open(closed)
+    live, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars), instantiate=True)
+    return live, whole, list(closed.consts), jax.tree.structure(out)
 
 
 def _open(closed: Any) -> core.Jaxpr:

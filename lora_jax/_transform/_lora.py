@@ -87,19 +87,29 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
         arrays = [v.w if isinstance(v, LoraArray) else v for v in values]
         ctx = Context(on_materialize)
         with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
-            jaxpr, consts, out = _jax.trace(flat_fn, arrays)
+            jaxpr, whole, consts, out = _jax.trace(flat_fn, arrays)
             results = evaluate(ctx, jaxpr, [*consts, *values])
         results = [
             ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
             for v in results
         ]
+
+        def every_use():
+            # A gradient for the input alone may need a weight's transpose only: the forward use,
+            # which tells its layout, is in the part that no output needs.
+            seen = Context("allow")
+            jax.eval_shape(lambda values: evaluate(seen, whole, [*consts, *values]), values)
+            return seen
+
         invars = iter(_jax.read_inputs(jaxpr)[len(consts) :])
         for i, (node, (_, static)) in enumerate(zip(nodes, places, strict=True)):
             is_read = [s is None and next(invars) for s in static]
             if _is_lora(node):
                 paths = flatten(node.base)[0]
                 read = {path for path, r in zip(paths, is_read, strict=True) if r}
-                _check_uses(ctx, i, node, read)
+                _check_used(ctx, i, node, read)
+                if _misread(ctx, i, node) and (wrong := _misread(every_use(), i, node)):
+                    raise ValueError("\n".join(wrong))
         return jax.tree.unflatten(out, results)
 
     return lora_fn
@@ -130,12 +140,9 @@ def _enter(lora_params: LoraParams, owner: int) -> list[Any]:
     return entered
 
 
-def _check_uses(ctx: Context, owner: int, lora_params: LoraParams, read: set[str]) -> None:
-    """Raise if no leaf of the adapter is used, or if a weight is used only against its layout.
-
-    ``read`` are the paths that any equation reads.
-    """
-    leaves, adapter = check(lora_params), lora_params.adapter
+def _check_used(ctx: Context, owner: int, lora_params: LoraParams, read: set[str]) -> None:
+    """Raise if no leaf of the adapter is used; ``read`` are the paths that any equation reads."""
+    adapter = lora_params.adapter
     used = {use.path for use in ctx.uses if use.owner == owner}
     if not used and not read.intersection(adapter.full):
         paths = [*adapter.factors, *adapter.full]
@@ -145,21 +152,27 @@ def _check_uses(ctx: Context, owner: int, lora_params: LoraParams, read: set[str
             "nothing. Are these another model's parameters, or do the weights come in by a "
             "closure? They must come in as arguments"
         )
-    for path, f in adapter.factors.items():
+
+
+def _misread(ctx: Context, owner: int, lora_params: LoraParams) -> list[str]:
+    """A message for each weight that is used only against its layout."""
+    leaves, messages = check(lora_params), []
+    for path, f in lora_params.adapter.factors.items():
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch = (big.intersection(role_axes(f.layout, role)) for role in "ib")
         uses = ctx.uses_of(owner, path)
-        if any(use.primitive == MATERIALIZE for use in uses):
+        if not uses or any(use.primitive == MATERIALIZE for use in uses):
             continue  # what was read there is not known
-        if uses and not any((big & use.contracted) - batch == inputs for use in uses):
+        if not any((big & use.contracted) - batch == inputs for use in uses):
             use = uses[0]
             seen = "".join(
                 letter if i not in big else use.role(i) for i, letter in enumerate(f.layout)
             )
-            raise ValueError(
+            messages.append(
                 f"the weight {path!r} of shape {shape} has layout {f.layout!r}, but "
                 f"{use.primitive!r} at {use.source} uses it as one of layout {seen!r}: a would "
                 "not read the input, nor b write the output. Build the adapter with "
                 f"lorafy(..., layout={{{path!r}: {seen!r}}})"
             )
+    return messages
