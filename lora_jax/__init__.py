@@ -8,6 +8,7 @@
     params = lora_jax.merge(lora_params)             # plain parameters again
 """
 
+from lora_jax._layout import Layouts as Layouts
 from lora_jax._lorafy import lorafy as lorafy
 from lora_jax._merge import merge as merge
 from lora_jax._merge import unmerge as unmerge
@@ -19,6 +20,9 @@ from lora_jax._optim import value_and_grad as value_and_grad
 from lora_jax._params import Adapter as Adapter
 from lora_jax._params import Factors as Factors
 from lora_jax._params import LoraParams as LoraParams
+from lora_jax._transform._discover import Report as Report
+from lora_jax._transform._discover import layout_of as layout_of
+from lora_jax._transform._discover import report as report
 from lora_jax._transform._lora import lora as lora
 
 __version__ = "0.1.0"

@@ -11,10 +11,13 @@ from jax.typing import DTypeLike
 
 from lora_jax._init import fold_in_path, gaussian
 from lora_jax._layout import (
+    Layouts,
     check_layout,
     conventional,
     factor_shapes,
     is_array,
+    is_embedding,
+    is_head,
     max_rank,
     not_trainable,
     role_shape,
@@ -22,6 +25,7 @@ from lora_jax._layout import (
 )
 from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._ranges import entry, overlap, part_shape
 from lora_jax._select import Selector, check_patterns, lookup, select, select_query_value
 
 
@@ -43,7 +47,8 @@ def lorafy(
 
         W x  becomes  W x + (alpha / rank) * B A x,   A ~ N(0, 1/in),  B = 0
 
-    so that the adapted model starts as the base model. Pure: the same factors to the bit in
+    so that the adapted model starts as the base model. (A lookup reads one row, so for embedding
+    tables ``A ~ N(0, 1)``.) Pure: the same factors to the bit in
     every process, eager or under ``jit``, and different ones for every path. The base holds the
     very same arrays as ``params``, in the same containers.
 
@@ -51,7 +56,8 @@ def lorafy(
     against paths such as ``layers_0/attn/query/kernel``; ``"all-linear"`` (every weight that can
     take a LoRA, but for embeddings and the output head); a callable ``(path, leaf) -> bool``; or
     a list of those. Where they overlap, ``exclude`` wins over ``full``, and ``full`` over
-    ``targets``.
+    ``targets``. A target may be a part of a weight, a range after a regular expression, such as
+    the query columns of a fused kernel: ``".*c_attn/kernel[:, 0:768]"``; the rest stays as it is.
 
     Args:
         params: any pytree of arrays: nested dicts, FrozenDicts, lists, dataclasses, boxed Linen
@@ -63,7 +69,8 @@ def lorafy(
             names for them. A callable may return a rank. ``[]`` is legal where ``full`` is given.
         exclude: leaves to keep from ``targets`` and ``full``.
         full: leaves to train whole (heads, biases, norms): copied to float32 masters.
-        layout: ``{pattern: letters}``, one letter an axis (``b`` batch, ``i`` in, ``o`` out), for
+        layout: what :func:`layout_of` found for the function, which then needs no names; or
+            ``{pattern: letters}``, one letter an axis (``b`` batch, ``i`` in, ``o`` out), for
             weights whose axes Flax's conventions do not tell.
         key: a PRNG key; None is ``jax.random.key(0)``.
         dtype: of the factors; a float32 master serves a base of any dtype.
@@ -74,7 +81,7 @@ def lorafy(
 
     Raises:
         ValueError: a pattern selects nothing, a rank or alpha is out of range, an axis layout is
-            ambiguous, or two targets are one array.
+            ambiguous or of another model, or two targets are one array or overlap.
         TypeError: an argument is of the wrong kind.
 
     Example:
@@ -96,28 +103,34 @@ def lorafy(
         raise ValueError(f"lorafy: params has no arrays (got {type(params).__name__} {params!r})")
     layout = {} if layout is None else layout
     if not isinstance(layout, Mapping):
-        raise TypeError(f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}")
+        raise TypeError(
+            f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}, or what "
+            "lora_jax.layout_of returned"
+        )
+    _check_same_model(layout, leaves)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     check_patterns(layout, "layout", leaves)
 
     chosen, whole = _choose(leaves, targets, exclude, full, layout)
-    check_patterns(rank, "rank", chosen)
-    check_patterns(alpha, "alpha", chosen)
-    _check_distinct({path: leaves[path] for path in chosen})
+    parts = {name: entry(name, leaves) for name in chosen}
+    check_patterns(rank, "rank", {path for path, _ in parts.values()})
+    check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
+    _check_distinct(parts, leaves)
     key = jax.random.key(0) if key is None else key
     factors = {}
-    for path, answer in chosen.items():
-        leaf = leaves[path]
+    for name, answer in chosen.items():
+        path, ranges = parts[name]
+        leaf, shape = leaves[path], part_shape(leaves[path].shape, ranges)
         letters = lookup(layout, path, "layout") or conventional(path, leaf, leaves)
-        letters = check_layout(letters, path, len(leaf.shape))
+        letters = check_layout(letters, path, len(shape))
         r = lookup(rank, path, "rank") if answer is True else answer
-        r = _check_rank(r, path, letters, leaf.shape)
-        scale = _check_alpha(lookup(alpha, path, "alpha"), path) / r
-        a_shape, b_shape = factor_shapes(letters, leaf.shape, r)
-        fan_in = math.prod(role_shape(letters, leaf.shape, "i"))
-        factors[path] = Factors(
-            a=gaussian(fold_in_path(key, path), a_shape, fan_in, dtype),
+        r = _check_rank(r, name, letters, shape)
+        scale = _check_alpha(lookup(alpha, path, "alpha"), name) / r
+        a_shape, b_shape = factor_shapes(letters, shape, r)
+        fan_in = 1 if _is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
+        factors[name] = Factors(
+            a=gaussian(fold_in_path(key, name), a_shape, fan_in, dtype),
             b=jnp.zeros(b_shape, dtype),
             scale=jnp.asarray(scale, jnp.float32),
             layout=letters,
@@ -148,27 +161,63 @@ def _choose(
         for path, leaf in leaves.items()
         if (reason := why_not(path, leaf)) and not lookup(layout, path, "layout", "")
     }
+    if isinstance(layout, Layouts):
+        blocked |= {p: w.why_not for p, w in layout.weights.items() if w.why_not and p in leaves}
     blocked |= fixed | dict.fromkeys(whole, f"trained whole, {full=}")
     if targets is None:
         chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
     else:
-        chosen = select(targets, leaves, blocked, "targets")
+        not_linear = {path for path in leaves if is_head(path) or _is_table(path, layout)}
+        chosen = select(targets, leaves, blocked, "targets", not_linear)
     if not chosen and not whole:
         raise ValueError(
             f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "
             f"leave no leaf. Leaves: {nearest('', leaves)}"
         )
-    return {path: chosen[path] for path in leaves if path in chosen}, whole
+    order = {path: i for i, path in enumerate(leaves)}
+    in_order = sorted(chosen, key=lambda name: order[entry(name, leaves)[0]])
+    return {name: chosen[name] for name in in_order}, whole
 
 
-def _check_distinct(targets: Mapping[str, Any]) -> None:
-    seen: dict[int, str] = {}
-    for path, leaf in targets.items():
-        if (first := seen.setdefault(id(leaf), path)) != path:
+def _is_table(path: str, layout: Mapping[str, str]) -> bool:
+    """Whether a weight is looked up: by what the function does, if known, or else by its name."""
+    if isinstance(layout, Layouts):
+        return layout.weights[path].kind == "embedding"
+    return is_embedding(path)
+
+
+def _check_same_model(layout: Mapping[str, str], leaves: Mapping[str, Any]) -> None:
+    """Raise if the layout was found for other parameters."""
+    if not isinstance(layout, Layouts):
+        return
+    found = {path: weight.shape for path, weight in layout.weights.items()}
+    for path in [*found, *leaves]:
+        here = tuple(leaves[path].shape) if path in leaves else None
+        if found.get(path) != here:
             raise ValueError(
-                f"targets: {first!r} and {path!r} are one and the same array. Two independent "
-                f"updates of a tied weight would untie it: exclude={path!r}, or copy the array"
+                f"layout: it was found for another model: {path!r} has shape {found.get(path)} "
+                f"there and {here} in params (None: no such leaf). Pass the same tree to "
+                "lora_jax.layout_of and to lorafy"
             )
+
+
+def _check_distinct(parts: Mapping[str, tuple[str, Any]], leaves: Mapping[str, Any]) -> None:
+    seen: dict[int, list[str]] = {}
+    for name, (path, ranges) in parts.items():
+        for other in seen.setdefault(id(leaves[path]), []):
+            other_path, other_ranges = parts[other]
+            if other_path != path:
+                raise ValueError(
+                    f"targets: {other_path!r} and {path!r} are one and the same array. Two "
+                    "independent updates of a tied weight would untie it: "
+                    f"exclude={path!r}, or copy the array"
+                )
+            if overlap(ranges, other_ranges):
+                raise ValueError(
+                    f"targets: {other!r} and {name!r} overlap: an entry of a weight has one "
+                    "update. Give them disjoint ranges"
+                )
+        seen[id(leaves[path])].append(name)
 
 
 def _check_rank(rank: Any, path: str, layout: str, shape: tuple[int, ...]) -> int:

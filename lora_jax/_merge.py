@@ -13,7 +13,10 @@ from jax.sharding import NamedSharding
 from lora_jax._layout import role_axes
 from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete, wide
 from lora_jax._paths import PyTree
-from lora_jax._transform._value import Delta
+from lora_jax._ranges import Range, entry
+from lora_jax._transform._value import Delta, Leaf
+
+Part = tuple[Factors, tuple[Range, ...]]
 
 
 def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
@@ -55,13 +58,17 @@ def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
     leaves = check(lora_params)
     adapter = lora_params.adapter
     ids = [id(leaf) for leaf in leaves.values()]
+    parts: dict[str, list[Part]] = {}
+    for key, factors in adapter.factors.items():
+        path, ranges = entry(key, leaves)
+        parts.setdefault(path, []).append((factors, ranges))
     merged = []
     for path, leaf in leaves.items():
         if path in adapter.full:
             leaf = adapter.full[path].astype(leaf.dtype)
-        elif path in adapter.factors:
+        elif path in parts:
             shared = ids.count(id(leaf)) > 1
-            leaf = _add(leaf, adapter.factors[path], donate=donate and not shared)
+            leaf = _add(leaf, parts[path], donate=donate and not shared)
         merged.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(lora_params.base), merged)
 
@@ -111,34 +118,53 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
     return merge(LoraParams(params, Adapter(factors)), donate=donate)
 
 
-def _add(w: Any, factors: Factors, *, donate: bool) -> jax.Array:
+def _add(w: Any, parts: list[Part], *, donate: bool) -> jax.Array:
     sharding = getattr(w, "sharding", None) if is_concrete(w) else None
     if not isinstance(sharding, NamedSharding):
         sharding = None
-    batch = role_axes(factors.layout, "b")
+
     # A loop over the layers keeps one product in memory; over an axis that is spread over
     # devices it would gather it.
-    loop = bool(batch) and not (
-        sharding and any(sharding.spec[i] for i in batch if i < len(sharding.spec))
-    )
-    return _jitted(sharding, donate)(w, factors, loop)
+    def loops(factors):
+        batch = role_axes(factors.layout, "b")
+        return bool(batch) and not (
+            sharding and any(sharding.spec[i] for i in batch if i < len(sharding.spec))
+        )
+
+    static = tuple((loops(factors), ranges) for factors, ranges in parts)
+    return _jitted(sharding, donate)(w, [factors for factors, _ in parts], static)
 
 
 @functools.lru_cache(maxsize=256)
 def _jitted(sharding: NamedSharding | None, donate: bool):
     return jax.jit(
-        _merged,
-        static_argnames="loop",
+        _merged_parts,
+        static_argnames="static",
         donate_argnums=(0,) if donate else (),
         out_shardings=sharding,
     )
+
+
+def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Array:
+    for f, (loop, ranges) in zip(factors, static, strict=True):
+        if not ranges:
+            w = _merged(w, f, loop)
+            continue
+        bounds = {r.axis: (r.start, r.stop) for r in ranges}
+        start = [bounds.get(axis, (0, 0))[0] for axis in range(w.ndim)]
+        stop = [bounds.get(axis, (0, size))[1] for axis, size in enumerate(w.shape)]
+        part = _merged(lax.slice(w, start, stop), f, loop)
+        w = lax.dynamic_update_slice(w, part, start)
+    return w
 
 
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
     """``W + scale * a b``; with ``loop``, one entry of the batch axes at a time."""
     if not loop:
         dtype = wide(w.dtype)
-        return (w.astype(dtype) + Delta.of(factors).dense(w.ndim, dtype)).astype(w.dtype)
+        return (w.astype(dtype) + Delta.of(factors, Leaf(0, "")).dense(w.shape, dtype)).astype(
+            w.dtype
+        )
     axes = role_axes(factors.layout, "b")
     sizes = [w.shape[i] for i in axes]
     inner = [1 if i in axes else size for i, size in enumerate(w.shape)]

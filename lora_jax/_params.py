@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lora_jax._layout import factor_shapes, is_array
+from lora_jax._layout import factor_shapes, is_array, table
 from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._ranges import entry, overlap, part_shape
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale"), meta_fields=("layout",))
@@ -48,7 +49,7 @@ class Adapter:
 
     Attributes:
         factors: :class:`Factors` by the path of their weight, such as
-            ``layers_0/attn/query/kernel``.
+            ``layers_0/attn/query/kernel``, or of a part of one: ``c_attn/kernel[:, 0:768]``.
         full: leaves that are trained whole, by path; float32 masters.
     """
 
@@ -95,23 +96,16 @@ class LoraParams:
         rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
         leaves = check(self)
         for path, f in self.adapter.factors.items():
-            shape = "x".join(map(str, leaves[path].shape))
+            weight, ranges = entry(path, leaves)
+            shape = "x".join(map(str, part_shape(leaves[weight].shape, ranges)))
             scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"
             size = f"{f.a.size + f.b.size:,}"
             rows.append((path, shape, f.layout, str(f.rank), scale, size))
         for path, leaf in self.adapter.full.items():
             shape = "x".join(map(str, leaf.shape))
             rows.append((path, shape, "-", "full", "-", f"{leaf.size:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i >= 3 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:], rule, count_line(self)])
+        text = table(rows, right=3)
+        return "\n".join([text, text.split("\n")[1], count_line(self)])
 
 
 def wide(dtype: Any) -> Any:
@@ -145,26 +139,35 @@ def check(lora_params: LoraParams) -> dict[str, Any]:
             "lora_jax.lorafy(params, ...)"
         )
     leaves = flatten(base)[0]
-    for path in (*adapter.factors, *adapter.full):
+    parts: dict[str, list[Any]] = {}
+    for key in dict.fromkeys((*adapter.factors, *adapter.full)):
+        path, ranges = entry(key, leaves)
         if path not in leaves:
             raise ValueError(
-                f"the adapter has an entry for {path!r}, and the base has no such leaf: this "
-                f"adapter was made for another model. Nearest in the base: {nearest(path, leaves)}"
+                f"the adapter has an entry for {key!r}, and the base has no such leaf: this "
+                f"adapter was made for another model. Nearest in the base: {nearest(key, leaves)}"
             )
-    for path, f in adapter.factors.items():
-        _check_factors(path, f, leaves[path])
+        if key in adapter.factors:
+            _check_factors(key, adapter.factors[key], part_shape(leaves[path].shape, ranges))
+            for other, other_ranges in parts.setdefault(path, []):
+                if overlap(ranges, other_ranges):
+                    raise ValueError(
+                        f"adapter.factors: {other!r} and {key!r} overlap: an entry of a weight has "
+                        "one update. Give them disjoint ranges"
+                    )
+            parts[path].append((key, ranges))
     for path, leaf in adapter.full.items():
         if jnp.shape(leaf) != leaves[path].shape:
             raise ValueError(
                 f"adapter.full[{path!r}] has shape {jnp.shape(leaf)}, the base's leaf has shape "
                 f"{leaves[path].shape}: this adapter was made for another model"
             )
-        if path in adapter.factors:
+        if path in parts:
             raise ValueError(f"{path!r} is both in adapter.factors and in adapter.full: keep one")
     return leaves
 
 
-def _check_factors(path: str, f: Factors, weight: Any) -> None:
+def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
     for name in ("a", "b", "scale"):
         is_number = name == "scale" and isinstance(f.scale, int | float)
         if not is_array(getattr(f, name)) and not is_number:
@@ -180,12 +183,12 @@ def _check_factors(path: str, f: Factors, weight: Any) -> None:
             "in_axes=LoraParams(base=None, adapter=0)"
         )
     expected = None
-    if len(f.layout) == len(weight.shape):
-        expected = factor_shapes(f.layout, weight.shape, f.a.shape[-1] if f.a.ndim else 0)
+    if len(f.layout) == len(shape):
+        expected = factor_shapes(f.layout, shape, f.a.shape[-1] if f.a.ndim else 0)
     if expected != (f.a.shape, f.b.shape):
         wanted = f"a {expected[0]} and b {expected[1]}" if expected else "another layout"
         raise ValueError(
-            f"the factors of {path!r} do not fit its weight of shape {weight.shape} (layout "
+            f"the factors of {path!r} do not fit its weight of shape {shape} (layout "
             f"{f.layout!r}): a has shape {f.a.shape} and b {f.b.shape}, expected {wanted}. This "
             "adapter was made for another model, or is a stack that wants jax.vmap"
         )

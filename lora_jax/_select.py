@@ -1,17 +1,19 @@
 """The selector language: which leaves, by path.
 
 A selector is a regular expression matched in full against the path, ``"all-linear"``, a
-callable ``(path, leaf) -> bool | int``, or a list of those.
+callable ``(path, leaf) -> bool | int``, or a list of those. A target may be a part of a weight: a
+regular expression with a range after it, ``.*c_attn/kernel[:, 0:768]``.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lora_jax._layout import QUERY_VALUE, is_embedding, is_head, why_not
+from lora_jax._layout import QUERY_VALUE, Layouts, why_not
 from lora_jax._paths import nearest
+from lora_jax._ranges import resolve, spell, split_range
 
 Selector = str | re.Pattern[str] | Callable[[str, Any], bool | int] | Iterable[Any] | None
 
@@ -27,15 +29,22 @@ def _compile(pattern: str | re.Pattern[str], argument: str) -> re.Pattern[str]:
 
 
 def select(
-    selector: Selector, leaves: Mapping[str, Any], blocked: Mapping[str, str], argument: str
+    selector: Selector,
+    leaves: Mapping[str, Any],
+    blocked: Mapping[str, str],
+    argument: str,
+    not_linear: Container[str] = (),
 ) -> dict[str, bool | int]:
     """The selected paths, and what the selector said of each (True, or a rank).
+
+    A path that was selected with a range comes with it.
 
     Args:
         selector: what the user passed.
         leaves: every leaf by path.
         blocked: the leaves that may not be selected, and why.
         argument: the name of the argument, for messages.
+        not_linear: what ``"all-linear"`` leaves out.
 
     Raises:
         ValueError: a pattern selects nothing; the message says what it did match and why that
@@ -43,7 +52,7 @@ def select(
         TypeError: the selector is of none of the kinds.
     """
     if isinstance(selector, str | re.Pattern):
-        return _select_pattern(selector, leaves, blocked, argument)
+        return _select_pattern(selector, leaves, blocked, argument, not_linear)
     if callable(selector):
         return _select_callable(selector, leaves, blocked, argument)
     if not isinstance(selector, Iterable) or isinstance(selector, Mapping):
@@ -53,7 +62,7 @@ def select(
         )
     chosen: dict[str, bool | int] = {}
     for part in selector:
-        chosen = select(part, leaves, blocked, argument) | chosen
+        chosen = select(part, leaves, blocked, argument, not_linear) | chosen
     return chosen
 
 
@@ -62,11 +71,16 @@ def _select_pattern(
     leaves: Mapping[str, Any],
     blocked: Mapping[str, str],
     argument: str,
+    not_linear: Container[str],
 ) -> dict[str, bool | int]:
+    ranges = None
     if pattern == "all-linear":
-        matched = [p for p in leaves if not is_embedding(p) and not is_head(p)]
+        matched = [p for p in leaves if p not in not_linear]
     else:
-        regex = _compile(pattern, argument)
+        bare, ranges = split_range(pattern) if isinstance(pattern, str) else (pattern, None)
+        if ranges is not None and argument != "targets":
+            raise ValueError(f"{argument}={pattern!r}: only targets may be parts of weights")
+        regex = _compile(bare, argument)
         matched = [p for p in leaves if regex.fullmatch(p)]
     free = [p for p in matched if p not in blocked]
     if not free:
@@ -79,6 +93,9 @@ def _select_pattern(
             f"{argument}={pattern!r} selects nothing. {met}\nPatterns are matched in full; the "
             f"nearest paths that could be selected: {nearest(str(pattern), able)}"
         )
+    if ranges is not None:
+        shapes = {path: tuple(leaves[path].shape) for path in free}
+        free = [spell(p, resolve(ranges, p, shape), len(shape)) for p, shape in shapes.items()]
     return dict[str, bool | int].fromkeys(free, True)
 
 
@@ -127,6 +144,8 @@ def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
 
 def lookup(value: Any, path: str, argument: str, default: Any = None) -> Any:
     """The setting of one path: ``value``, or, of a mapping, the first pattern that matches."""
+    if isinstance(value, Layouts):
+        return value.get(path, default)
     if not isinstance(value, Mapping):
         return value
     for pattern, setting in value.items():
@@ -138,7 +157,8 @@ def lookup(value: Any, path: str, argument: str, default: Any = None) -> Any:
 def check_patterns(value: Any, argument: str, paths: Iterable[str]) -> None:
     """Raise if a mapping has a pattern that matches no path."""
     paths = list(paths)
-    for pattern in value if isinstance(value, Mapping) else ():
+    is_patterns = isinstance(value, Mapping) and not isinstance(value, Layouts)
+    for pattern in value if is_patterns else ():
         if not any(_compile(pattern, argument).fullmatch(path) for path in paths):
             raise ValueError(
                 f"{argument}={{{pattern!r}: ...}} matches none of the {len(paths)} paths it could "

@@ -110,7 +110,7 @@ def test_the_memory_of_a_stack_is_one_layer(dtype, donate):
     layer = 128 * 128 * 4  # one product in float32
     lora_params = adapted((16, 128, 128), "bio", dtype)
     w, f = lora_params.base["w"], lora_params.adapter.factors["w"]
-    analysis = _jitted(None, donate).lower(w, f, loop=True).compile().memory_analysis()
+    analysis = _jitted(None, donate).lower(w, [f], static=((True, ()),)).compile().memory_analysis()
     # Before jax 0.11, XLA for CPUs copies a bfloat16 loop state once, in bfloat16.
     copy = w.nbytes if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 11) else 0
     assert analysis.temp_size_in_bytes <= 3 * layer + copy < 16 * layer

@@ -1,5 +1,6 @@
 """Control flow: sub-jaxprs are rebuilt around the low-rank paths, not inlined."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,22 @@ from jax import lax
 from lora_jax import _jax
 from lora_jax._transform._interpret import evaluate
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, LoraArray
+from lora_jax._transform._value import LoraArray
 
 
-@rule("jit")
+def run(ctx: Context, jaxpr: Any, args: Any, finish: Any = lambda outputs: outputs) -> Any:
+    """Evaluate a body: JAX may trace it several times, and what it does is recorded once."""
+    with ctx.once((*map(id, ctx.eqns), id(jaxpr))):
+        return finish(evaluate(ctx, jaxpr, args))
+
+
+@rule("jit", folds=True)
 def jit(ctx: Context, eqn, values):
     """The same jitted function, under its name, over the split weights."""
     return _rebuild(ctx, eqn, values, eqn.params["jaxpr"], _jax.rebind_jit)
 
 
-@rule("checkpoint", "remat2", "remat")
+@rule("checkpoint", "remat2", "remat", folds=True)
 def remat(ctx: Context, eqn, values):
     """The same region with the same policy: what it saved before it saves now."""
     return _rebuild(ctx, eqn, values, eqn.params["jaxpr"], _jax.rebind_remat)
@@ -37,7 +44,7 @@ def _rebuild(ctx: Context, eqn, values, jaxpr, rebind):
             jax.tree.unflatten(t, [next(rest) for _ in range(n)])
             for t, n in zip(in_trees, widths, strict=True)
         ]
-        outputs = evaluate(ctx, jaxpr, inputs)
+        outputs = run(ctx, jaxpr, inputs)
         out_trees[:] = [jax.tree.structure(v) for v in outputs]
         return [jax.tree.leaves(v) for v in outputs]
 
@@ -60,7 +67,8 @@ def _stable_carry(
     """
     why = f"changes its form while it is carried through {eqn.primitive.name!r}"
     while any(isinstance(v, LoraArray) for v in init):
-        out = jax.eval_shape(step, init)
+        with ctx.attempt(keep=False):
+            out = jax.eval_shape(step, init)
         keeps = [_signature(v) == _signature(new) for v, new in zip(init, out, strict=True)]
         changed = [isinstance(v, LoraArray) and not k for v, k in zip(init, keeps, strict=True)]
         if not any(changed):
@@ -87,11 +95,11 @@ def while_loop(ctx: Context, eqn, values):
         ctx,
         eqn,
         values[n_cond + n_body :],
-        lambda carry: evaluate(ctx, eqn.params["body_jaxpr"], [*body_consts, *carry]),
+        lambda carry: run(ctx, eqn.params["body_jaxpr"], [*body_consts, *carry]),
     )
 
     def cond(carry):
-        return evaluate(ctx, eqn.params["cond_jaxpr"], [*cond_consts, *carry])[0]
+        return run(ctx, eqn.params["cond_jaxpr"], [*cond_consts, *carry])[0]
 
     return lax.while_loop(cond, step, init)
 
@@ -100,15 +108,14 @@ class _Leaves(Exception):  # noqa: N818  (not an error: it ends a trace)
     """A branch returns an adapted weight."""
 
 
-@rule("cond")
+@rule("cond", folds=True)
 def cond(ctx: Context, eqn, values):
     """Every branch over the split weights; their results must have one type."""
     index, *operands = values
-    depth = len(ctx.eqns)
 
     def branches(finish):
         return [
-            lambda *args, jaxpr=jaxpr: finish(evaluate(ctx, jaxpr, args))
+            lambda *args, jaxpr=jaxpr: run(ctx, jaxpr, args, finish)
             for jaxpr in eqn.params["branches"]
         ]
 
@@ -117,12 +124,11 @@ def cond(ctx: Context, eqn, values):
             raise _Leaves
         return outputs
 
-    try:
+    with contextlib.suppress(_Leaves), ctx.attempt():
         return lax.switch(index, branches(plain), *operands)
-    except _Leaves:
-        del ctx.eqns[depth:]
 
-    shapes = [jax.eval_shape(f, *operands) for f in branches(lambda outputs: outputs)]
+    with ctx.attempt(keep=False):
+        shapes = [jax.eval_shape(f, *operands) for f in branches(lambda outputs: outputs)]
     same = [
         all(_signature(v) == _signature(column[0]) for v in column)
         for column in zip(*shapes, strict=True)
@@ -148,7 +154,8 @@ def scan(ctx: Context, eqn, values):
 
     def body(carry, xs):
         xs = [f(x) for f, x in zip(rebuild, xs, strict=True)]
-        return evaluate(ctx, eqn.params["jaxpr"], [*consts, *carry, *xs])
+        with ctx.repeated(eqn.params["length"]):
+            return run(ctx, eqn.params["jaxpr"], [*consts, *carry, *xs])
 
     def step(carry):
         return body(carry, [jax.tree.map(lambda x: x[0], m) for m in moving])[:n_carry]
@@ -158,17 +165,46 @@ def scan(ctx: Context, eqn, values):
     def stable_body(carry, xs):
         outputs = body(carry, xs)
         why = "leaves the body of 'scan' in another form than it came"
-        outputs = [
-            v
-            if not isinstance(v, LoraArray) or (i < n_carry and isinstance(carry[i], LoraArray))
-            else ctx.materialize(v, why)
-            for i, v in enumerate(outputs)
+        new = [
+            ctx.materialize(v, why)
+            if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
+            else v
+            for v, old in zip(outputs[:n_carry], carry, strict=True)
         ]
-        return outputs[:n_carry], outputs[n_carry:]
+        stacks = [_stack(ctx, v) for v in outputs[n_carry:]]
+        together[:] = [f for _, f in stacks]
+        return new, [x for x, _ in stacks]
 
+    together: list[Any] = []
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(stable_body, init, moving, **params)
-    return [*carry, *ys]
+    return [*carry, *(f(y) for f, y in zip(together, ys, strict=True))]
+
+
+def _stack(ctx: Context, v: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What a step of a scan puts out for ``v``, and how to put the stack of it together."""
+    if isinstance(v, LoraArray) and v.unfolded is not None:
+        v = ctx.materialize(v, "leaves the body of 'scan' with merged axes")
+    if not isinstance(v, LoraArray):
+        return v, lambda x: x
+    static = tuple(dataclasses.replace(d, a=None, b=None, scale=None) for d in v.deltas)
+    ndim = len(v.shape)
+
+    def together(parts):
+        w, factors = parts
+        deltas = []
+        for delta, (a, b) in zip(static, factors, strict=True):
+            delta = delta.move({i: i + 1 for i in range(ndim)}, ndim + 1)
+            if a is not None:
+                labels = {"a_labels": (0, *delta.a_labels), "b_labels": (0, *delta.b_labels)}
+                one = jnp.ones((), jnp.float32)
+                delta = dataclasses.replace(delta, a=a, b=b, scale=one, **labels)
+            deltas.append(delta)
+        return LoraArray(w, tuple(deltas))
+
+    # a step has a scale of its own, perhaps; it goes into b
+    factors = [(d.a, None if d.is_probe else d.b * d.scale.astype(d.b.dtype)) for d in v.deltas]
+    return (v.w, factors), together
 
 
 def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -180,26 +216,27 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
         return v, lambda x: x
 
     def front(x, labels):
-        if 0 not in labels:
-            return None, labels
         axis = labels.index(0)
-        rest = labels[:axis] + labels[axis + 1 :]
-        return jnp.moveaxis(x, axis, 0), rest
+        return jnp.moveaxis(x, axis, 0), (0, *labels[:axis], *labels[axis + 1 :])
 
-    split = [(front(d.a, d.a_labels), front(d.b, d.b_labels)) for d in v.deltas]
-    moving = (v.w, [(a, b) for (a, _), (b, _) in split])
-    shift = {i: i - 1 for i in range(1, len(v.shape))}
+    deltas = [
+        delta.whole([0], v.shape).map(
+            lambda x, labels: front(x, labels) if 0 in labels else (x, labels)
+        )
+        for delta in v.deltas
+    ]
+    moving = [[x if 0 in labels else None for x, labels in d.factors] for d in deltas]
 
     def rebuild(parts):
         w, factors = parts
-        deltas = [
-            Delta(
-                d.a if a is None else a, d.b if b is None else b, d.scale, a_labels, b_labels
-            ).relabel(shift)
-            for d, (a, b), ((_, a_labels), (_, b_labels)) in zip(
-                v.deltas, factors, split, strict=True
-            )
-        ]
-        return dataclasses.replace(v, w=w, deltas=tuple(deltas), origins=v.origins[1:])
 
-    return moving, rebuild
+        def step(delta, steps):
+            a, b = (x if s is None else s for s, (x, _) in zip(steps, delta.factors, strict=True))
+            labels = (tuple(lab for lab in own if lab != 0) for _, own in delta.factors)
+            a_labels, b_labels = labels
+            delta = dataclasses.replace(delta, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+            return delta.move({i: i - 1 for i in range(1, len(v.shape))}, len(v.shape) - 1)
+
+        return LoraArray(w, tuple(map(step, deltas, factors)))
+
+    return (v.w, moving), rebuild

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from lora_jax import _jax
 from lora_jax._params import wide
+from lora_jax._transform._arith import scale_axes
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, LoraArray, R, contract
+from lora_jax._transform._slice import take_range
+from lora_jax._transform._value import Delta, LoraArray, R, contract, place
 
 
 def product_cost(
@@ -25,11 +27,20 @@ def product_cost(
     return sum(math.prod(sizes[lab] for lab in axes) for axes in ({*x, *first}, {*middle, *then}))
 
 
+def compute_dtype(x: Any, result: Any) -> Any:
+    """The dtype that factors are cast to where they meet an operand of dtype ``x``."""
+    dtype = x if jnp.issubdtype(x, jnp.inexact) else result
+    # float8 has neither the range nor the digits for x a
+    return jnp.bfloat16 if jnp.dtype(dtype).itemsize < 2 else dtype
+
+
 def lora_dot(
+    ctx: Context,
     x: jax.Array | LoraArray,
     x_labels: Sequence[Any],
     delta: Delta,
     out: Sequence[Any],
+    shape: Sequence[int],
     *,
     precision: Any,
     dtype: Any,
@@ -40,44 +51,46 @@ def lora_dot(
     one small array between them is scaled in float32. ``W``'s shape is never built.
 
     Args:
+        ctx: the run; the product's cost is recorded in it.
         x: the other operand.
         x_labels: a label an axis of ``x``; an axis that meets ``W`` has the label of ``W``'s.
         delta: the update.
         out: the labels of the result.
+        shape: of the result.
         precision: of both products.
         dtype: of the result.
 
     Returns:
         An array with the axes ``out``; of size 1 where neither ``x`` nor the update has one.
     """
-    x_type = x.w.dtype if isinstance(x, LoraArray) else x.dtype
-    compute = x_type if jnp.issubdtype(x_type, jnp.inexact) else dtype
-    if jnp.dtype(compute).itemsize < 2:  # float8 has neither the range nor the digits for x a
-        compute = jnp.bfloat16
+    compute = compute_dtype(x.w.dtype if isinstance(x, LoraArray) else x.dtype, dtype)
     x = x if isinstance(x, LoraArray) else x.astype(compute)
+    for r in delta.ranges:
+        if r.axis in x_labels:
+            x = take_range(x, x_labels.index(r.axis), r.start, r.stop)
     sizes = dict(zip(x_labels, x.shape, strict=True))
-    factors = [(delta.a, delta.a_labels), (delta.b, delta.b_labels)]
-    for factor, labels in factors:
+    for factor, labels in delta.factors:
         sizes |= dict(zip(labels, factor.shape, strict=True))
-    factors.sort(
-        key=lambda f: product_cost(
-            x_labels, f[1], delta.b_labels if f[0] is delta.a else delta.a_labels, out, sizes
-        )
+    cost, order = min(
+        (product_cost(x_labels, pair[0][1], pair[1][1], out, sizes), i)
+        for i, pair in enumerate((delta.factors, delta.factors[::-1]))
     )
-    (first, first_labels), (then, then_labels) = factors
+    ctx.spend(delta, cost)
+    (first, first_labels), (then, then_labels) = delta.factors[:: -1 if order else 1]
     middle = [lab for lab in x_labels if lab in then_labels or lab in out]
     middle += [
         lab for lab in first_labels if lab not in x_labels and (lab in then_labels or lab in out)
     ]
     small = _contract_lora(
-        x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
+        ctx, x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
     )
     small = (small * delta.scale.astype(small.dtype)).astype(compute)
     then = then.astype(compute)
-    return contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
+    product = contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
+    return place(product, out, delta.ranges, dict(zip(out, shape, strict=True)))
 
 
-def _contract_lora(x, x_labels, y, y_labels, out, precision, dtype):
+def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):
     """``contract`` where ``x`` may itself be an adapted weight, of other labels."""
     if not isinstance(x, LoraArray):
         return contract(x, x_labels, y, y_labels, out, precision=precision, dtype=dtype)
@@ -85,8 +98,10 @@ def _contract_lora(x, x_labels, y, y_labels, out, precision, dtype):
         x.w.astype(y.dtype), x_labels, y, y_labels, out, precision=precision, dtype=dtype
     )
     for delta in x.deltas:
-        delta = delta.relabel(dict(enumerate(x_labels)), rank=("other", R))
-        result += lora_dot(y, y_labels, delta, out, precision=precision, dtype=dtype)
+        delta = delta.rename(dict(enumerate(x_labels)), rank=("other", R))
+        result += lora_dot(
+            ctx, y, y_labels, delta, out, result.shape, precision=precision, dtype=dtype
+        )
     return result
 
 
@@ -95,7 +110,11 @@ def dot_general(ctx: Context, eqn, values):
     """``x W + scale * (x a) b``, for any contraction, either side, or both."""
     contracting, batch = eqn.params["dimension_numbers"]
     if not contracting[0]:
-        return NotImplemented  # an outer or elementwise product has no small intermediate
+        return _multiply(eqn, values, batch)
+    values = [
+        ctx.read(v) if isinstance(v, LoraArray) and _is_rows(v, contracting[side], side) else v
+        for side, v in enumerate(values)
+    ]
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
     (result,) = _jax.bind(eqn, plain)
     for side in (0, 1):
@@ -118,7 +137,40 @@ def dot_general(ctx: Context, eqn, values):
             precision = precision[::-1]
         if side == 1:  # the left weight's deltas have met the right weight's already
             x = plain[0]
-        with jax.named_scope(f"{_jax.name_stack(eqn)}/lora".lstrip("/")):
+        with ctx.scope():
             for delta in v.deltas:
-                result += lora_dot(x, x_labels, delta, out, precision=precision, dtype=result.dtype)
+                if not delta.is_probe:
+                    result += lora_dot(
+                        ctx, x, x_labels, delta, out, result.shape,
+                        precision=precision, dtype=result.dtype,
+                    )  # fmt: skip
     return [result]
+
+
+def _is_rows(v: LoraArray, contracted: Sequence[int], side: int) -> bool:
+    """Whether an operand is rows of a table, rather than a kernel with its axes permuted.
+
+    Rows are looked up along the axis that the table reads, and then it is their features that are
+    summed over. A probe does not know what is read: a kernel is the right operand, as a rule.
+    """
+    return v.is_lookup and all(
+        not any(delta.read.intersection(delta.origins[i]) for i in contracted)
+        and (side == 0 if delta.is_probe else not delta.reads)
+        for delta in v.deltas
+    )
+
+
+def _multiply(eqn, values, batch):
+    """A product that sums over nothing: the weight by a vector along some of its axes."""
+    side = 0 if isinstance(values[0], LoraArray) else 1
+    v, x = values[side], values[1 - side]
+    if isinstance(x, LoraArray) or len(batch[0]) != len(x.shape):
+        return NotImplemented  # an outer product has no small intermediate
+    (w,) = _jax.bind(eqn, [v.w, x] if side == 0 else [x, v.w])
+    order = [*batch[side], *(i for i in range(len(v.shape)) if i not in batch[side])]
+    new = {old: i for i, old in enumerate(order)}
+    labels = [0] * len(x.shape)
+    for i, j in zip(batch[side], batch[1 - side], strict=True):
+        labels[j] = new[i]
+    moved = v.map(w, lambda delta: delta.move(new, len(order)))
+    return scale_axes(moved, w, x, labels)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax import _jax
 from lora_jax._transform._rules import RULES, Context
-from lora_jax._transform._value import LoraArray
+from lora_jax._transform._value import LoraArray, settle
 
 
 def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -36,19 +36,45 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
     for i, eqn in enumerate(jaxpr.eqns):
         values = [None if isinstance(atom, _jax.Literal) else env[atom] for atom in eqn.invars]
+        rule = RULES.get(eqn.primitive.name)
+        if any(isinstance(v, LoraArray) for v in values) and (rule is None or rule.reads):
+            ctx.eqns.append(eqn)
+            for k, atom in enumerate(eqn.invars):
+                v = env[atom] if isinstance(values[k], LoraArray) else values[k]
+                if isinstance(v, LoraArray) and v.is_lookup:
+                    v = env[atom] = ctx.read(v)  # once, however often it is used
+                values[k] = v
+            ctx.eqns.pop()
         if not any(isinstance(v, LoraArray) for v in values):
             outputs = _jax.bind(eqn, values)
+            if eqn.primitive.name == "broadcast_in_dim" and values[0] is not None:
+                ctx.broadcasts[eqn.outvars[0]] = _ones(values[0], eqn.params)
         else:
-            apply = RULES.get(eqn.primitive.name)
             values = [read(atom) for atom in eqn.invars]
             ctx.eqns.append(eqn)
             with eqn.ctx.manager:
-                outputs = NotImplemented if apply is None else apply(ctx, eqn, values)
-                if outputs is NotImplemented:
-                    outputs = ctx.materialize_all(values)
+                outputs = _apply(ctx, rule, eqn, values)
             ctx.eqns.pop()
         env.update(zip(eqn.outvars, outputs, strict=True))
         for atom in eqn.invars:  # run eagerly, what nobody reads again would stay in memory
             if not isinstance(atom, _jax.Literal) and last_use.get(atom) == i:
                 env.pop(atom, None)
+                ctx.broadcasts.pop(atom, None)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _ones(x: Any, params: Any) -> Any:
+    """What is broadcast, before it is: of as many axes, of size 1 where they are new."""
+    sizes = dict(zip(params["broadcast_dimensions"], x.shape, strict=True))
+    return x.reshape([sizes.get(axis, 1) for axis in range(len(params["shape"]))])
+
+
+def _apply(ctx: Context, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    is_folded = any(isinstance(v, LoraArray) and v.unfolded is not None for v in values)
+    outputs = NotImplemented
+    if is_folded and rule is not None and not rule.folds:
+        values = [settle(v) for v in values]
+        is_folded = any(isinstance(v, LoraArray) and v.unfolded is not None for v in values)
+    if rule is not None and (rule.folds or not is_folded):
+        outputs = rule.apply(ctx, eqn, values)
+    return ctx.materialize_all(values) if outputs is NotImplemented else outputs

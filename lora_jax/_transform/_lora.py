@@ -1,7 +1,8 @@
 """``lora(fn)``: the same function, over split parameters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import jax
@@ -9,13 +10,23 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._layout import role_axes
+from lora_jax._layout import is_array, role_axes
 from lora_jax._params import LoraParams, check
 from lora_jax._paths import flatten
-from lora_jax._transform import _control, _dot, _move  # noqa: F401  (their rules register)
+from lora_jax._ranges import entry
+from lora_jax._transform import (  # noqa: F401  (their rules register)
+    _arith,
+    _control,
+    _conv,
+    _dot,
+    _gather,
+    _move,
+    _ragged,
+    _slice,
+)
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._rules import MATERIALIZE, Context, OnMaterialize
-from lora_jax._transform._value import Delta, LoraArray
+from lora_jax._transform._rules import Context, OnMaterialize
+from lora_jax._transform._value import Delta, Leaf, LoraArray
 
 
 def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> Callable[..., Any]:
@@ -43,7 +54,8 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
         TypeError: ``fn`` is not callable.
         ValueError: at the call: no LoraParams among the arguments, an adapter that does not fit
             its base, adapted weights that ``fn`` does not use, or uses against their layout.
-        NotImplementedError: at the call: a weight would have to be materialized.
+        NotImplementedError: at the call: weights would have to be materialized; the message names
+            them all.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -61,109 +73,196 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
 
     @functools.wraps(fn)
     def lora_fn(*args, **kwargs):
-        nodes, outer = jax.tree.flatten((args, kwargs), is_leaf=_is_lora)
-        if not any(_is_lora(node) for node in nodes):
+        call = Call.of(args, kwargs)
+        ctx = Context(on_materialize)
+        jaxpr, whole, consts, out = call.trace(fn)
+        values = [*consts, *call.values]
+        try:
+            with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
+                results = leave(ctx, jaxpr, values)
+        except NotImplementedError:
+            if not ctx.complaints:
+                raise
+            raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
+
+        read = _jax.read_inputs(jaxpr)[len(consts) :]
+        for owner, node in call.lora_params.items():
+            _check_used(ctx, owner, node, call.paths_read(owner, read), consts)
+            # A gradient for the input alone may need a weight's transpose only: the forward use,
+            # which tells its layout, is in the part that no output needs.
+            if _misread(ctx, owner, node) and (
+                wrong := _misread(rehearse(whole, values), owner, node)
+            ):
+                raise ValueError("\n".join(wrong))
+        return jax.tree.unflatten(out, results)
+
+    return lora_fn
+
+
+@dataclass
+class Call:
+    """The arguments of one call, flattened.
+
+    Attributes:
+        structure: of the arguments, with every LoraParams as a leaf.
+        places: for each such leaf, its structure, and for each leaf inside None where it is an
+            array, or a tuple of it.
+        values: one for each array: an array or a :class:`LoraArray`.
+        lora_params: the LoraParams, by position among the leaves.
+    """
+
+    structure: Any
+    places: list[tuple[Any, list[Any]]]
+    values: list[Any]
+    lora_params: dict[int, LoraParams]
+
+    @classmethod
+    def of(
+        cls,
+        args: Any,
+        kwargs: Any,
+        enter: Callable[[LoraParams, int], Mapping[str, Any]] | None = None,
+    ) -> "Call":
+        """Flatten; ``enter`` gives the leaves of a LoraParams by path, as they enter."""
+        nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_lora)
+        call = cls(structure, [], [], {i: node for i, node in enumerate(nodes) if _is_lora(node)})
+        if not call.lora_params:
             raise ValueError(
                 "lora(fn) was called without a LoraParams among its arguments. Pass what "
                 "lora_jax.lorafy returned; for the base model, call the function itself"
             )
-        values: list[Any] = []  # one for each array leaf: an array or a LoraArray
-        places: list[Any] = []  # for each node, how to rebuild it from the values
         for i, node in enumerate(nodes):
-            leaves = _enter(node, i) if _is_lora(node) else [node]
+            leaves = list((enter or _enter)(node, i).values()) if _is_lora(node) else [node]
             tree = jax.tree.structure(node.base if _is_lora(node) else 0)
-            places.append((tree, [None if _is_array(x) else (x,) for x in leaves]))
-            values += [x for x in leaves if _is_array(x)]
+            call.places.append((tree, [None if _is_traced(x) else (x,) for x in leaves]))
+            call.values += [x for x in leaves if _is_traced(x)]
+        return call
+
+    def trace(self, fn: Callable[..., Any]) -> Any:
+        """The jaxpr of ``fn`` on the frozen arrays: see ``_jax.trace``."""
 
         def flat_fn(*arrays):
             rest = iter(arrays)
             rebuilt = [
                 jax.tree.unflatten(tree, [next(rest) if s is None else s[0] for s in static])
-                for tree, static in places
+                for tree, static in self.places
             ]
-            args, kwargs = jax.tree.unflatten(outer, rebuilt)
+            args, kwargs = jax.tree.unflatten(self.structure, rebuilt)
             return fn(*args, **kwargs)
 
-        arrays = [v.w if isinstance(v, LoraArray) else v for v in values]
-        ctx = Context(on_materialize)
-        with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
-            jaxpr, whole, consts, out = _jax.trace(flat_fn, arrays)
-            results = evaluate(ctx, jaxpr, [*consts, *values])
-        results = [
-            ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
-            for v in results
-        ]
+        arrays = [v.w if isinstance(v, LoraArray) else v for v in self.values]
+        with jax.disable_jit(False):
+            return _jax.trace(flat_fn, arrays)
 
-        def every_use():
-            # A gradient for the input alone may need a weight's transpose only: the forward use,
-            # which tells its layout, is in the part that no output needs.
-            seen = Context("allow")
-            jax.eval_shape(lambda values: evaluate(seen, whole, [*consts, *values]), values)
-            return seen
+    def paths_read(self, owner: int, read: Sequence[bool]) -> set[str]:
+        """The paths of a LoraParams that are read, given that for every array."""
+        flags = iter(read)
+        by_node = [[s is None and next(flags) for s in static] for _, static in self.places]
+        paths = flatten(self.lora_params[owner].base)[0]
+        return {path for path, r in zip(paths, by_node[owner], strict=True) if r}
 
-        invars = iter(_jax.read_inputs(jaxpr)[len(consts) :])
-        for i, (node, (_, static)) in enumerate(zip(nodes, places, strict=True)):
-            is_read = [s is None and next(invars) for s in static]
-            if _is_lora(node):
-                paths = flatten(node.base)[0]
-                read = {path for path, r in zip(paths, is_read, strict=True) if r}
-                _check_used(ctx, i, node, read)
-                if _misread(ctx, i, node) and (wrong := _misread(every_use(), i, node)):
-                    raise ValueError("\n".join(wrong))
-        return jax.tree.unflatten(out, results)
 
-    return lora_fn
+def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
+    """The outputs of the whole function, as plain arrays."""
+    return [
+        ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
+        for v in evaluate(ctx, jaxpr, values)
+    ]
+
+
+def rehearse(jaxpr: Any, values: list[Any]) -> Context:
+    """Evaluate on shapes alone, allowing everything; what was seen."""
+    ctx = Context("allow")
+    with jax.disable_jit(False):
+        jax.eval_shape(lambda values: leave(ctx, jaxpr, values), values)
+    return ctx
 
 
 def _is_lora(x: Any) -> bool:
     return isinstance(x, LoraParams)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | LoraArray)
+def _is_traced(x: Any) -> bool:
+    kinds = jax.Array | np.ndarray | np.generic | LoraArray | jax.ShapeDtypeStruct
+    return isinstance(x, kinds)
 
 
-def _enter(lora_params: LoraParams, owner: int) -> list[Any]:
-    """The base's leaves as they enter the function, in order: frozen, adapted or trained whole."""
+def _enter(lora_params: LoraParams, owner: int) -> dict[str, Any]:
+    """The base's leaves as they enter the function: frozen, adapted or trained whole."""
     leaves = check(lora_params)
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
-    entered = []
+    entered = {}
     for path, leaf in leaves.items():
         if path in full:
-            leaf = full[path].astype(leaf.dtype)
+            leaf = _cast(full[path], leaf.dtype)
         elif isinstance(leaf, jax.Array):
             leaf = lax.stop_gradient(leaf)
-        if path in factors:
-            origins = tuple((i,) for i in range(leaf.ndim))
-            leaf = LoraArray(leaf, (Delta.of(factors[path]),), path, owner, origins)
-        entered.append(leaf)
+        entered[path] = leaf
+    for key, f in factors.items():
+        path, ranges = entry(key, leaves)
+        leaf, delta = entered[path], Delta.of(f, Leaf(owner, path), ranges)
+        deltas = leaf.deltas if isinstance(leaf, LoraArray) else ()
+        w = leaf.w if isinstance(leaf, LoraArray) else leaf
+        entered[path] = LoraArray(w, (*deltas, delta))
     return entered
 
 
-def _check_used(ctx: Context, owner: int, lora_params: LoraParams, read: set[str]) -> None:
+def _cast(x: Any, dtype: Any) -> Any:
+    is_shape = isinstance(x, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(x.shape, dtype) if is_shape else x.astype(dtype)
+
+
+def _complaints(ctx: Context) -> str:
+    """One message for all the weights that would have to be built."""
+    first, *rest = ctx.complaints
+    message = [str(first)]
+    if rest:
+        shown = "".join(f"\n  {c.paths} {c.why}{c.source}" for c in rest[:20])
+        shown += f"\n  ... and {len(rest) - 20} more" if len(rest) > 20 else ""
+        paths = list(dict.fromkeys(path for c in ctx.complaints for path in c.excluded))
+        message.append(f"So would others:{shown}")
+        if len(paths) > 1:
+            message.append(f"To keep all of them out: lorafy(..., exclude={paths!r})")
+    return "\n".join(message)
+
+
+def _check_used(
+    ctx: Context, owner: int, lora_params: LoraParams, read: set[str], consts: Sequence[Any]
+) -> None:
     """Raise if no leaf of the adapter is used; ``read`` are the paths that any equation reads."""
     adapter = lora_params.adapter
-    used = {use.path for use in ctx.uses if use.owner == owner}
-    if not used and not read.intersection(adapter.full):
-        paths = [*adapter.factors, *adapter.full]
-        raise ValueError(
-            f"lora(fn): the function uses none of the {len(paths)} adapted leaves: "
-            f"{', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}. Training would change "
-            "nothing. Are these another model's parameters, or do the weights come in by a "
-            "closure? They must come in as arguments"
-        )
+    used = {use.leaf.path for use in ctx.uses if use.leaf.owner == owner}
+    if used or read.intersection(adapter.full):
+        return
+    paths = [*adapter.factors, *adapter.full]
+    held = {id(const) for const in consts}
+    leaves = {path: leaf for path, leaf in flatten(lora_params.base)[0].items() if is_array(leaf)}
+    closed = [path for path, leaf in leaves.items() if id(leaf) in held]
+    hint = (
+        f"It holds {closed[0]!r} itself as a constant, in a closure. Weights must come in as "
+        "arguments"
+        if closed
+        else "Are these another model's parameters, or do the weights come in by a closure? They "
+        "must come in as arguments"
+    )
+    raise ValueError(
+        f"lora(fn): the function uses none of the {len(paths)} adapted leaves: "
+        f"{', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}. Training would change "
+        f"nothing. {hint}"
+    )
 
 
 def _misread(ctx: Context, owner: int, lora_params: LoraParams) -> list[str]:
     """A message for each weight that is used only against its layout."""
     leaves, messages = check(lora_params), []
-    for path, f in lora_params.adapter.factors.items():
+    for key, f in lora_params.adapter.factors.items():
+        path, _ = entry(key, leaves)
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
-        inputs, batch = (big.intersection(role_axes(f.layout, role)) for role in "ib")
-        uses = ctx.uses_of(owner, path)
-        if not uses or any(use.primitive == MATERIALIZE for use in uses):
-            continue  # what was read there is not known
+        inputs, batch, outputs = (big.intersection(role_axes(f.layout, r)) for r in "ibo")
+        uses = [use for use in ctx.uses_of(Leaf(owner, path)) if use.why or use.tells]
+        if not (uses and inputs and outputs) or any(use.why for use in uses):
+            continue  # what is read is not known, or makes no difference
         if not any((big & use.contracted) - batch == inputs for use in uses):
             use = uses[0]
             seen = "".join(
@@ -173,6 +272,7 @@ def _misread(ctx: Context, owner: int, lora_params: LoraParams) -> list[str]:
                 f"the weight {path!r} of shape {shape} has layout {f.layout!r}, but "
                 f"{use.primitive!r} at {use.source} uses it as one of layout {seen!r}: a would "
                 "not read the input, nor b write the output. Build the adapter with "
-                f"lorafy(..., layout={{{path!r}: {seen!r}}})"
+                f"lorafy(..., layout={{{path!r}: {seen!r}}}), or with layout=lora_jax.layout_of("
+                "fn, params, *args)"
             )
     return messages

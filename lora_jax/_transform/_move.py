@@ -2,29 +2,33 @@
 
 import dataclasses
 from collections.abc import Sequence
-from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax import _jax
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Labels, LoraArray
+from lora_jax._transform._value import (
+    Delta,
+    Labels,
+    LoraArray,
+    axis_groups,
+    regrouped_origins,
+)
 
 
 @rule("transpose")
 def transpose(ctx: Context, eqn, values):
     """Axes change places: labels are renamed, and factors stay where they are."""
     (v,) = values
-    permutation = eqn.params["permutation"]
     (w,) = _jax.bind(eqn, [v.w])
-    new = {old: i for i, old in enumerate(permutation)}
-    deltas = tuple(d.relabel(new) for d in v.deltas)
-    origins = tuple(v.origins[old] for old in permutation)
-    return [dataclasses.replace(v, w=w, deltas=deltas, origins=origins)]
+    new = {old: i for i, old in enumerate(eqn.params["permutation"])}
+    return [v.map(w, lambda delta: delta.move(new, w.ndim))]
 
 
-@rule("convert_element_type", "copy", "copy_p", "pvary")
+@rule("convert_element_type", "reduce_precision", "copy", "copy_p", "pvary", "pcast", folds=True)
 def convert(ctx: Context, eqn, values):
     """A cast or a copy: the factors stay float32 masters, cast where they are used."""
     (v,) = values
@@ -34,7 +38,15 @@ def convert(ctx: Context, eqn, values):
     return [dataclasses.replace(v, w=w)]
 
 
-@rule("sharding_constraint", "device_put", "optimization_barrier", "name")
+@rule(
+    "sharding_constraint",
+    "reshard",
+    "mesh_cast",
+    "device_put",
+    "optimization_barrier",
+    "name",
+    folds=True,
+)
 def pass_on(ctx: Context, eqn, values):
     """What is asked of the weight's place, order or name is asked of the frozen part."""
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
@@ -44,22 +56,33 @@ def pass_on(ctx: Context, eqn, values):
     ]
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", folds=True)
 def stop_gradient(ctx: Context, eqn, values):
     """No gradient flows to the factors through this use."""
     (v,) = values
-    return [jax.tree.map(jax.lax.stop_gradient, v)]
+    return [jax.tree.map(lax.stop_gradient, v)]
 
 
-@rule("reshape", "squeeze")
+@rule("reshape", "squeeze", folds=True)
 def reshape(ctx: Context, eqn, values):
-    """Axes of one role may be split and merged; axes of size 1 come and go."""
+    """Axes of one role may be split and merged; axes of size 1 come and go.
+
+    Where axes of different roles are merged, the weight keeps the shape it had in mind, for a
+    reshape that takes them apart again.
+    """
     v = values[0]
     (shape,) = (var.aval.shape for var in eqn.outvars)
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return NotImplemented
     (w,) = _jax.bind(eqn, [v.w])
-    return _regroup(v, w, shape)
+    old = v.unfolded or v.shape
+    groups = axis_groups(old, shape)
+    deltas = [regroup(delta, old, shape, groups) for delta in v.deltas]
+    if None in deltas:
+        if v.is_read:
+            return NotImplemented  # an activation
+        return [LoraArray(w, v.deltas, unfolded=old)]
+    return [LoraArray(w, tuple(deltas))]
 
 
 @rule("broadcast_in_dim")
@@ -71,42 +94,43 @@ def broadcast_in_dim(ctx: Context, eqn, values):
     ones = [1] * len(shape)
     for size, dim in zip(v.shape, dims, strict=True):
         ones[dim] = size
-    return _regroup(v, w, ones)
+    groups = axis_groups(v.shape, ones)
+    return [v.map(w, lambda delta: regroup(delta, v.shape, ones, groups))]
 
 
-def _regroup(v: LoraArray, w: jax.Array, shape: Sequence[int]):
-    groups = axis_groups(v.shape, shape)
-    deltas = []
-    for delta in v.deltas:
-        for old, _ in groups:
-            owners = {(i in delta.a_labels, i in delta.b_labels) for i in old}
-            if len(owners) > 1:
-                return NotImplemented  # the axes of different roles do not merge exactly
-        deltas.append(delta.map(lambda x, labels: _regroup_factor(x, labels, groups, shape)))
-    origins: list[tuple[int, ...]] = [()] * len(shape)
-    for old, new in groups:
-        for j in new:
-            origins[j] = tuple(k for i in old for k in v.origins[i])
-    return [dataclasses.replace(v, w=w, deltas=tuple(deltas), origins=tuple(origins))]
+def regroup(delta: Delta, old: Sequence[int], new: Sequence[int], groups: Any) -> Any:
+    """The delta after a reshape; None where it would merge axes of different roles."""
+    origins = regrouped_origins(delta, groups, len(new))
+    if delta.is_probe:
+        if any(len(olds) > 1 for olds, _ in groups):
+            return None
+        ranges = {olds[0]: news[0] for olds, news in groups if len(news) == 1}
+        kept = [r._replace(axis=ranges[r.axis]) for r in delta.ranges if r.axis in ranges]
+        return dataclasses.replace(delta, origins=origins, ranges=tuple(kept))
+    for olds, news in groups:
+        if len(olds) == len(news) == 1:
+            continue
+        delta = delta.whole(olds, old)
+        owners = {(i in delta.a_labels, i in delta.b_labels) for i in olds} - {(False, False)}
+        if len(owners) > 1:
+            return None
+        for i in olds if owners else ():  # an axis of no factor, merged with one of this one's
+            delta = _broadcast_into(delta, i, old[i], *owners)
+    delta = delta.map(lambda x, labels: _regroup_factor(x, labels, groups, new))
+    position = {olds[0]: news[0] for olds, news in groups if len(olds) == len(news) == 1}
+    ranges = tuple(r._replace(axis=position[r.axis]) for r in delta.ranges)
+    return dataclasses.replace(delta, origins=origins, ranges=ranges)
 
 
-def axis_groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The finest pairing of axes of two shapes under a row-major reshape, without axes of size 1.
+def _broadcast_into(delta: Delta, axis: int, size: int, owners: tuple[bool, bool]) -> Delta:
+    if delta.has(axis):
+        return delta
+    owned = iter(owners)
 
-    >>> axis_groups((6, 4, 1), (2, 3, 1, 4))
-    [((0,), (0, 1)), ((1,), (3,))]
-    """
-    olds = [i for i, size in enumerate(old) if size != 1]
-    news = [j for j, size in enumerate(new) if size != 1]
-    groups = []
-    while olds or news:
-        left, right = [olds.pop(0)], [news.pop(0)]
-        while (a := prod(old[i] for i in left)) != (b := prod(new[j] for j in right)):
-            (left.append(olds.pop(0)) if a < b else right.append(news.pop(0)))
-        groups.append((tuple(left), tuple(right)))
-    return groups
+    def broadcast(x, labels):
+        return (lax.broadcast(x, (size,)), (axis, *labels)) if next(owned) else (x, labels)
+
+    return delta.map(broadcast)
 
 
 def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Array, Labels]:
@@ -116,7 +140,13 @@ def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Ar
     ones = [i for i in labels if i not in grouped and i >= 0]  # size 1: dropped by the reshape
     (rank,) = (lab for lab in labels if lab not in grouped and lab not in ones)
     order = [labels.index(lab) for lab in (*grouped, *ones, rank)]
+    sizes = []
+    for old, new in owned:
+        if len(old) == len(new) == 1:  # it may cover a range of the axis only
+            sizes.append(x.shape[labels.index(old[0])])
+        else:
+            sizes += [shape[j] for j in new]
     if order != sorted(order):
         x = x.transpose(order)
     new_labels = tuple(j for _, new in owned for j in new)
-    return x.reshape(*(shape[j] for j in new_labels), x.shape[-1]), (*new_labels, rank)
+    return x.reshape(*sizes, x.shape[-1]), (*new_labels, rank)

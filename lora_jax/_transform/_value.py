@@ -3,13 +3,19 @@
 Every axis of ``W`` has a label, its position. A delta's factors are arrays whose axes are
 labelled: an axis of ``a`` or ``b`` belongs to the axis of ``W`` with its label, or is the rank
 axis, ``R``. So a transpose of ``W`` renames labels and moves no data, and a batch axis is simply a
-label that both factors have.
+label that both factors have. A label that neither has is an axis along which the update is the
+same. A delta may cover a part of ``W`` only, a range of some of its axes: that is what
+concatenating weights, and adapting a slice of a fused one, come to.
+
+A delta without arrays is a probe: it goes where a delta would go, and shows what becomes of the
+weight it is on.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,61 +23,187 @@ from jax import lax
 
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
+from lora_jax._ranges import Range
 
 R = -1
 Labels = tuple[Any, ...]
 
 
+class Leaf(NamedTuple):
+    """A weight among the arguments.
+
+    Attributes:
+        owner: which of the LoraParams it belongs to.
+        path: where in its base.
+    """
+
+    owner: int
+    path: str
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("a", "b", "scale"),
-    meta_fields=("a_labels", "b_labels"),
+    meta_fields=("a_labels", "b_labels", "leaf", "origins", "read", "summed", "picked", "ranges"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
-    """``scale * sum_R a b``, with the labels of ``a``'s and ``b``'s axes."""
+    """``scale * sum_R a b``, somewhere in ``W``.
 
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
+    Attributes:
+        a: the factor that reads; None in a probe, as are ``b`` and ``scale``.
+        b: the factor that writes.
+        scale: a 0-d array.
+        a_labels: of ``a``'s axes.
+        b_labels: of ``b``'s axes.
+        leaf: the weight it belongs to.
+        origins: for each axis of ``W``, the axes of the leaf that it is made of.
+        read: the axes of the leaf that a lookup has read already.
+        summed: the axes of the leaf that are summed over already.
+        picked: the axes of the leaf of which one entry was picked.
+        ranges: the parts of ``W``'s axes it covers, of those that it does not cover whole.
+    """
+
+    a: Any
+    b: Any
+    scale: Any
     a_labels: Labels
     b_labels: Labels
+    leaf: Leaf
+    origins: tuple[tuple[int, ...], ...]
+    read: frozenset[int] = frozenset()
+    summed: frozenset[int] = frozenset()
+    picked: frozenset[int] = frozenset()
+    ranges: tuple[Range, ...] = ()
 
     @classmethod
-    def of(cls, factors: Factors) -> "Delta":
+    def of(cls, factors: Factors, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
         """The delta of a weight as it enters the function."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
-        scale = lax.stop_gradient(jnp.asarray(factors.scale, jnp.float32))
-        return cls(factors.a, factors.b, scale, (*batch, *inputs, R), (*batch, R, *outputs))
+        scale = factors.scale
+        if not isinstance(scale, jax.ShapeDtypeStruct):
+            scale = lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+            scale = scale.astype(wide(factors.b.dtype))
+        origins = tuple((i,) for i in range(len(factors.layout)))
+        a_labels, b_labels = (*batch, *inputs, R), (*batch, R, *outputs)
+        return cls(
+            factors.a, factors.b, scale, a_labels, b_labels, leaf, origins, ranges=tuple(ranges)
+        )
 
-    def relabel(self, new: Mapping[int, Any], rank: Any = R) -> "Delta":
-        """The delta under other labels, ``new[old]``; its rank axis is labelled ``rank``."""
-        new = {**new, R: rank}
-        a_labels = tuple(new[label] for label in self.a_labels)
-        b_labels = tuple(new[label] for label in self.b_labels)
-        return dataclasses.replace(self, a_labels=a_labels, b_labels=b_labels)
+    @classmethod
+    def probe(cls, leaf: Leaf, ndim: int) -> "Delta":
+        """A delta without arrays."""
+        return cls(None, None, None, (), (), leaf, tuple((i,) for i in range(ndim)))
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it has no arrays."""
+        return self.a is None
+
+    @property
+    def factors(self) -> tuple[tuple[Any, Labels], tuple[Any, Labels]]:
+        """``a`` and ``b``, each with its labels."""
+        return (self.a, self.a_labels), (self.b, self.b_labels)
+
+    def has(self, label: Any) -> bool:
+        """Whether a factor has this axis."""
+        return label in self.a_labels or label in self.b_labels
 
     def map(self, f: Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]) -> "Delta":
         """The delta with each factor and its labels replaced by ``f`` of them."""
-        a, a_labels = f(self.a, self.a_labels)
-        b, b_labels = f(self.b, self.b_labels)
-        return Delta(a, b, self.scale, a_labels, b_labels)
+        if self.is_probe:
+            return self
+        (a, a_labels), (b, b_labels) = (f(x, labels) for x, labels in self.factors)
+        return dataclasses.replace(self, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
 
-    def dense(self, ndim: int, dtype: Any) -> jax.Array:
+    def along(self, axis: int, f: Callable[[jax.Array, int], jax.Array]) -> "Delta":
+        """The delta with ``f(factor, position)`` for each factor that has ``axis``."""
+        return self.map(
+            lambda x, labels: (f(x, labels.index(axis)) if axis in labels else x, labels)
+        )
+
+    def rename(self, new: Mapping[Any, Any], rank: Any = R) -> "Delta":
+        """The factors and ranges under other labels, ``new[old]``; the rank axis is ``rank``."""
+        new = {**new, R: rank}
+        return dataclasses.replace(
+            self,
+            a_labels=tuple(new[label] for label in self.a_labels),
+            b_labels=tuple(new[label] for label in self.b_labels),
+            ranges=tuple(Range(new[r.axis], r.start, r.stop) for r in self.ranges),
+        )
+
+    def move(self, new: Mapping[int, int], ndim: int) -> "Delta":
+        """The delta where axis ``i`` of ``W`` is axis ``new[i]`` of an array of ``ndim`` axes."""
+        origins: list[tuple[int, ...]] = [()] * ndim
+        for old, axis in new.items():
+            origins[axis] = self.origins[old]
+        return dataclasses.replace(self.rename(new), origins=tuple(origins))
+
+    def range_of(self, axis: Any, size: int) -> tuple[int, int]:
+        """The part of an axis that the delta covers."""
+        return next(((r.start, r.stop) for r in self.ranges if r.axis == axis), (0, size))
+
+    def with_range(self, axis: int, start: int, stop: int, size: int) -> "Delta":
+        """The delta as covering ``start:stop`` of an axis of ``size``."""
+        ranges = tuple(r for r in self.ranges if r.axis != axis)
+        if (start, stop) != (0, size):
+            ranges += (Range(int(axis), int(start), int(stop)),)
+        return dataclasses.replace(self, ranges=ranges)
+
+    def expand(self, axis: int, size: int) -> "Delta":
+        """The delta with the axis in a factor, the smaller one if it was in none."""
+        if self.is_probe or self.has(axis):
+            return self
+        small = min((self.a, self.b), key=lambda x: x.size)
+        return self.map(
+            lambda x, labels: (
+                (lax.broadcast(x, (size,)), (axis, *labels)) if x is small else (x, labels)
+            )
+        )
+
+    def whole(self, axes: Iterable[int], shape: Sequence[int]) -> "Delta":
+        """The delta as covering all of these axes, zero where it covered nothing."""
+        delta = self
+        for r in self.ranges:
+            if r.axis in axes:
+                size = shape[r.axis]
+                delta = delta.expand(r.axis, r.stop - r.start)
+                delta = delta.along(r.axis, partial(_pad, start=r.start, size=size))
+                delta = delta.with_range(r.axis, 0, size, size)
+        return delta
+
+    @property
+    def is_read(self) -> bool:
+        """Whether one of the factors has none of the weight's axes left for itself.
+
+        After a lookup of rows, or a sum over inputs, ``a b`` is an activation, no longer an
+        update of the weight.
+        """
+        if self.is_probe:
+            return bool(self.read | self.summed)
+        return not self.reads or not self._live(self.b_labels, self.a_labels)
+
+    @property
+    def reads(self) -> bool:
+        """Whether ``a`` has an axis of the weight left for itself."""
+        return self._live(self.a_labels, self.b_labels)
+
+    def _live(self, labels: Labels, others: Labels) -> bool:
+        used = self.read | self.picked
+        own = set(labels) - set(others)
+        return any(not used.issuperset(self.origins[label]) for label in own)
+
+    def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
         """``scale * a b`` as an array with ``W``'s axes: what this library exists to avoid."""
         a, b = self.a.astype(dtype), self.b.astype(dtype)
-        out = tuple(range(ndim))
+        out = tuple(range(len(shape)))
         product = contract(
             a, self.a_labels, b, self.b_labels, out, precision=lax.Precision.HIGHEST, dtype=dtype
         )
-        return product * self.scale.astype(dtype)
+        return place(product * self.scale.astype(dtype), out, self.ranges, shape)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("w", "deltas"),
-    meta_fields=("path", "owner", "origins"),
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("w", "deltas"), meta_fields=("unfolded",))
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraArray:
     """A weight ``w`` with its deltas, at some point of its way through the function.
@@ -79,29 +211,121 @@ class LoraArray:
     Attributes:
         w: the frozen part.
         deltas: what is added to it.
-        path: the leaf it came from.
-        owner: which of the LoraParams among the arguments that leaf belongs to.
-        origins: for each axis, the axes of that leaf that it is made of.
+        unfolded: None; or, where a reshape has merged axes of different roles, the shape that
+            the deltas' labels are of. ``w`` is that shape reshaped.
     """
 
     w: jax.Array
     deltas: tuple[Delta, ...]
-    path: str
-    owner: int
-    origins: tuple[tuple[int, ...], ...]
+    unfolded: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return self.w.shape
 
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The weights it is made of."""
+        return tuple(dict.fromkeys(delta.leaf for delta in self.deltas))
+
+    def map(self, w: jax.Array, f: Callable[[Delta], Delta]) -> "LoraArray":
+        """The weight ``w`` with each delta replaced by ``f`` of it."""
+        return dataclasses.replace(self, w=w, deltas=tuple(f(delta) for delta in self.deltas))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of its deltas are read, so that it is an activation."""
+        return self.unfolded is None and all(delta.is_read for delta in self.deltas)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it is what a lookup has read: rows, not a choice of kernels."""
+        return self.is_read and all(
+            delta.read
+            and (
+                not delta.is_probe
+                or sum(not delta.read.issuperset(group) for group in delta.origins) <= 1
+            )
+            for delta in self.deltas
+        )
+
     def dense(self) -> jax.Array:
         """``W`` plus its deltas, summed in at least float32, rounded once to ``W``'s dtype."""
         dtype = wide(self.w.dtype)
         total = self.w.astype(dtype)
+        shape = self.unfolded or self.shape
         for delta in self.deltas:
-            total += delta.dense(self.w.ndim, dtype)
+            if not delta.is_probe:
+                total += jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
         return total.astype(self.w.dtype)
+
+
+def axis_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The finest pairing of axes of two shapes under a row-major reshape, without axes of size 1.
+
+    >>> axis_groups((6, 4, 1), (2, 3, 1, 4))
+    [((0,), (0, 1)), ((1,), (3,))]
+    """
+    olds = [i for i, size in enumerate(old) if size != 1]
+    news = [j for j, size in enumerate(new) if size != 1]
+    groups = []
+    while olds or news:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        while (a := prod(old[i] for i in left)) != (b := prod(new[j] for j in right)):
+            (left.append(olds.pop(0)) if a < b else right.append(news.pop(0)))
+        groups.append((tuple(left), tuple(right)))
+    return groups
+
+
+def regrouped_origins(delta: Delta, groups: Any, ndim: int) -> tuple[tuple[int, ...], ...]:
+    """The origins of an array's axes after a reshape that pairs axes so."""
+    origins: list[tuple[int, ...]] = [()] * ndim
+    for old, new in groups:
+        for j in new:
+            origins[j] = tuple(dict.fromkeys(k for i in old for k in delta.origins[i]))
+    return tuple(origins)
+
+
+def settle(v: Any) -> Any:
+    """A probed weight whose axes stay merged; any other value as it is."""
+    if not isinstance(v, LoraArray) or v.unfolded is None:
+        return v
+    if not all(delta.is_probe for delta in v.deltas):
+        return v
+    groups = axis_groups(v.unfolded, v.shape)
+
+    def merged(delta: Delta) -> Delta:
+        origins = regrouped_origins(delta, groups, len(v.shape))
+        return dataclasses.replace(delta, origins=origins, ranges=())
+
+    return LoraArray(v.w, tuple(map(merged, v.deltas)))
+
+
+def adapted(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
+    """A weight with those of the deltas that are left; itself if none is."""
+    deltas = tuple(delta for delta in deltas if delta is not None)
+    return LoraArray(w, deltas) if deltas else w
+
+
+def place(x: jax.Array, labels: Sequence[Any], ranges: Iterable[Range], sizes: Any) -> jax.Array:
+    """``x``, which covers these ranges of its labelled axes, as a part of zeros."""
+    for r in ranges:
+        if r.axis in labels:
+            axis = labels.index(r.axis)
+            if x.shape[axis] == 1 != r.stop - r.start:  # the same all along the range
+                full = (*x.shape[:axis], r.stop - r.start, *x.shape[axis + 1 :])
+                x = jnp.broadcast_to(x, full)
+            x = _pad(x, axis, r.start, sizes[r.axis])
+    return x
+
+
+def _pad(x: jax.Array, axis: int, start: int, size: int) -> jax.Array:
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (start, size - start - x.shape[axis], 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def contract(

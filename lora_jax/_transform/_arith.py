@@ -1,0 +1,139 @@
+"""Linear arithmetic on weights: multiples, sums, and sums over axes."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import _jax
+from lora_jax._transform._move import regroup
+from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._value import Delta, LoraArray, axis_groups
+
+
+def exact(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
+    """The output of a rule, unless one of the deltas has no exact form."""
+    found = tuple(deltas)
+    kept = tuple(delta for delta in found if delta is not None)
+    return [LoraArray(w, kept)] if len(kept) == len(found) else NotImplemented
+
+
+@rule("neg", folds=True)
+def neg(ctx: Context, eqn, values):
+    """The scale changes its sign."""
+    (v,) = values
+    (w,) = _jax.bind(eqn, [v.w])
+    return [v.map(w, lambda delta: _scaled(delta, lambda scale: -scale))]
+
+
+def _scaled(delta: Delta, f) -> Delta:
+    return delta if delta.is_probe else dataclasses.replace(delta, scale=f(delta.scale))
+
+
+@rule("mul", "div", folds=True)
+def mul(ctx: Context, eqn, values):
+    """A multiple by a number, or by a vector along axes that one factor has."""
+    v, x = values if isinstance(values[0], LoraArray) else values[::-1]
+    divides = eqn.primitive.name == "div"
+    if isinstance(x, LoraArray) or (divides and v is values[1]):
+        return NotImplemented
+    (w,) = _jax.bind(eqn, [u.w if u is v else u for u in values])
+    x = ctx.unbroadcast(eqn.invars[1 if v is values[0] else 0], x)
+    f = lambda y, x: y / x if divides else y * x  # noqa: E731
+    if x.size == 1:
+        number = x.reshape(())
+        return [v.map(w, lambda d: _scaled(d, lambda scale: f(scale, number.astype(scale.dtype))))]
+    if v.unfolded is not None:
+        return NotImplemented
+    return scale_axes(v, w, x, range(x.ndim), f)
+
+
+def scale_axes(v: LoraArray, w: jax.Array, x: jax.Array, labels: Sequence[int], f=lax.mul) -> Any:
+    """``w``, which is ``v.w`` times ``x`` of these axes of it, with the deltas times ``x``.
+
+    ``x`` goes into a factor that has all of its axes, or of whose axes ``v`` has none.
+    """
+    long = [(i, label) for i, label in enumerate(labels) if x.shape[i] != 1]
+    x = x.reshape([x.shape[i] for i, _ in long])
+    axes = [label for _, label in long]
+
+    def scale_delta(delta: Delta) -> Delta | None:
+        if delta.is_probe:
+            return delta
+        foreign = [axis for axis in axes if not delta.has(axis)]
+        candidates = [
+            name
+            for name, (_, own) in zip("ab", delta.factors, strict=True)
+            if all(axis in own or axis in foreign for axis in axes)
+        ]
+        if not candidates:
+            return None
+        name = min(candidates, key=lambda name: getattr(delta, name).size)
+        part = x
+        for i, axis in enumerate(axes):
+            part = lax.slice_in_dim(part, *delta.range_of(axis, w.shape[axis]), axis=i)
+        factor, own = getattr(delta, name), getattr(delta, f"{name}_labels")
+        new = (*(axis for axis in foreign), *own)
+        order = sorted(range(len(axes)), key=lambda i: new.index(axes[i]))
+        part = part.transpose(order).astype(factor.dtype)
+        part = lax.expand_dims(part, [i for i, label in enumerate(new) if label not in axes])
+        factor = f(lax.expand_dims(factor, range(len(foreign))), part)
+        return dataclasses.replace(delta, **{name: factor, f"{name}_labels": new})
+
+    return exact(w, map(scale_delta, v.deltas))
+
+
+@rule("add", "sub", "add_any")
+def add(ctx: Context, eqn, values):
+    """The sum of two weights has the deltas of both."""
+    plain = [v.w if isinstance(v, LoraArray) else v for v in values]
+    (w,) = _jax.bind(eqn, plain)
+    deltas: list[Delta] = []
+    for i, v in enumerate(values):
+        if isinstance(v, LoraArray):
+            is_alone = not isinstance(values[1 - i], LoraArray)
+            if is_alone and (v.is_lookup or not _fills(v, w.shape)):
+                return NotImplemented  # added to activations, it is not a weight any more
+            sign = -1 if i == 1 and eqn.primitive.name == "sub" else 1
+            for delta in v.deltas:
+                delta = _scaled(delta, lambda scale, sign=sign: sign * scale)
+                if v.shape != w.shape:  # the same along an axis of size 1
+                    delta = regroup(delta, v.shape, v.shape, axis_groups(v.shape, v.shape))
+                deltas.append(delta)
+    return [LoraArray(w, tuple(deltas))]
+
+
+def _fills(v: LoraArray, shape: Sequence[int]) -> bool:
+    return all(d.origins[i] for d in v.deltas for i, size in enumerate(shape) if size != 1)
+
+
+@rule("reduce_sum", reads=True)
+def reduce_sum(ctx: Context, eqn, values):
+    """A sum over an axis that one factor has, or none, is a sum over that factor."""
+    (v,) = values
+    (w,) = _jax.bind(eqn, [v.w])
+    axes = eqn.params["axes"]
+    kept = [i for i in range(len(v.shape)) if i not in axes]
+    new = {old: i for i, old in enumerate(kept)}
+
+    def sum_delta(delta: Delta) -> Delta | None:
+        summed = delta.summed.union(*(delta.origins[axis] for axis in axes))
+        delta = dataclasses.replace(delta, summed=summed)
+        for axis in axes:
+            if axis in delta.a_labels and axis in delta.b_labels:
+                return None
+            first, last = delta.range_of(axis, v.shape[axis])
+            if not delta.has(axis):
+                delta = _scaled(delta, lambda scale, n=last - first: n * scale)
+            delta = delta.with_range(axis, 0, v.shape[axis], v.shape[axis])
+        delta = delta.map(
+            lambda x, labels: (
+                x.sum([i for i, label in enumerate(labels) if label in axes]),
+                tuple(label for label in labels if label not in axes),
+            )
+        )
+        return delta.move(new, len(kept))
+
+    return exact(w, map(sum_delta, v.deltas))

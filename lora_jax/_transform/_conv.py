@@ -1,0 +1,105 @@
+"""``conv_general_dilated``: ``a`` has the window and reads the channels, ``b`` writes them."""
+
+from math import prod
+
+import jax
+from jax import lax
+
+from lora_jax import _jax
+from lora_jax._transform._dot import compute_dtype
+from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._value import Delta, Labels, LoraArray, R
+
+
+@rule("conv_general_dilated", reads=True)
+def conv(ctx: Context, eqn, values):
+    """The window and the channels that are read are ``a``'s, those that are written are ``b``'s.
+
+    ``conv(x, W) + scale * conv(conv(x, a), b)``, where any window axis is that of the factor
+    which has it, with its stride, padding and dilations; ``b``'s are 1 as a rule.
+    """
+    x, v = values
+    if isinstance(x, LoraArray):
+        return NotImplemented  # a weight in the place of the image
+    (result,) = _jax.bind(eqn, [x, v.w])
+    _, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
+    ctx.use(v, (in_axis, *window), ())
+    with ctx.scope():
+        for delta in v.deltas:
+            if not delta.is_probe:
+                update = _conv_delta(ctx, eqn.params, x, v, delta, result)
+                if update is NotImplemented:
+                    return NotImplemented
+                result += update
+    return [result]
+
+
+def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, result):
+    numbers = params["dimension_numbers"]
+    out_axis, in_axis, *window = numbers.rhs_spec
+    delta = delta.whole(range(len(v.shape)), v.shape)
+    (first, first_labels), (then, then_labels) = delta.factors
+    if in_axis in then_labels or out_axis in first_labels:
+        first, first_labels, then, then_labels = then, then_labels, first, first_labels
+    both = set(first_labels) & set(then_labels) - {R}
+    if both or in_axis in then_labels or out_axis in first_labels:
+        return NotImplemented
+    missing = [i for i in (in_axis, *window) if not delta.has(i)]
+    first = lax.broadcast(first, [v.shape[i] for i in missing])
+    first_labels = (*missing, *first_labels)
+    if out_axis not in then_labels:
+        then, then_labels = lax.broadcast(then, [v.shape[out_axis]]), (out_axis, *then_labels)
+
+    groups = params["feature_group_count"]
+    dtype = compute_dtype(x.dtype, result.dtype)
+    ours = [i in first_labels for i in window]
+    narrow = _kernel(first, first_labels, (R, in_axis, *window)).astype(dtype)
+    small = _window_conv(
+        x.astype(dtype),
+        lax.concatenate([narrow] * groups, dimension=0),  # the same a for every group
+        params,
+        ours,
+        out_spec=numbers.lhs_spec,
+        groups=groups,
+    )
+    small = small * delta.scale.astype(small.dtype)
+    kernel = _kernel(then, then_labels, (out_axis, R, *window)).astype(dtype)
+    update = _window_conv(
+        small,
+        kernel,
+        params,
+        [not mine for mine in ours],
+        out_spec=numbers.out_spec,
+        groups=groups,
+        batch_groups=params["batch_group_count"],
+    )
+    ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))
+    return update.astype(result.dtype)
+
+
+def _kernel(x: jax.Array, labels: Labels, order: tuple[int, ...]) -> jax.Array:
+    """A factor with these axes, of size 1 where it has none."""
+    x = x.transpose([labels.index(i) for i in order if i in labels])
+    return lax.expand_dims(x, [k for k, i in enumerate(order) if i not in labels])
+
+
+def _window_conv(x, kernel, params, mine, *, out_spec, groups, batch_groups=1):
+    """A convolution with the strides, paddings and dilations of some of the window's axes."""
+
+    def window(name, nothing):
+        return [p if m else nothing for p, m in zip(params[name], mine, strict=True)]
+
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window("window_strides", 1),
+        window("padding", (0, 0)),
+        window("lhs_dilation", 1),
+        window("rhs_dilation", 1),
+        lax.ConvDimensionNumbers(
+            params["dimension_numbers"].lhs_spec, tuple(range(kernel.ndim)), out_spec
+        ),
+        feature_group_count=groups,
+        batch_group_count=batch_groups,
+        precision=params["precision"],
+    )
