@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.extend import core
 from jax.interpreters import partial_eval
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal = core.Literal
 _DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
@@ -147,6 +148,44 @@ def rebind_remat(
         flags = [x for x, width in repeated for _ in range(width)]
         params["prevent_cse"] = (*[False] * len(closed.consts), *flags)
     return eqn.primitive.bind(*closed.consts, *args, **params)
+
+
+def rebind_shard_map(
+    eqn: core.JaxprEqn, body: Callable[..., list[Any]], args: Sequence[Any], in_specs: Any
+) -> list[Any]:
+    """Bind a ``shard_map`` equation again around another body; ``in_specs`` are of ``args``."""
+    params = eqn.params
+    mapped = jax.shard_map(
+        lambda *args: tuple(body(*args)),
+        mesh=params["mesh"],
+        in_specs=tuple(in_specs),
+        out_specs=tuple(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=params.get("newly_manual_axes", params.get("manual_axes")),
+    )
+    return list(mapped(*args))
+
+
+def explicit_spec(x: Any) -> list[Any] | None:
+    """How the axes of an array are spread over a mesh of Explicit axes; None without one."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in (sharding.mesh.axis_types or ()):
+        return None
+    return [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+
+
+def reshard(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    """An array of a program with Explicit axes, spread over them in another way."""
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def to_mesh_of(eqn: core.JaxprEqn, x: jax.Array) -> jax.Array:
+    """An array after a ``reshard``: where that changes the kind of the mesh's axes, whole there."""
+    there = eqn.params["dst_sharding"]
+    if jax.typeof(x).sharding.mesh.axis_types == there.mesh.axis_types:
+        return x
+    whole = NamedSharding(there.mesh, PartitionSpec(*[None] * x.ndim))
+    return eqn.primitive.bind(x, **dict(eqn.params, dst_sharding=whole))
 
 
 def _folder(package: str) -> str:

@@ -27,7 +27,6 @@ from jax import lax
 import lora_jax
 from lora_jax._layout import max_rank
 
-MODE = "error"
 PROGRAMS = os.environ.get("LORA_JAX_PROGRAMS")
 LARGEST = 150  # entries of a weight under way
 # Programs this small take all their time in the compiler.
@@ -725,22 +724,35 @@ def run(fn, *args):
 
 
 def check(program: Program) -> None:
-    """Adapted and merged agree. A gradient may be zero: then it is so beside the largest one."""
+    """Adapted and merged agree."""
     with jax.enable_x64(True):
         args = numbers(program)
-        actual = run(lora_jax.lora(program, on_materialize=MODE), *args)
+        actual = run(lora_jax.lora(program, on_materialize="error"), *args)
         expected = run(lambda p, *args: program(lora_jax.merge(p), *args), *args)
-        actual, expected = (
-            jax.tree.leaves_with_path(jax.device_get(t)) for t in (actual, expected)
-        )
-    largest = max(np.abs(e).max(initial=1.0) for _, e in expected)
-    # A cast down rounds W and W + BA to float32, and what follows enlarges the difference.
-    tolerance = 1e-3 if "cast" in program.names() else TOLERANCE["float64"]
-    for (path, a), (_, e) in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert a.dtype == e.dtype
-        error = np.abs(a - e).max() / max(np.abs(e).max(), 1e-6 * largest)
-        assert error <= tolerance, f"{jax.tree_util.keystr(path)} is off by {error:.1e}"
+        # A cast down rounds W and W + BA to float32, each in its own way.
+        cast = "cast" in program.names()
+        tolerance = 1e-5 if cast else TOLERANCE["float64"]
+        if (off := distance(actual, expected)) > tolerance:
+            # Loops may enlarge rounding errors: what do the last bits of the weights do?
+            def jittered(p, *args):
+                merged = lora_jax.merge(p)
+                bits = 2.0**-22 if cast else 2.0**-50
+                return program({k: w * (1 + bits) for k, w in merged.items()}, *args)
+
+            most = 1e-2 if cast else 1e-5
+            tolerance = max(tolerance, min(100 * distance(run(jittered, *args), expected), most))
+    assert off <= tolerance
+
+
+def distance(actual, expected) -> float:
+    """The largest error relative to its leaf; of a gradient that may be zero, to the largest."""
+    leaves = [jax.tree.leaves(jax.device_get(t)) for t in (actual, expected)]
+    largest = max(np.abs(e).max(initial=1.0) for e in leaves[1])
+    assert [(a.shape, a.dtype) for a in leaves[0]] == [(e.shape, e.dtype) for e in leaves[1]]
+    return max(
+        np.abs(a - e).max() / max(np.abs(e).max(), 1e-6 * largest)
+        for a, e in zip(*leaves, strict=True)
+    )
 
 
 # The table.

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax import _jax
 from lora_jax._transform._interpret import evaluate
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import LoraArray
+from lora_jax._transform._value import Delta, LoraArray
 
 
 def run(ctx: Context, jaxpr: Any, args: Any, finish: Any = lambda outputs: outputs) -> Any:
@@ -240,3 +241,39 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
         return LoraArray(w, tuple(map(step, deltas, factors)))
 
     return (v.w, moving), rebuild
+
+
+@rule("shard_map")
+def shard_map(ctx: Context, eqn, values):
+    """The same map: a factor is spread over devices along the axes of the weight that it has."""
+    split = [_spread(v, spec) for v, spec in zip(values, eqn.params["in_specs"], strict=True)]
+    values, specs = [v for v, _ in split], [spec for _, spec in split]
+
+    def body(*args):
+        outputs = run(ctx, eqn.params["jaxpr"], args)
+        return [
+            ctx.materialize(v, "leaves a 'shard_map'") if isinstance(v, LoraArray) else v
+            for v in outputs
+        ]
+
+    return _jax.rebind_shard_map(eqn, body, values, specs)
+
+
+def _spread(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
+    """A value, and how it and its factors are spread, given how the weight is."""
+    if not isinstance(v, LoraArray):
+        return v, spec
+    axes = [*spec, *[None] * (len(v.shape) - len(spec))]
+    spread = [i for i, name in enumerate(axes) if name is not None]
+    v = v.map(v.w, lambda delta: delta.whole(spread, v.shape))
+
+    def specs(delta: Delta) -> Delta:
+        if delta.is_probe:
+            return delta
+        a, b = (
+            PartitionSpec(*(None if label < 0 else axes[label] for label in labels))
+            for _, labels in delta.factors
+        )
+        return dataclasses.replace(delta, a=a, b=b, scale=PartitionSpec())
+
+    return v, LoraArray(spec, tuple(map(specs, v.deltas)))

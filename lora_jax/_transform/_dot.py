@@ -12,7 +12,7 @@ from lora_jax._params import wide
 from lora_jax._transform._arith import scale_axes
 from lora_jax._transform._rules import Context, rule
 from lora_jax._transform._slice import take_range
-from lora_jax._transform._value import Delta, LoraArray, R, contract, place
+from lora_jax._transform._value import Delta, LoraArray, R, contract, place, spread_like
 
 
 def product_cost(
@@ -99,16 +99,19 @@ def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):
     )
     for delta in x.deltas:
         delta = delta.rename(dict(enumerate(x_labels)), rank=("other", R))
-        result += lora_dot(
+        update = lora_dot(
             ctx, y, y_labels, delta, out, result.shape, precision=precision, dtype=dtype
         )
+        result += spread_like(update, result)
     return result
 
 
 @rule("dot_general")
 def dot_general(ctx: Context, eqn, values):
     """``x W + scale * (x a) b``, for any contraction, either side, or both."""
-    contracting, batch = eqn.params["dimension_numbers"]
+    contracting, batch = (  # NumPy's integers do not compare with other labels
+        [tuple(map(int, axes)) for axes in pair] for pair in eqn.params["dimension_numbers"]
+    )
     if not contracting[0]:
         return _multiply(eqn, values, batch)
     values = [
@@ -140,10 +143,9 @@ def dot_general(ctx: Context, eqn, values):
         with ctx.scope():
             for delta in v.deltas:
                 if not delta.is_probe:
-                    result += lora_dot(
-                        ctx, x, x_labels, delta, out, result.shape,
-                        precision=precision, dtype=result.dtype,
-                    )  # fmt: skip
+                    kind = {"precision": precision, "dtype": result.dtype}
+                    update = lora_dot(ctx, x, x_labels, delta, out, result.shape, **kind)
+                    result += spread_like(update, result)
     return [result]
 
 

@@ -22,7 +22,13 @@ def gather(ctx: Context, eqn, values):
     if isinstance(indices, LoraArray):
         return NotImplemented
     (w,) = _jax.bind(eqn, [v.w, indices])
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    sizes = eqn.params["slice_sizes"]
+    numbers = lax.GatherDimensionNumbers(
+        **{
+            name: tuple(map(int, axes))
+            for name, axes in eqn.params["dimension_numbers"]._asdict().items()
+        }
+    )
     batching = dict(
         zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
     )
@@ -31,6 +37,7 @@ def gather(ctx: Context, eqn, values):
     offset = dict(zip(kept_axes, numbers.offset_dims, strict=True))
     lookup = [i for i in range(w.ndim) if i not in numbers.offset_dims]  # axes of the indices
     looked = [i for i in numbers.start_index_map if i in gone]
+    fills = lax.GatherScatterMode.from_any(eqn.params["mode"]) == lax.GatherScatterMode.FILL_OR_DROP
     cut = [i for i, size in enumerate(sizes) if size != v.shape[i]]
 
     def gather_factor(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
@@ -69,6 +76,8 @@ def gather(ctx: Context, eqn, values):
 
     def gather_delta(delta: Delta) -> Delta:
         delta = delta.whole({*cut, *gone, *numbers.start_index_map}, v.shape)
+        for i in numbers.start_index_map if fills else ():
+            delta = delta.expand(i, v.shape[i])  # a factor must have it, to be zero beyond it
         origins: list[tuple[int, ...]] = [()] * w.ndim
         for i, axis in offset.items():
             origins[axis] = delta.origins[i]

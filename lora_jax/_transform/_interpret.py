@@ -48,7 +48,8 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         if not any(isinstance(v, LoraArray) for v in values):
             outputs = _jax.bind(eqn, values)
             if eqn.primitive.name == "broadcast_in_dim" and values[0] is not None:
-                ctx.broadcasts[eqn.outvars[0]] = _ones(values[0], eqn.params)
+                with eqn.ctx.manager:
+                    ctx.broadcasts[eqn.outvars[0]] = _ones(values[0], eqn.params)
         else:
             values = [read(atom) for atom in eqn.invars]
             ctx.eqns.append(eqn)

@@ -24,7 +24,7 @@ def transpose(ctx: Context, eqn, values):
     """Axes change places: labels are renamed, and factors stay where they are."""
     (v,) = values
     (w,) = _jax.bind(eqn, [v.w])
-    new = {old: i for i, old in enumerate(eqn.params["permutation"])}
+    new = {int(old): i for i, old in enumerate(eqn.params["permutation"])}
     return [v.map(w, lambda delta: delta.move(new, w.ndim))]
 
 
@@ -38,15 +38,7 @@ def convert(ctx: Context, eqn, values):
     return [dataclasses.replace(v, w=w)]
 
 
-@rule(
-    "sharding_constraint",
-    "reshard",
-    "mesh_cast",
-    "device_put",
-    "optimization_barrier",
-    "name",
-    folds=True,
-)
+@rule("sharding_constraint", "device_put", "optimization_barrier", "name", folds=True)
 def pass_on(ctx: Context, eqn, values):
     """What is asked of the weight's place, order or name is asked of the frozen part."""
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
@@ -54,6 +46,15 @@ def pass_on(ctx: Context, eqn, values):
         dataclasses.replace(v, w=out) if isinstance(v, LoraArray) else out
         for v, out in zip(values, _jax.bind(eqn, plain), strict=True)
     ]
+
+
+@rule("reshard")
+def reshard(ctx: Context, eqn, values):
+    """On a mesh of Explicit axes: the factors follow to another mesh, not to another spreading."""
+    (v,) = values
+    (w,) = _jax.bind(eqn, [v.w])
+    deltas = (jax.tree.map(lambda x: _jax.to_mesh_of(eqn, x), delta) for delta in v.deltas)
+    return [LoraArray(w, tuple(deltas))]
 
 
 @rule("stop_gradient", folds=True)
@@ -93,7 +94,7 @@ def broadcast_in_dim(ctx: Context, eqn, values):
     (w,) = _jax.bind(eqn, [v.w, *values[1:]])
     ones = [1] * len(shape)
     for size, dim in zip(v.shape, dims, strict=True):
-        ones[dim] = size
+        ones[int(dim)] = size
     groups = axis_groups(v.shape, ones)
     return [v.map(w, lambda delta: regroup(delta, v.shape, ones, groups))]
 

@@ -211,8 +211,10 @@ class Context:
         """A weight that is read already, as a plain array."""
         for delta in v.deltas:
             axes = {k for group in delta.origins for k in group}
-            written = {k for lab in {*delta.b_labels} - {*delta.a_labels} for k in delta.origins[lab]}
-            read = (delta.read | delta.summed) - written
+            written = {
+                k for lab in {*delta.b_labels} - {*delta.a_labels} for k in delta.origins[lab]
+            }
+            read = (delta.read | delta.summed) - delta.batch - written
             name = "gather" if delta.read else "reduce_sum"
             self._record(delta, name, read, frozenset(axes - read))
             if not delta.is_probe:

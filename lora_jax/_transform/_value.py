@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from lora_jax import _jax
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
@@ -44,7 +46,17 @@ class Leaf(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("a", "b", "scale"),
-    meta_fields=("a_labels", "b_labels", "leaf", "origins", "read", "summed", "picked", "ranges"),
+    meta_fields=(
+        "a_labels",
+        "b_labels",
+        "leaf",
+        "origins",
+        "batch",
+        "read",
+        "summed",
+        "picked",
+        "ranges",
+    ),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
@@ -58,6 +70,7 @@ class Delta:
         b_labels: of ``b``'s axes.
         leaf: the weight it belongs to.
         origins: for each axis of ``W``, the axes of the leaf that it is made of.
+        batch: the batch axes of the leaf, as far as they are known.
         read: the axes of the leaf that a lookup has read already.
         summed: the axes of the leaf that are summed over already.
         picked: the axes of the leaf of which one entry was picked.
@@ -71,6 +84,7 @@ class Delta:
     b_labels: Labels
     leaf: Leaf
     origins: tuple[tuple[int, ...], ...]
+    batch: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
     summed: frozenset[int] = frozenset()
     picked: frozenset[int] = frozenset()
@@ -87,7 +101,15 @@ class Delta:
         origins = tuple((i,) for i in range(len(factors.layout)))
         a_labels, b_labels = (*batch, *inputs, R), (*batch, R, *outputs)
         return cls(
-            factors.a, factors.b, scale, a_labels, b_labels, leaf, origins, ranges=tuple(ranges)
+            factors.a,
+            factors.b,
+            scale,
+            a_labels,
+            b_labels,
+            leaf,
+            origins,
+            batch=frozenset(batch),
+            ranges=tuple(ranges),
         )
 
     @classmethod
@@ -257,7 +279,8 @@ class LoraArray:
         shape = self.unfolded or self.shape
         for delta in self.deltas:
             if not delta.is_probe:
-                total += jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
+                update = jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
+                total += spread_like(update, total)
         return total.astype(self.w.dtype)
 
 
@@ -349,15 +372,49 @@ def contract(
     summed = [lab for lab in shared if lab not in out]
     contracting = [x_labels.index(lab) for lab in summed], [y_labels.index(lab) for lab in summed]
     batching = [x_labels.index(lab) for lab in batch], [y_labels.index(lab) for lab in batch]
-    result = lax.dot_general(
-        x, y, (contracting, batching), precision=precision, preferred_element_type=dtype
-    )
     labels = batch + [lab for lab in (*x_labels, *y_labels) if lab not in shared]
+    y, out_spec = _explicit(x, x_labels, y, y_labels, labels)
+    result = lax.dot_general(
+        x,
+        y,
+        (contracting, batching),
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=out_spec,
+    )
     missing = [i for i, lab in enumerate(out) if lab not in labels]
     order = [labels.index(lab) for lab in out if lab in labels]
     if order != sorted(order):
         result = lax.transpose(result, order)
     return lax.expand_dims(result, missing) if missing else result
+
+
+def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out) -> tuple[jax.Array, Any]:
+    """On a mesh of Explicit axes: ``y`` spread as ``x`` is, and how their product is spread."""
+    x_spec, y_spec = _jax.explicit_spec(x), _jax.explicit_spec(y)
+    if x_spec is None or y_spec is None:
+        return y, None
+    of_x = dict(zip(x_labels, x_spec, strict=True))
+    taken = {name for spec in x_spec for name in _names(spec)}
+    wanted = [
+        of_x[lab] if lab in of_x else None if taken.intersection(_names(spec)) else spec
+        for lab, spec in zip(y_labels, y_spec, strict=True)
+    ]
+    y = y if wanted == y_spec else _jax.reshard(y, wanted)
+    by_label = dict(zip(y_labels, wanted, strict=True)) | of_x
+    return y, PartitionSpec(*(by_label[lab] for lab in out))
+
+
+def _names(spec: Any) -> tuple[str, ...]:
+    return spec if isinstance(spec, tuple) else () if spec is None else (spec,)
+
+
+def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x``, which may be of size 1 along some axes, spread over an Explicit mesh as ``y`` is."""
+    spec = _jax.explicit_spec(y)
+    if spec is None:
+        return x
+    return _jax.reshard(x, [s if n != 1 else None for s, n in zip(spec, x.shape, strict=True)])
 
 
 def _sum_alone(x: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]):
