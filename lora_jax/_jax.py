@@ -92,26 +92,18 @@ def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 def rebind_jit(
     eqn: core.JaxprEqn,
-    body: Callable[..., list[Any]],
+    closed: Any,
     args: Sequence[Any],
     in_widths: Sequence[int],
+    out_widths: Sequence[int],
 ) -> list[Any]:
-    """Bind a ``jit`` equation again around another body: name and options are kept.
+    """Bind a ``jit`` equation again around another jaxpr: name and options are kept.
 
     Operand ``i`` of the equation has become ``in_widths[i]`` operands, of which the first is what
     it was: a sharding or layout asked for is that one's, and the others have what they come with.
-    ``body`` gives its outputs as a list of lists: output ``j`` of the equation has become as many
-    values as list ``j`` has.
+    Output ``j`` has become ``out_widths[j]`` outputs.
     """
-    out_widths: list[int] = []
-
-    def flat_body(*args):
-        groups = body(*args)
-        out_widths[:] = [len(group) for group in groups]
-        return [x for group in groups for x in group]
-
-    jaxpr = jax.make_jaxpr(flat_body)(*args)
-    params = dict(eqn.params, jaxpr=jaxpr)
+    params = dict(eqn.params, jaxpr=closed)
     for name, widths, unset in (
         ("in_shardings", in_widths, _unspecified()),
         ("in_layouts", in_widths, None),
@@ -136,12 +128,12 @@ def _unspecified() -> Any:
 
 def rebind_remat(
     eqn: core.JaxprEqn,
-    body: Callable[..., list[Any]],
+    closed: Any,
     args: Sequence[Any],
     in_widths: Sequence[int],
+    out_widths: Sequence[int],
 ) -> list[Any]:
-    """Bind a ``checkpoint`` equation again around another body: policy and region are kept."""
-    closed = jax.make_jaxpr(lambda *args: [x for group in body(*args) for x in group])(*args)
+    """Bind a ``checkpoint`` equation again around another jaxpr: policy and region are kept."""
     params = dict(eqn.params, jaxpr=_open(closed))  # a region takes its constants as operands
     if isinstance(params["prevent_cse"], tuple):  # one flag an operand
         repeated = zip(params["prevent_cse"], in_widths, strict=True)
@@ -155,13 +147,14 @@ def rebind_shard_map(
 ) -> list[Any]:
     """Bind a ``shard_map`` equation again around another body; ``in_specs`` are of ``args``."""
     params = eqn.params
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
     mapped = jax.shard_map(
         lambda *args: tuple(body(*args)),
         mesh=params["mesh"],
         in_specs=tuple(in_specs),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params.get("newly_manual_axes", params.get("manual_axes")),
+        axis_names=axes,
     )
     return list(mapped(*args))
 

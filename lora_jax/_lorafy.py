@@ -175,8 +175,12 @@ def _choose(
             f"leave no leaf. Leaves: {nearest('', leaves)}"
         )
     order = {path: i for i, path in enumerate(leaves)}
-    in_order = sorted(chosen, key=lambda name: order[entry(name, leaves)[0]])
-    return {name: chosen[name] for name in in_order}, whole
+
+    def place(name):
+        path, ranges = entry(name, leaves)
+        return order[path], ranges
+
+    return {name: chosen[name] for name in sorted(chosen, key=place)}, whole
 
 
 def _is_table(path: str, layout: Mapping[str, str]) -> bool:

@@ -610,7 +610,9 @@ class Draw:
         roles, shape = leaf.layout, leaf.shape
 
         lost = ["index", "dynamic index", "index by row"]
-        keep = ["merge axes"] if name == "convolution" else lost if name == "ragged dot" else []
+        keep = lost if name == "ragged dot" else []
+        if name == "convolution":  # a kernel for each row would turn into channels
+            keep = ["merge axes", "index by row"]
         names = [n for n in MOVES if n not in keep]
         outer = [n for n in names if n not in (*lost, "merge axes")] if stacked else names
         moves, roles, shape = self.moves(roles, shape, outer, 2)
@@ -727,8 +729,13 @@ def check(program: Program) -> None:
     """Adapted and merged agree."""
     with jax.enable_x64(True):
         args = numbers(program)
-        actual = run(lora_jax.lora(program, on_materialize="error"), *args)
         expected = run(lambda p, *args: program(lora_jax.merge(p), *args), *args)
+        try:
+            actual = run(lora_jax.lora(program, on_materialize="error"), *args)
+        except ValueError as error:  # of a padded weight the padding alone may be left
+            assert "uses none of the" in str(error)
+            assert not any(np.any(gradient) for gradient in jax.tree.leaves(expected[1]))
+            return
         # A cast down rounds W and W + BA to float32, each in its own way.
         cast = "cast" in program.names()
         tolerance = 1e-5 if cast else TOLERANCE["float64"]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +35,26 @@ def remat(ctx: Context, eqn, values):
 
 
 def _rebuild(ctx: Context, eqn, values, jaxpr, rebind):
-    in_trees = [jax.tree.structure(v) for v in values]
-    widths = [tree.num_leaves for tree in in_trees]
-    out_trees: list[Any] = []
+    in_widths = [jax.tree.structure(v).num_leaves for v in values]
 
-    def body(*args):
-        rest = iter(args)
-        inputs = [
-            jax.tree.unflatten(t, [next(rest) for _ in range(n)])
-            for t, n in zip(in_trees, widths, strict=True)
-        ]
-        outputs = run(ctx, jaxpr, inputs)
-        out_trees[:] = [jax.tree.structure(v) for v in outputs]
-        return [jax.tree.leaves(v) for v in outputs]
+    def make(values):
+        arrays, in_tree = jax.tree.flatten(values)
+        out_trees = []
 
-    rest = iter(rebind(eqn, body, jax.tree.leaves(values), widths))
-    return [jax.tree.unflatten(t, [next(rest) for _ in range(t.num_leaves)]) for t in out_trees]
+        def body(*args):
+            outputs = evaluate(ctx, jaxpr, jax.tree.unflatten(in_tree, args))
+            out_trees[:] = [jax.tree.structure(v) for v in outputs]
+            return jax.tree.leaves(outputs)
+
+        return jax.make_jaxpr(body)(*arrays), out_trees
+
+    (closed, out_trees), named = ctx.body(jaxpr, values, make)
+    out_widths = [tree.num_leaves for tree in out_trees]
+    rest = iter(rebind(eqn, closed, jax.tree.leaves(values), in_widths, out_widths))
+    return [
+        named(jax.tree.unflatten(tree, [next(rest) for _ in range(width)]))
+        for tree, width in zip(out_trees, out_widths, strict=True)
+    ]
 
 
 def _signature(v: Any) -> Any:
@@ -276,4 +280,4 @@ def _spread(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
         )
         return dataclasses.replace(delta, a=a, b=b, scale=PartitionSpec())
 
-    return v, LoraArray(spec, tuple(map(specs, v.deltas)))
+    return v, v.map(cast(Any, spec), specs)

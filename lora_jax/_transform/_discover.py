@@ -11,7 +11,7 @@ from lora_jax._layout import Layouts, Weight, factor_shapes, is_array, not_train
 from lora_jax._params import Adapter, Factors, LoraParams, count_line
 from lora_jax._paths import flatten
 from lora_jax._ranges import entry
-from lora_jax._transform._lora import Call, rehearse
+from lora_jax._transform._lora import Call, materialized, rehearse
 from lora_jax._transform._rules import Context, Use
 from lora_jax._transform._value import Delta, Leaf, LoraArray
 
@@ -99,7 +99,7 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     for path in found:
         built = [use for use in real.uses_of(Leaf(0, path)) if use.why]
         if built:
-            reasons[path] = _materialized(built[0])
+            reasons[path] = built[0].reason
     weights = {}
     for path, leaf in leaves.items():
         letters = found.get(path) if reasons[path] is None else None
@@ -148,14 +148,10 @@ def _kind(uses: list[Use]) -> str:
     return _KINDS.get(use.primitive if use else "", "dot")
 
 
-def _materialized(use: Use) -> str:
-    return f"{use.why}, at {use.source}" if use.eqns else use.why
-
-
 def _unused(uses: list[Use]) -> str:
     built = [use for use in uses if use.why]
     if built:
-        return _materialized(built[0])
+        return built[0].reason
     if uses:
         return f"no use of it both reads and writes: {uses[0].primitive}, at {uses[0].source}"
     return "not used by the function"
@@ -226,7 +222,7 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     jaxpr, _, consts, _ = call.trace(fn)
     ctx = rehearse(jaxpr, [*consts, *call.values])
     rows = [row for owner in call.lora_params for row in _rows(ctx, call, owner)]
-    built = [f"{c.paths} {c.form} {c.why}{c.source}" for c in ctx.complaints]
+    built = [f"{use.leaf.path!r} {use.form} {use.reason}" for use in materialized(ctx)]
     unused = tuple(row["path"] for row in rows if not row["uses"])
     total = tuple(count_line(lora_params) for lora_params in call.lora_params.values())
     return Report(tuple(rows), tuple(built), unused, total)

@@ -127,7 +127,7 @@ def dot_general(ctx: Context, eqn, values):
         ctx.use(v, contracting[side], batch[side])
         meets = (*contracting[side], *batch[side])
         met = (*contracting[1 - side], *batch[1 - side])
-        x_labels = [("x", i) for i in range(len(x.shape))]
+        x_labels: list[Any] = [("x", i) for i in range(len(x.shape))]
         for i, j in zip(meets, met, strict=True):
             x_labels[j] = i
         free = [

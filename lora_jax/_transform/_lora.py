@@ -25,7 +25,7 @@ from lora_jax._transform import (  # noqa: F401  (their rules register)
     _slice,
 )
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._rules import Context, OnMaterialize
+from lora_jax._transform._rules import Context, OnMaterialize, Use
 from lora_jax._transform._value import Delta, Leaf, LoraArray
 
 
@@ -81,7 +81,7 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
             with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
                 results = leave(ctx, jaxpr, values)
         except NotImplementedError:
-            if not ctx.complaints:
+            if not any(use.why for use in ctx.uses):
                 raise
             raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
 
@@ -214,16 +214,20 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 def _complaints(ctx: Context) -> str:
     """One message for all the weights that would have to be built."""
-    first, *rest = ctx.complaints
-    message = [str(first)]
+    first, *rest = materialized(ctx)
+    message = [first.complaint]
     if rest:
-        shown = "".join(f"\n  {c.paths} {c.why}{c.source}" for c in rest[:20])
-        shown += f"\n  ... and {len(rest) - 20} more" if len(rest) > 20 else ""
-        paths = list(dict.fromkeys(path for c in ctx.complaints for path in c.excluded))
-        message.append(f"So would others:{shown}")
-        if len(paths) > 1:
-            message.append(f"To keep all of them out: lorafy(..., exclude={paths!r})")
+        shown = [f"  {use.leaf.path!r} {use.form} {use.reason}" for use in rest[:20]]
+        shown += [f"  ... and {len(rest) - 20} more"] if len(rest) > 20 else []
+        paths = list(dict.fromkeys(use.leaf.path for use in (first, *rest)))
+        message += ["So would others:", *shown]
+        message += [f"To keep all of them out: lorafy(..., exclude={paths!r})"]
     return "\n".join(message)
+
+
+def materialized(ctx: Context) -> list[Use]:
+    """The weights that had to be built: each reason once."""
+    return list({(use.leaf, use.reason): use for use in ctx.uses if use.why}.values())
 
 
 def _check_used(
@@ -254,7 +258,7 @@ def _check_used(
 
 def _misread(ctx: Context, owner: int, lora_params: LoraParams) -> list[str]:
     """A message for each weight that is used only against its layout."""
-    leaves, messages = check(lora_params), []
+    leaves, messages = flatten(lora_params.base)[0], []
     for key, f in lora_params.adapter.factors.items():
         path, _ = entry(key, leaves)
         shape = tuple(leaves[path].shape)

@@ -2,14 +2,14 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from lora_jax import _jax
-from lora_jax._transform._value import Delta, Leaf, LoraArray
+from lora_jax._transform._value import Delta, Leaf, LoraArray, renamed
 
 OnMaterialize = Literal["error", "warn", "allow"]
 
@@ -54,6 +54,7 @@ class Use:
         free: the axes of the leaf that the result has, and the other operand has not.
         eqns: the equation that reads it, inside those it is part of, outermost first.
         why: of a materialization, what for.
+        form: of a materialization, the dtype and shape that is built.
     """
 
     leaf: Leaf
@@ -62,6 +63,7 @@ class Use:
     free: frozenset[int]
     eqns: tuple[Any, ...]
     why: str = ""
+    form: str = ""
 
     @property
     def source(self) -> str:
@@ -73,37 +75,42 @@ class Use:
         """Whether it tells what the weight reads and what it writes."""
         return bool(self.contracted) and bool(self.free)
 
+    @property
+    def reason(self) -> str:
+        """Of a materialization: what for, and where."""
+        return f"{self.why}, at {self.source}" if self.eqns else self.why
+
+    @property
+    def complaint(self) -> str:
+        """Of a materialization: all that there is to say."""
+        path = self.leaf.path
+        return (
+            f"lora: the weight {path!r} {self.form} {self.reason}\n"
+            "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
+            f"out: lorafy(..., exclude={path!r}); or allow it, at the cost of its memory: "
+            "lora(fn, on_materialize='allow') (or 'warn')."
+        )
+
     def role(self, axis: int) -> str:
         """The letter of the leaf's axis in this use: scanned and matched ones are batch axes."""
         return "i" if axis in self.contracted else "o" if axis in self.free else "b"
 
 
 @dataclass(frozen=True)
-class Complaint:
-    """A weight that would have to be built.
+class Body:
+    """A function inside the function, over split weights: made once, used wherever it is called.
 
     Attributes:
-        paths: of the weights it is made of, quoted.
-        excluded: the same, for ``exclude=``.
-        form: its dtype and shape there.
-        why: what for.
-        source: where.
+        jaxpr: what it was made of.
+        made: what was made, whatever that is.
+        uses: those in it, of weights by their position among its inputs.
+        flops: by the same.
     """
 
-    paths: str
-    excluded: tuple[str, ...]
-    form: str
-    why: str
-    source: str
-
-    def __str__(self) -> str:
-        exclude = self.excluded[0] if len(self.excluded) == 1 else list(self.excluded)
-        return (
-            f"lora: the weight {self.paths} {self.form} {self.why}{self.source}\n"
-            "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
-            f"out: lorafy(..., exclude={exclude!r}); or allow it, at the cost of its memory: "
-            "lora(fn, on_materialize='allow') (or 'warn')."
-        )
+    jaxpr: Any
+    made: Any
+    uses: tuple[Use, ...]
+    flops: Mapping[Leaf, int]
 
 
 @dataclass
@@ -116,10 +123,12 @@ class Context:
         flops: what the low-rank paths cost, in floating-point operations, by weight.
         eqns: the equations under evaluation, outermost first.
         times: how often the present equation is evaluated in a call, as far as that is known.
-        complaints: the materializations so far.
+        warned: the warnings given.
         broadcasts: plain arrays made by a broadcast, by variable: with an axis of size 1 wherever
             they are constant.
-        entered: the bodies whose uses are recorded.
+        entered: the loop bodies whose uses are recorded.
+        bodies: the functions inside the function, over split weights.
+        names: inside such a body, the weights that its inputs are of at present.
     """
 
     on_materialize: OnMaterialize
@@ -127,9 +136,11 @@ class Context:
     flops: dict[Leaf, int] = field(default_factory=dict)
     eqns: list[Any] = field(default_factory=list)
     times: int = 1
-    complaints: list[Complaint] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
     broadcasts: dict[Any, Any] = field(default_factory=dict)
     entered: set[Any] = field(default_factory=set)
+    bodies: dict[Any, Body] = field(default_factory=dict)
+    names: dict[Leaf, Leaf] = field(default_factory=dict)
 
     def use(self, v: LoraArray, contracted: Sequence[int], batch: Sequence[int]) -> None:
         """Record that the present equation reads ``v``, summing over its axes ``contracted``."""
@@ -140,14 +151,9 @@ class Context:
             self._record(delta, self.eqns[-1].primitive.name, axes[0], axes[1])
 
     def _record(
-        self,
-        delta: Delta,
-        primitive: str,
-        contracted: frozenset[int],
-        free: frozenset[int],
-        why: str = "",
+        self, delta: Delta, primitive: str, contracted: frozenset[int], free: frozenset[int]
     ) -> None:
-        use = Use(delta.leaf, primitive, contracted, free, tuple(self.eqns), why)
+        use = Use(delta.leaf, primitive, contracted, free, tuple(self.eqns))
         last = self.uses[-1] if self.uses else None
         if last and last.leaf == use.leaf and last.eqns[-1:] == use.eqns[-1:]:
             if (last.contracted, last.free) == (contracted, free):
@@ -189,15 +195,15 @@ class Context:
     @contextlib.contextmanager
     def attempt(self, keep: bool = True) -> Iterator[None]:
         """A block whose records are kept if it is left normally, and if ``keep``."""
-        before = len(self.uses), dict(self.flops), set(self.entered), len(self.complaints)
+        before = len(self.uses), dict(self.flops), set(self.entered)
         done, depth = False, len(self.eqns)
         try:
             yield
             done = True
         finally:
             if not (done and keep):
-                del self.uses[before[0] :], self.complaints[before[3] :], self.eqns[depth:]
-                self.flops, self.entered = before[1:3]
+                del self.uses[before[0] :], self.eqns[depth:]
+                self.flops, self.entered = before[1:]
 
     def uses_of(self, leaf: Leaf) -> list[Use]:
         """The recorded uses of one weight."""
@@ -214,7 +220,9 @@ class Context:
             written = {
                 k for lab in {*delta.b_labels} - {*delta.a_labels} for k in delta.origins[lab]
             }
-            read = (delta.read | delta.summed) - delta.batch - written
+            read = delta.read | delta.summed
+            if not delta.is_probe:  # of a probe, what was picked may have been a layer
+                read = (read | delta.picked) - delta.batch - written
             name = "gather" if delta.read else "reduce_sum"
             self._record(delta, name, read, frozenset(axes - read))
             if not delta.is_probe:
@@ -229,19 +237,61 @@ class Context:
         """
         if v.is_read:
             return self.read(v)
-        for delta in v.deltas:
-            self._record(delta, MATERIALIZE, frozenset(), frozenset(), why)
-        paths = tuple(leaf.path for leaf in v.leaves)
-        source = f", at {self.uses[-1].source}" if self.eqns else ""
         form = f"{v.w.dtype}{list(v.shape)}"
-        complaint = Complaint(" + ".join(map(repr, paths)), paths, form, why, source)
-        if complaint not in self.complaints:
-            self.complaints.append(complaint)
-            if self.on_materialize == "error":
-                raise NotImplementedError(str(complaint))
-            if self.on_materialize == "warn":
-                warnings.warn(str(complaint), stacklevel=2)
+        for leaf in v.leaves:
+            nothing: frozenset[int] = frozenset()
+            use = Use(leaf, MATERIALIZE, nothing, nothing, tuple(self.eqns), why, form)
+            self.uses.append(use)
+            self._complain(use)
         return v.dense()
+
+    def _complain(self, use: Use) -> None:
+        if self.on_materialize == "allow":
+            return
+        message = replace(use, leaf=self.names.get(use.leaf, use.leaf)).complaint
+        if self.on_materialize == "error":
+            raise NotImplementedError(message)
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def body(self, jaxpr: Any, values: list[Any], make: Callable[[list[Any]], Any]) -> Any:
+        """What ``make`` makes of an inner function over these values, made once for all like them.
+
+        Layers of one kind share it: the weights are called by their position, and what is
+        recorded of them is recorded again, by their names, at each call.
+
+        Returns:
+            What ``make`` made, and a function that gives the weights in it their names back.
+        """
+        leaves = dict.fromkeys(
+            leaf for v in values if isinstance(v, LoraArray) for leaf in v.leaves
+        )
+        positions = {leaf: Leaf(-1, str(k)) for k, leaf in enumerate(leaves)}
+        here = {position: leaf for leaf, position in positions.items()}
+        values = [renamed(v, positions) for v in values]
+        arrays, tree = jax.tree.flatten(values)
+        key = (id(jaxpr), tree, tuple(map(jax.typeof, arrays)))
+        if key not in self.bodies:
+            outer = self.uses, self.flops, self.times, self.names
+            self.uses, self.flops, self.times = [], {}, 1
+            self.names = {p: outer[3].get(leaf, leaf) for p, leaf in here.items()}
+            try:
+                made = make(values)
+                uses = tuple(replace(u, eqns=u.eqns[len(self.eqns) :]) for u in self.uses)
+                self.bodies[key] = Body(jaxpr, made, uses, self.flops)
+            finally:
+                self.uses, self.flops, self.times, self.names = outer
+        body = self.bodies[key]
+        for use in body.uses:
+            use = replace(use, leaf=here[use.leaf], eqns=(*self.eqns, *use.eqns))
+            self.uses.append(use)
+            if use.why:
+                self._complain(use)
+        for position, cost in body.flops.items():
+            leaf = here[position]
+            self.flops[leaf] = self.flops.get(leaf, 0) + cost * self.times
+        return body.made, lambda v: renamed(v, here)
 
     def materialize_all(self, values: Sequence[Any]) -> list[Any]:
         """The outputs of the present equation, which has no rule, on materialized weights."""

@@ -96,8 +96,9 @@ class Delta:
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
         scale = factors.scale
         if not isinstance(scale, jax.ShapeDtypeStruct):
-            scale = lax.stop_gradient(jnp.asarray(scale, jnp.float32))
-            scale = scale.astype(wide(factors.b.dtype))
+            dtype = wide(factors.b.dtype)
+            scale = jnp.asarray(scale, jnp.float32)
+            scale = lax.stop_gradient(scale if scale.dtype == dtype else scale.astype(dtype))
         origins = tuple((i,) for i in range(len(factors.layout)))
         a_labels, b_labels = (*batch, *inputs, R), (*batch, R, *outputs)
         return cls(
@@ -325,6 +326,13 @@ def settle(v: Any) -> Any:
         return dataclasses.replace(delta, origins=origins, ranges=())
 
     return LoraArray(v.w, tuple(map(merged, v.deltas)))
+
+
+def renamed(v: Any, names: Mapping[Leaf, Leaf]) -> Any:
+    """A value as of other weights."""
+    if not isinstance(v, LoraArray):
+        return v
+    return v.map(v.w, lambda delta: dataclasses.replace(delta, leaf=names[delta.leaf]))
 
 
 def adapted(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
