@@ -732,10 +732,11 @@ def check(program: Program) -> None:
         expected = run(lambda p, *args: program(lora_jax.merge(p), *args), *args)
         try:
             actual = run(lora_jax.lora(program, on_materialize="error"), *args)
-        except ValueError as error:  # of a padded weight the padding alone may be left
-            assert "uses none of the" in str(error)
-            assert not any(np.any(gradient) for gradient in jax.tree.leaves(expected[1]))
-            return
+        except ValueError as error:
+            is_constant = not any(np.any(gradient) for gradient in jax.tree.leaves(expected[1]))
+            if is_constant and "uses none of the" in str(error):
+                return  # of padded weights the padding alone is left
+            raise
         # A cast down rounds W and W + BA to float32, each in its own way.
         cast = "cast" in program.names()
         tolerance = 1e-5 if cast else TOLERANCE["float64"]
