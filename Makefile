@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check format clean
+PEERS ?= .venv-peers
+
+.PHONY: demo test check peers format clean
 
 demo: $(VENV)/.examples  ## fine-tune MiniLM on movie reviews; ARGS="--help" for its options
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -16,6 +18,13 @@ check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+peers: ## models of other projects, in an environment of their own
+	$(MAKE) $(PEERS)/.test VENV=$(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers.txt
+	sed -n 's/^#no-deps //p' tests/peers.txt | xargs \
+		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+	$(PEERS)/bin/python -m pytest -m peer tests/test_zoo.py tests/test_libraries.py $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -27,4 +36,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache .hypothesis

@@ -78,8 +78,9 @@ def max_rank(layout: str, shape: Sequence[int]) -> int:
 
 
 def is_embedding(path: str) -> bool:
-    """Whether the path names a lookup table."""
-    return any(_EMBEDDING.fullmatch(name) for name in path.lower().split("/")[-2:])
+    """Whether the path names a lookup table; a ``kernel`` is dense, whatever its module's name."""
+    names = path.lower().split("/")[-2:]
+    return names[-1] != "kernel" and any(_EMBEDDING.fullmatch(name) for name in names)
 
 
 def is_head(path: str) -> bool:

@@ -26,7 +26,9 @@ def params_and_fn():
         "counts": (2, 2),
     }
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = {n: 0.4 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    params = {
+        n: 0.4 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)
+    }
     params["counts"] = jnp.ones((2, 2), int)
 
     def fn(p, ids):

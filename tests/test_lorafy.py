@@ -437,3 +437,15 @@ def test_numpy_parameters_and_python_leaves_are_kept():
     x = jnp.ones((1, 4))
     assert_close(lora_jax.lora(fn)(lora_params, x), fn(params, x))
     assert lora_jax.merge(lora_params)["eps"] == 1e-6
+
+
+def test_a_lookup_table_starts_with_rows_of_variance_one():
+    params = {
+        "embed": {"embedding": jnp.ones((400, 64))},
+        "patch_embedding": {"kernel": jnp.ones((400, 64))},
+    }
+    factors = lora_jax.lorafy(params, 8, targets=".*").adapter.factors
+    assert float(factors["embed/embedding"].a.std()) == pytest.approx(1, rel=0.1)
+    assert float(factors["patch_embedding/kernel"].a.std()) == pytest.approx(1 / 20, rel=0.1)
+    linear = lora_jax.lorafy(params, 8, targets="all-linear").adapter.factors
+    assert list(linear) == ["patch_embedding/kernel"]

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _jax
@@ -52,7 +51,10 @@ def gather(ctx: Context, eqn, values):
         collapsed = [i for i in labels if i in numbers.collapsed_slice_dims]
         kept = [i for i in labels if i not in paired and i not in collapsed]
         position = labels.index
-        part = jnp.take(indices, jnp.asarray(columns), axis=indices.ndim - 1, mode="clip")
+        part = indices
+        if len(columns) != indices.shape[-1]:
+            parts = [lax.slice_in_dim(indices, k, k + 1, axis=-1) for k in columns]
+            part = lax.concatenate(parts, dimension=indices.ndim - 1)
         out_labels = (*lookup, *(offset.get(i, i) for i in kept))
         x = lax.gather(
             x,

@@ -81,7 +81,7 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
             with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
                 results = leave(ctx, jaxpr, values)
         except NotImplementedError:
-            if not any(use.why for use in ctx.uses):
+            if not ctx.refused:
                 raise
             raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
 

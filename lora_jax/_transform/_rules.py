@@ -124,6 +124,7 @@ class Context:
         eqns: the equations under evaluation, outermost first.
         times: how often the present equation is evaluated in a call, as far as that is known.
         warned: the warnings given.
+        refused: whether a materialization was an error.
         broadcasts: plain arrays made by a broadcast, by variable: with an axis of size 1 wherever
             they are constant.
         entered: the loop bodies whose uses are recorded.
@@ -137,6 +138,7 @@ class Context:
     eqns: list[Any] = field(default_factory=list)
     times: int = 1
     warned: set[str] = field(default_factory=set)
+    refused: bool = False
     broadcasts: dict[Any, Any] = field(default_factory=dict)
     entered: set[Any] = field(default_factory=set)
     bodies: dict[Any, Body] = field(default_factory=dict)
@@ -250,6 +252,7 @@ class Context:
             return
         message = replace(use, leaf=self.names.get(use.leaf, use.leaf)).complaint
         if self.on_materialize == "error":
+            self.refused = True
             raise NotImplementedError(message)
         if message not in self.warned:
             self.warned.add(message)

@@ -1,0 +1,162 @@
+"""Strictness: what cannot be done exactly is said, with where and what to do; nothing else is."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_oracle, randomize_b
+
+import lora_jax
+
+X = jax.random.normal(jax.random.key(9), (3, 4))
+
+
+def layers(n=3, d=4):
+    keys = jax.random.split(jax.random.key(0), n)
+    params = [{"w": jax.random.normal(k, (d, d)), "v": jax.random.normal(k, (d, d))} for k in keys]
+    return randomize_b(lora_jax.lorafy(params, 2, targets=".*"))
+
+
+def normed(p, x):
+    return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"]
+
+
+def stack(block):
+    def fn(params, x):
+        for p in params:
+            x = block(p, x)
+        return x
+
+    return fn
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_one_error_names_every_weight_that_would_be_built(wrap):
+    lora_params = layers()
+    with pytest.raises(NotImplementedError) as info:
+        lora_jax.lora(stack(wrap(normed)))(lora_params, X)
+    message = str(info.value)
+    assert message.startswith("lora: the weight '0/w' float32[4, 4] reaches")
+    assert f"{__file__}:" in message
+    assert "exclude='0/w'" in message
+    assert "on_materialize='allow'" in message
+    assert "So would others:\n  '1/w' float32[4, 4] reaches" in message
+    assert "exclude=['0/w', '1/w', '2/w']" in message
+    assert "/v'" not in message
+    kept = lora_jax.lorafy(lora_params.base, 2, targets=".*", exclude=["0/w", "1/w", "2/w"])
+    assert_oracle(stack(wrap(normed)), randomize_b(kept), X)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_a_warning_for_each_weight_and_none_where_allowed(wrap):
+    lora_params, fn = layers(), stack(wrap(normed))
+    with pytest.warns(UserWarning, match="would have to be built") as caught:
+        lora_jax.lora(fn, on_materialize="warn")(lora_params, X)
+    assert [str(w.message).split("'")[1] for w in caught] == ["0/w", "1/w", "2/w"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_jax.lora(fn, on_materialize="allow")(lora_params, X)
+    assert_oracle(fn, lora_params, X, on_materialize="allow", tolerance=5e-5)
+
+
+def test_a_very_long_list_is_cut_short():
+    lora_params = layers(24)
+    with pytest.raises(NotImplementedError, match=r"\.\.\. and 3 more\nTo keep all of them out"):
+        lora_jax.lora(stack(normed))(lora_params, X)
+
+
+def test_a_sum_of_two_weights_is_reported_by_both_names():
+    lora_params = layers(1)
+    fn = lambda p, x: x @ jnp.exp(p[0]["w"] + p[0]["v"])  # noqa: E731
+    with pytest.raises(
+        NotImplementedError, match=r"'0/w'(.|\n)*'0/v'(.|\n)*exclude=\['0/w', '0/v'"
+    ):
+        lora_jax.lora(fn)(lora_params, X)
+
+
+def test_a_function_that_returns_a_weight():
+    lora_params = layers(1)
+    fn = lambda p, x: (x @ p[0]["w"], p[0]["v"])  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"'0/v' .* is returned by the function\n"):
+        lora_jax.lora(fn)(lora_params, X)
+    assert_oracle(fn, lora_params, X, on_materialize="allow")
+
+
+def test_a_weight_in_a_closure_is_named():
+    lora_params = layers(1)
+    held = lora_params.base
+    with pytest.raises(ValueError, match="holds '0/v' itself as a constant, in a closure"):
+        lora_jax.lora(lambda p, x: x @ held[0]["v"])(lora_params, X)
+
+
+def test_a_weight_in_two_roles_has_one_update_and_the_layout_of_the_first():
+    params = {"w": jax.random.normal(jax.random.key(0), (4, 4))}
+    fn = lambda p, x: jnp.tanh(x @ p["w"].T) @ p["w"]  # noqa: E731
+    layout = lora_jax.layout_of(fn, params, X)
+    assert dict(layout) == {"w": "oi"}
+    assert len(layout.weights["w"].uses) == 2
+    assert_oracle(fn, randomize_b(lora_jax.lorafy(params, 2, targets="w", layout=layout)), X)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool])
+def test_weights_that_no_gradient_step_moves(dtype):
+    params = {"w": jnp.ones((4, 4), dtype), "v": jnp.ones((4, 4))}
+    fn = lambda p, x: (x @ p["w"].astype(jnp.float32)) @ p["v"]  # noqa: E731
+    if dtype != jnp.complex64:
+        layout = lora_jax.layout_of(fn, params, X)
+        assert dict(layout) == {"v": "io"}
+        assert "not a real floating type" in str(layout)
+    with pytest.raises(ValueError, match=f"w: dtype {jnp.dtype(dtype)}, not a real floating type"):
+        lora_jax.lorafy(params, 2, targets="w")
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_layers_that_share_a_function_share_its_adapted_form(wrap):
+    made = []
+
+    def block(p, x):
+        made.append(len(made))
+        return jnp.tanh(x @ p["w"]) @ p["v"].T
+
+    lora_params = layers(4)
+    base, adapter = lora_params
+    layout = {".*w": "io", ".*v": "oi"}
+    lora_params = randomize_b(lora_jax.lorafy(base, 2, targets=".*", layout=layout))
+    fn = stack(wrap(block))
+    report = lora_jax.report(fn, lora_params, X)
+    assert [(row["path"], row["uses"]) for row in report.rows] == [
+        (f"{k}/{name}", 1) for k in range(4) for name in "vw"
+    ]
+    assert len({row["extra FLOPs"] for row in report.rows}) == 1
+    assert len(made) == 1
+    jaxpr = str(jax.make_jaxpr(lora_jax.lora(fn))(lora_params, X))
+    assert jaxpr.count("tanh") <= 4  # printed once a call at most
+    assert_oracle(fn, lora_params, X)
+    swapped = jax.tree.map(lambda x: x, lora_params)
+    factors = dict(swapped.adapter.factors)
+    factors["0/w"], factors["3/w"] = factors["3/w"], factors["0/w"]
+    other = lora_jax.LoraParams(base, lora_jax.Adapter(factors))
+    assert not np.allclose(lora_jax.lora(fn)(lora_params, X), lora_jax.lora(fn)(other, X))
+    assert_close(lora_jax.lora(fn)(other, X), fn(lora_jax.merge(other), X))
+    assert adapter.factors.keys() == factors.keys()
+
+
+def test_the_function_is_traced_once_for_each_shape():
+    traces = []
+
+    def fn(p, x):
+        traces.append(x.shape)
+        return x @ p[0]["w"]
+
+    lora_params = layers(1)
+    apply = jax.jit(lora_jax.lora(fn))
+    for x in (X, 2 * X, X[:1], X[:1]):
+        apply(lora_params, x)
+    other = jax.tree.map(lambda leaf: 2 * leaf, lora_params)
+    apply(other, X)
+    assert traces == [(3, 4), (1, 4)]
+    traces.clear()
+    lora_jax.layout_of(fn, lora_params.base, X)
+    assert len(traces) == 1

@@ -1,0 +1,85 @@
+"""Published models of other packages: lorafy, report, train, merge, with nothing adjusted."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, error, loss_of, randomize_b
+from zoo import ZOO
+
+import lora_jax
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+INTEGER_OUTPUT = {"gpt2_generate"}
+
+
+@functools.cache
+def layout_of(name):
+    fn, params, args = ZOO[name]()
+    return lora_jax.layout_of(fn, params, *args)
+
+
+def adapted(name, rank=2):
+    """The model, with an adapter of its linear weights and lookup tables, B random."""
+    fn, params, args = ZOO[name]()
+    layout = layout_of(name)
+    tables = [re.escape(p) for p, weight in layout.weights.items() if weight.kind == "embedding"]
+    lora_params = lora_jax.lorafy(params, rank, targets=["all-linear", *tables], layout=layout)
+    report = lora_jax.report(fn, lora_params, *args)
+    assert (report.materialized, report.unused) == ((), ())
+    return fn, randomize_b(lora_params), args
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in INTEGER_OUTPUT])
+def test_train_and_merge(name, standard_promotion):
+    fn, lora_params, args = adapted(name)
+    trainable, frozen = lora_jax.split(lora_params)
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(trainable, frozen, opt_state, *args):
+        def loss(lora_params):
+            outputs = lora_jax.lora(fn)(lora_params, *args)
+            return loss_of(lambda outputs: outputs)(outputs), outputs
+
+        lora_params = lora_jax.combine(trainable, frozen)
+        (value, outputs), grads = lora_jax.value_and_grad(loss, has_aux=True)(lora_params)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value, outputs
+
+    now, opt_state, losses = trainable, tx.init(trainable), []
+    for _ in range(3):
+        now, opt_state, value, _ = step(now, frozen, opt_state, *args)
+        losses.append(float(value))
+    _, _, value, outputs = step(now, frozen, opt_state, *args)
+    losses.append(float(value))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    for path, factors in now.factors.items():
+        assert (factors.a != trainable.factors[path].a).any(), path
+        assert (factors.b != trainable.factors[path].b).any(), path
+
+    plain = jax.jit(fn)
+    expected = plain(lora_jax.merge(lora_jax.combine(now, frozen)), *args)
+    assert_close(outputs, expected, 1e-5)
+    assert error(plain(frozen.base, *args), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(INTEGER_OUTPUT))
+def test_generated_tokens_are_the_merged_models(name, standard_promotion):
+    fn, lora_params, args = adapted(name)
+    tokens = jax.jit(lora_jax.lora(fn))(lora_params, *args)
+    plain = jax.jit(fn)
+    assert jnp.issubdtype(tokens.dtype, jnp.integer)
+    assert (tokens == plain(lora_jax.merge(lora_params), *args)).all()
+    assert (tokens != plain(lora_params.base, *args)).any()
+
+
+def test_the_zoo_has_every_kind_of_weight(standard_promotion):
+    kinds = {weight.kind for name in ZOO for weight in layout_of(name).weights.values()}
+    assert kinds == {None, "dot", "conv", "embedding", "ragged"}
+    assert len(ZOO) >= 8
