@@ -219,12 +219,12 @@ class Context:
         """A weight that is read already, as a plain array."""
         for delta in v.deltas:
             axes = {k for group in delta.origins for k in group}
-            written = {
-                k for lab in {*delta.b_labels} - {*delta.a_labels} for k in delta.origins[lab]
-            }
             read = delta.read | delta.summed
             if not delta.is_probe:  # of a probe, what was picked may have been a layer
-                read = (read | delta.picked) - delta.batch - written
+                read = (read | delta.picked) - delta.batch
+            if not delta.is_probe and not delta.reads:  # rows of a table, some of its columns
+                written = {*delta.b_labels} - {*delta.a_labels}
+                read -= {k for label in written for k in delta.origins[label]}
             name = "gather" if delta.read else "reduce_sum"
             self._record(delta, name, read, frozenset(axes - read))
             if not delta.is_probe:
