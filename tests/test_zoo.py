@@ -15,6 +15,11 @@ import lora_jax
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 INTEGER_OUTPUT = {"gpt2_generate"}
+RANK = {  # 2, but 1 where a bias of shape [n, 1] counts as a weight
+    "progen": {".*spatial_biases": 1, ".*": 2},
+    "jaxonmodels_mamba": {".*conv1d/bias": 1, ".*": 2},
+}
+STOPPED = {"whisper": ["model/encoder/embed_positions/embedding"]}  # by the model's stop_gradient
 
 
 @functools.cache
@@ -23,12 +28,13 @@ def layout_of(name):
     return lora_jax.layout_of(fn, params, *args)
 
 
-def adapted(name, rank=2):
+def adapted(name):
     """The model, with an adapter of its linear weights and lookup tables, B random."""
     fn, params, args = ZOO[name]()
     layout = layout_of(name)
     tables = [re.escape(p) for p, weight in layout.weights.items() if weight.kind == "embedding"]
-    lora_params = lora_jax.lorafy(params, rank, targets=["all-linear", *tables], layout=layout)
+    targets = ["all-linear", *tables]
+    lora_params = lora_jax.lorafy(params, RANK.get(name, 2), targets=targets, layout=layout)
     report = lora_jax.report(fn, lora_params, *args)
     assert (report.materialized, report.unused) == ((), ())
     return fn, randomize_b(lora_params), args
@@ -38,7 +44,7 @@ def adapted(name, rank=2):
 def test_train_and_merge(name, standard_promotion):
     fn, lora_params, args = adapted(name)
     trainable, frozen = lora_jax.split(lora_params)
-    tx = optax.adam(1e-2)
+    tx = optax.adam(1e-3)
 
     @jax.jit
     def step(trainable, frozen, opt_state, *args):
@@ -59,9 +65,11 @@ def test_train_and_merge(name, standard_promotion):
     losses.append(float(value))
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
-    for path, factors in now.factors.items():
-        assert (factors.a != trainable.factors[path].a).any(), path
-        assert (factors.b != trainable.factors[path].b).any(), path
+    before = trainable.factors
+    moved = {
+        p: (f.a != before[p].a).any() & (f.b != before[p].b).any() for p, f in now.factors.items()
+    }
+    assert [path for path in moved if not moved[path]] == STOPPED.get(name, [])
 
     plain = jax.jit(fn)
     expected = plain(lora_jax.merge(lora_jax.combine(now, frozen)), *args)

@@ -153,37 +153,50 @@ def cond(ctx: Context, eqn, values):
 def scan(ctx: Context, eqn, values):
     """Stacked weights ride along as xs, closed-over ones as constants."""
     n_consts, n_carry = _jax.scan_counts(eqn)
-    consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    consts, carried = values[:n_consts], values[n_consts : n_consts + n_carry]
+    inner = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    ends = inner.invars[n_consts:], inner.outvars[:n_carry]
+    # A weight that every step hands on as it came is a constant.
+    is_fixed = [
+        isinstance(v, LoraArray) and i is o for v, i, o in zip(carried, *ends, strict=False)
+    ]
     split = [_split_leading(v) for v in values[n_consts + n_carry :]]
     moving, rebuild = [m for m, _ in split], [f for _, f in split]
+
+    def whole(carry):
+        rest = iter(carry)
+        return [v if f else next(rest) for v, f in zip(carried, is_fixed, strict=True)]
 
     def body(carry, xs):
         xs = [f(x) for f, x in zip(rebuild, xs, strict=True)]
         with ctx.repeated(eqn.params["length"]):
-            return run(ctx, eqn.params["jaxpr"], [*consts, *carry, *xs])
+            outputs = run(ctx, eqn.params["jaxpr"], [*consts, *whole(carry), *xs])
+        new = [v for v, f in zip(outputs[:n_carry], is_fixed, strict=True) if not f]
+        return new, outputs[n_carry:]
 
     def step(carry):
-        return body(carry, [jax.tree.map(lambda x: x[0], m) for m in moving])[:n_carry]
+        return body(carry, [jax.tree.map(lambda x: x[0], m) for m in moving])[0]
 
+    init = [v for v, f in zip(carried, is_fixed, strict=True) if not f]
     init, _ = _stable_carry(ctx, eqn, init, step)
 
     def stable_body(carry, xs):
-        outputs = body(carry, xs)
+        outputs, ys = body(carry, xs)
         why = "leaves the body of 'scan' in another form than it came"
         new = [
             ctx.materialize(v, why)
             if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
             else v
-            for v, old in zip(outputs[:n_carry], carry, strict=True)
+            for v, old in zip(outputs, carry, strict=True)
         ]
-        stacks = [_stack(ctx, v) for v in outputs[n_carry:]]
+        stacks = [_stack(ctx, v) for v in ys]
         together[:] = [f for _, f in stacks]
         return new, [x for x, _ in stacks]
 
     together: list[Any] = []
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(stable_body, init, moving, **params)
-    return [*carry, *(f(y) for f, y in zip(together, ys, strict=True))]
+    return [*whole(carry), *(f(y) for f, y in zip(together, ys, strict=True))]
 
 
 def _stack(ctx: Context, v: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -8,7 +8,7 @@ from jax import lax
 from lora_jax import _jax
 from lora_jax._transform._dot import compute_dtype
 from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, Labels, LoraArray, R
+from lora_jax._transform._value import Delta, Labels, LoraArray, R, contract
 
 
 @rule("conv_general_dilated", reads=True)
@@ -59,22 +59,34 @@ def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, 
         lax.concatenate([narrow] * groups, dimension=0),  # the same a for every group
         params,
         ours,
-        out_spec=numbers.lhs_spec,
         groups=groups,
     )
     small = small * delta.scale.astype(small.dtype)
     kernel = _kernel(then, then_labels, (out_axis, R, *window)).astype(dtype)
+    ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))
+    if all(ours) and groups == params["batch_group_count"] == 1:  # a product with the channels
+        batch, channels, *image = numbers.lhs_spec
+        labels = dict(zip((batch, channels, *image), ("batch", R, *window), strict=True))
+        out = dict(zip(numbers.out_spec, ("batch", out_axis, *window), strict=True))
+        return contract(
+            small,
+            [labels[i] for i in range(small.ndim)],
+            then.astype(dtype),
+            then_labels,
+            [out[i] for i in range(result.ndim)],
+            precision=params["precision"],
+            dtype=result.dtype,
+        )
     update = _window_conv(
         small,
         kernel,
         params,
         [not mine for mine in ours],
-        out_spec=numbers.out_spec,
         groups=groups,
         batch_groups=params["batch_group_count"],
     )
-    ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))
-    return update.astype(result.dtype)
+    order = [numbers.lhs_spec[numbers.out_spec.index(i)] for i in range(result.ndim)]
+    return update.transpose(order).astype(result.dtype)
 
 
 def _kernel(x: jax.Array, labels: Labels, order: tuple[int, ...]) -> jax.Array:
@@ -83,8 +95,12 @@ def _kernel(x: jax.Array, labels: Labels, order: tuple[int, ...]) -> jax.Array:
     return lax.expand_dims(x, [k for k, i in enumerate(order) if i not in labels])
 
 
-def _window_conv(x, kernel, params, mine, *, out_spec, groups, batch_groups=1):
-    """A convolution with the strides, paddings and dilations of some of the window's axes."""
+def _window_conv(x, kernel, params, mine, *, groups, batch_groups=1):
+    """A convolution with the strides, paddings and dilations of some of the window's axes.
+
+    The result has its axes in the order of ``x``'s.
+    """
+    spec = params["dimension_numbers"].lhs_spec
 
     def window(name, nothing):
         return [p if m else nothing for p, m in zip(params[name], mine, strict=True)]
@@ -96,9 +112,7 @@ def _window_conv(x, kernel, params, mine, *, out_spec, groups, batch_groups=1):
         window("padding", (0, 0)),
         window("lhs_dilation", 1),
         window("rhs_dilation", 1),
-        lax.ConvDimensionNumbers(
-            params["dimension_numbers"].lhs_spec, tuple(range(kernel.ndim)), out_spec
-        ),
+        lax.ConvDimensionNumbers(spec, tuple(range(kernel.ndim)), spec),
         feature_group_count=groups,
         batch_group_count=batch_groups,
         precision=params["precision"],
