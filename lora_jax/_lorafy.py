@@ -54,7 +54,8 @@ def lorafy(
 
     A selector (``targets``, ``exclude``, ``full``) is a regular expression matched in full
     against paths such as ``layers_0/attn/query/kernel``; ``"all-linear"`` (every weight that can
-    take a LoRA, but for embeddings and the output head); a callable ``(path, leaf) -> bool``; or
+    take a LoRA, but for embeddings, the output head by its usual names, and, by a discovered
+    layout, vectors stored ``[n, 1]``); a callable ``(path, leaf) -> bool``; or
     a list of those. Where they overlap, ``exclude`` wins over ``full``, and ``full`` over
     ``targets``. A target may be a part of a weight, a range after a regular expression, such as
     the query columns of a fused kernel: ``".*c_attn/kernel[:, 0:768]"``; the rest stays as it is.
@@ -167,7 +168,11 @@ def _choose(
     if targets is None:
         chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
     else:
-        not_linear = {path for path in leaves if is_head(path) or _is_table(path, layout)}
+        not_linear = {
+            path
+            for path, leaf in leaves.items()
+            if is_head(path) or _is_table(path, layout) or _is_vector(path, leaf, layout)
+        }
         chosen = select(targets, leaves, blocked, "targets", not_linear)
     if not chosen and not whole:
         raise ValueError(
@@ -188,6 +193,12 @@ def _is_table(path: str, layout: Mapping[str, str]) -> bool:
     if isinstance(layout, Layouts):
         return layout.weights[path].kind == "embedding"
     return is_embedding(path)
+
+
+def _is_vector(path: str, leaf: Any, layout: Mapping[str, str]) -> bool:
+    """Whether a weight is known to read or write one entry, as a bias stored ``[n, 1]`` does."""
+    found = layout.get(path) if isinstance(layout, Layouts) else None
+    return found is not None and max_rank(found, leaf.shape) == 1
 
 
 def _check_same_model(layout: Mapping[str, str], leaves: Mapping[str, Any]) -> None:

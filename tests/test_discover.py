@@ -134,7 +134,11 @@ def test_units_and_inputs_of_size_one():
     fn = lambda p, t: (t @ p["time"]) @ p["score"]  # noqa: E731
     assert dict(lora_jax.layout_of(fn, params, jnp.ones((3, 1)))) == {"score": "io", "time": "io"}
     squeezed = lambda p, x: x @ p["score"][:, 0]  # noqa: E731
-    assert dict(lora_jax.layout_of(squeezed, params, jnp.ones((3, 6)))) == {"score": "io"}
+    layout = lora_jax.layout_of(squeezed, params, jnp.ones((3, 6)))
+    assert dict(layout) == {"score": "io"}
+    with pytest.raises(ValueError, match="'all-linear' selects nothing"):  # no low rank in vectors
+        lora_jax.lorafy(params, 1, targets="all-linear", layout=layout)
+    assert lora_jax.lorafy(params, 1, targets="score", layout=layout).adapter.factors
 
 
 def test_what_layout_of_refuses():

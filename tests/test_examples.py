@@ -157,7 +157,6 @@ def test_the_demo_runs_from_data_to_reloaded_model(model_dir, reviews, tmp_path,
         (["--alpha", "nan"], "alpha=nan"),
         (["--targets", "oops"], "targets='oops' selects nothing"),
         (["--targets", ".*bias"], "train it whole with full="),
-        (["--targets", ".*position_embeddings.*"], "no low-rank rule"),
         (["--batch-size", "1000"], "batch_size=1000: there are only 140"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Published models of other packages: lorafy, report, train, merge, with nothing adjusted."""
+"""Published models of other packages: lorafy, report, train, merge, end to end."""
 
 import functools
 import re
@@ -15,10 +15,6 @@ import lora_jax
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 INTEGER_OUTPUT = {"gpt2_generate"}
-RANK = {  # 2, but 1 where a bias of shape [n, 1] counts as a weight
-    "progen": {".*spatial_biases": 1, ".*": 2},
-    "jaxonmodels_mamba": {".*conv1d/bias": 1, ".*": 2},
-}
 STOPPED = {"whisper": ["model/encoder/embed_positions/embedding"]}  # by the model's stop_gradient
 
 
@@ -34,7 +30,7 @@ def adapted(name):
     layout = layout_of(name)
     tables = [re.escape(p) for p, weight in layout.weights.items() if weight.kind == "embedding"]
     targets = ["all-linear", *tables]
-    lora_params = lora_jax.lorafy(params, RANK.get(name, 2), targets=targets, layout=layout)
+    lora_params = lora_jax.lorafy(params, 2, targets=targets, layout=layout)
     report = lora_jax.report(fn, lora_params, *args)
     assert (report.materialized, report.unused) == ((), ())
     return fn, randomize_b(lora_params), args

@@ -256,7 +256,7 @@ def diffusers_vae():
 
 
 def _tunix(family, class_name, **options):
-    """Import a model's module without the package's ``__init__``, which imports a trainer."""
+    """Build a model from its module, without the package's ``__init__`` and the trainer in it."""
     if "tunix" not in sys.modules:
         package = types.ModuleType("tunix")
         package.__spec__ = importlib.util.find_spec("tunix")

@@ -108,7 +108,11 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
             dtype=leaf.dtype,
             layout=letters,
             kind=_kind(uses[path]) if letters else None,
-            uses=tuple(f"{use.primitive} at {use.source}" for use in uses[path]),
+            uses=tuple(
+                f"{use.primitive} at {use.source}"
+                for use in uses[path]
+                if letters is None or not use.why
+            ),
             why_not=reasons[path],
         )
     return Layouts(weights)
