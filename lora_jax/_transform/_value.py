@@ -267,8 +267,9 @@ class LoraArray:
         return self.is_read and all(
             delta.read
             and (
-                not delta.is_probe
-                or sum(not delta.read.issuperset(group) for group in delta.origins) <= 1
+                sum(not delta.read.issuperset(group) for group in delta.origins) <= 1
+                if delta.is_probe
+                else not delta.reads
             )
             for delta in self.deltas
         )
