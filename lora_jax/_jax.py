@@ -190,8 +190,8 @@ _OWN = os.path.dirname(__file__) + os.sep
 _JAX, *_OTHERS = (_folder(package) for package in ("jax", "flax", "optax"))
 
 
-def source_line(eqn: core.JaxprEqn) -> str | None:
-    """Where in the user's code an equation was traced: ``model.py:41 (Mlp.__call__): y = ...``.
+def source_frame(eqn: core.JaxprEqn) -> traceback.FrameSummary | None:
+    """Where in the user's code an equation was traced.
 
     The innermost frame outside JAX, Flax and this package; failing that, the innermost one of
     Flax; None where JAX alone is to be seen, as inside its own jitted functions.
@@ -200,9 +200,4 @@ def source_line(eqn: core.JaxprEqn) -> str | None:
     frames = [] if trace is None else traceback.extract_tb(trace.as_python_traceback())
     frames = [frame for frame in frames if not frame.filename.startswith((_JAX, _OWN))]
     users = [frame for frame in frames if not frame.filename.startswith(tuple(_OTHERS))]
-    if not frames:
-        return None
-    frame = (users or frames)[-1]
-    return f"{frame.filename}:{frame.lineno} ({frame.name})" + (
-        f": {frame.line}" if frame.line else ""
-    )
+    return (users or frames)[-1] if frames else None

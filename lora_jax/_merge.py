@@ -14,7 +14,8 @@ from lora_jax._layout import role_axes
 from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete, wide
 from lora_jax._paths import PyTree
 from lora_jax._ranges import Range, entry
-from lora_jax._transform._value import Delta, Leaf
+from lora_jax._transform._past import Leaf
+from lora_jax._transform._value import Delta
 
 Part = tuple[Factors, tuple[Range, ...]]
 

@@ -55,6 +55,8 @@ def test_a_warning_for_each_weight_and_none_where_allowed(wrap):
     with pytest.warns(UserWarning, match="would have to be built") as caught:
         lora_jax.lora(fn, on_materialize="warn")(lora_params, X)
     assert [str(w.message).split("'")[1] for w in caught] == ["0/w", "1/w", "2/w"]
+    here = [(w.filename, normed.__code__.co_firstlineno + 1) for w in caught]
+    assert here == [(__file__, w.lineno) for w in caught]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora_jax.lora(fn, on_materialize="allow")(lora_params, X)
@@ -110,6 +112,30 @@ def test_weights_that_no_gradient_step_moves(dtype):
         assert "not a real floating type" in str(layout)
     with pytest.raises(ValueError, match=f"w: dtype {jnp.dtype(dtype)}, not a real floating type"):
         lora_jax.lorafy(params, 2, targets="w")
+
+
+def test_quantized_weights_and_their_scales():
+    """Integers cannot be adapted; a float8 weight is, through the chain that dequantizes it."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = jax.random.normal(keys[0], (4, 6))
+    scales = 1 + jax.random.uniform(keys[1], (1, 6))
+    params = {
+        "int8": {"w": jnp.round(w * 50).astype(jnp.int8), "scales": scales / 50},
+        "float8": {"w": w.astype(jnp.float8_e4m3fn), "scales": scales},
+    }
+
+    def fn(params, x):
+        return {k: x @ (p["w"].astype(jnp.float32) * p["scales"]) for k, p in params.items()}
+
+    layout = lora_jax.layout_of(fn, params, X)
+    assert dict(layout) == {"float8/w": "io"}
+    assert "not a real floating type" in layout.weights["int8/w"].why_not
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout=layout))
+    f = lora_params.adapter.factors["float8/w"]
+    update = f.scale * X @ f.a @ f.b * scales
+    plain = fn(params, X)
+    expected = plain | {"float8": plain["float8"] + update}
+    assert_close(lora_jax.lora(fn)(lora_params, X), expected)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import all_eqns, assert_oracle, randomize_b, used_as
+from helpers import all_eqns, assert_oracle, products_of_shape, randomize_b, used_as
 from jax import lax
 
 import lora_jax
@@ -135,6 +135,20 @@ def test_the_update_costs_two_small_convolutions_and_no_kernel_is_built():
     ]
     assert sorted(lora_params.base["w"].shape) not in [sorted(shape) for shape in shapes]
     assert (2, 5, 6, 2) in shapes  # x a: rank channels
+
+
+@pytest.mark.parametrize("permuted", ["inputs", "outputs", "window"])
+def test_a_kernel_permuted_by_an_index_is_not_built(permuted):
+    lora_params, x = convolution(NUMBERS[0])
+    axis = {"inputs": 2, "outputs": 3, "window": 0}[permuted]
+
+    def fn(p, x):
+        w = jnp.take(p["w"], jnp.arange(p["w"].shape[axis])[::-1], axis)
+        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NUMBERS[0])
+
+    assert_oracle(fn, lora_params, x)
+    step = lora_jax.value_and_grad(lambda p, x: lora_jax.lora(fn)(p, x).sum())
+    assert not products_of_shape(step, lora_params.base["w"].shape, lora_params, x)
 
 
 def test_factors_that_both_read_and_write_are_refused():

@@ -10,8 +10,8 @@ from helpers import all_eqns, assert_close, assert_oracle, products_of_shape, ra
 from jax import lax
 
 import lora_jax
+from lora_jax._transform._contract import contract
 from lora_jax._transform._dot import product_cost
-from lora_jax._transform._value import contract
 
 SIZES = dict(zip("bcdehijkno", (3, 5, 6, 7, 2, 4, 5, 6, 3, 8), strict=True))
 

@@ -8,9 +8,10 @@ import jax
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._transform._move import regroup
-from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, LoraArray, axis_groups
+from lora_jax._transform._context import Context
+from lora_jax._transform._reshape import axis_groups, regroup
+from lora_jax._transform._rules import rule
+from lora_jax._transform._value import Delta, LoraArray
 
 
 def exact(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
@@ -35,10 +36,12 @@ def _scaled(delta: Delta, f) -> Delta:
 @rule("mul", "div", folds=True)
 def mul(ctx: Context, eqn, values):
     """A multiple by a number, or by a vector along axes that one factor has."""
-    v, x = values if isinstance(values[0], LoraArray) else values[::-1]
     divides = eqn.primitive.name == "div"
-    if isinstance(x, LoraArray) or (divides and v is values[1]):
+    if all(isinstance(v, LoraArray) for v in values):
+        values = _one_whole(ctx, values)
+    if values is None or (divides and isinstance(values[1], LoraArray)):
         return NotImplemented
+    v, x = values if isinstance(values[0], LoraArray) else values[::-1]
     (w,) = _jax.bind(eqn, [u.w if u is v else u for u in values])
     x = ctx.unbroadcast(eqn.invars[1 if v is values[0] else 0], x)
     f = lambda y, x: y / x if divides else y * x  # noqa: E731
@@ -48,6 +51,23 @@ def mul(ctx: Context, eqn, values):
     if v.unfolded is not None:
         return NotImplemented
     return scale_axes(v, w, x, range(x.ndim), f)
+
+
+def _one_whole(ctx: Context, values: list[Any]) -> list[Any] | None:
+    """Of two weights, the wider one as it is and the other whole; None if that says nothing."""
+
+    def width(v: LoraArray) -> int:
+        return sum(n != 1 and any(d.past.axes[i] for d in v.deltas) for i, n in enumerate(v.shape))
+
+    left, right = values
+    if left.is_read or right.is_read or left.unfolded or right.unfolded:
+        return None
+    if width(left) == width(right):
+        return None
+    why = "multiplies another adapted weight, entry by entry"
+    if width(left) > width(right):
+        return [left, ctx.materialize(right, why)]
+    return [ctx.materialize(left, why), right]
 
 
 def scale_axes(v: LoraArray, w: jax.Array, x: jax.Array, labels: Sequence[int], f=lax.mul) -> Any:
@@ -106,10 +126,10 @@ def add(ctx: Context, eqn, values):
 
 
 def _fills(v: LoraArray, shape: Sequence[int]) -> bool:
-    return all(d.origins[i] for d in v.deltas for i, size in enumerate(shape) if size != 1)
+    return all(d.past.axes[i] for d in v.deltas for i, size in enumerate(shape) if size != 1)
 
 
-@rule("reduce_sum", reads=True)
+@rule("reduce_sum", reads=(0,))
 def reduce_sum(ctx: Context, eqn, values):
     """A sum over an axis that one factor has, or none, is a sum over that factor."""
     (v,) = values
@@ -119,8 +139,8 @@ def reduce_sum(ctx: Context, eqn, values):
     new = {old: i for i, old in enumerate(kept)}
 
     def sum_delta(delta: Delta) -> Delta | None:
-        summed = delta.summed.union(*(delta.origins[axis] for axis in axes))
-        delta = dataclasses.replace(delta, summed=summed)
+        past = delta.past._replace(summed=delta.past.summed | delta.past.behind(axes))
+        delta = dataclasses.replace(delta, past=past)
         for axis in axes:
             if axis in delta.a_labels and axis in delta.b_labels:
                 return None

@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax import _jax
+from lora_jax._transform._context import Context
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, LoraArray
 
 

@@ -6,12 +6,14 @@ import jax
 from jax import lax
 
 from lora_jax import _jax
+from lora_jax._transform._context import Context
+from lora_jax._transform._contract import contract
 from lora_jax._transform._dot import compute_dtype
-from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, Labels, LoraArray, R, contract
+from lora_jax._transform._rules import rule
+from lora_jax._transform._value import Delta, Labels, LoraArray, R
 
 
-@rule("conv_general_dilated", reads=True)
+@rule("conv_general_dilated", reads=(0,))
 def conv(ctx: Context, eqn, values):
     """The window and the channels that are read are ``a``'s, those that are written are ``b``'s.
 

@@ -11,9 +11,11 @@ from lora_jax._layout import Layouts, Weight, factor_shapes, is_array, not_train
 from lora_jax._params import Adapter, Factors, LoraParams, count_line
 from lora_jax._paths import flatten
 from lora_jax._ranges import entry
+from lora_jax._transform._context import Context
 from lora_jax._transform._lora import Call, materialized, rehearse
-from lora_jax._transform._rules import Context, Use
-from lora_jax._transform._value import Delta, Leaf, LoraArray
+from lora_jax._transform._past import Leaf
+from lora_jax._transform._use import Use
+from lora_jax._transform._value import Delta, LoraArray
 
 _KINDS = {"conv_general_dilated": "conv", "gather": "embedding", "ragged_dot_general": "ragged"}
 

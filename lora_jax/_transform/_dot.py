@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._arith import scale_axes
-from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._context import Context
+from lora_jax._transform._contract import contract, place, spread_like
+from lora_jax._transform._rules import rule
 from lora_jax._transform._slice import take_range
-from lora_jax._transform._value import Delta, LoraArray, R, contract, place, spread_like
+from lora_jax._transform._value import Delta, LoraArray, R
 
 
 def product_cost(
@@ -156,7 +158,7 @@ def _is_rows(v: LoraArray, contracted: Sequence[int], side: int) -> bool:
     summed over. A probe does not know what is read: a kernel is the right operand, as a rule.
     """
     return v.is_lookup and all(
-        not any(delta.read.intersection(delta.origins[i]) for i in contracted)
+        delta.past.read.isdisjoint(delta.past.behind(contracted))
         and (side == 0 if delta.is_probe else not delta.reads)
         for delta in v.deltas
     )

@@ -6,7 +6,8 @@ import jax
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._context import Context
+from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray
 
 
@@ -80,17 +81,14 @@ def gather(ctx: Context, eqn, values):
         delta = delta.whole({*cut, *gone, *numbers.start_index_map}, v.shape)
         for i in numbers.start_index_map if fills else ():
             delta = delta.expand(i, v.shape[i])  # a factor must have it, to be zero beyond it
-        origins: list[tuple[int, ...]] = [()] * w.ndim
-        for i, axis in offset.items():
-            origins[axis] = delta.origins[i]
+        made_of = {axis: [i] for i, axis in offset.items()}
         for k, axis in enumerate(lookup):
-            paired = [i for i, index in batching.items() if index == k]
-            origins[axis] = tuple(o for i in paired or looked for o in delta.origins[i])
-        taken = delta.picked if len(lookup) == len(batching) else delta.read
-        taken = taken.union(*(delta.origins[i] for i in looked))
+            made_of[axis] = [i for i, index in batching.items() if index == k] or looked
         kind = "picked" if len(lookup) == len(batching) else "read"
+        taken = getattr(delta.past, kind) | delta.past.behind(looked)
+        past = delta.past.after(made_of, w.ndim)._replace(**{kind: taken})
         ranges = tuple(r._replace(axis=offset[r.axis]) for r in delta.ranges)
         delta = delta.map(gather_factor)
-        return dataclasses.replace(delta, origins=tuple(origins), ranges=ranges, **{kind: taken})
+        return dataclasses.replace(delta, past=past, ranges=ranges)
 
     return [v.map(w, gather_delta)]

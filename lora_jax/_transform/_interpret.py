@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import _jax
-from lora_jax._transform._rules import RULES, Context
-from lora_jax._transform._value import LoraArray, settle
+from lora_jax._transform._context import Context
+from lora_jax._transform._reshape import settle
+from lora_jax._transform._rules import RULES
+from lora_jax._transform._value import LoraArray
 
 
 def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -37,14 +39,14 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     for i, eqn in enumerate(jaxpr.eqns):
         values = [None if isinstance(atom, _jax.Literal) else env[atom] for atom in eqn.invars]
         rule = RULES.get(eqn.primitive.name)
-        if any(isinstance(v, LoraArray) for v in values) and (rule is None or rule.reads):
-            ctx.eqns.append(eqn)
-            for k, atom in enumerate(eqn.invars):
-                v = env[atom] if isinstance(values[k], LoraArray) else values[k]
-                if isinstance(v, LoraArray) and v.is_lookup:
-                    v = env[atom] = ctx.read(v)  # once, however often it is used
-                values[k] = v
-            ctx.eqns.pop()
+        for k in range(len(values)) if rule is None else rule.reads:
+            if isinstance(values[k], LoraArray):
+                atom = eqn.invars[k]
+                if isinstance(env[atom], LoraArray) and env[atom].is_lookup:
+                    ctx.eqns.append(eqn)
+                    env[atom] = ctx.read(env[atom])  # once, however often it is used
+                    ctx.eqns.pop()
+                values[k] = env[atom]
         if not any(isinstance(v, LoraArray) for v in values):
             outputs = _jax.bind(eqn, values)
             if eqn.primitive.name == "broadcast_in_dim" and values[0] is not None:
@@ -78,4 +80,20 @@ def _apply(ctx: Context, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
         is_folded = any(isinstance(v, LoraArray) and v.unfolded is not None for v in values)
     if rule is not None and (rule.folds or not is_folded):
         outputs = rule.apply(ctx, eqn, values)
-    return ctx.materialize_all(values) if outputs is NotImplemented else outputs
+    if outputs is not NotImplemented:
+        return outputs
+    why = _why(rule, eqn, values)
+    plain = [ctx.materialize(v, why) if isinstance(v, LoraArray) else v for v in values]
+    return _jax.bind(eqn, plain)
+
+
+def _why(rule: Any, eqn: Any, values: Sequence[Any]) -> str:
+    """What an equation that no rule can evaluate wants the whole weight for."""
+    name = eqn.primitive.name
+    if name.startswith(("custom_jvp", "custom_vjp")):
+        return f"enters a function with a custom derivative ({name!r}), whose rule must be kept"
+    if any(isinstance(v, LoraArray) and v.unfolded for v in values):
+        return f"was reshaped across its input and output axes, and so reaches {name!r}"
+    if rule is not None:
+        return f"reaches {name!r} in a form that has no low-rank rule"
+    return f"reaches {name!r}, which has no low-rank rule"

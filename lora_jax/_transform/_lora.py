@@ -22,11 +22,14 @@ from lora_jax._transform import (  # noqa: F401  (their rules register)
     _gather,
     _move,
     _ragged,
+    _reshape,
     _slice,
 )
+from lora_jax._transform._context import Context, OnMaterialize
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._rules import Context, OnMaterialize, Use
-from lora_jax._transform._value import Delta, Leaf, LoraArray
+from lora_jax._transform._past import Leaf
+from lora_jax._transform._use import Use
+from lora_jax._transform._value import Delta, LoraArray
 
 
 def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> Callable[..., Any]:

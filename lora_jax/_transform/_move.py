@@ -1,22 +1,15 @@
 """What moves a weight without reading it: the deltas follow by their labels."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import (
-    Delta,
-    Labels,
-    LoraArray,
-    axis_groups,
-    regrouped_origins,
-)
+from lora_jax._transform._context import Context
+from lora_jax._transform._rules import rule
+from lora_jax._transform._value import LoraArray
 
 
 @rule("transpose")
@@ -62,92 +55,3 @@ def stop_gradient(ctx: Context, eqn, values):
     """No gradient flows to the factors through this use."""
     (v,) = values
     return [jax.tree.map(lax.stop_gradient, v)]
-
-
-@rule("reshape", "squeeze", folds=True)
-def reshape(ctx: Context, eqn, values):
-    """Axes of one role may be split and merged; axes of size 1 come and go.
-
-    Where axes of different roles are merged, the weight keeps the shape it had in mind, for a
-    reshape that takes them apart again.
-    """
-    v = values[0]
-    (shape,) = (var.aval.shape for var in eqn.outvars)
-    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
-        return NotImplemented
-    (w,) = _jax.bind(eqn, [v.w])
-    old = v.unfolded or v.shape
-    groups = axis_groups(old, shape)
-    deltas = [regroup(delta, old, shape, groups) for delta in v.deltas]
-    if None in deltas:
-        if v.is_read:
-            return NotImplemented  # an activation
-        return [LoraArray(w, v.deltas, unfolded=old)]
-    return [LoraArray(w, tuple(deltas))]
-
-
-@rule("broadcast_in_dim")
-def broadcast_in_dim(ctx: Context, eqn, values):
-    """New axes belong to no factor: every entry along them has the same update."""
-    v = values[0]
-    dims, shape = eqn.params["broadcast_dimensions"], eqn.params["shape"]
-    (w,) = _jax.bind(eqn, [v.w, *values[1:]])
-    ones = [1] * len(shape)
-    for size, dim in zip(v.shape, dims, strict=True):
-        ones[int(dim)] = size
-    groups = axis_groups(v.shape, ones)
-    return [v.map(w, lambda delta: regroup(delta, v.shape, ones, groups))]
-
-
-def regroup(delta: Delta, old: Sequence[int], new: Sequence[int], groups: Any) -> Any:
-    """The delta after a reshape; None where it would merge axes of different roles."""
-    origins = regrouped_origins(delta, groups, len(new))
-    if delta.is_probe:
-        if any(len(olds) > 1 for olds, _ in groups):
-            return None
-        ranges = {olds[0]: news[0] for olds, news in groups if len(news) == 1}
-        kept = [r._replace(axis=ranges[r.axis]) for r in delta.ranges if r.axis in ranges]
-        return dataclasses.replace(delta, origins=origins, ranges=tuple(kept))
-    for olds, news in groups:
-        if len(olds) == len(news) == 1:
-            continue
-        delta = delta.whole(olds, old)
-        owners = {(i in delta.a_labels, i in delta.b_labels) for i in olds} - {(False, False)}
-        if len(owners) > 1:
-            return None
-        for i in olds if owners else ():  # an axis of no factor, merged with one of this one's
-            delta = _broadcast_into(delta, i, old[i], *owners)
-    delta = delta.map(lambda x, labels: _regroup_factor(x, labels, groups, new))
-    position = {olds[0]: news[0] for olds, news in groups if len(olds) == len(news) == 1}
-    ranges = tuple(r._replace(axis=position[r.axis]) for r in delta.ranges)
-    return dataclasses.replace(delta, origins=origins, ranges=ranges)
-
-
-def _broadcast_into(delta: Delta, axis: int, size: int, owners: tuple[bool, bool]) -> Delta:
-    if delta.has(axis):
-        return delta
-    owned = iter(owners)
-
-    def broadcast(x, labels):
-        return (lax.broadcast(x, (size,)), (axis, *labels)) if next(owned) else (x, labels)
-
-    return delta.map(broadcast)
-
-
-def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Array, Labels]:
-    """Reshape one factor: groups it owns in ``W``'s order, then the rank axis."""
-    owned = [(old, new) for old, new in groups if old[0] in labels]
-    grouped = [i for old, _ in owned for i in old]
-    ones = [i for i in labels if i not in grouped and i >= 0]  # size 1: dropped by the reshape
-    (rank,) = (lab for lab in labels if lab not in grouped and lab not in ones)
-    order = [labels.index(lab) for lab in (*grouped, *ones, rank)]
-    sizes = []
-    for old, new in owned:
-        if len(old) == len(new) == 1:  # it may cover a range of the axis only
-            sizes.append(x.shape[labels.index(old[0])])
-        else:
-            sizes += [shape[j] for j in new]
-    if order != sorted(order):
-        x = x.transpose(order)
-    new_labels = tuple(j for _, new in owned for j in new)
-    return x.reshape(*sizes, x.shape[-1]), (*new_labels, rank)

@@ -1,111 +1,152 @@
 """``ragged_dot_general``: the experts of a mixture, each with its own factors."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 
 from lora_jax import _jax
 from lora_jax._params import wide
+from lora_jax._transform._context import Context
+from lora_jax._transform._contract import contract
 from lora_jax._transform._dot import compute_dtype
-from lora_jax._transform._rules import Context, rule
-from lora_jax._transform._value import Delta, Labels, LoraArray, R, contract
+from lora_jax._transform._rules import rule
+from lora_jax._transform._value import Delta, Labels, LoraArray, R
+
+Factor = tuple[jax.Array, Labels]
 
 
-@rule("ragged_dot_general", reads=True)
+@rule("ragged_dot_general", reads=(0,))
 def ragged_dot_general(ctx: Context, eqn, values):
     """Rows of ``x``, in groups, each by ``W`` of its group; or by its group's rows of ``W``."""
     x, v, sizes = values[:3]
     if not isinstance(v, LoraArray) or isinstance(x, LoraArray):
         return NotImplemented
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, summed), (_, batch) = numbers.dot_dimension_numbers
     (result,) = _jax.bind(eqn, [x, v.w, *values[2:]])
-    ctx.use(v, summed, (*batch, *numbers.rhs_group_dimensions))
+    form = _Form.of(eqn.params, len(v.shape))
+    ctx.use(v, form.summed, (*form.batch, *form.group))
+    by_group = _sum_by_group if not form.group and form.ragged in form.x_summed else _rows_by_group
     with ctx.scope():
         for delta in v.deltas:
-            if not delta.is_probe:
-                update = _ragged_delta(ctx, eqn.params, x, v, sizes, delta, result)
-                if update is NotImplemented:
-                    return NotImplemented
-                result += update
+            if delta.is_probe:
+                continue
+            delta = delta.whole(range(len(v.shape)), v.shape)
+            factors = _in_order(delta, form)
+            if factors is None:
+                return NotImplemented  # a factor that both reads and writes
+            result += by_group(ctx, form, x, v.shape, sizes, delta, factors, result)
     return [result]
 
 
-def _ragged_delta(ctx: Context, params, x, v: LoraArray, sizes, delta: Delta, result):
-    numbers = params["ragged_dot_dimension_numbers"]
-    (x_summed, summed), (x_batch, batch) = numbers.dot_dimension_numbers
-    (ragged,), group = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
-    free = [i for i in range(len(v.shape)) if i not in {*summed, *batch, *group}]
-    delta = delta.whole(range(len(v.shape)), v.shape)
-    first, then = delta.factors
-    if _has(then, summed) or _has(first, free):
-        first, then = then, first
-    if _has(then, summed) or _has(first, free):
-        return NotImplemented  # a factor that both reads and writes
-    first, first_labels = _with_axes(*first, (*batch, *summed), v.shape)
-    alone = () if _has((first, first_labels), group) else group  # one of the two must be ragged
-    then, then_labels = _with_axes(*then, (*batch, *free, *alone), v.shape)
+class _Form(NamedTuple):
+    """The axes of a ragged dot: of ``x``, and of ``W`` where it does not say so."""
 
+    x_summed: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    ragged: int  # the axis of x that is in groups
+    summed: tuple[int, ...]
+    batch: tuple[int, ...]
+    group: tuple[int, ...]
+    free: tuple[int, ...]
+    options: dict[str, Any]  # of every ragged product
+    precision: Any
+
+    @classmethod
+    def of(cls, params: Any, ndim: int) -> "_Form":
+        numbers = params["ragged_dot_dimension_numbers"]
+        (x_summed, summed), (x_batch, batch) = numbers.dot_dimension_numbers
+        (ragged,), group = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+        taken = {*summed, *batch, *group}
+        return cls(
+            x_summed=tuple(x_summed),
+            x_batch=tuple(x_batch),
+            ragged=ragged,
+            summed=tuple(summed),
+            batch=tuple(batch),
+            group=tuple(group),
+            free=tuple(i for i in range(ndim) if i not in taken),
+            options={"group_offset": params["group_offset"]},
+            precision=params["precision"],
+        )
+
+
+def _in_order(delta: Delta, form: _Form) -> tuple[Factor, Factor] | None:
+    """The factor that reads, and the one that writes."""
+    for first, then in (delta.factors, delta.factors[::-1]):
+        if not _has(then, form.summed) and not _has(first, form.free):
+            return first, then
+    return None
+
+
+def _sum_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) -> jax.Array:
+    """``scale * (x a) b`` where each group's part of the summed axis makes a result of its own."""
     dtype = compute_dtype(x.dtype, result.dtype)
+    first, labels = _with_axes(factors[0], (*form.batch, *form.summed), shape)
+    then, then_labels = _with_axes(factors[1], (*form.batch, *form.free), shape)
+    summed = form.x_summed, tuple(map(labels.index, form.summed))
+    batch = form.x_batch, tuple(map(labels.index, form.batch))
+    small = lax.ragged_dot_general(
+        x.astype(dtype),
+        first.astype(dtype),
+        sizes,
+        lax.RaggedDotDimensionNumbers((summed, batch), (form.ragged,), ()),
+        precision=form.precision,
+        preferred_element_type=wide(dtype),
+        **form.options,
+    )  # [group, *batch, *rows, r]
+    small = (small * delta.scale.astype(small.dtype)).astype(dtype)
+    ctx.spend(delta, x.size * small.shape[-1] + small.size * result.shape[-1])
+    rows = [("x", i) for i in range(small.ndim - 2 - len(form.batch))]
+    kept = ["group", *form.batch, *rows]
+    return contract(
+        small,
+        [*kept, R],
+        then.astype(dtype),
+        then_labels,
+        [*kept, *form.free],
+        precision=form.precision,
+        dtype=result.dtype,
+    )
 
-    def product(x, x_dims, ragged, y, labels, summed, out_type):
-        own_summed, own_batch = (tuple(map(labels.index, axes)) for axes in (summed, batch))
-        dims = ((tuple(x_dims[0]), own_summed), (tuple(x_dims[1]), own_batch))
-        options = {"precision": params["precision"], "preferred_element_type": out_type}
-        y = y.astype(dtype)
-        if ragged is None or not _has((y, labels), group):
-            return lax.dot_general(x, y, dims, **options)
-        own = tuple(labels.index(i) for i in group)
-        ragged_numbers = lax.RaggedDotDimensionNumbers(dims, (ragged,), own)
-        return lax.ragged_dot_general(
-            x, y, sizes, ragged_numbers, group_offset=params["group_offset"], **options
-        )
 
-    if not group and ragged in x_summed:  # each group's part of the summed axis: [g, ..., r]
-        own = lax.RaggedDotDimensionNumbers(
-            (
-                (tuple(x_summed), tuple(map(first_labels.index, summed))),
-                (tuple(x_batch), tuple(map(first_labels.index, batch))),
-            ),
-            (ragged,),
-            (),
-        )
-        small = lax.ragged_dot_general(
-            x.astype(dtype), first.astype(dtype), sizes, own,
-            precision=params["precision"], preferred_element_type=wide(dtype),
-        )  # fmt: skip
-        small = (small * delta.scale.astype(small.dtype)).astype(dtype)
-        rows = [("x", i) for i in range(small.ndim - 2 - len(batch))]
-        labels = ["group", *batch, *rows, R]
-        ctx.spend(delta, x.size * delta.a.shape[-1] + small.size * result.shape[-1])
-        return contract(
-            small, labels, then.astype(dtype), then_labels, [*labels[:-1], *free],
-            precision=params["precision"], dtype=result.dtype,
-        )  # fmt: skip
+def _rows_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) -> jax.Array:
+    """``scale * (x a) b`` for each row, by the factors of its group."""
+    dtype = compute_dtype(x.dtype, result.dtype)
+    first = _with_axes(factors[0], (*form.batch, *form.summed), shape)
+    alone = () if _has(first, form.group) else form.group  # one of the two must be ragged
+    then = _with_axes(factors[1], (*form.batch, *form.free, *alone), shape)
 
-    is_plain = not group  # a ragged batch axis is computed whole
+    def product(x, x_summed, x_batch, ragged, factor, summed, out_dtype):
+        y, labels = factor
+        own_summed, own_batch = (tuple(map(labels.index, axes)) for axes in (summed, form.batch))
+        dims = (x_summed, own_summed), (x_batch, own_batch)
+        kind = {"precision": form.precision, "preferred_element_type": out_dtype}
+        if not _has(factor, form.group):  # the same for all; a ragged batch axis is computed whole
+            return lax.dot_general(x, y.astype(dtype), dims, **kind)
+        own = tuple(map(labels.index, form.group))
+        numbers = lax.RaggedDotDimensionNumbers(dims, (ragged,), own)
+        return lax.ragged_dot_general(x, y.astype(dtype), sizes, numbers, **kind, **form.options)
+
     small = product(
-        x.astype(dtype), (x_summed, x_batch), None if is_plain else ragged,
-        first, first_labels, summed, wide(dtype),
-    )  # fmt: skip
+        x.astype(dtype), form.x_summed, form.x_batch, form.ragged, first, form.summed, wide(dtype)
+    )
     small = (small * delta.scale.astype(small.dtype)).astype(dtype)  # [*batch, *rows, r]
-    rows = [i for i in range(x.ndim) if i not in {*x_summed, *x_batch}]
-    ragged = None if is_plain else len(batch) + rows.index(ragged)
     rank = small.shape[-1]
     ctx.spend(delta, x.size * rank + small.size * (result.size // max(small.size // rank, 1)))
-    small_dims = ((small.ndim - 1,), tuple(range(len(batch))))
-    return product(small, small_dims, ragged, then, then_labels, (R,), result.dtype)
+    rows = [i for i in range(x.ndim) if i not in {*form.x_summed, *form.x_batch}]
+    ragged = len(form.batch) + rows.index(form.ragged) if form.group else 0
+    batch = tuple(range(len(form.batch)))
+    return product(small, (small.ndim - 1,), batch, ragged, then, (R,), result.dtype)
 
 
-def _has(factor: tuple[jax.Array, Labels], axes: Sequence[int]) -> bool:
+def _has(factor: Factor, axes: Sequence[int]) -> bool:
     return not set(axes).isdisjoint(factor[1])
 
 
-def _with_axes(
-    x: jax.Array, labels: Labels, axes: Sequence[int], shape: Sequence[int]
-) -> tuple[jax.Array, Labels]:
+def _with_axes(factor: Factor, axes: Sequence[int], shape: Sequence[int]) -> Factor:
     """A factor with all of these axes, in the order of ``W``'s, and the rank axis last."""
+    x, labels = factor
     missing = [i for i in axes if i not in labels]
     x, labels = lax.broadcast(x, [shape[i] for i in missing]), (*missing, *labels)
     order = sorted(range(len(labels)), key=lambda k: (labels[k] == R, labels[k]))

@@ -1,17 +1,9 @@
-"""The rule table, and what happens where it has no rule: a reported materialization."""
+"""The rule table: what becomes of a primitive with an adapted weight among its operands."""
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax
-
-from lora_jax import _jax
-from lora_jax._transform._value import Delta, Leaf, LoraArray, renamed
-
-OnMaterialize = Literal["error", "warn", "allow"]
+from lora_jax._transform._context import Context
 
 
 class Rule(NamedTuple):
@@ -20,20 +12,19 @@ class Rule(NamedTuple):
     Attributes:
         apply: ``(ctx, eqn, values) -> list of outputs``; or NotImplemented: the weights are then
             materialized.
-        reads: whether operands that are rows of a lookup come as plain arrays.
+        reads: the operands that come as plain arrays where they are rows of a lookup.
         folds: whether operands come with axes of different roles merged.
     """
 
-    apply: Callable[["Context", Any, list[Any]], Any]
-    reads: bool
+    apply: Callable[[Context, Any, list[Any]], Any]
+    reads: tuple[int, ...]
     folds: bool
 
 
 RULES: dict[str, Rule] = {}
-MATERIALIZE = "materialize"  # the primitive of a Use that built the whole weight
 
 
-def rule(*primitives: str, reads: bool = False, folds: bool = False):
+def rule(*primitives: str, reads: tuple[int, ...] = (), folds: bool = False):
     """Register a rule for these primitives: see :class:`Rule`."""
 
     def register(apply):
@@ -41,271 +32,3 @@ def rule(*primitives: str, reads: bool = False, folds: bool = False):
         return apply
 
     return register
-
-
-@dataclass(frozen=True)
-class Use:
-    """One reading of an adapted weight.
-
-    Attributes:
-        leaf: the weight.
-        primitive: that reads it.
-        contracted: the axes of the weight's leaf that are summed over, or looked up.
-        free: the axes of the leaf that the result has, and the other operand has not.
-        eqns: the equation that reads it, inside those it is part of, outermost first.
-        why: of a materialization, what for.
-        form: of a materialization, the dtype and shape that is built.
-    """
-
-    leaf: Leaf
-    primitive: str
-    contracted: frozenset[int]
-    free: frozenset[int]
-    eqns: tuple[Any, ...]
-    why: str = ""
-    form: str = ""
-
-    @property
-    def source(self) -> str:
-        """The line of the user's code: that of the innermost equation which has one."""
-        return next(filter(None, map(_jax.source_line, reversed(self.eqns))), "an unknown line")
-
-    @property
-    def tells(self) -> bool:
-        """Whether it tells what the weight reads and what it writes."""
-        return bool(self.contracted) and bool(self.free)
-
-    @property
-    def reason(self) -> str:
-        """Of a materialization: what for, and where."""
-        return f"{self.why}, at {self.source}" if self.eqns else self.why
-
-    @property
-    def complaint(self) -> str:
-        """Of a materialization: all that there is to say."""
-        path = self.leaf.path
-        return (
-            f"lora: the weight {path!r} {self.form} {self.reason}\n"
-            "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
-            f"out: lorafy(..., exclude={path!r}); or allow it, at the cost of its memory: "
-            "lora(fn, on_materialize='allow') (or 'warn')."
-        )
-
-    def role(self, axis: int) -> str:
-        """The letter of the leaf's axis in this use: scanned and matched ones are batch axes."""
-        return "i" if axis in self.contracted else "o" if axis in self.free else "b"
-
-
-@dataclass(frozen=True)
-class Body:
-    """A function inside the function, over split weights: made once, used wherever it is called.
-
-    Attributes:
-        jaxpr: what it was made of.
-        made: what was made, whatever that is.
-        uses: those in it, of weights by their position among its inputs.
-        flops: by the same.
-    """
-
-    jaxpr: Any
-    made: Any
-    uses: tuple[Use, ...]
-    flops: Mapping[Leaf, int]
-
-
-@dataclass
-class Context:
-    """One run of ``lora(fn)``: its policy, and what it has seen of the adapted weights.
-
-    Attributes:
-        on_materialize: the policy.
-        uses: every use so far.
-        flops: what the low-rank paths cost, in floating-point operations, by weight.
-        eqns: the equations under evaluation, outermost first.
-        times: how often the present equation is evaluated in a call, as far as that is known.
-        warned: the warnings given.
-        refused: whether a materialization was an error.
-        broadcasts: plain arrays made by a broadcast, by variable: with an axis of size 1 wherever
-            they are constant.
-        entered: the loop bodies whose uses are recorded.
-        bodies: the functions inside the function, over split weights.
-        names: inside such a body, the weights that its inputs are of at present.
-    """
-
-    on_materialize: OnMaterialize
-    uses: list[Use] = field(default_factory=list)
-    flops: dict[Leaf, int] = field(default_factory=dict)
-    eqns: list[Any] = field(default_factory=list)
-    times: int = 1
-    warned: set[str] = field(default_factory=set)
-    refused: bool = False
-    broadcasts: dict[Any, Any] = field(default_factory=dict)
-    entered: set[Any] = field(default_factory=set)
-    bodies: dict[Any, Body] = field(default_factory=dict)
-    names: dict[Leaf, Leaf] = field(default_factory=dict)
-
-    def use(self, v: LoraArray, contracted: Sequence[int], batch: Sequence[int]) -> None:
-        """Record that the present equation reads ``v``, summing over its axes ``contracted``."""
-        free = [i for i in range(len(v.shape)) if i not in contracted and i not in batch]
-        for delta in v.deltas:
-            groups = (contracted, free)
-            axes = [frozenset(k for i in group for k in delta.origins[i]) for group in groups]
-            self._record(delta, self.eqns[-1].primitive.name, axes[0], axes[1])
-
-    def _record(
-        self, delta: Delta, primitive: str, contracted: frozenset[int], free: frozenset[int]
-    ) -> None:
-        use = Use(delta.leaf, primitive, contracted, free, tuple(self.eqns))
-        last = self.uses[-1] if self.uses else None
-        if last and last.leaf == use.leaf and last.eqns[-1:] == use.eqns[-1:]:
-            if (last.contracted, last.free) == (contracted, free):
-                return  # another range of the same weight
-        self.uses.append(use)
-
-    def spend(self, delta: Delta, multiplications: int) -> None:
-        """Record what a low-rank path costs."""
-        cost = 2 * multiplications * self.times
-        self.flops[delta.leaf] = self.flops.get(delta.leaf, 0) + cost
-
-    def scope(self) -> Any:
-        """A name for low-rank paths, inside the user's, for profiles and HLO dumps."""
-        return jax.named_scope(f"{_jax.name_stack(self.eqns[-1])}/lora".lstrip("/"))
-
-    @contextlib.contextmanager
-    def repeated(self, times: int) -> Iterator[None]:
-        """The body of a loop."""
-        before = self.times
-        self.times = before * times
-        try:
-            yield
-        finally:
-            self.times = before
-
-    @contextlib.contextmanager
-    def once(self, key: Any) -> Iterator[None]:
-        """A block whose records are kept if it is the first of this key."""
-        uses, flops = len(self.uses), dict(self.flops)
-        is_new = key not in self.entered
-        self.entered.add(key)
-        try:
-            yield
-        finally:
-            if not is_new:
-                del self.uses[uses:]
-                self.flops = flops
-
-    @contextlib.contextmanager
-    def attempt(self, keep: bool = True) -> Iterator[None]:
-        """A block whose records are kept if it is left normally, and if ``keep``."""
-        before = len(self.uses), dict(self.flops), set(self.entered)
-        done, depth = False, len(self.eqns)
-        try:
-            yield
-            done = True
-        finally:
-            if not (done and keep):
-                del self.uses[before[0] :], self.eqns[depth:]
-                self.flops, self.entered = before[1:]
-
-    def uses_of(self, leaf: Leaf) -> list[Use]:
-        """The recorded uses of one weight."""
-        return [use for use in self.uses if use.leaf == leaf]
-
-    def unbroadcast(self, atom: Any, x: Any) -> Any:
-        """An operand of the present equation, with an axis of size 1 where it is constant."""
-        return x if isinstance(atom, _jax.Literal) else self.broadcasts.get(atom, x)
-
-    def read(self, v: LoraArray) -> Any:
-        """A weight that is read already, as a plain array."""
-        for delta in v.deltas:
-            axes = {k for group in delta.origins for k in group}
-            read = delta.read | delta.summed
-            if not delta.is_probe:  # of a probe, what was picked may have been a layer
-                read = (read | delta.picked) - delta.batch
-            if not delta.is_probe and not delta.reads:  # rows of a table, some of its columns
-                written = {*delta.b_labels} - {*delta.a_labels}
-                read -= {k for label in written for k in delta.origins[label]}
-            name = "gather" if delta.read else "reduce_sum"
-            self._record(delta, name, read, frozenset(axes - read))
-            if not delta.is_probe:
-                self.spend(delta, v.w.size * delta.b.shape[delta.b_labels.index(-1)])
-        return v.dense()
-
-    def materialize(self, v: LoraArray, why: str) -> Any:
-        """``W + scale * a b`` itself, if the policy allows it; always, once ``v`` is read.
-
-        Raises:
-            NotImplementedError: it does not.
-        """
-        if v.is_read:
-            return self.read(v)
-        form = f"{v.w.dtype}{list(v.shape)}"
-        for leaf in v.leaves:
-            nothing: frozenset[int] = frozenset()
-            use = Use(leaf, MATERIALIZE, nothing, nothing, tuple(self.eqns), why, form)
-            self.uses.append(use)
-            self._complain(use)
-        return v.dense()
-
-    def _complain(self, use: Use) -> None:
-        if self.on_materialize == "allow":
-            return
-        message = replace(use, leaf=self.names.get(use.leaf, use.leaf)).complaint
-        if self.on_materialize == "error":
-            self.refused = True
-            raise NotImplementedError(message)
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, stacklevel=2)
-
-    def body(self, jaxpr: Any, values: list[Any], make: Callable[[list[Any]], Any]) -> Any:
-        """What ``make`` makes of an inner function over these values, made once for all like them.
-
-        Layers of one kind share it: the weights are called by their position, and what is
-        recorded of them is recorded again, by their names, at each call.
-
-        Returns:
-            What ``make`` made, and a function that gives the weights in it their names back.
-        """
-        leaves = dict.fromkeys(
-            leaf for v in values if isinstance(v, LoraArray) for leaf in v.leaves
-        )
-        positions = {leaf: Leaf(-1, str(k)) for k, leaf in enumerate(leaves)}
-        here = {position: leaf for leaf, position in positions.items()}
-        values = [renamed(v, positions) for v in values]
-        arrays, tree = jax.tree.flatten(values)
-        key = (id(jaxpr), tree, tuple(map(jax.typeof, arrays)))
-        if key not in self.bodies:
-            outer = self.uses, self.flops, self.times, self.names
-            self.uses, self.flops, self.times = [], {}, 1
-            self.names = {p: outer[3].get(leaf, leaf) for p, leaf in here.items()}
-            try:
-                made = make(values)
-                uses = tuple(replace(u, eqns=u.eqns[len(self.eqns) :]) for u in self.uses)
-                self.bodies[key] = Body(jaxpr, made, uses, self.flops)
-            finally:
-                self.uses, self.flops, self.times, self.names = outer
-        body = self.bodies[key]
-        for use in body.uses:
-            use = replace(use, leaf=here[use.leaf], eqns=(*self.eqns, *use.eqns))
-            self.uses.append(use)
-            if use.why:
-                self._complain(use)
-        for position, cost in body.flops.items():
-            leaf = here[position]
-            self.flops[leaf] = self.flops.get(leaf, 0) + cost * self.times
-        return body.made, lambda v: renamed(v, here)
-
-    def materialize_all(self, values: Sequence[Any]) -> list[Any]:
-        """The outputs of the present equation, which has no rule, on materialized weights."""
-        eqn = self.eqns[-1]
-        name = eqn.primitive.name
-        why = f"reaches {name!r}, which has no low-rank rule"
-        if name.startswith(("custom_jvp", "custom_vjp")):
-            why = f"enters a function with a custom derivative ({name!r}), whose rule must be kept"
-        elif any(isinstance(v, LoraArray) and v.unfolded for v in values):
-            why = f"was reshaped across its input and output axes, and so reaches {name!r}"
-        elif name in RULES:
-            why = f"reaches {name!r} in a form that has no low-rank rule"
-        plain = [self.materialize(v, why) if isinstance(v, LoraArray) else v for v in values]
-        return _jax.bind(eqn, plain)

@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._transform._rules import Context, rule
+from lora_jax._transform._context import Context
+from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, LoraArray, adapted
 
 
@@ -46,7 +47,8 @@ def _take_range(
 def _picked(delta: Delta, axis: int, shape: Sequence[int], size: int) -> Delta:
     if size != 1 or shape[axis] == 1:
         return delta
-    return dataclasses.replace(delta, picked=delta.picked.union(delta.origins[axis]))
+    picked = delta.past.picked | delta.past.behind([axis])
+    return dataclasses.replace(delta, past=delta.past._replace(picked=picked))
 
 
 @rule("slice")

@@ -14,49 +14,26 @@ weight it is on.
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from lora_jax import _jax
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
+from lora_jax._transform._contract import contract, pad_axis, place, spread_like
+from lora_jax._transform._past import Leaf, Past
 
 R = -1
 Labels = tuple[Any, ...]
 
 
-class Leaf(NamedTuple):
-    """A weight among the arguments.
-
-    Attributes:
-        owner: which of the LoraParams it belongs to.
-        path: where in its base.
-    """
-
-    owner: int
-    path: str
-
-
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("a", "b", "scale"),
-    meta_fields=(
-        "a_labels",
-        "b_labels",
-        "leaf",
-        "origins",
-        "batch",
-        "read",
-        "summed",
-        "picked",
-        "ranges",
-    ),
+    meta_fields=("a_labels", "b_labels", "past", "ranges"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
@@ -68,12 +45,7 @@ class Delta:
         scale: a 0-d array.
         a_labels: of ``a``'s axes.
         b_labels: of ``b``'s axes.
-        leaf: the weight it belongs to.
-        origins: for each axis of ``W``, the axes of the leaf that it is made of.
-        batch: the batch axes of the leaf, as far as they are known.
-        read: the axes of the leaf that a lookup has read already.
-        summed: the axes of the leaf that are summed over already.
-        picked: the axes of the leaf of which one entry was picked.
+        past: the weight it belongs to, and what became of it.
         ranges: the parts of ``W``'s axes it covers, of those that it does not cover whole.
     """
 
@@ -82,12 +54,7 @@ class Delta:
     scale: Any
     a_labels: Labels
     b_labels: Labels
-    leaf: Leaf
-    origins: tuple[tuple[int, ...], ...]
-    batch: frozenset[int] = frozenset()
-    read: frozenset[int] = frozenset()
-    summed: frozenset[int] = frozenset()
-    picked: frozenset[int] = frozenset()
+    past: Past
     ranges: tuple[Range, ...] = ()
 
     @classmethod
@@ -99,24 +66,19 @@ class Delta:
             dtype = wide(factors.b.dtype)
             scale = jnp.asarray(scale, jnp.float32)
             scale = lax.stop_gradient(scale if scale.dtype == dtype else scale.astype(dtype))
-        origins = tuple((i,) for i in range(len(factors.layout)))
+        past = Past.of(leaf, len(factors.layout), batch)
         a_labels, b_labels = (*batch, *inputs, R), (*batch, R, *outputs)
-        return cls(
-            factors.a,
-            factors.b,
-            scale,
-            a_labels,
-            b_labels,
-            leaf,
-            origins,
-            batch=frozenset(batch),
-            ranges=tuple(ranges),
-        )
+        return cls(factors.a, factors.b, scale, a_labels, b_labels, past, tuple(ranges))
 
     @classmethod
     def probe(cls, leaf: Leaf, ndim: int) -> "Delta":
         """A delta without arrays."""
-        return cls(None, None, None, (), (), leaf, tuple((i,) for i in range(ndim)))
+        return cls(None, None, None, (), (), Past.of(leaf, ndim))
+
+    @property
+    def leaf(self) -> Leaf:
+        """The weight it belongs to."""
+        return self.past.leaf
 
     @property
     def is_probe(self) -> bool:
@@ -157,10 +119,8 @@ class Delta:
 
     def move(self, new: Mapping[int, int], ndim: int) -> "Delta":
         """The delta where axis ``i`` of ``W`` is axis ``new[i]`` of an array of ``ndim`` axes."""
-        origins: list[tuple[int, ...]] = [()] * ndim
-        for old, axis in new.items():
-            origins[axis] = self.origins[old]
-        return dataclasses.replace(self.rename(new), origins=tuple(origins))
+        past = self.past.after({axis: (old,) for old, axis in new.items()}, ndim)
+        return dataclasses.replace(self.rename(new), past=past)
 
     def range_of(self, axis: Any, size: int) -> tuple[int, int]:
         """The part of an axis that the delta covers."""
@@ -191,7 +151,7 @@ class Delta:
             if r.axis in axes:
                 size = shape[r.axis]
                 delta = delta.expand(r.axis, r.stop - r.start)
-                delta = delta.along(r.axis, partial(_pad, start=r.start, size=size))
+                delta = delta.along(r.axis, partial(pad_axis, start=r.start, size=size))
                 delta = delta.with_range(r.axis, 0, size, size)
         return delta
 
@@ -203,7 +163,7 @@ class Delta:
         update of the weight.
         """
         if self.is_probe:
-            return bool(self.read | self.summed)
+            return bool(self.past.read | self.past.summed)
         return not self.reads or not self._live(self.b_labels, self.a_labels)
 
     @property
@@ -212,9 +172,9 @@ class Delta:
         return self._live(self.a_labels, self.b_labels)
 
     def _live(self, labels: Labels, others: Labels) -> bool:
-        used = self.read | self.picked
+        used = self.past.read | self.past.picked
         own = set(labels) - set(others)
-        return any(not used.issuperset(self.origins[label]) for label in own)
+        return any(not used.issuperset(self.past.axes[label]) for label in own)
 
     def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
         """``scale * a b`` as an array with ``W``'s axes: what this library exists to avoid."""
@@ -265,9 +225,9 @@ class LoraArray:
     def is_lookup(self) -> bool:
         """Whether it is what a lookup has read: rows, not a choice of kernels."""
         return self.is_read and all(
-            delta.read
+            delta.past.read
             and (
-                sum(not delta.read.issuperset(group) for group in delta.origins) <= 1
+                sum(not delta.past.read.issuperset(group) for group in delta.past.axes) <= 1
                 if delta.is_probe
                 else not delta.reads
             )
@@ -286,147 +246,18 @@ class LoraArray:
         return total.astype(self.w.dtype)
 
 
-def axis_groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The finest pairing of axes of two shapes under a row-major reshape, without axes of size 1.
-
-    >>> axis_groups((6, 4, 1), (2, 3, 1, 4))
-    [((0,), (0, 1)), ((1,), (3,))]
-    """
-    olds = [i for i, size in enumerate(old) if size != 1]
-    news = [j for j, size in enumerate(new) if size != 1]
-    groups = []
-    while olds or news:
-        left, right = [olds.pop(0)], [news.pop(0)]
-        while (a := prod(old[i] for i in left)) != (b := prod(new[j] for j in right)):
-            (left.append(olds.pop(0)) if a < b else right.append(news.pop(0)))
-        groups.append((tuple(left), tuple(right)))
-    return groups
-
-
-def regrouped_origins(delta: Delta, groups: Any, ndim: int) -> tuple[tuple[int, ...], ...]:
-    """The origins of an array's axes after a reshape that pairs axes so."""
-    origins: list[tuple[int, ...]] = [()] * ndim
-    for old, new in groups:
-        for j in new:
-            origins[j] = tuple(dict.fromkeys(k for i in old for k in delta.origins[i]))
-    return tuple(origins)
-
-
-def settle(v: Any) -> Any:
-    """A probed weight whose axes stay merged; any other value as it is."""
-    if not isinstance(v, LoraArray) or v.unfolded is None:
-        return v
-    if not all(delta.is_probe for delta in v.deltas):
-        return v
-    groups = axis_groups(v.unfolded, v.shape)
-
-    def merged(delta: Delta) -> Delta:
-        origins = regrouped_origins(delta, groups, len(v.shape))
-        return dataclasses.replace(delta, origins=origins, ranges=())
-
-    return LoraArray(v.w, tuple(map(merged, v.deltas)))
-
-
 def renamed(v: Any, names: Mapping[Leaf, Leaf]) -> Any:
     """A value as of other weights."""
     if not isinstance(v, LoraArray):
         return v
-    return v.map(v.w, lambda delta: dataclasses.replace(delta, leaf=names[delta.leaf]))
+
+    def rename(delta: Delta) -> Delta:
+        return dataclasses.replace(delta, past=delta.past._replace(leaf=names[delta.leaf]))
+
+    return v.map(v.w, rename)
 
 
 def adapted(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
     """A weight with those of the deltas that are left; itself if none is."""
     deltas = tuple(delta for delta in deltas if delta is not None)
     return LoraArray(w, deltas) if deltas else w
-
-
-def place(x: jax.Array, labels: Sequence[Any], ranges: Iterable[Range], sizes: Any) -> jax.Array:
-    """``x``, which covers these ranges of its labelled axes, as a part of zeros."""
-    for r in ranges:
-        if r.axis in labels:
-            axis = labels.index(r.axis)
-            if x.shape[axis] == 1 != r.stop - r.start:  # the same all along the range
-                full = (*x.shape[:axis], r.stop - r.start, *x.shape[axis + 1 :])
-                x = jnp.broadcast_to(x, full)
-            x = _pad(x, axis, r.start, sizes[r.axis])
-    return x
-
-
-def _pad(x: jax.Array, axis: int, start: int, size: int) -> jax.Array:
-    config = [(0, 0, 0)] * x.ndim
-    config[axis] = (start, size - start - x.shape[axis], 0)
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-def contract(
-    x: jax.Array,
-    x_labels: Sequence[Any],
-    y: jax.Array,
-    y_labels: Sequence[Any],
-    out: Sequence[Any],
-    *,
-    precision: Any,
-    dtype: Any,
-) -> jax.Array:
-    """An einsum over labels as one ``dot_general``: sums over every label not in ``out``.
-
-    A label of ``out`` that neither operand has becomes an axis of size 1.
-    """
-    x, x_labels = _sum_alone(x, x_labels, (*y_labels, *out))
-    y, y_labels = _sum_alone(y, y_labels, (*x_labels, *out))
-    shared = [lab for lab in x_labels if lab in y_labels]
-    batch = [lab for lab in shared if lab in out]
-    summed = [lab for lab in shared if lab not in out]
-    contracting = [x_labels.index(lab) for lab in summed], [y_labels.index(lab) for lab in summed]
-    batching = [x_labels.index(lab) for lab in batch], [y_labels.index(lab) for lab in batch]
-    labels = batch + [lab for lab in (*x_labels, *y_labels) if lab not in shared]
-    y, out_spec = _explicit(x, x_labels, y, y_labels, labels)
-    result = lax.dot_general(
-        x,
-        y,
-        (contracting, batching),
-        precision=precision,
-        preferred_element_type=dtype,
-        out_sharding=out_spec,
-    )
-    missing = [i for i, lab in enumerate(out) if lab not in labels]
-    order = [labels.index(lab) for lab in out if lab in labels]
-    if order != sorted(order):
-        result = lax.transpose(result, order)
-    return lax.expand_dims(result, missing) if missing else result
-
-
-def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out) -> tuple[jax.Array, Any]:
-    """On a mesh of Explicit axes: ``y`` spread as ``x`` is, and how their product is spread."""
-    x_spec, y_spec = _jax.explicit_spec(x), _jax.explicit_spec(y)
-    if x_spec is None or y_spec is None:
-        return y, None
-    of_x = dict(zip(x_labels, x_spec, strict=True))
-    taken = {name for spec in x_spec for name in _names(spec)}
-    wanted = [
-        of_x[lab] if lab in of_x else None if taken.intersection(_names(spec)) else spec
-        for lab, spec in zip(y_labels, y_spec, strict=True)
-    ]
-    y = y if wanted == y_spec else _jax.reshard(y, wanted)
-    by_label = dict(zip(y_labels, wanted, strict=True)) | of_x
-    return y, PartitionSpec(*(by_label[lab] for lab in out))
-
-
-def _names(spec: Any) -> tuple[str, ...]:
-    return spec if isinstance(spec, tuple) else () if spec is None else (spec,)
-
-
-def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x``, which may be of size 1 along some axes, spread over an Explicit mesh as ``y`` is."""
-    spec = _jax.explicit_spec(y)
-    if spec is None:
-        return x
-    return _jax.reshard(x, [s if n != 1 else None for s, n in zip(spec, x.shape, strict=True)])
-
-
-def _sum_alone(x: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]):
-    """Sum over the axes whose label nobody wants."""
-    alone = [i for i, lab in enumerate(labels) if lab not in wanted]
-    return (x.sum(alone), [lab for lab in labels if lab in wanted]) if alone else (x, labels)
