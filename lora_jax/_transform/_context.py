@@ -44,8 +44,7 @@ class Context:
         times: how often the present equation is evaluated in a call, as far as that is known.
         warned: the warnings given.
         refused: whether a materialization was an error.
-        broadcasts: plain arrays made by a broadcast, by variable: with an axis of size 1 wherever
-            they are constant.
+        broadcasts: for each variable that is a plain array broadcast, that array and how.
         entered: the loop bodies whose uses are recorded.
         bodies: the functions inside the function, over split weights.
         names: inside such a body, the weights that its inputs are of at present.
@@ -132,7 +131,11 @@ class Context:
 
     def unbroadcast(self, atom: Any, x: Any) -> Any:
         """An operand of the present equation, with an axis of size 1 where it is constant."""
-        return x if isinstance(atom, _jax.Literal) else self.broadcasts.get(atom, x)
+        if isinstance(atom, _jax.Literal) or atom not in self.broadcasts:
+            return x
+        x, params = self.broadcasts[atom]
+        sizes = dict(zip(params["broadcast_dimensions"], x.shape, strict=True))
+        return x.reshape([sizes.get(axis, 1) for axis in range(len(params["shape"]))])
 
     def read(self, v: LoraArray) -> Any:
         """A weight that is read already, as a plain array."""

@@ -81,15 +81,17 @@ def _stable_carry(
             break
         init = [ctx.materialize(v, why) if c else v for v, c in zip(init, changed, strict=True)]
 
-    def stable(carry):
-        return [
-            ctx.materialize(v, why)
-            if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
-            else v
-            for v, old in zip(step(carry), init, strict=True)
-        ]
+    return init, lambda carry: _as_before(ctx, step(carry), init, why)
 
-    return init, stable
+
+def _as_before(ctx: Context, values: list[Any], before: list[Any], why: str) -> list[Any]:
+    """Values with every weight materialized that took the place of a plain array."""
+    return [
+        ctx.materialize(v, why)
+        if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
+        else v
+        for v, old in zip(values, before, strict=True)
+    ]
 
 
 @rule("while")
@@ -184,12 +186,7 @@ def scan(ctx: Context, eqn, values):
     def stable_body(carry, xs):
         outputs, ys = body(carry, xs)
         why = "leaves the body of 'scan' in another form than it came"
-        new = [
-            ctx.materialize(v, why)
-            if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
-            else v
-            for v, old in zip(outputs, carry, strict=True)
-        ]
+        new = _as_before(ctx, outputs, carry, why)
         stacks = [_stack(ctx, v) for v in ys]
         together[:] = [f for _, f in stacks]
         return new, [x for x, _ in stacks]

@@ -50,8 +50,7 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         if not any(isinstance(v, LoraArray) for v in values):
             outputs = _jax.bind(eqn, values)
             if eqn.primitive.name == "broadcast_in_dim" and values[0] is not None:
-                with eqn.ctx.manager:
-                    ctx.broadcasts[eqn.outvars[0]] = _ones(values[0], eqn.params)
+                ctx.broadcasts[eqn.outvars[0]] = values[0], eqn.params
         else:
             values = [read(atom) for atom in eqn.invars]
             ctx.eqns.append(eqn)
@@ -64,12 +63,6 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
                 env.pop(atom, None)
                 ctx.broadcasts.pop(atom, None)
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _ones(x: Any, params: Any) -> Any:
-    """What is broadcast, before it is: of as many axes, of size 1 where they are new."""
-    sizes = dict(zip(params["broadcast_dimensions"], x.shape, strict=True))
-    return x.reshape([sizes.get(axis, 1) for axis in range(len(params["shape"]))])
 
 
 def _apply(ctx: Context, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
