@@ -130,7 +130,7 @@ def count_line(lora_params: LoraParams) -> str:
     )
 
 
-def check(lora_params: LoraParams) -> dict[str, Any]:
+def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> dict[str, Any]:
     """Raise unless the adapter fits the base; return the base's leaves by path."""
     base, adapter = lora_params
     if not isinstance(adapter, Adapter):
@@ -138,7 +138,7 @@ def check(lora_params: LoraParams) -> dict[str, Any]:
             f"LoraParams.adapter is {type(adapter).__name__}, expected an Adapter: build it with "
             "lora_jax.lorafy(params, ...)"
         )
-    leaves = flatten(base)[0]
+    leaves = flatten(base)[0] if leaves is None else leaves
     parts: dict[str, list[Any]] = {}
     for key in dict.fromkeys((*adapter.factors, *adapter.full)):
         path, ranges = entry(key, leaves)

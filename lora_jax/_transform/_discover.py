@@ -67,12 +67,12 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     reasons = {path: _why_not(leaf) for path, leaf in leaves.items()}
     wrapped = LoraParams(params, Adapter({}))
 
-    def probe(lora_params, owner):
+    def probe(lora_params, owner, leaves):
         return {
             path: LoraArray(leaf, (Delta.probe(Leaf(owner, path), len(leaf.shape)),))
             if path in reasons and reasons[path] is None
             else leaf
-            for path, leaf in flatten(lora_params.base)[0].items()
+            for path, leaf in leaves.items()
         }
 
     call = Call.of((wrapped, *args), kwargs, probe)
@@ -85,9 +85,9 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
             reasons[path] = None if found[path] else _unused(uses[path])
     found = {path: letters for path, letters in found.items() if letters}
 
-    def adapt(lora_params, owner):
+    def adapt(lora_params, owner, leaves):
         """With factors of these layouts, what would ``lora`` do?"""
-        entered = dict(flatten(lora_params.base)[0])
+        entered = dict(leaves)
         for path, letters in found.items():
             shape = leaves[path].shape
             a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in factor_shapes(letters, shape, 2))
@@ -235,9 +235,8 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _rows(ctx: Context, call: Call, owner: int):
-    lora_params = call.lora_params[owner]
-    leaves = flatten(lora_params.base)[0]
-    for key, f in lora_params.adapter.factors.items():
+    leaves = call.leaves[owner]
+    for key, f in call.lora_params[owner].adapter.factors.items():
         path, _ = entry(key, leaves)
         uses = ctx.uses_of(Leaf(owner, path))
         yield {

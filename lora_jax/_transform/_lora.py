@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax import _jax
 from lora_jax._layout import is_array, role_axes
-from lora_jax._params import LoraParams, check
+from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._paths import flatten
 from lora_jax._ranges import entry
 from lora_jax._transform import (  # noqa: F401  (their rules register)
@@ -90,13 +90,14 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
 
         read = _jax.read_inputs(jaxpr)[len(consts) :]
         for owner, node in call.lora_params.items():
-            _check_used(ctx, owner, node, call.paths_read(owner, read), consts)
+            leaves = call.leaves[owner]
+            _check_used(ctx, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
             # A gradient for the input alone may need a weight's transpose only: the forward use,
             # which tells its layout, is in the part that no output needs.
-            if _misread(ctx, owner, node) and (
-                wrong := _misread(rehearse(whole, values), owner, node)
-            ):
-                raise ValueError("\n".join(wrong))
+            if _misread(ctx, owner, node.adapter, leaves):
+                wrong = _misread(rehearse(whole, values), owner, node.adapter, leaves)
+                if wrong:
+                    raise ValueError("\n".join(wrong))
         return jax.tree.unflatten(out, results)
 
     return lora_fn
@@ -112,31 +113,36 @@ class Call:
             array, or a tuple of it.
         values: one for each array: an array or a :class:`LoraArray`.
         lora_params: the LoraParams, by position among the leaves.
+        leaves: of their bases, by path.
     """
 
     structure: Any
     places: list[tuple[Any, list[Any]]]
     values: list[Any]
     lora_params: dict[int, LoraParams]
+    leaves: dict[int, dict[str, Any]]
 
     @classmethod
     def of(
         cls,
         args: Any,
         kwargs: Any,
-        enter: Callable[[LoraParams, int], Mapping[str, Any]] | None = None,
+        enter: Callable[[LoraParams, int, dict[str, Any]], Mapping[str, Any]] | None = None,
     ) -> "Call":
-        """Flatten; ``enter`` gives the leaves of a LoraParams by path, as they enter."""
+        """Flatten; ``enter`` gives the leaves of a LoraParams' base by path, as they enter."""
         nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_lora)
-        call = cls(structure, [], [], {i: node for i, node in enumerate(nodes) if _is_lora(node)})
+        lora_params = {i: node for i, node in enumerate(nodes) if _is_lora(node)}
+        found = {i: flatten(node.base)[0] for i, node in lora_params.items()}
+        call = cls(structure, [], [], lora_params, found)
         if not call.lora_params:
             raise ValueError(
                 "lora(fn) was called without a LoraParams among its arguments. Pass what "
                 "lora_jax.lorafy returned; for the base model, call the function itself"
             )
         for i, node in enumerate(nodes):
-            leaves = list((enter or _enter)(node, i).values()) if _is_lora(node) else [node]
-            tree = jax.tree.structure(node.base if _is_lora(node) else 0)
+            is_lora = i in lora_params
+            leaves = (enter or _enter)(node, i, found[i]).values() if is_lora else [node]
+            tree = jax.tree.structure(node.base if is_lora else 0)
             call.places.append((tree, [None if _is_traced(x) else (x,) for x in leaves]))
             call.values += [x for x in leaves if _is_traced(x)]
         return call
@@ -161,8 +167,7 @@ class Call:
         """The paths of a LoraParams that are read, given that for every array."""
         flags = iter(read)
         by_node = [[s is None and next(flags) for s in static] for _, static in self.places]
-        paths = flatten(self.lora_params[owner].base)[0]
-        return {path for path, r in zip(paths, by_node[owner], strict=True) if r}
+        return {path for path, r in zip(self.leaves[owner], by_node[owner], strict=True) if r}
 
 
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
@@ -190,9 +195,9 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, kinds)
 
 
-def _enter(lora_params: LoraParams, owner: int) -> dict[str, Any]:
+def _enter(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[str, Any]:
     """The base's leaves as they enter the function: frozen, adapted or trained whole."""
-    leaves = check(lora_params)
+    check(lora_params, leaves)
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
     entered = {}
     for path, leaf in leaves.items():
@@ -234,17 +239,20 @@ def materialized(ctx: Context) -> list[Use]:
 
 
 def _check_used(
-    ctx: Context, owner: int, lora_params: LoraParams, read: set[str], consts: Sequence[Any]
+    ctx: Context,
+    owner: int,
+    adapter: Adapter,
+    leaves: Mapping[str, Any],
+    read: set[str],
+    consts: Sequence[Any],
 ) -> None:
     """Raise if no leaf of the adapter is used; ``read`` are the paths that any equation reads."""
-    adapter = lora_params.adapter
     used = {use.leaf.path for use in ctx.uses if use.leaf.owner == owner}
     if used or read.intersection(adapter.full):
         return
     paths = [*adapter.factors, *adapter.full]
     held = {id(const) for const in consts}
-    leaves = {path: leaf for path, leaf in flatten(lora_params.base)[0].items() if is_array(leaf)}
-    closed = [path for path, leaf in leaves.items() if id(leaf) in held]
+    closed = [path for path, leaf in leaves.items() if is_array(leaf) and id(leaf) in held]
     hint = (
         f"It holds {closed[0]!r} itself as a constant, in a closure. Weights must come in as "
         "arguments"
@@ -259,10 +267,10 @@ def _check_used(
     )
 
 
-def _misread(ctx: Context, owner: int, lora_params: LoraParams) -> list[str]:
+def _misread(ctx: Context, owner: int, adapter: Adapter, leaves: Mapping[str, Any]) -> list[str]:
     """A message for each weight that is used only against its layout."""
-    leaves, messages = flatten(lora_params.base)[0], []
-    for key, f in lora_params.adapter.factors.items():
+    messages = []
+    for key, f in adapter.factors.items():
         path, _ = entry(key, leaves)
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
