@@ -8,6 +8,8 @@
     params = lora_jax.merge(lora_params)             # plain parameters again
 """
 
+from lora_jax import init as init
+from lora_jax._convert import to_plain as to_plain
 from lora_jax._layout import Layouts as Layouts
 from lora_jax._lorafy import lorafy as lorafy
 from lora_jax._merge import merge as merge
@@ -17,6 +19,9 @@ from lora_jax._optim import labels as labels
 from lora_jax._optim import optimizer as optimizer
 from lora_jax._optim import split as split
 from lora_jax._optim import value_and_grad as value_and_grad
+from lora_jax._optimizers import lora_fa as lora_fa
+from lora_jax._optimizers import lora_plus as lora_plus
+from lora_jax._optimizers import riemannian as riemannian
 from lora_jax._params import Adapter as Adapter
 from lora_jax._params import Factors as Factors
 from lora_jax._params import LoraParams as LoraParams
@@ -24,5 +29,6 @@ from lora_jax._transform._discover import Report as Report
 from lora_jax._transform._discover import layout_of as layout_of
 from lora_jax._transform._discover import report as report
 from lora_jax._transform._lora import lora as lora
+from lora_jax._transform._moments import input_moments as input_moments
 
 __version__ = "0.1.0"

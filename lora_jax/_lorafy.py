@@ -1,7 +1,7 @@
 """``lorafy``: split a parameter tree into a frozen base and trainable factors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,24 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax._init import fold_in_path, gaussian
-from lora_jax._layout import (
-    Layouts,
-    check_layout,
-    conventional,
-    factor_shapes,
-    is_array,
-    is_embedding,
-    is_head,
-    max_rank,
-    not_trainable,
-    role_shape,
-    why_not,
-)
-from lora_jax._params import Adapter, Factors, LoraParams, wide
-from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._choose import Bias, choose, is_table, letters_of
+from lora_jax._layout import Layouts, check_layout, is_array, max_rank, role_shape
+from lora_jax._params import Adapter, Factors, LoraParams, is_concrete, wide
+from lora_jax._paths import PyTree, flatten
 from lora_jax._ranges import entry, overlap, part_shape
-from lora_jax._select import Selector, check_patterns, lookup, select, select_query_value
+from lora_jax._select import Selector, check_patterns, lookup
+from lora_jax._transform._dora import squared_norm
+from lora_jax.init import Initializer, Target
+from lora_jax.init._start import resolve_init, start
+from lora_jax.init._target import fold_in_path
 
 
 def lorafy(
@@ -34,10 +26,16 @@ def lorafy(
     rank: int | Mapping[str, int] = 8,
     *,
     alpha: float | Mapping[str, float] = 16.0,
+    rslora: bool = False,
     targets: Selector = None,
     exclude: Selector = None,
+    layers: Iterable[int] | None = None,
     full: Selector = None,
+    bias: Bias = "none",
+    dora: bool = False,
+    freeze: Collection[str] = (),
     layout: Mapping[str, str] | None = None,
+    init: str | Initializer = "gaussian",
     key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> LoraParams:
@@ -66,19 +64,31 @@ def lorafy(
         rank: the rank of the update, from 1 to ``min(in, out)``; or ``{pattern: rank}``, where
             the first pattern that matches a path counts.
         alpha: the update is scaled by ``alpha / rank``; a number, or ``{pattern: alpha}``.
+        rslora: scale by ``alpha / sqrt(rank)`` instead, so that updates of high rank learn as fast
+            as those of a low one.
         targets: which weights get factors; None: query and value projections, by the field's
             names for them. A callable may return a rank. ``[]`` is legal where ``full`` is given.
         exclude: leaves to keep from ``targets`` and ``full``.
+        layers: which layers' targets to take, by number, from the end if negative: by the numbers
+            in their paths, or along the layer axis of stacked weights. Targets that are of no
+            layer are left out.
         full: leaves to train whole (heads, biases, norms): copied to float32 masters.
+        bias: ``"all"`` trains every bias, too, ``"lora_only"`` those beside adapted weights.
+        dora: train the norms of the weights' columns apart from their directions, as
+            ``m (W + scale B A) / |W + scale B A|``.
+        freeze: what of the factors does not train: ``"a"``, as LoRA-FA has it, or ``"b"``.
         layout: what :func:`layout_of` found for the function, which then needs no names; or
             ``{pattern: letters}``, one letter an axis (``b`` batch, ``i`` in, ``o`` out), for
             weights whose axes Flax's conventions do not tell.
+        init: how factors start: a name (``"gaussian"``, ``"kaiming_uniform"``, ``"orthogonal"``,
+            ``"pissa"``, ``"olora"``) or a function, such as those of :mod:`lora_jax.init`. One
+            whose first update is not zero takes it out of the base.
         key: a PRNG key; None is ``jax.random.key(0)``.
         dtype: of the factors; a float32 master serves a base of any dtype.
 
     Returns:
         ``LoraParams(base, adapter)``: ``a`` has shape ``[*batch, *in, rank]``, ``b``
-        ``[*batch, rank, *out]``.
+        ``[*batch, rank, *out]``, DoRA's magnitude ``[*batch, *out]``.
 
     Raises:
         ValueError: a pattern selects nothing, a rank or alpha is out of range, an axis layout is
@@ -96,6 +106,9 @@ def lorafy(
 
     References:
         Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
+        Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
+        arXiv:2312.03732. Liu et al., DoRA, arXiv:2402.09353. Zhang et al., LoRA-FA,
+        arXiv:2308.03303.
     """  # noqa: E501
     if isinstance(params, LoraParams):
         raise TypeError("lorafy: params is already a LoraParams; pass its .base to start anew")
@@ -113,92 +126,59 @@ def lorafy(
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     check_patterns(layout, "layout", leaves)
 
-    chosen, whole = _choose(leaves, targets, exclude, full, layout)
+    if isinstance(freeze, str) or not set(freeze) < {"a", "b", "magnitude"}:
+        raise ValueError(
+            f"freeze={freeze!r}: expected a collection such as ('a',), of 'a', 'b' and "
+            "'magnitude', not of all of them"
+        )
+    init = resolve_init(init)
+
+    chosen, whole = choose(leaves, targets, exclude, full, bias, layers, layout)
     parts = {name: entry(name, leaves) for name in chosen}
     check_patterns(rank, "rank", {path for path, _ in parts.values()})
     check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
     _check_distinct(parts, leaves)
     key = jax.random.key(0) if key is None else key
-    factors = {}
+    factors, new = {}, dict(leaves)
     for name, answer in chosen.items():
         path, ranges = parts[name]
-        leaf, shape = leaves[path], part_shape(leaves[path].shape, ranges)
-        letters = lookup(layout, path, "layout") or conventional(path, leaf, leaves)
-        letters = check_layout(letters, path, len(shape))
+        shape = part_shape(leaves[path].shape, ranges)
+        letters = check_layout(letters_of(path, leaves, layout), path, len(shape))
         r = lookup(rank, path, "rank") if answer is True else answer
         r = _check_rank(r, name, letters, shape)
-        scale = _check_alpha(lookup(alpha, path, "alpha"), name) / r
-        a_shape, b_shape = factor_shapes(letters, shape, r)
-        fan_in = 1 if _is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
+        scale = _check_alpha(lookup(alpha, path, "alpha"), name) / (math.sqrt(r) if rslora else r)
+        fan_in = 1 if is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
+        target = Target(name, new[path], ranges, letters, r, scale, fan_in)
+        a, b, rest = start(init, fold_in_path(key, name), target, dtype)
+        new[path] = new[path] if rest is None else rest
+        magnitude, norm = _norms(target, new[path]) if dora else (None, None)
         factors[name] = Factors(
-            a=gaussian(fold_in_path(key, name), a_shape, fan_in, dtype),
-            b=jnp.zeros(b_shape, dtype),
-            scale=jnp.asarray(scale, jnp.float32),
-            layout=letters,
+            a, b, jnp.asarray(scale, jnp.float32), letters, magnitude, norm, tuple(sorted(freeze))
         )
+    if any(new[path] is not leaf for path, leaf in leaves.items()):
+        every, tree = flatten(params)
+        params = jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
     return LoraParams(params, Adapter(factors, {path: master(leaves[path]) for path in whole}))
+
+
+def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """DoRA's magnitude: the norms of the weight's columns; and those of the base, squared."""
+    index = target.index
+    squared = [squared_norm(leaf[index], target.layout) for leaf in (target.leaf, base)]
+    if is_concrete(squared[0]):
+        bad = jnp.argwhere(~(jnp.isfinite(squared[0]) & (squared[0] > 0)))
+        if len(bad):
+            raise ValueError(
+                f"dora=True: of {target.path!r}, {len(bad)} columns are zero or not finite, the "
+                f"first at {bad[0].tolist()} of [*batch, *out]: they have no direction. Leave the "
+                f"weight out, exclude={target.path!r}"
+            )
+    return jnp.sqrt(squared[0]), squared[1]
 
 
 def master(leaf: Any) -> jax.Array:
     """A copy to train whole, at least float32: a copy, so that donating it spares the base."""
     return jnp.array(leaf, dtype=wide(leaf.dtype), copy=True)
-
-
-def _choose(
-    leaves: Mapping[str, Any],
-    targets: Selector,
-    exclude: Selector,
-    full: Selector,
-    layout: Mapping[str, str],
-) -> tuple[dict[str, bool | int], list[str]]:
-    """The paths to adapt, with the selector's answers, and the paths to train whole."""
-    fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
-    if exclude is not None:
-        fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
-    whole = [] if full is None else list(select(full, leaves, fixed, "full"))
-
-    blocked = {
-        path: reason
-        for path, leaf in leaves.items()
-        if (reason := why_not(path, leaf)) and not lookup(layout, path, "layout", "")
-    }
-    if isinstance(layout, Layouts):
-        blocked |= {p: w.why_not for p, w in layout.weights.items() if w.why_not and p in leaves}
-    blocked |= fixed | dict.fromkeys(whole, f"trained whole, {full=}")
-    if targets is None:
-        chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
-    else:
-        not_linear = {
-            path
-            for path, leaf in leaves.items()
-            if is_head(path) or _is_table(path, layout) or _is_vector(path, leaf, layout)
-        }
-        chosen = select(targets, leaves, blocked, "targets", not_linear)
-    if not chosen and not whole:
-        raise ValueError(
-            f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "
-            f"leave no leaf. Leaves: {nearest('', leaves)}"
-        )
-    order = {path: i for i, path in enumerate(leaves)}
-
-    def place(name):
-        path, ranges = entry(name, leaves)
-        return order[path], ranges
-
-    return {name: chosen[name] for name in sorted(chosen, key=place)}, whole
-
-
-def _is_table(path: str, layout: Mapping[str, str]) -> bool:
-    """Whether a weight is looked up: by what the function does, if known, or else by its name."""
-    if isinstance(layout, Layouts):
-        return layout.weights[path].kind == "embedding"
-    return is_embedding(path)
-
-
-def _is_vector(path: str, leaf: Any, layout: Mapping[str, str]) -> bool:
-    """Whether a weight is known to read or write one entry, as a bias stored ``[n, 1]`` does."""
-    found = layout.get(path) if isinstance(layout, Layouts) else None
-    return found is not None and max_rank(found, leaf.shape) == 1
 
 
 def _check_same_model(layout: Mapping[str, str], leaves: Mapping[str, Any]) -> None:

@@ -11,11 +11,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax._layout import role_axes
-from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete, wide
+from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
 from lora_jax._paths import PyTree
 from lora_jax._ranges import Range, entry
+from lora_jax._transform._dora import enter
 from lora_jax._transform._past import Leaf
-from lora_jax._transform._value import Delta
+from lora_jax._transform._value import LoraArray
 
 Part = tuple[Factors, tuple[Range, ...]]
 
@@ -25,7 +26,7 @@ def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
 
     For every adapted weight::
 
-        W' = W + scale * a b
+        W' = W + scale * a b          (with DoRA, m (W + scale * a b) / |W + scale * a b|)
 
     the product and the sum in the wider of float32 and ``W``'s dtype, rounded once to ``W``'s
     dtype. Jitted; needs the memory of one such product at a time, for stacked layers that of one
@@ -112,8 +113,13 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
             f"unmerge: the adapter holds leaves trained whole ({', '.join(adapter.full)}), and "
             "merging replaced the originals. Keep the base, lora_params.base, to undo exactly"
         )
+    if dora := [path for path, f in adapter.factors.items() if f.magnitude is not None]:
+        raise ValueError(
+            f"unmerge: {dora[0]!r} has a DoRA magnitude, and merging normalized the columns, whose "
+            "norms are lost. Keep the base, lora_params.base, to undo exactly"
+        )
     factors = {
-        path: Factors(f.a, f.b, -jnp.asarray(f.scale), f.layout)
+        path: dataclasses.replace(f, scale=-jnp.asarray(f.scale))
         for path, f in adapter.factors.items()
     }
     return merge(LoraParams(params, Adapter(factors)), donate=donate)
@@ -160,12 +166,9 @@ def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Arra
 
 
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
-    """``W + scale * a b``; with ``loop``, one entry of the batch axes at a time."""
+    """``W + scale * a b``, times its gain; with ``loop``, one entry of the batch axes at a time."""
     if not loop:
-        dtype = wide(w.dtype)
-        return (w.astype(dtype) + Delta.of(factors, Leaf(0, "")).dense(w.shape, dtype)).astype(
-            w.dtype
-        )
+        return LoraArray(w, (enter(factors, Leaf(0, ""), (), w),)).dense()
     axes = role_axes(factors.layout, "b")
     sizes = [w.shape[i] for i in axes]
     inner = [1 if i in axes else size for i, size in enumerate(w.shape)]
@@ -176,15 +179,14 @@ def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
         for axis, i in zip(axes, index, strict=True):
             start[axis] = i
         piece = lax.dynamic_slice(w, start, inner)
-        a, b = (
-            lax.dynamic_slice(
-                x,
-                [*index, *[jnp.zeros_like(k)] * (x.ndim - len(axes))],
-                [*[1] * len(axes), *x.shape[len(axes) :]],
-            )
-            for x in (factors.a, factors.b)
-        )
-        one = dataclasses.replace(factors, a=a, b=b)
+
+        def entry_of(name, x):
+            if name == "scale":
+                return x
+            zeros = [jnp.zeros_like(k)] * (x.ndim - len(axes))
+            return lax.dynamic_slice(x, [*index, *zeros], [*[1] * len(axes), *x.shape[len(axes) :]])
+
+        one = factors.mapped(entry_of)
         return lax.dynamic_update_slice(w, _merged(piece, one, loop=False), start)
 
     return lax.fori_loop(0, math.prod(sizes), body, w)

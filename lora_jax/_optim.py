@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax._params import Adapter, Factors, LoraParams
+from lora_jax._params import Adapter, LoraParams
 from lora_jax._paths import PyTree, is_flax
 
 
@@ -49,7 +49,8 @@ def labels(params: PyTree) -> PyTree:
 def _label(lora_params: LoraParams) -> LoraParams:
     adapter = lora_params.adapter
     factors = {
-        p: replace(f, a="lora", b="lora", scale="frozen") for p, f in adapter.factors.items()
+        path: f.mapped(lambda name, _, f=f: "lora" if name in f.trainable else "frozen")
+        for path, f in adapter.factors.items()
     }
     return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
 
@@ -58,9 +59,11 @@ def _label_state(state: Any) -> Any:
     """The labels of a LoraParams that has become a State: by the names of its fields."""
     from flax import nnx
 
+    names = ("a", "b", "magnitude")
+
     def label(path, leaf):
         del leaf
-        return "lora" if path[:2] == ("adapter", "full") or path[-1] in ("a", "b") else "frozen"
+        return "lora" if path[:2] == ("adapter", "full") or path[-1] in names else "frozen"
 
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
@@ -137,12 +140,15 @@ def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
     """  # noqa: E501
     _check_lora(lora_params, "split")
     base, adapter = lora_params
-    trainable = {p: replace(f, scale=None) for p, f in adapter.factors.items()}
-    frozen = {p: replace(f, a=None, b=None) for p, f in adapter.factors.items()}
-    return (
-        Adapter(trainable, adapter.full),
-        LoraParams(base, Adapter(frozen, dict.fromkeys(adapter.full))),
-    )
+
+    def half(trains):
+        return {
+            path: f.mapped(lambda name, x, f=f: x if (name in f.trainable) == trains else None)
+            for path, f in adapter.factors.items()
+        }
+
+    frozen = Adapter(half(trains=False), dict.fromkeys(adapter.full))
+    return Adapter(half(trains=True), adapter.full), LoraParams(base, frozen)
 
 
 def combine(trainable: Adapter, frozen: LoraParams) -> LoraParams:
@@ -166,7 +172,7 @@ def combine(trainable: Adapter, frozen: LoraParams) -> LoraParams:
                 f"{sorted(ours ^ theirs)[:5]}: the halves come from different splits"
             )
     factors = {
-        path: Factors(f.a, f.b, other.factors[path].scale, f.layout)
+        path: replace(other.factors[path], **{name: getattr(f, name) for name in f.trainable})
         for path, f in trainable.factors.items()
     }
     return LoraParams(frozen.base, Adapter(factors, trainable.full))

@@ -5,7 +5,7 @@ Nothing is checked on construction, so that prefix trees such as ``LoraParams(No
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lora_jax._layout import factor_shapes, is_array, table
+from lora_jax._layout import factor_shapes, is_array, role_shape, table
 from lora_jax._paths import PyTree, flatten, nearest
 from lora_jax._ranges import entry, overlap, part_shape
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("a", "b", "scale"), meta_fields=("layout",))
-@dataclasses.dataclass(frozen=True, eq=False)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("a", "b", "scale", "magnitude", "norm"),
+    meta_fields=("layout", "frozen"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Factors:
     """The low-rank update of one weight: ``scale * sum_r a[*batch, *in, r] b[*batch, r, *out]``.
 
@@ -29,17 +33,49 @@ class Factors:
         scale: ``alpha / rank``, a 0-d array: frozen, and data, so that changing it recompiles
             nothing.
         layout: one letter an axis of the weight: ``b`` batch, ``i`` in, ``o`` out.
+        magnitude: of DoRA, ``[*batch, *out]``: the norms of the columns, which train on their
+            own; None without.
+        norm: of DoRA, ``[*batch, *out]``: the squared norms of the base's columns, frozen.
+        frozen: the names of those of ``a``, ``b`` and ``magnitude`` that do not train.
     """
 
     a: Any
     b: Any
     scale: Any
     layout: str
+    magnitude: Any = None
+    norm: Any = None
+    frozen: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
         """The rank: the size of ``a``'s last axis."""
         return self.a.shape[-1]
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the fields that train."""
+        has = ("a", "b") if self.magnitude is None else ("a", "b", "magnitude")
+        return tuple(name for name in has if name not in self.frozen)
+
+    @property
+    def size(self) -> int:
+        """How many numbers train."""
+        return sum(getattr(self, name).size for name in self.trainable)
+
+    def mapped(self, f: Callable[[str, Any], Any]) -> "Factors":
+        """The factors with ``f(name, field)`` for every field that holds something."""
+        fields = {name: getattr(self, name) for name in ("a", "b", "scale", "magnitude", "norm")}
+        new = {name: f(name, x) for name, x in fields.items() if x is not None}
+        return dataclasses.replace(self, **new)
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not field.default
+        ]
+        return f"Factors({', '.join(shown)})"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
@@ -99,7 +135,7 @@ class LoraParams:
             weight, ranges = entry(path, leaves)
             shape = "x".join(map(str, part_shape(leaves[weight].shape, ranges)))
             scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"
-            size = f"{f.a.size + f.b.size:,}"
+            size = f"{f.size:,}"
             rows.append((path, shape, f.layout, str(f.rank), scale, size))
         for path, leaf in self.adapter.full.items():
             shape = "x".join(map(str, leaf.shape))
@@ -121,9 +157,10 @@ def is_concrete(x: Any) -> bool:
 def count_line(lora_params: LoraParams) -> str:
     """``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
     adapter = lora_params.adapter
-    factors = sum(f.a.size + f.b.size for f in adapter.factors.values())
-    trainable = factors + sum(leaf.size for leaf in adapter.full.values())
-    total = factors + sum(x.size for x in jax.tree.leaves(lora_params.base) if is_array(x))
+    factors = adapter.factors.values()
+    trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
+    added = sum(x.size for f in factors for x in (f.a, f.b, f.magnitude) if x is not None)
+    total = added + sum(x.size for x in jax.tree.leaves(lora_params.base) if is_array(x))
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / max(total, 1):.3g}"
@@ -182,6 +219,11 @@ def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
             "array. For a stack of adapters call through jax.vmap with "
             "in_axes=LoraParams(base=None, adapter=0)"
         )
+    if unknown := set(f.frozen) - {"a", "b", "magnitude"}:
+        raise ValueError(
+            f"adapter.factors[{path!r}].frozen names {sorted(unknown)}: expected some of 'a', 'b' "
+            "and 'magnitude'"
+        )
     expected = None
     if len(f.layout) == len(shape):
         expected = factor_shapes(f.layout, shape, f.a.shape[-1] if f.a.ndim else 0)
@@ -192,3 +234,11 @@ def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
             f"{f.layout!r}): a has shape {f.a.shape} and b {f.b.shape}, expected {wanted}. This "
             "adapter was made for another model, or is a stack that wants jax.vmap"
         )
+    norms = tuple(size for role in "bo" for size in role_shape(f.layout, shape, role))
+    for name in ("magnitude", "norm"):
+        x = getattr(f, name)
+        if x is not None and jnp.shape(x) != norms:
+            raise ValueError(
+                f"adapter.factors[{path!r}].{name} has shape {jnp.shape(x)}, expected [*batch, "
+                f"*out] = {norms} for a weight of shape {shape} (layout {f.layout!r})"
+            )

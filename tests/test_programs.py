@@ -689,14 +689,14 @@ def programs(draw) -> Program:
 # The oracle.
 
 
-def numbers(program: Program):
+def numbers(program: Program, dora: bool = False):
     """An adapter for the program's weights, and its other arguments."""
     rng = np.random.default_rng(0)
     leaves = program.leaves()
     params = {name: jnp.asarray(0.3 * rng.normal(size=leaf.shape)) for name, leaf in leaves.items()}
     ranks = {name: min(2, max_rank(leaf.layout, leaf.shape)) for name, leaf in leaves.items()}
     layout = {name: leaf.layout for name, leaf in leaves.items()}
-    options = {"targets": ".*", "layout": layout, "dtype": jnp.float64}
+    options = {"targets": ".*", "layout": layout, "dtype": jnp.float64, "dora": dora}
     # JAX would compile a generator for each new shape, which takes longer than the program.
     shapes = jax.eval_shape(lambda p: lora_jax.lorafy(p, ranks, **options), params)
     factors = {
@@ -705,6 +705,8 @@ def numbers(program: Program):
             a=jnp.asarray(0.3 * rng.normal(size=f.a.shape)),
             b=jnp.asarray(0.2 * rng.normal(size=f.b.shape)),
             scale=jnp.float32(16 / f.rank),
+            magnitude=jnp.asarray(0.5 + rng.random(f.magnitude.shape)) if dora else None,
+            norm=None,
         )
         for name, f in shapes.adapter.factors.items()
     }
@@ -722,13 +724,13 @@ def run(fn, *args):
 
     loss = lora_jax.value_and_grad(loss, has_aux=True)
     (_, y), grads = jax.jit(loss, compiler_options=QUICK)(*args)
-    return y, {path: (f.a, f.b) for path, f in grads.factors.items()}
+    return y, {path: (f.a, f.b, f.magnitude) for path, f in grads.factors.items()}
 
 
-def check(program: Program) -> None:
+def check(program: Program, dora: bool = False) -> None:
     """Adapted and merged agree."""
     with jax.enable_x64(True):
-        args = numbers(program)
+        args = numbers(program, dora)
         expected = run(lambda p, *args: program(lora_jax.merge(p), *args), *args)
         try:
             actual = run(lora_jax.lora(program, on_materialize="error"), *args)

@@ -116,6 +116,8 @@ def add(ctx: Context, eqn, values):
             is_alone = not isinstance(values[1 - i], LoraArray)
             if is_alone and (v.is_lookup or not _fills(v, w.shape)):
                 return NotImplemented  # added to activations, it is not a weight any more
+            if any(delta.gain is not None for delta in v.deltas):
+                return NotImplemented  # of one summand only
             sign = -1 if i == 1 and eqn.primitive.name == "sub" else 1
             for delta in v.deltas:
                 delta = _scaled(delta, lambda scale, sign=sign: sign * scale)
@@ -145,6 +147,9 @@ def reduce_sum(ctx: Context, eqn, values):
             if axis in delta.a_labels and axis in delta.b_labels:
                 return None
             first, last = delta.range_of(axis, v.shape[axis])
+            is_part = (first, last) != (0, v.shape[axis])
+            if delta.gain is not None and (is_part or axis in delta.gain_labels):
+                return None
             if not delta.has(axis):
                 delta = _scaled(delta, lambda scale, n=last - first: n * scale)
             delta = delta.with_range(axis, 0, v.shape[axis], v.shape[axis])

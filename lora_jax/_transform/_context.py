@@ -1,16 +1,19 @@
 """``Context``: one run of ``lora(fn)``, its policy, and what it has seen."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import _jax
+from lora_jax._transform._contract import spread_like
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._use import MATERIALIZE, Use
-from lora_jax._transform._value import Delta, LoraArray, renamed
+from lora_jax._transform._value import Delta, LoraArray, R, renamed
 
 OnMaterialize = Literal["error", "warn", "allow"]
 
@@ -32,12 +35,18 @@ class Body:
     flops: Mapping[Leaf, int]
 
 
+# (product, x, a) -> product(x, a), with a derivative of its own
+Observe = Callable[[Callable[..., jax.Array], jax.Array, jax.Array], jax.Array]
+
+
 @dataclass
 class Context:
     """One run of ``lora(fn)``: its policy, and what it has seen of the adapted weights.
 
     Attributes:
         on_materialize: the policy.
+        dropout: the share of the adapters' inputs that is dropped, where they have keys.
+        observe: None; or what stands in for the product of an input with ``a``.
         uses: every use so far.
         flops: what the low-rank paths cost, in floating-point operations, by weight.
         eqns: the equations under evaluation, outermost first.
@@ -48,9 +57,12 @@ class Context:
         entered: the loop bodies whose uses are recorded.
         bodies: the functions inside the function, over split weights.
         names: inside such a body, the weights that its inputs are of at present.
+        draws: how many keys have been made of others.
     """
 
     on_materialize: OnMaterialize
+    dropout: float = 0.0
+    observe: Observe | None = None
     uses: list[Use] = field(default_factory=list)
     flops: dict[Leaf, int] = field(default_factory=dict)
     eqns: list[Any] = field(default_factory=list)
@@ -61,6 +73,7 @@ class Context:
     entered: set[Any] = field(default_factory=set)
     bodies: dict[Any, Body] = field(default_factory=dict)
     names: dict[Leaf, Leaf] = field(default_factory=dict)
+    draws: int = 0
 
     def use(self, v: LoraArray, contracted: Sequence[int], batch: Sequence[int]) -> None:
         """Record that the present equation reads ``v``, summing over its axes ``contracted``."""
@@ -129,6 +142,31 @@ class Context:
         """The recorded uses of one weight."""
         return [use for use in self.uses if use.leaf == leaf]
 
+    def drop(self, delta: Delta, x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+        """What an adapter reads, with entries dropped if it has a key; whole slices along axes."""
+        if delta.key is None:
+            return x
+        self.draws += 1
+        shape = [1 if axes is not None and i in axes else n for i, n in enumerate(x.shape)]
+        key = jax.random.fold_in(delta.key, self.draws)
+        keep = jax.random.bernoulli(key, 1 - self.dropout, shape)
+        keep = spread_like(keep, x).astype(x.dtype)
+        return x * (keep * jnp.asarray(1 / (1 - self.dropout), x.dtype))
+
+    def again(self, values: list[Any], step: Any = None) -> list[Any]:
+        """Values for another run of a body: what is dropped in it differs from run to run."""
+        if not self.dropout:
+            return values
+        self.draws += step is None
+        return [
+            v.keyed(self.draws if step is None else step) if isinstance(v, LoraArray) else v
+            for v in values
+        ]
+
+    def through(self, product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
+        """``product(x, a)``: where an input meets the factor that reads it."""
+        return self.observe(product, x, a) if self.observe else product(x, a)
+
     def unbroadcast(self, atom: Any, x: Any) -> Any:
         """An operand of the present equation, with an axis of size 1 where it is constant."""
         if isinstance(atom, _jax.Literal) or atom not in self.broadcasts:
@@ -152,7 +190,14 @@ class Context:
             self._record(delta, name, read, axes - read)
             if not delta.is_probe:
                 self.spend(delta, v.w.size * delta.b.shape[delta.b_labels.index(-1)])
-        return v.dense()
+        return v.map(v.w, self._dropped).dense()
+
+    def _dropped(self, delta: Delta) -> Delta:
+        """A delta that a lookup has read, with whole rows dropped if it has a key."""
+        if delta.key is None or not delta.past.read:
+            return delta
+        rank = delta.a_labels.index(R)
+        return dataclasses.replace(delta, a=self.drop(delta, delta.a, (rank,)))
 
     def materialize(self, v: LoraArray, why: str) -> Any:
         """``W + scale * a b`` itself, if the policy allows it; always, once ``v`` is read.
@@ -163,6 +208,12 @@ class Context:
         if v.is_read:
             return self.read(v)
         form = f"{v.w.dtype}{list(v.shape)}"
+        if any(delta.key is not None for delta in v.deltas):
+            raise NotImplementedError(
+                f"lora: the weight {v.leaves[0].path!r} {form} {why}, where the whole weight is "
+                "built and there is no input of the adapter's to drop. Call without lora_key, or "
+                f"keep the weight out: lorafy(..., exclude={v.leaves[0].path!r})"
+            )
         for leaf in v.leaves:
             nothing: frozenset[int] = frozenset()
             use = Use(leaf, MATERIALIZE, nothing, nothing, tuple(self.eqns), why, form)

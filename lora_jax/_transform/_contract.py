@@ -84,6 +84,20 @@ def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
     return _jax.reshard(x, [s if n != 1 else None for s, n in zip(spec, x.shape, strict=True)])
 
 
+def aligned(x: jax.Array, labels: Sequence[Any], out: Sequence[Any]) -> jax.Array:
+    """``x`` with the axes ``out``, of size 1 where it has none."""
+    order = [labels.index(lab) for lab in out if lab in labels]
+    x = x.transpose(order) if order != sorted(order) else x
+    return lax.expand_dims(x, [i for i, lab in enumerate(out) if lab not in labels])
+
+
+def times(x: jax.Array, gain: jax.Array, labels: Sequence[int]) -> jax.Array:
+    """``x`` by what multiplies its axes ``labels``, in the wider dtype, in ``x``'s dtype."""
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(gain.dtype)
+    gain = spread_like(aligned(gain, labels, range(x.ndim)), x)
+    return (x.astype(gain.dtype) * gain).astype(x.dtype)
+
+
 def place(x: jax.Array, labels: Sequence[Any], ranges: Iterable[Range], sizes: Any) -> jax.Array:
     """``x``, which covers these ranges of its labelled axes, as a part of zeros."""
     for r in ranges:

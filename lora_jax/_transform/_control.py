@@ -49,6 +49,7 @@ def _rebuild(ctx: Context, eqn, values, jaxpr, rebind):
 
         return jax.make_jaxpr(body)(*arrays), out_trees
 
+    values = ctx.again(values)
     (closed, out_trees), named = ctx.body(jaxpr, values, make)
     out_widths = [tree.num_leaves for tree in out_trees]
     rest = iter(rebind(eqn, closed, jax.tree.leaves(values), in_widths, out_widths))
@@ -99,17 +100,21 @@ def while_loop(ctx: Context, eqn, values):
     """Constants are closed over by condition and body."""
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    counts = any(isinstance(v, LoraArray) and v.has_keys for v in values)
+
+    def inside(name, consts, carry):
+        count, carry = (carry[0], carry[1:]) if counts else (0, carry)
+        outputs = run(ctx, eqn.params[name], ctx.again([*consts, *carry], count))
+        return [count + 1, *outputs] if counts else outputs
+
     init, step = _stable_carry(
         ctx,
         eqn,
-        values[n_cond + n_body :],
-        lambda carry: run(ctx, eqn.params["body_jaxpr"], [*body_consts, *carry]),
+        [jnp.zeros((), jnp.int32)] * counts + values[n_cond + n_body :],
+        lambda carry: inside("body_jaxpr", body_consts, carry),
     )
-
-    def cond(carry):
-        return run(ctx, eqn.params["cond_jaxpr"], [*cond_consts, *carry])[0]
-
-    return lax.while_loop(cond, step, init)
+    outputs = lax.while_loop(lambda carry: inside("cond_jaxpr", cond_consts, carry)[-1], step, init)
+    return outputs[counts:]
 
 
 class _Leaves(Exception):  # noqa: N818  (not an error: it ends a trace)
@@ -170,10 +175,15 @@ def scan(ctx: Context, eqn, values):
         rest = iter(carry)
         return [v if f else next(rest) for v, f in zip(carried, is_fixed, strict=True)]
 
+    counts = any(isinstance(v, LoraArray) and v.has_keys for v in values)
+    moving.append(jnp.arange(eqn.params["length"]) if counts else None)
+
     def body(carry, xs):
+        *xs, count = xs
         xs = [f(x) for f, x in zip(rebuild, xs, strict=True)]
+        inputs = ctx.again([*consts, *whole(carry), *xs], count)
         with ctx.repeated(eqn.params["length"]):
-            outputs = run(ctx, eqn.params["jaxpr"], [*consts, *whole(carry), *xs])
+            outputs = run(ctx, eqn.params["jaxpr"], inputs)
         new = [v for v, f in zip(outputs[:n_carry], is_fixed, strict=True) if not f]
         return new, outputs[n_carry:]
 
@@ -203,24 +213,25 @@ def _stack(ctx: Context, v: Any) -> tuple[Any, Callable[[Any], Any]]:
         v = ctx.materialize(v, "leaves the body of 'scan' with merged axes")
     if not isinstance(v, LoraArray):
         return v, lambda x: x
-    static = tuple(dataclasses.replace(d, a=None, b=None, scale=None) for d in v.deltas)
+    # a step has a scale of its own, perhaps; it goes into b
+    deltas = [
+        d if d.is_probe else dataclasses.replace(d, b=d.b * d.scale.astype(d.b.dtype), scale=None)
+        for d in v.deltas
+    ]
     ndim = len(v.shape)
 
-    def together(parts):
-        w, factors = parts
+    def together(stacked):
         deltas = []
-        for delta, (a, b) in zip(static, factors, strict=True):
+        for delta in stacked.deltas:
             delta = delta.move({i: i + 1 for i in range(ndim)}, ndim + 1)
-            if a is not None:
-                labels = {"a_labels": (0, *delta.a_labels), "b_labels": (0, *delta.b_labels)}
-                one = jnp.ones((), jnp.float32)
-                delta = dataclasses.replace(delta, a=a, b=b, scale=one, **labels)
+            if not delta.is_probe:
+                delta = delta.map(lambda x, labels: (x, (0, *labels)))
+                key = None if delta.key is None else delta.key[0]
+                delta = dataclasses.replace(delta, scale=jnp.ones((), jnp.float32), key=key)
             deltas.append(delta)
-        return LoraArray(w, tuple(deltas))
+        return LoraArray(stacked.w, tuple(deltas))
 
-    # a step has a scale of its own, perhaps; it goes into b
-    factors = [(d.a, None if d.is_probe else d.b * d.scale.astype(d.b.dtype)) for d in v.deltas]
-    return (v.w, factors), together
+    return LoraArray(v.w, tuple(deltas)), together
 
 
 def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -241,19 +252,17 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
         )
         for delta in v.deltas
     ]
-    moving = [[x if 0 in labels else None for x, labels in d.factors] for d in deltas]
+    moving = [{name: d.part(name)[0] for name in d.parts if 0 in d.part(name)[1]} for d in deltas]
 
     def rebuild(parts):
-        w, factors = parts
+        w, steps = parts
 
-        def step(delta, steps):
-            a, b = (x if s is None else s for s, (x, _) in zip(steps, delta.factors, strict=True))
-            labels = (tuple(lab for lab in own if lab != 0) for _, own in delta.factors)
-            a_labels, b_labels = labels
-            delta = dataclasses.replace(delta, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+        def step(delta, moved):
+            delta = dataclasses.replace(delta, **moved)
+            delta = delta.map(lambda x, labels: (x, tuple(lab for lab in labels if lab != 0)))
             return delta.move({i: i - 1 for i in range(1, len(v.shape))}, len(v.shape) - 1)
 
-        return LoraArray(w, tuple(map(step, deltas, factors)))
+        return LoraArray(w, tuple(map(step, deltas, steps)))
 
     return (v.w, moving), rebuild
 
@@ -285,10 +294,11 @@ def _spread(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
     def specs(delta: Delta) -> Delta:
         if delta.is_probe:
             return delta
-        a, b = (
-            PartitionSpec(*(None if label < 0 else axes[label] for label in labels))
-            for _, labels in delta.factors
-        )
-        return dataclasses.replace(delta, a=a, b=b, scale=PartitionSpec())
+        new = {
+            name: PartitionSpec(*(None if i < 0 else axes[i] for i in delta.part(name)[1]))
+            for name in delta.parts
+        }
+        key = None if delta.key is None else PartitionSpec()
+        return dataclasses.replace(delta, **new, scale=PartitionSpec(), key=key)
 
     return v, v.map(cast(Any, spec), specs)

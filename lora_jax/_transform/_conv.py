@@ -6,11 +6,12 @@ import jax
 from jax import lax
 
 from lora_jax import _jax
+from lora_jax._params import wide
 from lora_jax._transform._context import Context
-from lora_jax._transform._contract import contract
+from lora_jax._transform._contract import contract, times
 from lora_jax._transform._dot import compute_dtype
 from lora_jax._transform._rules import rule
-from lora_jax._transform._value import Delta, Labels, LoraArray, R
+from lora_jax._transform._value import Delta, Labels, LoraArray, R, gains_around
 
 
 @rule("conv_general_dilated", reads=(0,))
@@ -23,8 +24,16 @@ def conv(ctx: Context, eqn, values):
     x, v = values
     if isinstance(x, LoraArray):
         return NotImplemented  # a weight in the place of the image
+    numbers = eqn.params["dimension_numbers"]
+    _, in_axis, *window = numbers.rhs_spec
+    around = gains_around(v, (in_axis, *window), ())
+    if around is None or (around[0] and eqn.params["feature_group_count"] != 1):
+        return NotImplemented
+    for gain, labels in around[0]:
+        if labels != (in_axis,):
+            return NotImplemented  # along the window
+        x = times(x, gain, [numbers.lhs_spec[1]])
     (result,) = _jax.bind(eqn, [x, v.w])
-    _, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
     ctx.use(v, (in_axis, *window), ())
     with ctx.scope():
         for delta in v.deltas:
@@ -33,6 +42,8 @@ def conv(ctx: Context, eqn, values):
                 if update is NotImplemented:
                     return NotImplemented
                 result += update
+        for gain, _ in around[1]:
+            result = times(result, gain, [numbers.out_spec[1]])
     return [result]
 
 
@@ -54,15 +65,15 @@ def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, 
 
     groups = params["feature_group_count"]
     dtype = compute_dtype(x.dtype, result.dtype)
+    dtype = wide(dtype) if ctx.observe else dtype
     ours = [i in first_labels for i in window]
     narrow = _kernel(first, first_labels, (R, in_axis, *window)).astype(dtype)
-    small = _window_conv(
-        x.astype(dtype),
-        lax.concatenate([narrow] * groups, dimension=0),  # the same a for every group
-        params,
-        ours,
-        groups=groups,
-    )
+
+    def product(x, narrow):  # the same a for every group
+        kernel = lax.concatenate([narrow] * groups, dimension=0)
+        return _window_conv(x, kernel, params, ours, groups=groups)
+
+    small = ctx.through(product, ctx.drop(delta, x.astype(dtype)), narrow)
     small = small * delta.scale.astype(small.dtype)
     kernel = _kernel(then, then_labels, (out_axis, R, *window)).astype(dtype)
     ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))

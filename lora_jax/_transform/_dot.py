@@ -1,5 +1,6 @@
 """``dot_general`` with adapted weights: the low-rank path itself."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,10 @@ from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._arith import scale_axes
 from lora_jax._transform._context import Context
-from lora_jax._transform._contract import contract, place, spread_like
+from lora_jax._transform._contract import contract, place, spread_like, times
 from lora_jax._transform._rules import rule
 from lora_jax._transform._slice import take_range
-from lora_jax._transform._value import Delta, LoraArray, R
+from lora_jax._transform._value import Delta, LoraArray, R, gains_around
 
 
 def product_cost(
@@ -66,7 +67,8 @@ def lora_dot(
         An array with the axes ``out``; of size 1 where neither ``x`` nor the update has one.
     """
     compute = compute_dtype(x.w.dtype if isinstance(x, LoraArray) else x.dtype, dtype)
-    x = x if isinstance(x, LoraArray) else x.astype(compute)
+    compute = wide(compute) if ctx.observe else compute
+    x = x if isinstance(x, LoraArray) else ctx.drop(delta, x.astype(compute))
     for r in delta.ranges:
         if r.axis in x_labels:
             x = take_range(x, x_labels.index(r.axis), r.start, r.stop)
@@ -83,9 +85,15 @@ def lora_dot(
     middle += [
         lab for lab in first_labels if lab not in x_labels and (lab in then_labels or lab in out)
     ]
-    small = _contract_lora(
-        ctx, x, x_labels, first.astype(compute), first_labels, middle, precision, wide(compute)
-    )
+
+    def read(x, first):
+        return _contract_lora(
+            ctx, x, x_labels, first, first_labels, middle, precision, wide(compute)
+        )
+
+    first = first.astype(compute)
+    is_read = not order and not isinstance(x, LoraArray)
+    small = ctx.through(read, x, first) if is_read else read(x, first)
     small = (small * delta.scale.astype(small.dtype)).astype(compute)
     then = then.astype(compute)
     product = contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
@@ -101,6 +109,7 @@ def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):
     )
     for delta in x.deltas:
         delta = delta.rename(dict(enumerate(x_labels)), rank=("other", R))
+        delta = dataclasses.replace(delta, key=None)
         update = lora_dot(
             ctx, y, y_labels, delta, out, result.shape, precision=precision, dtype=dtype
         )
@@ -120,6 +129,10 @@ def dot_general(ctx: Context, eqn, values):
         ctx.read(v) if isinstance(v, LoraArray) and _is_rows(v, contracting[side], side) else v
         for side, v in enumerate(values)
     ]
+    around = _with_gains(values, contracting, batch)
+    if around is None:
+        return NotImplemented
+    values, after = around
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
     (result,) = _jax.bind(eqn, plain)
     for side in (0, 1):
@@ -144,11 +157,38 @@ def dot_general(ctx: Context, eqn, values):
             x = plain[0]
         with ctx.scope():
             for delta in v.deltas:
+                if isinstance(values[1 - side], LoraArray):
+                    delta = dataclasses.replace(delta, key=None)  # a weight is no input to drop
                 if not delta.is_probe:
                     kind = {"precision": precision, "dtype": result.dtype}
                     update = lora_dot(ctx, x, x_labels, delta, out, result.shape, **kind)
                     result += spread_like(update, result)
+            for gain, labels in after:
+                result = times(result, gain, [out.index(label) for label in labels])
     return [result]
+
+
+def _with_gains(values, contracting, batch):
+    """The operands, the plain one times the gains it meets; and the gains of the result."""
+    sides = [side for side in (0, 1) if isinstance(values[side], LoraArray)]
+    if not any(values[side].gains() for side in sides):
+        return values, []
+    (side, *more) = sides
+    around = gains_around(values[side], contracting[side], batch[side])
+    if more or around is None:
+        return None
+    before, after = around
+    met = dict(
+        zip(
+            (*contracting[side], *batch[side]),
+            (*contracting[1 - side], *batch[1 - side]),
+            strict=True,
+        )
+    )
+    x = values[1 - side]
+    for gain, labels in before:
+        x = times(x, gain, [met[label] for label in labels])
+    return [x if i != side else v for i, v in enumerate(values)], after
 
 
 def _is_rows(v: LoraArray, contracted: Sequence[int], side: int) -> bool:

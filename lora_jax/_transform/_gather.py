@@ -21,6 +21,9 @@ def gather(ctx: Context, eqn, values):
     v, indices = values
     if isinstance(indices, LoraArray):
         return NotImplemented
+    fill = eqn.params["fill_value"] or 0  # None: not a number
+    if any(d.gain is not None for d in v.deltas) and fill == fill != 0:
+        return NotImplemented  # what is filled in has no gain
     (w,) = _jax.bind(eqn, [v.w, indices])
     sizes = eqn.params["slice_sizes"]
     numbers = lax.GatherDimensionNumbers(

@@ -1,11 +1,13 @@
 """``lora(fn)``: the same function, over split parameters."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -26,13 +28,17 @@ from lora_jax._transform import (  # noqa: F401  (their rules register)
     _slice,
 )
 from lora_jax._transform._context import Context, OnMaterialize
+from lora_jax._transform._dora import enter
 from lora_jax._transform._interpret import evaluate
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._use import Use
-from lora_jax._transform._value import Delta, LoraArray
+from lora_jax._transform._value import LoraArray
+from lora_jax.init._target import fold_in_path
 
 
-def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> Callable[..., Any]:
+def lora(
+    fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error", dropout: float = 0.0
+) -> Callable[..., Any]:
     """Return ``fn`` over split parameters.
 
     The returned function takes what ``fn`` takes, with a ``LoraParams`` wherever ``fn`` takes
@@ -48,15 +54,26 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
     Arrays among the arguments are traced; every other leaf (``True``, ``"mean"``, a callable,
     ``method=...``) reaches ``fn`` as it is. Each call traces ``fn``: wrap it in ``jax.jit``.
 
+    With ``dropout``, what the adapters read is dropped, where the call has a ``lora_key``::
+
+        x W + scale * (drop(x) a) b
+
+    It differs from weight to weight, use to use and step to step of a loop; of a lookup, whole
+    rows are dropped. Without ``lora_key`` nothing is: to evaluate, leave it out.
+
     Args:
         fn: a pure function of arrays in pytrees.
+        dropout: the share of the adapters' inputs to drop, at calls with ``lora_key=``, a PRNG
+            key. A new one for every call: ``jax.debug_key_reuse`` finds those used twice.
         on_materialize: what to do where a weight goes through an operation without a low-rank
             rule, so that the whole sum must be built: ``"error"``, ``"warn"`` or ``"allow"``.
 
     Raises:
         TypeError: ``fn`` is not callable.
-        ValueError: at the call: no LoraParams among the arguments, an adapter that does not fit
-            its base, adapted weights that ``fn`` does not use, or uses against their layout.
+        ValueError: ``dropout`` is no share, or ``fn`` has an argument ``lora_key`` of its own. At
+            the call: ``lora_key`` without ``dropout``, no LoraParams among the arguments, an
+            adapter that does not fit its base, adapted weights that ``fn`` does not use, or uses
+            against their layout.
         NotImplementedError: at the call: weights would have to be materialized; the message names
             them all.
 
@@ -74,33 +91,76 @@ def lora(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error") -> 
             f"on_materialize={on_materialize!r}: expected one of {get_args(OnMaterialize)}"
         )
 
-    @functools.wraps(fn)
-    def lora_fn(*args, **kwargs):
-        call = Call.of(args, kwargs)
-        ctx = Context(on_materialize)
-        jaxpr, whole, consts, out = call.trace(fn)
-        values = [*consts, *call.values]
-        try:
-            with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
-                results = leave(ctx, jaxpr, values)
-        except NotImplementedError:
-            if not ctx.refused:
-                raise
-            raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}: expected a share, 0 <= dropout < 1")
+    if "lora_key" in _parameters(fn):
+        raise ValueError(
+            "lora: the function has an argument 'lora_key', which the adapted function keeps for "
+            "the key of its dropout. Rename it: lambda ..., key: fn(..., lora_key=key)"
+        )
 
-        read = _jax.read_inputs(jaxpr)[len(consts) :]
-        for owner, node in call.lora_params.items():
-            leaves = call.leaves[owner]
-            _check_used(ctx, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
-            # A gradient for the input alone may need a weight's transpose only: the forward use,
-            # which tells its layout, is in the part that no output needs.
-            if _misread(ctx, owner, node.adapter, leaves):
-                wrong = _misread(rehearse(whole, values), owner, node.adapter, leaves)
-                if wrong:
-                    raise ValueError("\n".join(wrong))
-        return jax.tree.unflatten(out, results)
+    @functools.wraps(fn)
+    def lora_fn(*args, lora_key=None, **kwargs):
+        key = None if lora_key is None else _dropout_key(lora_key, dropout)
+        return run_lora(Context(on_materialize, dropout), fn, args, kwargs, key)
 
     return lora_fn
+
+
+def run_lora(
+    ctx: Context, fn: Callable[..., Any], args: Any, kwargs: Any, key: jax.Array | None = None
+) -> Any:
+    """One call of the adapted function, as ``ctx`` says."""
+    call = Call.of(args, kwargs, functools.partial(_enter, key=key))
+    jaxpr, whole, consts, out = call.trace(fn)
+    values = [*consts, *call.values]
+    try:
+        with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
+            results = leave(ctx, jaxpr, values)
+    except NotImplementedError:
+        if not ctx.refused:
+            raise
+        raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
+
+    read = _jax.read_inputs(jaxpr)[len(consts) :]
+    for owner, node in call.lora_params.items():
+        leaves = call.leaves[owner]
+        _check_used(ctx, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
+        # A gradient for the input alone may need a weight's transpose only: the forward use,
+        # which tells its layout, is in the part that no output needs.
+        if _misread(ctx, owner, node.adapter, leaves):
+            wrong = _misread(rehearse(whole, values), owner, node.adapter, leaves)
+            if wrong:
+                raise ValueError("\n".join(wrong))
+    return jax.tree.unflatten(out, results)
+
+
+def _parameters(fn: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return ()
+
+
+def _dropout_key(key: Any, dropout: float) -> jax.Array:
+    if not dropout:
+        raise ValueError(
+            "lora_key is given, and nothing is dropped: wrap the function with "
+            "lora(fn, dropout=...), or leave the key out"
+        )
+    if not isinstance(key, jax.Array):
+        raise TypeError(
+            f"lora_key is {type(key).__name__}, expected a key such as jax.random.key(0)"
+        )
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape:
+        raise ValueError(
+            f"lora_key has shape {key.shape}, expected one key; for one an example call through "
+            "jax.vmap"
+        )
+    (key,) = jax.random.split(key, 1)  # the key is used up
+    return key
 
 
 @dataclass
@@ -195,7 +255,9 @@ def _is_traced(x: Any) -> bool:
     return isinstance(x, kinds)
 
 
-def _enter(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[str, Any]:
+def _enter(
+    lora_params: LoraParams, owner: int, leaves: dict[str, Any], key: Any = None
+) -> dict[str, Any]:
     """The base's leaves as they enter the function: frozen, adapted or trained whole."""
     check(lora_params, leaves)
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
@@ -206,11 +268,16 @@ def _enter(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[
         elif isinstance(leaf, jax.Array):
             leaf = lax.stop_gradient(leaf)
         entered[path] = leaf
-    for key, f in factors.items():
-        path, ranges = entry(key, leaves)
-        leaf, delta = entered[path], Delta.of(f, Leaf(owner, path), ranges)
+    for name, f in factors.items():
+        path, ranges = entry(name, leaves)
+        leaf = entered[path]
         deltas = leaf.deltas if isinstance(leaf, LoraArray) else ()
         w = leaf.w if isinstance(leaf, LoraArray) else leaf
+        if f.frozen:
+            f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
+        delta = enter(f, Leaf(owner, path), ranges, w)
+        if key is not None:
+            delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
 

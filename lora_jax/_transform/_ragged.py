@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._context import Context
-from lora_jax._transform._contract import contract
+from lora_jax._transform._contract import contract, times
 from lora_jax._transform._dot import compute_dtype
 from lora_jax._transform._rules import rule
-from lora_jax._transform._value import Delta, Labels, LoraArray, R
+from lora_jax._transform._value import Delta, Labels, LoraArray, R, gains_around
 
 Factor = tuple[jax.Array, Labels]
 
@@ -23,8 +24,12 @@ def ragged_dot_general(ctx: Context, eqn, values):
     x, v, sizes = values[:3]
     if not isinstance(v, LoraArray) or isinstance(x, LoraArray):
         return NotImplemented
-    (result,) = _jax.bind(eqn, [x, v.w, *values[2:]])
     form = _Form.of(eqn.params, len(v.shape))
+    around = gains_around(v, form.summed, ())
+    is_simple = not form.batch and len(form.group) == 1 and form.options["group_offset"] is None
+    if around is None or around[0] or (around[1] and not is_simple):
+        return NotImplemented
+    (result,) = _jax.bind(eqn, [x, v.w, *values[2:]])
     ctx.use(v, form.summed, (*form.batch, *form.group))
     by_group = _sum_by_group if not form.group and form.ragged in form.x_summed else _rows_by_group
     with ctx.scope():
@@ -35,8 +40,25 @@ def ragged_dot_general(ctx: Context, eqn, values):
             factors = _in_order(delta, form)
             if factors is None:
                 return NotImplemented  # a factor that both reads and writes
-            result += by_group(ctx, form, x, v.shape, sizes, delta, factors, result)
+            dropped = ctx.drop(delta, x)
+            result += by_group(ctx, form, dropped, v.shape, sizes, delta, factors, result)
+        for gain, labels in around[1]:
+            result = _by_row(form, gain, labels, sizes, result)
     return [result]
+
+
+def _by_row(form: "_Form", gain, labels, sizes, result) -> jax.Array:
+    """The result ``[*rows, *free]`` times the gain of each row's group."""
+    rows = result.ndim - len(form.free)
+    ragged = [i for i in range(rows + len(form.x_summed)) if i not in form.x_summed]
+    row = ragged.index(form.ragged)
+    where = {label: rows + i for i, label in enumerate(form.free)}
+    if form.group[0] in labels:
+        index = jnp.arange(result.shape[row], dtype=sizes.dtype)
+        groups = jnp.searchsorted(jnp.cumsum(sizes), index, side="right")
+        gain = jnp.take(gain, groups, labels.index(form.group[0]), mode="clip")
+        where[form.group[0]] = row
+    return times(result, gain, [where[label] for label in labels])
 
 
 class _Form(NamedTuple):
@@ -113,6 +135,7 @@ def _sum_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) -> 
 def _rows_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) -> jax.Array:
     """``scale * (x a) b`` for each row, by the factors of its group."""
     dtype = compute_dtype(x.dtype, result.dtype)
+    dtype = wide(dtype) if ctx.observe else dtype
     first = _with_axes(factors[0], (*form.batch, *form.summed), shape)
     alone = () if _has(first, form.group) else form.group  # one of the two must be ragged
     then = _with_axes(factors[1], (*form.batch, *form.free, *alone), shape)
@@ -128,9 +151,13 @@ def _rows_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) ->
         numbers = lax.RaggedDotDimensionNumbers(dims, (ragged,), own)
         return lax.ragged_dot_general(x, y.astype(dtype), sizes, numbers, **kind, **form.options)
 
-    small = product(
-        x.astype(dtype), form.x_summed, form.x_batch, form.ragged, first, form.summed, wide(dtype)
-    )
+    y, labels = first
+
+    def read(x, y):
+        first = y, labels
+        return product(x, form.x_summed, form.x_batch, form.ragged, first, form.summed, wide(dtype))
+
+    small = ctx.through(read, x.astype(dtype), y.astype(dtype))
     small = (small * delta.scale.astype(small.dtype)).astype(dtype)  # [*batch, *rows, r]
     rank = small.shape[-1]
     ctx.spend(delta, x.size * rank + small.size * (result.size // max(small.size // rank, 1)))

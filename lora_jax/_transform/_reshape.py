@@ -65,23 +65,23 @@ def regroup(delta: Delta, old: Sequence[int], new: Sequence[int], groups: Any) -
         owners = {(i in delta.a_labels, i in delta.b_labels) for i in olds} - {(False, False)}
         if len(owners) > 1:
             return None
-        for i in olds if owners else ():  # an axis of no factor, merged with one of this one's
-            delta = _broadcast_into(delta, i, old[i], *owners)
+        for i in olds:  # an axis of no factor, merged with one of this one's
+            for name in delta.parts:
+                delta = _broadcast_into(delta, name, i, olds, old[i])
     delta = delta.map(lambda x, labels: _regroup_factor(x, labels, groups, new))
     position = {olds[0]: news[0] for olds, news in groups if len(olds) == len(news) == 1}
     ranges = tuple(r._replace(axis=position[r.axis]) for r in delta.ranges)
     return dataclasses.replace(delta, past=past, ranges=ranges)
 
 
-def _broadcast_into(delta: Delta, axis: int, size: int, owners: tuple[bool, bool]) -> Delta:
-    if delta.has(axis):
+def _broadcast_into(delta: Delta, name: str, axis: int, group: Sequence[int], size: int) -> Delta:
+    """The delta with the axis in this part, if the part has another axis of the group."""
+    x, labels = delta.part(name)
+    if axis in labels or not set(group).intersection(labels):
         return delta
-    owned = iter(owners)
-
-    def broadcast(x, labels):
-        return (lax.broadcast(x, (size,)), (axis, *labels)) if next(owned) else (x, labels)
-
-    return delta.map(broadcast)
+    return dataclasses.replace(
+        delta, **{name: lax.broadcast(x, (size,)), f"{name}_labels": (axis, *labels)}
+    )
 
 
 def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Array, Labels]:
@@ -89,8 +89,8 @@ def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Ar
     owned = [(old, new) for old, new in groups if old[0] in labels]
     grouped = [i for old, _ in owned for i in old]
     ones = [i for i in labels if i not in grouped and i >= 0]  # size 1: dropped by the reshape
-    (rank,) = (lab for lab in labels if lab not in grouped and lab not in ones)
-    order = [labels.index(lab) for lab in (*grouped, *ones, rank)]
+    rank = [lab for lab in labels if lab not in grouped and lab not in ones]  # a gain has none
+    order = [labels.index(lab) for lab in (*grouped, *ones, *rank)]
     sizes = []
     for old, new in owned:
         if len(old) == len(new) == 1:  # it may cover a range of the axis only
@@ -100,7 +100,7 @@ def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Ar
     if order != sorted(order):
         x = x.transpose(order)
     new_labels = tuple(j for _, new in owned for j in new)
-    return x.reshape(*sizes, x.shape[-1]), (*new_labels, rank)
+    return x.reshape(*sizes, *x.shape[-1:] * len(rank)), (*new_labels, *rank)
 
 
 def settle(v: Any) -> Any:

@@ -23,7 +23,7 @@ from jax import lax
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
-from lora_jax._transform._contract import contract, pad_axis, place, spread_like
+from lora_jax._transform._contract import aligned, contract, pad_axis, place, spread_like
 from lora_jax._transform._past import Leaf, Past
 
 R = -1
@@ -32,12 +32,12 @@ Labels = tuple[Any, ...]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("a", "b", "scale"),
-    meta_fields=("a_labels", "b_labels", "past", "ranges"),
+    data_fields=("a", "b", "scale", "gain", "key"),
+    meta_fields=("a_labels", "b_labels", "past", "ranges", "gain_labels"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
-    """``scale * sum_R a b``, somewhere in ``W``.
+    """``scale * sum_R a b``, somewhere in ``W``; then ``1 + gain`` times what is there.
 
     Attributes:
         a: the factor that reads; None in a probe, as are ``b`` and ``scale``.
@@ -47,6 +47,9 @@ class Delta:
         b_labels: of ``b``'s axes.
         past: the weight it belongs to, and what became of it.
         ranges: the parts of ``W``'s axes it covers, of those that it does not cover whole.
+        gain: None; or what ``W`` and the update, where it is, are multiplied by, less one.
+        gain_labels: of ``gain``'s axes.
+        key: None; or the PRNG key that what it reads is dropped by.
     """
 
     a: Any
@@ -56,10 +59,13 @@ class Delta:
     b_labels: Labels
     past: Past
     ranges: tuple[Range, ...] = ()
+    gain: Any = None
+    gain_labels: Labels = ()
+    key: Any = None
 
     @classmethod
     def of(cls, factors: Factors, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
-        """The delta of a weight as it enters the function."""
+        """The delta of a weight as it enters the function, without its gain."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
         scale = factors.scale
         if not isinstance(scale, jax.ShapeDtypeStruct):
@@ -88,18 +94,30 @@ class Delta:
     @property
     def factors(self) -> tuple[tuple[Any, Labels], tuple[Any, Labels]]:
         """``a`` and ``b``, each with its labels."""
-        return (self.a, self.a_labels), (self.b, self.b_labels)
+        return self.part("a"), self.part("b")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of what has labels."""
+        return ("a", "b") if self.gain is None else ("a", "b", "gain")
+
+    def part(self, name: str) -> tuple[Any, Labels]:
+        """An array by its name, with its labels."""
+        return getattr(self, name), getattr(self, f"{name}_labels")
 
     def has(self, label: Any) -> bool:
         """Whether a factor has this axis."""
         return label in self.a_labels or label in self.b_labels
 
     def map(self, f: Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]) -> "Delta":
-        """The delta with each factor and its labels replaced by ``f`` of them."""
+        """The delta with each factor, and the gain, and its labels replaced by ``f`` of them."""
         if self.is_probe:
             return self
-        (a, a_labels), (b, b_labels) = (f(x, labels) for x, labels in self.factors)
-        return dataclasses.replace(self, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+        parts = {name: f(*self.part(name)) for name in self.parts}
+        new = {name: x for name, (x, _) in parts.items()}
+        return dataclasses.replace(
+            self, **new, **{f"{name}_labels": labels for name, (_, labels) in parts.items()}
+        )
 
     def along(self, axis: int, f: Callable[[jax.Array, int], jax.Array]) -> "Delta":
         """The delta with ``f(factor, position)`` for each factor that has ``axis``."""
@@ -114,6 +132,7 @@ class Delta:
             self,
             a_labels=tuple(new[label] for label in self.a_labels),
             b_labels=tuple(new[label] for label in self.b_labels),
+            gain_labels=tuple(new[label] for label in self.gain_labels),
             ranges=tuple(Range(new[r.axis], r.start, r.stop) for r in self.ranges),
         )
 
@@ -150,10 +169,26 @@ class Delta:
         for r in self.ranges:
             if r.axis in axes:
                 size = shape[r.axis]
-                delta = delta.expand(r.axis, r.stop - r.start)
+                delta = delta.expand(r.axis, r.stop - r.start)._expand_gain(r)
                 delta = delta.along(r.axis, partial(pad_axis, start=r.start, size=size))
                 delta = delta.with_range(r.axis, 0, size, size)
         return delta
+
+    def _expand_gain(self, r: Range) -> "Delta":
+        """The delta whose gain has the axis that a range is of, if there is a gain."""
+        if self.gain is None or r.axis in self.gain_labels:
+            return self
+        gain = lax.broadcast(self.gain, (r.stop - r.start,))
+        return dataclasses.replace(self, gain=gain, gain_labels=(r.axis, *self.gain_labels))
+
+    def gains(self, shape: Sequence[int]) -> tuple[jax.Array, Labels] | None:
+        """``1 + gain`` and its labels, 1 where the delta is not; None without."""
+        if self.gain is None:
+            return None
+        delta = self
+        for r in self.ranges:
+            delta = delta._expand_gain(r)
+        return 1 + place(delta.gain, delta.gain_labels, self.ranges, shape), delta.gain_labels
 
     @property
     def is_read(self) -> bool:
@@ -216,6 +251,21 @@ class LoraArray:
         """The weight ``w`` with each delta replaced by ``f`` of it."""
         return dataclasses.replace(self, w=w, deltas=tuple(f(delta) for delta in self.deltas))
 
+    def keyed(self, count: Any) -> "LoraArray":
+        """The weight with other keys, by number."""
+
+        def fold(delta: Delta) -> Delta:
+            if delta.key is None:
+                return delta
+            return dataclasses.replace(delta, key=jax.random.fold_in(delta.key, count))
+
+        return self.map(self.w, fold)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether some of what it reads is dropped."""
+        return any(delta.key is not None for delta in self.deltas)
+
     @property
     def is_read(self) -> bool:
         """Whether all of its deltas are read, so that it is an activation."""
@@ -243,7 +293,33 @@ class LoraArray:
             if not delta.is_probe:
                 update = jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
                 total += spread_like(update, total)
+        for gain, labels in self.gains():
+            gain = jnp.broadcast_to(aligned(gain, labels, range(len(shape))), shape)
+            total *= spread_like(gain.reshape(self.shape), total).astype(dtype)
         return total.astype(self.w.dtype)
+
+    def gains(self) -> list[tuple[jax.Array, Labels]]:
+        """What it is multiplied by, and along which axes."""
+        shape = self.unfolded or self.shape
+        return [gain for delta in self.deltas if (gain := delta.gains(shape)) is not None]
+
+
+def gains_around(
+    v: LoraArray, summed: Sequence[int], matched: Sequence[int]
+) -> tuple[list[tuple[jax.Array, Labels]], list[tuple[jax.Array, Labels]]] | None:
+    """The gains that go onto the other operand of a product, and those that go onto the result.
+
+    None where one is along axes that are summed over and others that are not.
+    """
+    before, after = [], []
+    for gain, labels in v.gains():
+        if not set(labels).intersection(summed):
+            after.append((gain, labels))
+        elif set(labels).issubset([*summed, *matched]):
+            before.append((gain, labels))
+        else:
+            return None
+    return before, after
 
 
 def renamed(v: Any, names: Mapping[Leaf, Leaf]) -> Any:

@@ -1,0 +1,177 @@
+"""Initializers that look at data: at what the weights read, or at one gradient.
+
+Each is a function of the statistics that returns an initializer.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._params import is_concrete
+from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._ranges import entry
+from lora_jax.init._svd import take_out
+from lora_jax.init._target import Initializer, Target
+
+Moments = Mapping[str, jax.Array]
+
+
+def eva(moments: Moments) -> Initializer:
+    """``a`` reads the directions in which the inputs vary most; ``b = 0``.
+
+    ``a`` is the first ``rank`` eigenvectors of ``sum x x^T``: what principal component analysis of
+    the inputs finds, without centering.
+
+    Args:
+        moments: from :func:`lora_jax.input_moments`.
+
+    References:
+        Paischer et al., Explained Variance Adaptation, arXiv:2410.07170.
+    """
+
+    def init(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
+        del key
+        _, vectors = jnp.linalg.eigh(_of(moments, target, "eva"))  # in ascending order
+        a = vectors[..., ::-1][..., : target.rank]
+        return a, jnp.zeros((*target.batch, target.rank, target.outputs), jnp.float32)
+
+    init.__name__ = "eva"
+    return init
+
+
+def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, int]:
+    """Spread a budget of ``rank`` a weight over the weights, where most of the variance is.
+
+    Of the leading ``rho * rank`` components of every weight's inputs, those with the largest share
+    of their weight's variance are chosen, ``rank`` times as many as there are weights.
+
+    Args:
+        moments: from :func:`lora_jax.input_moments`.
+        rank: the mean rank.
+        rho: the largest rank is ``rho * rank``; 1 gives every weight ``rank``.
+
+    Returns:
+        ``{path: rank}``, without the weights that get none:
+        ``lorafy(params, targets=lambda path, leaf: ranks.get(path, 0), init=eva(moments))``.
+
+    Raises:
+        ValueError: ``rho`` is less than 1.
+
+    References:
+        Paischer et al., Explained Variance Adaptation, arXiv:2410.07170.
+    """
+    if rho < 1:
+        raise ValueError(f"eva_ranks: rho={rho!r}: expected at least 1")
+    shares = []
+    for path, moment in moments.items():
+        values = np.maximum(np.linalg.eigvalsh(np.asarray(moment, np.float64))[..., ::-1], 0)
+        ratio = values / np.maximum(values.sum(-1, keepdims=True), np.finfo(float).tiny)
+        ratio = ratio.reshape(-1, ratio.shape[-1]).mean(0)  # a stack has one rank for all layers
+        shares += [(share, path) for share in ratio[: int(rank * rho)]]
+    best = sorted(shares, key=lambda pair: -pair[0])[: rank * len(moments)]
+    chosen = [path for _, path in best]
+    return {path: chosen.count(path) for path in moments if path in chosen}
+
+
+def corda(
+    moments: Moments, mode: Literal["ipm", "kpm"] = "ipm", damping: float = 0.01
+) -> Initializer:
+    """Split ``W`` by what matters for the inputs: with ``C = sum x x^T``, ``C W = U S V^T``.
+
+    ``"ipm"`` (instruction previewed) trains the largest ``rank`` parts, ``"kpm"`` (knowledge
+    preserved) the smallest::
+
+        a = C^-1 U sqrt(S / scale),  b = sqrt(S / scale) V^T,  base = W - scale * a b
+
+    Args:
+        moments: from :func:`lora_jax.input_moments`.
+        mode: which parts train.
+        damping: added to the diagonal of ``C``, in units of its mean.
+
+    Raises:
+        ValueError: ``mode`` is neither.
+
+    References:
+        Yang et al., CorDA, arXiv:2406.05223.
+    """
+    if mode not in ("ipm", "kpm"):
+        raise ValueError(f"corda: mode={mode!r}: expected 'ipm' or 'kpm'")
+
+    def init(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
+        del key
+        c = _of(moments, target, "corda")
+        n = c.shape[-1]
+        c = c * (n / jnp.trace(c, axis1=-2, axis2=-1))[..., None, None]
+        c = c + damping * jnp.eye(n)
+        u, s, vt = jnp.linalg.svd(c @ target.matrix(), full_matrices=False)
+        part = slice(target.rank) if mode == "ipm" else slice(s.shape[-1] - target.rank, None)
+        u = jnp.linalg.solve(c, u[..., part])
+        return take_out(target, u, s[..., part], vt[..., part, :])
+
+    init.__name__ = "corda"
+    return init
+
+
+def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
+    """The first step of LoRA is nearest to that of full fine-tuning.
+
+    With one gradient of the weight, ``G = U S V^T``::
+
+        a = c U[:, :rank],  b = c V[:, rank:2 rank]^T,  base = W - scale * a b
+
+    where ``c = out^(1/4) / sqrt(gamma)``.
+
+    Args:
+        grads: gradients of the base, as ``jax.grad`` gives them: a tree with the paths of
+            ``params``.
+        gamma: makes the start smaller.
+
+    References:
+        Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv:2407.05000.
+    """
+    by_path = flatten(grads)[0]
+
+    def init(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
+        del key
+        path, _ = entry(target.path, by_path)
+        if path not in by_path or by_path[path].shape != target.leaf.shape:
+            shape = getattr(by_path.get(path), "shape", None)
+            raise ValueError(
+                f"lora_ga: grads has shape {shape} at {path!r}, and the weight has shape "
+                f"{target.leaf.shape}. Nearest paths: {nearest(path, by_path)}"
+            )
+        r = target.rank
+        if 2 * r > min(target.inputs, target.outputs):
+            raise ValueError(
+                f"lora_ga: rank={r} of {target.path!r} needs {2 * r} singular vectors, and its "
+                f"gradient is {target.inputs} by {target.outputs}"
+            )
+        gradient = target.as_matrix(by_path[path][target.index])
+        u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+        c = target.outputs**0.25 / gamma**0.5
+        a, b = c * u[..., :r], c * vt[..., r : 2 * r, :]
+        return a, b, target.matrix() - target.scale * (a @ b)
+
+    init.__name__ = "lora_ga"
+    return init
+
+
+def _of(moments: Moments, target: Target, name: str) -> Any:
+    """The moments of what one weight reads."""
+    expected = (*target.batch, target.inputs, target.inputs)
+    if target.path not in moments or moments[target.path].shape != expected:
+        shape = getattr(moments.get(target.path), "shape", None)
+        raise ValueError(
+            f"{name}: moments has shape {shape} at {target.path!r}, expected {expected}. Let "
+            "lora_jax.input_moments see the same targets and layouts. Nearest paths: "
+            f"{nearest(target.path, moments)}"
+        )
+    if is_concrete(moments[target.path]) and not np.any(moments[target.path]):
+        raise ValueError(
+            f"{name}: the moments of {target.path!r} are zero: it read nothing, or only rows of a "
+            "table. Leave it out of the targets"
+        )
+    return moments[target.path]

@@ -1,0 +1,84 @@
+"""From an initializer's matrices to the factors of a weight."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from lora_jax._layout import factor_shapes
+from lora_jax.init._random import gaussian, kaiming_uniform, orthogonal
+from lora_jax.init._svd import olora, pissa
+from lora_jax.init._target import Initializer, Target
+
+NAMES: Mapping[str, Initializer] = {
+    "gaussian": gaussian,
+    "kaiming_uniform": kaiming_uniform,
+    "orthogonal": orthogonal,
+    "pissa": pissa,
+    "olora": olora,
+}
+
+
+def resolve_init(init: str | Initializer) -> Initializer:
+    """The initializer of this name, or ``init`` itself if it is one."""
+    if callable(init):
+        return init
+    if init not in NAMES:
+        raise ValueError(
+            f"init={init!r}: expected one of {sorted(NAMES)}, or a function (key, target) -> "
+            "(a, b), such as those of lora_jax.init"
+        )
+    return NAMES[init]
+
+
+def start(
+    init: Initializer, key: jax.Array, target: Target, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Run an initializer.
+
+    Returns:
+        ``a`` and ``b`` in the shapes of the factors, and the leaf with what is left of the
+        weight, or None if that is all of it.
+
+    Raises:
+        ValueError: the result has other shapes, or both factors are zero.
+    """
+    name = getattr(init, "__name__", None) or repr(init)
+    made = init(key, target)
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise TypeError(
+            f"init={name}: it returned {type(made).__name__} for {target.path!r}, expected a tuple "
+            "(a, b), or (a, b, weight) where scale * a b is not zero"
+        )
+    a, b, *rest = made
+    expected = (
+        (*target.batch, target.inputs, target.rank),
+        (
+            *target.batch,
+            target.rank,
+            target.outputs,
+        ),
+    )
+    if (jnp.shape(a), jnp.shape(b)) != expected:
+        raise ValueError(
+            f"init={name}: for {target.path!r} it returned a {jnp.shape(a)} and b {jnp.shape(b)}, "
+            f"expected a [*batch, in, rank] = {expected[0]} and b [*batch, rank, out] = "
+            f"{expected[1]}"
+        )
+    shapes = factor_shapes(target.layout, target.shape, target.rank)
+    a, b = (jnp.asarray(x, dtype).reshape(shape) for x, shape in zip((a, b), shapes, strict=True))
+    if not isinstance(a, Tracer) and not isinstance(b, Tracer):
+        if not b.any() and not a.any():
+            raise ValueError(
+                f"init={name}: both factors of {target.path!r} are zero, so that neither would "
+                "ever have a gradient: let one of them be random"
+            )
+        if rest and not (jnp.isfinite(a).all() and jnp.isfinite(b).all()):
+            raise ValueError(
+                f"init={name}: the factors of {target.path!r} are not finite. Has the weight NaNs "
+                "or infinities?"
+            )
+    return a, b, target.leaf_with(rest[0]) if rest else None

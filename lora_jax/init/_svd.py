@@ -1,0 +1,65 @@
+"""Initializers that take the factors out of the weight: the rest of it is the new base."""
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.init._target import Target
+
+
+def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax.Array, ...]:
+    """The principal part of ``W`` trains, the rest is frozen.
+
+    With the singular values and vectors ``W = U S V^T``, the largest ``rank`` of them::
+
+        a = U sqrt(S / scale),  b = sqrt(S / scale) V^T,  base = W - scale * a b
+
+    Args:
+        key: used with ``niter`` only.
+        target: the weight.
+        niter: None for all singular values; or find the largest by that many steps of subspace
+            iteration from a random start, which is much faster and nearly as good: as
+            ``functools.partial(pissa, niter=4)``.
+
+    References:
+        Meng et al., PiSSA, arXiv:2404.02948.
+    """
+    w = target.matrix()
+    if niter is None:
+        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    else:
+        u, s, vt = _svd_lowrank(key, w, target.rank, niter)
+    return take_out(target, *(x[..., : target.rank] for x in (u, s)), vt[..., : target.rank, :])
+
+
+def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, ...]:
+    """The factors whose update is ``u diag(s) vt``, and the weight without it."""
+    root = jnp.sqrt(s / target.scale)
+    a, b = u * root[..., None, :], root[..., :, None] * vt
+    return a, b, target.matrix() - target.scale * (a @ b)
+
+
+def _svd_lowrank(key: jax.Array, w: jax.Array, rank: int, niter: int):
+    """The largest singular values by subspace iteration (Halko et al., arXiv:0909.4061)."""
+    size = min(rank + 6, *w.shape[-2:])
+    q = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), w.dtype)
+    q, _ = jnp.linalg.qr(q)
+    for _ in range(niter):
+        q, _ = jnp.linalg.qr(w.mT @ q)
+        q, _ = jnp.linalg.qr(w @ q)
+    u, s, vt = jnp.linalg.svd(q.mT @ w, full_matrices=False)
+    return q @ u, s, vt
+
+
+def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
+    """An orthonormal ``b``: with ``W^T = Q R``, rows of ``R`` read and columns of ``Q`` write.
+
+    ``a = R[:rank]^T,  b = Q[:, :rank]^T,  base = W - scale * a b``.
+
+    References:
+        Büyükakyüz, OLoRA, arXiv:2406.01775.
+    """
+    del key
+    w = target.matrix()
+    q, r = jnp.linalg.qr(w.mT)
+    a, b = r[..., : target.rank, :].mT, q[..., : target.rank].mT
+    return a, b, w - target.scale * (a @ b)

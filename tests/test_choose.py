@@ -1,0 +1,219 @@
+"""Scaling, layers, biases, and factors that stay frozen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_close, assert_oracle, randomize_b
+
+import lora_jax
+
+
+def attention(d=8, seed=0):
+    keys = iter(jax.random.split(jax.random.key(seed), 4))
+    names = ("query", "key", "value", "out")
+    return {
+        name: {"kernel": jax.random.normal(next(keys), (d, d)) / 3, "bias": jnp.ones(d)}
+        for name in names
+    }
+
+
+UNROLLED = {
+    "embed": {"embedding": jnp.ones((9, 8))},
+    **{f"layers_{i}": {"attn": attention(seed=i), "norm": {"bias": jnp.ones(8)}} for i in range(4)},
+    "head": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)},
+}
+STACKED = {
+    "layers": jax.tree.map(lambda *x: jnp.stack(x), *(attention(seed=i) for i in range(6))),
+    "head": UNROLLED["head"],
+}
+
+
+def keys(params, **options):
+    return list(lora_jax.lorafy(params, 2, **options).adapter.factors)
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    lora_params = lora_jax.lorafy(UNROLLED, {".*query.*": 4, ".*": 2}, alpha=8, rslora=True)
+    for path, f in lora_params.adapter.factors.items():
+        assert f.scale == np.float32(8 / 2 if "query" in path else 8 / np.sqrt(2))
+
+
+@pytest.mark.parametrize("layers", [[0, 2], [-1], range(1, 3), {3, 0}])
+def test_layers_by_the_numbers_in_their_paths(layers):
+    wanted = sorted(k % 4 for k in layers)
+    assert keys(UNROLLED, layers=layers) == [
+        f"layers_{i}/attn/{name}/kernel" for i in wanted for name in ("query", "value")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranges"),
+    [([0, 1, 4], ["0:2", "4:5"]), ([-1], ["5:6"]), (range(6), [None]), ([3, 2], ["2:4"])],
+)
+def test_layers_of_a_stack_are_parts_of_it(layers, ranges):
+    path = "layers/query/kernel"
+    spelled = [path if r is None else f"{path}[{r}, :, :]" for r in ranges]
+    assert keys(STACKED, targets=".*query/kernel", layers=layers) == spelled
+    lora_params = randomize_b(lora_jax.lorafy(STACKED, 2, targets=".*query/kernel", layers=layers))
+    merged = lora_jax.merge(lora_params)["layers"]["query"]["kernel"]
+    changed = jnp.any(merged != STACKED["layers"]["query"]["kernel"], (1, 2))
+    assert jnp.flatnonzero(changed).tolist() == sorted(k % 6 for k in layers)
+
+
+def test_adapted_layers_of_a_scanned_stack_are_exact():
+    lora_params = randomize_b(lora_jax.lorafy(STACKED, 2, layers=[1, 4, 5]))
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+
+    def layer(x, p):
+        q, v = (x @ p[name]["kernel"] for name in ("query", "value"))
+        return jnp.tanh(q + v), None
+
+    assert_oracle(lambda p, x: jax.lax.scan(layer, x, p["layers"])[0], lora_params, x)
+
+
+def test_what_is_of_no_layer_is_left_out():
+    assert keys(UNROLLED, targets=".*kernel", layers=[1], exclude=".*(key|out).*") == [
+        "layers_1/attn/query/kernel",
+        "layers_1/attn/value/kernel",
+    ]
+
+
+def test_a_lone_number_above_the_layers_is_no_layer():
+    params = {
+        "Transformer_0": {f"Block_{i}": {"query": {"kernel": jnp.ones((4, 4))}} for i in (0, 1)}
+    }
+    assert keys(params, layers=[1]) == ["Transformer_0/Block_1/query/kernel"]
+    assert keys([{"query": jnp.ones((4, 4))}] * 1, layers=[0]) == ["0/query"]
+
+
+@pytest.mark.parametrize("layers", [[4], [-5], [], [0, 7]])
+def test_layers_that_are_not_there_raise(layers):
+    with pytest.raises(ValueError, match=r"expected numbers of layers, .* have 4"):
+        keys(UNROLLED, layers=layers)
+
+
+def test_layers_and_ranges_of_one_axis_contradict():
+    with pytest.raises(ValueError, match="both choose along axis 0"):
+        keys(STACKED, targets="layers/query/kernel[0:2]", layers=[0])
+
+
+# What else trains
+
+
+def full(**options):
+    return set(lora_jax.lorafy(UNROLLED, 2, **options).adapter.full)
+
+
+def test_biases():
+    beside = {f"layers_{i}/attn/{n}/bias" for i in range(4) for n in ("query", "value")}
+    every = {p for p in lora_jax._paths.flatten(UNROLLED)[0] if p.endswith("bias")}
+    assert full() == set()
+    assert full(bias="lora_only") == beside
+    assert full(bias="lora_only", layers=[0]) == {p for p in beside if p.startswith("layers_0")}
+    assert full(bias="all") == every
+    assert full(bias="all", exclude="head.*") == every - {"head/bias"}
+    assert full(bias="all", full="head.*") == every | {"head/kernel"}
+    assert full(bias="all", targets=[]) == every  # BitFit
+
+
+def test_bad_biases_raise():
+    with pytest.raises(ValueError, match="bias='some': expected one of"):
+        full(bias="some")
+    with pytest.raises(ValueError, match=r"bias='lora_only' selects nothing: .* beside an adapted"):
+        full(bias="lora_only", targets="embed.*")
+    with pytest.raises(ValueError, match="bias='all' selects nothing"):
+        lora_jax.lorafy({"query": jnp.ones((4, 4))}, 2, bias="all")
+
+
+def test_biases_train_beside_the_factors():
+    lora_params = lora_jax.lorafy({"m": attention()["query"]}, 2, targets="m/kernel", bias="all")
+    fn = lambda p, x: x @ p["m"]["kernel"] + p["m"]["bias"][None]  # noqa: E731
+    assert_oracle(fn, randomize_b(lora_params), jnp.ones((3, 8)))
+
+
+# Frozen factors
+
+X = jax.random.normal(jax.random.key(1), (5, 8))
+W = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+
+
+def fn(p, x):
+    return jnp.tanh(x @ p["w"])
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("freeze", [("a",), ["b"], {"a", "magnitude"}], ids=str)
+def test_frozen_factors_keep_every_bit(freeze, dora, standard_promotion):
+    lora_params = randomize_b(lora_jax.lorafy(W, 2, targets="w", freeze=freeze, dora=dora))
+    kept = {name: getattr(lora_params.adapter.factors["w"], name) for name in freeze}
+
+    def loss(lora_params):
+        return lora_jax.lora(fn)(lora_params, X).sum()
+
+    grads = jax.grad(loss)(lora_params).adapter.factors["w"]
+    assert not any(getattr(grads, name).any() for name in freeze if kept[name] is not None)
+    tx = lora_jax.optimizer(optax.adamw(1e-1, weight_decay=0.1))
+    updates, _ = tx.update(jax.grad(loss)(lora_params), tx.init(lora_params), lora_params)
+    moved = optax.apply_updates(lora_params, updates)
+    trainable, frozen = lora_jax.split(lora_params)
+    assert all(getattr(trainable.factors["w"], name) is None for name in freeze)
+    assert lora_jax.combine(trainable, frozen).adapter.factors["w"].frozen == tuple(sorted(freeze))
+    for name in ("a", "b"):
+        new, old = (getattr(p.adapter.factors["w"], name) for p in (moved, lora_params))
+        assert (new == old).all() == (name in freeze)
+    assert lora_params.adapter.factors["w"].size == sum(x.size for x in jax.tree.leaves(trainable))
+    assert_oracle(fn, lora_params, X)
+
+
+def test_what_a_frozen_factor_reads_is_not_kept():
+    """In a scan, what the backward pass needs is stacked: the inputs of ``a`` are not."""
+    layers, size, tokens = 8, 64, 512
+    params = {"w": jax.ShapeDtypeStruct((layers, size, size), jnp.float32)}
+    x = jax.ShapeDtypeStruct((tokens, size), jnp.float32)
+
+    def temp(freeze):
+        lora_params = jax.eval_shape(
+            lambda p: lora_jax.lorafy(p, 4, targets="w", layout={"w": "bio"}, freeze=freeze), params
+        )
+        apply = lora_jax.lora(lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0])
+        step = lora_jax.value_and_grad(lambda p, x: (apply(p, x) ** 2).mean())
+        return jax.jit(step).lower(lora_params, x).compile().memory_analysis().temp_size_in_bytes
+
+    inputs = layers * tokens * size * 4
+    assert temp(()) - temp(("a",)) > 0.9 * inputs
+
+
+@pytest.mark.parametrize("freeze", ["a", ("a", "b", "magnitude"), ("c",)])
+def test_bad_frozen_names_raise(freeze):
+    with pytest.raises(ValueError, match="expected a collection such as"):
+        lora_jax.lorafy(W, 2, targets="w", freeze=freeze)
+
+
+def test_all_of_it_at_once_is_still_exact():
+    lora_params = randomize_b(
+        lora_jax.lorafy(
+            UNROLLED,
+            4,
+            layers=[1, 3],
+            rslora=True,
+            dora=True,
+            bias="lora_only",
+            init="pissa",
+            full="head/kernel",
+            freeze=("a",),
+        )
+    )
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+
+    def model(p, x):
+        for i in range(4):
+            attn = p[f"layers_{i}"]["attn"]
+            for name in ("query", "key", "value", "out"):
+                x = jnp.tanh(x @ attn[name]["kernel"] + attn[name]["bias"][None])
+        return x @ p["head"]["kernel"]
+
+    start = lora_jax.lorafy(UNROLLED, 4, layers=[1, 3], dora=True, init="pissa")
+    assert_close(lora_jax.lora(model)(start, x), model(UNROLLED, x), 1e-5)
+    assert_oracle(model, lora_params, x, tolerance=2e-5)

@@ -1,0 +1,265 @@
+"""Dropout on what the adapters read: unbiased, of its own in every place, and off without a key."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, error, randomize_b
+from jax import lax
+
+import lora_jax
+
+KEY = jax.random.key(3)
+X = jax.random.normal(jax.random.key(1), (5, 6))
+TINY = jax.random.normal(jax.random.key(0), (6, 6)) / 3
+
+
+def adapted(params, **options):
+    return randomize_b(lora_jax.lorafy(params, 2, targets=".*", **options), std=0.3)
+
+
+def dense(p, x):
+    return x @ p["w"]
+
+
+def test_it_drops_from_the_adapters_input_alone():
+    lora_params = adapted({"w": TINY})
+    f = lora_params.adapter.factors["w"]
+    y = lora_jax.lora(dense, dropout=0.5)(lora_params, X, lora_key=KEY)
+    # undo: the update is of a masked x, whose entries are 0 or 2 x
+    update = (y - X @ TINY) / f.scale
+    read = update @ jnp.linalg.pinv(f.b)  # [5, 2]
+    for row, got in zip(np.asarray(X), np.asarray(read), strict=True):
+        masks = np.array(np.meshgrid(*[[0, 2]] * 6)).reshape(6, -1).T
+        candidates = (masks * row) @ np.asarray(f.a)
+        assert np.abs(candidates - got).max(1).min() < 1e-4
+
+
+def test_it_is_off_without_a_key():
+    lora_params = adapted({"w": TINY})
+    assert (
+        lora_jax.lora(dense, dropout=0.5)(lora_params, X) == lora_jax.lora(dense)(lora_params, X)
+    ).all()
+
+
+CASES = {
+    "dense": ({"w": TINY}, None, dense),
+    "stored transposed": ({"w": TINY}, {"w": "oi"}, lambda p, x: x @ p["w"].T),
+    "a convolution": (
+        {"w": jax.random.normal(KEY, (3, 2, 4))},
+        {"w": "iio"},
+        lambda p, x: lax.conv_general_dilated(
+            x.reshape(5, 3, 2), p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+    ),
+    "experts in groups": (
+        {"w": jnp.stack([TINY, 2 * TINY])},
+        {"w": "bio"},
+        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([2, 3])),
+    ),
+    "a lookup": ({"w": TINY}, None, lambda p, x: p["w"][jnp.array([3, 1, 0, 3])]),
+    "in a scan": (
+        {"w": jnp.stack([TINY, 2 * TINY, TINY])},
+        {"w": "bio"},
+        lambda p, x: lax.scan(lambda x, w: (x @ w, x @ w), x, p["w"]),
+    ),
+    "in a checkpoint": ({"w": TINY}, None, jax.checkpoint(dense)),
+    "in a jit": ({"w": TINY}, None, jax.jit(dense)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_mean_is_the_adapted_function(name):
+    params, layout, fn = CASES[name]
+    lora_params = adapted(params, layout=layout)
+    apply = lora_jax.lora(fn, dropout=0.3)
+    keys = jax.random.split(KEY, 2000)
+    many = jax.jit(lambda keys: lax.map(lambda key: apply(lora_params, X, lora_key=key), keys))(
+        keys
+    )
+    if name == "in a scan":  # of a product of three, the first step is unbiased by itself
+        many, exact = many[1][:, 0], lora_jax.lora(fn)(lora_params, X)[1][0]
+    else:
+        exact = lora_jax.lora(fn)(lora_params, X)
+    spread = many.std(0) / np.sqrt(2000)
+    assert many.std(0).max() > 0.01
+    assert (jnp.abs(many.mean(0) - exact) <= 5 * spread + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_same_for_the_same_key_eager_and_jitted(name):
+    params, layout, fn = CASES[name]
+    lora_params = adapted(params, layout=layout)
+    apply = lora_jax.lora(fn, dropout=0.3)
+    first = apply(lora_params, X, lora_key=KEY)
+    assert_close(jax.jit(apply)(lora_params, X, lora_key=KEY), first, 1e-6)
+    other = apply(lora_params, X, lora_key=jax.random.key(4))
+    assert error(other, first) > 1e-3
+
+
+def same_layers(n=3):
+    """A stack of layers with one and the same weight and factors."""
+    lora_params = adapted({"w": jnp.stack([TINY] * n)}, layout={"w": "bio"})
+    f = lora_params.adapter.factors["w"]
+    f = dataclasses.replace(f, a=jnp.stack([f.a[0]] * n), b=jnp.stack([f.b[0]] * n))
+    return lora_jax.LoraParams(lora_params.base, lora_jax.Adapter({"w": f}))
+
+
+LOOPS = {
+    "layers of a scan": (
+        same_layers,
+        lambda p, x: lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1],
+    ),
+    "a scan, checkpointed": (
+        same_layers,
+        lambda p, x: lax.scan(lambda c, w: (c, jax.checkpoint(jnp.matmul)(x, w)), 0, p["w"])[1],
+    ),
+    "steps over one weight": (
+        lambda: adapted({"w": TINY}),
+        lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, length=3)[1],
+    ),
+    "a while loop": (
+        lambda: adapted({"w": TINY}),
+        lambda p, x: lax.fori_loop(
+            0, 3, lambda i, out: out.at[i].set(x @ p["w"]), jnp.zeros((3, 5, 6))
+        ),
+    ),
+    "a weight in the carry": (
+        lambda: adapted({"w": TINY}),
+        lambda p, x: lax.scan(lambda w, _: (w * 1.0, x @ w), p["w"], None, length=3)[1],
+    ),
+    "uses in a row": (
+        lambda: adapted({"w": TINY}),
+        lambda p, x: jnp.stack([x @ p["w"] for _ in range(3)]),
+    ),
+    "calls of a jitted function": (
+        lambda: adapted({"w": TINY}),
+        lambda p, x: jnp.stack([jax.jit(dense)(p, x) for _ in range(3)]),
+    ),
+    "layers that share a checkpointed block": (
+        lambda: same_leaves(3),
+        lambda p, x: jnp.stack([jax.checkpoint(jnp.matmul)(x, w) for w in p]),
+    ),
+}
+
+
+def same_leaves(n):
+    lora_params = adapted([TINY + 0.0 for _ in range(n)])
+    factors = lora_params.adapter.factors
+    return lora_jax.LoraParams(
+        lora_params.base, lora_jax.Adapter(dict.fromkeys(factors, factors["0"]))
+    )
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_step_and_every_use_drops_its_own(name):
+    make, fn = LOOPS[name]
+    lora_params = make()
+    plain = lora_jax.lora(fn)(lora_params, X)
+    assert error(plain[1], plain[0]) == error(plain[2], plain[0]) == 0
+    y = lora_jax.lora(fn, dropout=0.5)(lora_params, X, lora_key=KEY)
+    assert min(error(y[i], y[j]) for i, j in ((1, 0), (2, 0), (2, 1))) > 1e-2
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, lambda f: f])
+def test_the_backward_pass_sees_the_same_mask(wrap):
+    """The gradient is that of what the forward pass computed, by differences in float64."""
+    with jax.enable_x64(True):
+        lora_params = adapted({"w": TINY.astype(jnp.float64)}, dtype=jnp.float64)
+        x = X.astype(jnp.float64)
+        fn = wrap(lambda p, x: jnp.sin(x @ p["w"]))
+        apply = lora_jax.lora(lambda p, x: fn(p, fn(p, x)), dropout=0.5)
+
+        def loss(trainable):
+            whole = lora_jax.combine(trainable, frozen)
+            return apply(whole, x, lora_key=KEY).sum()
+
+        trainable, frozen = lora_jax.split(lora_params)
+        direction = jax.tree.map(
+            lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), trainable
+        )
+        moved = lambda t: loss(jax.tree.map(lambda p, d: p + t * d, trainable, direction))  # noqa: E731
+        numeric = (moved(1e-7) - moved(-1e-7)) / 2e-7
+        pairs = jax.tree.map(lambda g, d: (g * d).sum(), jax.grad(loss)(trainable), direction)
+        np.testing.assert_allclose(sum(jax.tree.leaves(pairs)), numeric, rtol=1e-6)
+
+
+def test_rows_of_a_table_are_dropped_whole():
+    lora_params = adapted({"w": TINY})
+    ids = jnp.arange(6)[jnp.arange(300) % 6]
+    fn = lambda p: p["w"][ids]  # noqa: E731
+    update = lora_jax.lora(fn, dropout=0.4)(lora_params, lora_key=KEY) - fn(lora_params.base)
+    full = lora_jax.lora(fn)(lora_params) - fn(lora_params.base)
+    kept = (jnp.abs(update) > 1e-7).any(1)
+    assert_close(update, jnp.where(kept[:, None], full / 0.6, 0), 1e-4)
+    assert 0.5 < kept.mean() < 0.7
+
+
+def test_examples_drop_their_own_under_vmap():
+    lora_params = adapted({"w": TINY})
+    apply = lora_jax.lora(dense, dropout=0.5)
+    x = jnp.stack([X, X, X])
+    one = lambda x, key: apply(lora_params, x, lora_key=key)  # noqa: E731
+    y = jax.vmap(one)(x, jax.random.split(KEY, 3))
+    assert min(error(y[1], y[0]), error(y[2], y[0])) > 1e-2
+    for k, key in enumerate(jax.random.split(KEY, 3)):
+        assert_close(y[k], one(X, key), 1e-6)
+
+
+def test_two_adapted_trees_of_the_same_paths_drop_their_own():
+    first = adapted({"w": TINY})
+    y = lora_jax.lora(lambda p, q: (X @ p["w"], X @ q["w"]), dropout=0.5)(
+        first, first, lora_key=KEY
+    )
+    assert error(y[0], y[1]) > 1e-2
+
+
+def test_a_raw_key_will_do():
+    lora_params = adapted({"w": TINY})
+    apply = lora_jax.lora(dense, dropout=0.5)
+    raw = apply(lora_params, X, lora_key=jax.random.key_data(KEY))
+    assert (raw == apply(lora_params, X, lora_key=KEY)).all()
+
+
+def test_it_stays_off_a_weight_that_meets_another():
+    """A weight is no input to drop from."""
+    lora_params = adapted({"v": TINY, "w": TINY.T}, layout={"v": "oi", "w": "io"})
+    fn = lambda p: p["v"] @ p["w"]  # noqa: E731
+    y = lora_jax.lora(fn, dropout=0.5)(lora_params, lora_key=KEY)
+    assert_close(y, fn(lora_jax.merge(lora_params)), 1e-5)
+
+
+def test_a_key_used_twice_is_found():
+    lora_params = adapted({"w": TINY})
+    apply = lora_jax.lora(dense, dropout=0.5)
+    with jax.debug_key_reuse(True):
+        key = jax.random.key(7)
+        apply(lora_params, X, lora_key=key)
+        with pytest.raises(jax.errors.KeyReuseError):
+            apply(lora_params, X, lora_key=key)
+
+
+def test_what_is_refused():
+    lora_params = adapted({"w": TINY})
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a share"):
+            lora_jax.lora(dense, dropout=share)
+    with pytest.raises(ValueError, match="has an argument 'lora_key'"):
+        lora_jax.lora(lambda p, x, lora_key: x)
+    with pytest.raises(ValueError, match="lora_key is given, and nothing is dropped"):
+        lora_jax.lora(dense)(lora_params, X, lora_key=KEY)
+    apply = lora_jax.lora(dense, dropout=0.5)
+    with pytest.raises(TypeError, match="lora_key is int, expected a key"):
+        apply(lora_params, X, lora_key=0)
+    with pytest.raises(ValueError, match=r"lora_key has shape \(3,\), expected one key"):
+        apply(lora_params, X, lora_key=jax.random.split(KEY, 3))
+
+
+def test_a_materialized_weight_has_no_input_to_drop_from():
+    lora_params = adapted({"w": TINY})
+    apply = lora_jax.lora(lambda p, x: x @ jnp.exp(p["w"]), on_materialize="allow", dropout=0.5)
+    apply(lora_params, X)
+    with pytest.raises(NotImplementedError, match="no input of the adapter's to drop"):
+        apply(lora_params, X, lora_key=KEY)
