@@ -161,7 +161,7 @@ def _inverse_gram(a: jax.Array, damping: float, relative: bool = True) -> jax.Ar
     """``(a^T a + damping)^-1`` of ``[*batch, n, r]``."""
     gram = a.mT @ a
     size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1] if relative else 1
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return jnp.linalg.inv(gram + damping * size * eye)
 
 

@@ -14,12 +14,13 @@ from lora_jax.init import corda, eva, eva_ranks, lora_ga
 BATCH = jax.random.normal(jax.random.key(8), (5, 12))
 
 
-def plain(rank=4, **options):
+def plain(rank=3, **options):
     return lora_jax.lorafy(PARAMS, rank, targets=".*", layout=LAYOUT, **options)
 
 
 def moment(x):
-    return np.einsum("...i,...j->ij", x, x)
+    x = np.asarray(x, np.float32).reshape(-1, x.shape[-1])
+    return x.T @ x
 
 
 def test_moments_are_of_what_every_weight_reads():
@@ -115,7 +116,7 @@ def test_the_adapted_model_starts_as_the_model_and_trains_exactly(name, moments,
 def test_eva_reads_the_principal_components(moments):
     f = plain(init=eva(moments)).adapter.factors["dense"]
     _, _, vt = np.linalg.svd(BATCH, full_matrices=False)
-    assert_close(jnp.abs(f.a.T), jnp.abs(vt[:4]), 1e-4)
+    assert_close(jnp.abs(f.a.T), jnp.abs(vt[:3]), 1e-4)
     assert not f.b.any()
 
 
@@ -124,22 +125,22 @@ def test_eva_spreads_its_ranks_to_where_the_variance_is():
     narrow = np.diag([100.0, *[1e-3] * 9])  # one direction
     middle = np.diag([4.0, 3.0, 2.0, *[0.01] * 7])
     moments = {"wide": wide, "narrow": narrow, "middle": middle}
-    assert eva_ranks(moments, rank=2, rho=1) == {"wide": 2, "narrow": 1, "middle": 2} or True
+    assert eva_ranks(moments, rank=2, rho=1) == dict.fromkeys(moments, 2)
     ranks = eva_ranks(moments, rank=2, rho=2)
     assert sum(ranks.values()) == 6
     assert ranks == {"wide": 2, "narrow": 1, "middle": 3}
     assert max(eva_ranks(moments, rank=2, rho=3).values()) <= 6
-    with pytest.raises(ValueError, match="rho=0.5: expected at least 1"):
+    with pytest.raises(ValueError, match=r"rho=0\.5: expected at least 1"):
         eva_ranks(moments, rho=0.5)
 
 
 def test_eva_ranks_go_into_lorafy(moments):
-    ranks = eva_ranks(moments, rank=3)
+    ranks = eva_ranks(moments, rank=2)
     lora_params = lora_jax.lorafy(
         PARAMS, targets=lambda path, leaf: ranks.get(path, 0), layout=LAYOUT, init=eva(moments)
     )
     assert {path: f.rank for path, f in lora_params.adapter.factors.items()} == ranks
-    assert sum(ranks.values()) == 15
+    assert sum(ranks.values()) == 10
 
 
 def test_corda_orders_the_parts_by_what_they_do_to_the_inputs(moments):
@@ -172,11 +173,11 @@ def test_the_first_step_of_lora_ga_is_nearer_to_full_fine_tuning(grads):
 
 
 def test_lora_ga_is_its_definition(grads):
-    f = plain(init=lora_ga(grads)).adapter.factors["dense"]
+    f = plain(2, init=lora_ga(grads)).adapter.factors["dense"]
     u, _, vt = np.linalg.svd(grads["dense"])
     c = 10**0.25 / 4
-    assert_close(jnp.abs(f.a), jnp.abs(c * u[:, :4]), 1e-4)
-    assert_close(jnp.abs(f.b), jnp.abs(c * vt[4:8]), 1e-3)
+    assert_close(jnp.abs(f.a), jnp.abs(c * u[:, :2]), 1e-4)
+    assert_close(jnp.abs(f.b), jnp.abs(c * vt[2:4]), 1e-4)
 
 
 def test_statistics_of_something_else_are_refused(moments, grads):

@@ -86,14 +86,16 @@ def lora_dot(
         lab for lab in first_labels if lab not in x_labels and (lab in then_labels or lab in out)
     ]
 
-    def read(x, first):
+    def read(x: Any, first: jax.Array) -> jax.Array:
         return _contract_lora(
             ctx, x, x_labels, first, first_labels, middle, precision, wide(compute)
         )
 
     first = first.astype(compute)
-    is_read = not order and not isinstance(x, LoraArray)
-    small = ctx.through(read, x, first) if is_read else read(x, first)
+    if order or isinstance(x, LoraArray):
+        small = read(x, first)
+    else:
+        small = ctx.through(read, x, first)
     small = (small * delta.scale.astype(small.dtype)).astype(compute)
     then = then.astype(compute)
     product = contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)

@@ -105,7 +105,7 @@ def corda(
         c = _of(moments, target, "corda")
         n = c.shape[-1]
         c = c * (n / jnp.trace(c, axis1=-2, axis2=-1))[..., None, None]
-        c = c + damping * jnp.eye(n)
+        c = c + damping * jnp.broadcast_to(jnp.eye(n), c.shape)
         u, s, vt = jnp.linalg.svd(c @ target.matrix(), full_matrices=False)
         part = slice(target.rank) if mode == "ipm" else slice(s.shape[-1] - target.rank, None)
         u = jnp.linalg.solve(c, u[..., part])
