@@ -25,6 +25,9 @@ from lora_jax._optimizers import riemannian as riemannian
 from lora_jax._params import Adapter as Adapter
 from lora_jax._params import Factors as Factors
 from lora_jax._params import LoraParams as LoraParams
+from lora_jax._quantize import dequantize as dequantize
+from lora_jax._quantize import quantization_error as quantization_error
+from lora_jax._quantize import quantize as quantize
 from lora_jax._transform._discover import Report as Report
 from lora_jax._transform._discover import layout_of as layout_of
 from lora_jax._transform._discover import report as report

@@ -15,6 +15,7 @@ from lora_jax._layout import (
     why_not,
 )
 from lora_jax._paths import nearest
+from lora_jax._quantized import is_quantized
 from lora_jax._ranges import Range, entry, spell
 from lora_jax._select import Selector, lookup, select, select_query_value
 
@@ -39,7 +40,8 @@ def choose(
     fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
     if exclude is not None:
         fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
-    whole = [] if full is None else list(select(full, leaves, fixed, "full"))
+    quantized = {p: "quantized: dequantize it first" for p, x in leaves.items() if is_quantized(x)}
+    whole = [] if full is None else list(select(full, leaves, fixed | quantized, "full"))
     biases = [path for path in leaves if is_bias(path) and path not in fixed]
     if bias == "all":
         whole += [path for path in _found(biases, bias, leaves) if path not in whole]

@@ -13,6 +13,7 @@ from lora_jax._choose import Bias, choose, is_table, letters_of
 from lora_jax._layout import Layouts, check_layout, is_array, max_rank, role_shape
 from lora_jax._params import Adapter, Factors, LoraParams, is_concrete, wide
 from lora_jax._paths import PyTree, flatten
+from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry, overlap, part_shape
 from lora_jax._select import Selector, check_patterns, lookup
 from lora_jax._transform._dora import squared_norm
@@ -164,7 +165,8 @@ def lorafy(
 def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:
     """DoRA's magnitude: the norms of the weight's columns; and those of the base, squared."""
     index = target.index
-    squared = [squared_norm(leaf[index], target.layout) for leaf in (target.leaf, base)]
+    plain = [dequantize_array(x) if is_quantized(x) else x for x in (target.leaf, base)]
+    squared = [squared_norm(x[index], target.layout) for x in plain]
     if is_concrete(squared[0]):
         bad = jnp.argwhere(~(jnp.isfinite(squared[0]) & (squared[0] > 0)))
         if len(bad):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 
 from lora_jax._layout import role_axes
 from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
-from lora_jax._paths import PyTree
+from lora_jax._paths import PyTree, flatten
+from lora_jax._quantized import dequantize_array, is_quantized, requantize
 from lora_jax._ranges import Range, entry
 from lora_jax._transform._dora import enter
 from lora_jax._transform._past import Leaf
@@ -21,7 +22,12 @@ from lora_jax._transform._value import LoraArray
 Part = tuple[Factors, tuple[Range, ...]]
 
 
-def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
+def merge(
+    lora_params: LoraParams,
+    *,
+    donate: bool = False,
+    quantized: Literal["refuse", "dequantize", "requantize"] = "refuse",
+) -> PyTree:
     """Fuse the adapter into the base: plain parameters, at no extra cost to use.
 
     For every adapted weight::
@@ -36,13 +42,16 @@ def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
         lora_params: from ``lorafy``.
         donate: give the adapted weights' memory to the merged ones. The base's arrays are then
             gone, except those that stand at several places of it.
+        quantized: what to do with adapted weights that are quantized: refuse; leave the merged
+            ones as plain arrays; or quantize them again, as they were, which rounds away what is
+            smaller than their steps: :func:`quantization_error` says how much.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of the base.
 
     Raises:
         TypeError: ``lora_params`` is not a LoraParams, such as when it is merged already.
-        ValueError: the adapter does not fit the base.
+        ValueError: the adapter does not fit the base, or an adapted weight is quantized.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -57,6 +66,10 @@ def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
             f"merge: expected a LoraParams, got {type(lora_params).__name__}: these parameters "
             "are plain, perhaps merged already"
         )
+    if quantized not in ("refuse", "dequantize", "requantize"):
+        raise ValueError(
+            f"merge: quantized={quantized!r}: expected 'refuse', 'dequantize' or 'requantize'"
+        )
     leaves = check(lora_params)
     adapter = lora_params.adapter
     ids = [id(leaf) for leaf in leaves.values()]
@@ -68,11 +81,20 @@ def merge(lora_params: LoraParams, *, donate: bool = False) -> PyTree:
     for path, leaf in leaves.items():
         if path in adapter.full:
             leaf = adapter.full[path].astype(leaf.dtype)
+        elif path in parts and is_quantized(leaf):
+            if quantized == "refuse":
+                raise ValueError(
+                    f"merge: {path!r} is quantized, and its merged values are not of its kind. Say "
+                    "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
+                    "lora_jax.quantization_error says what that costs"
+                )
+            plain = _add(dequantize_array(leaf), parts[path], donate=True)
+            leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
         elif path in parts:
             shared = ids.count(id(leaf)) > 1
             leaf = _add(leaf, parts[path], donate=donate and not shared)
         merged.append(leaf)
-    return jax.tree.unflatten(jax.tree.structure(lora_params.base), merged)
+    return jax.tree.unflatten(flatten(lora_params.base)[1], merged)
 
 
 def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree:

@@ -7,6 +7,7 @@ Nothing is checked on construction, so that prefix trees such as ``LoraParams(No
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -160,7 +161,8 @@ def count_line(lora_params: LoraParams) -> str:
     factors = adapter.factors.values()
     trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
     added = sum(x.size for f in factors for x in (f.a, f.b, f.magnitude) if x is not None)
-    total = added + sum(x.size for x in jax.tree.leaves(lora_params.base) if is_array(x))
+    base = flatten(lora_params.base)[0].values()
+    total = added + sum(prod(x.shape) for x in base if is_array(x))
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / max(total, 1):.3g}"

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lora_jax._quantized import is_quantized
+
 PyTree: TypeAlias = Any
 
 
@@ -39,6 +41,8 @@ def _name(key: Any) -> str:
 def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """Flatten a tree into ``{path: leaf}``, in JAX's leaf order, and its treedef.
 
+    A quantized array is one leaf.
+
     A top-level ``"params"`` collection, as in ``{"params": ..., "batch_stats": ...}``, is not
     part of the paths of its leaves, so that paths are the same with and without it.
 
@@ -47,7 +51,8 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """
     paths: dict[str, Any] = {}
     wrapped = isinstance(tree, Mapping) and "params" in tree
-    for outer, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
+    is_whole = lambda x: is_box(x) or is_quantized(x)  # noqa: E731
+    for outer, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)[0]:
         inner = jax.tree_util.tree_flatten_with_path(node)[0] if is_box(node) else [((), node)]
         for keys, leaf in inner:
             names = [_name(k) for k in (outer if len(inner) == 1 else (*outer, *keys))]
@@ -59,7 +64,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
                     "entries are keyed by path, so paths must be unique: rename one of the keys."
                 )
             paths[path] = leaf
-    return paths, jax.tree.structure(tree)
+    return paths, jax.tree.structure(tree, is_leaf=is_quantized)
 
 
 def nearest(path: str, paths: Iterable[str], n: int = 5) -> str:

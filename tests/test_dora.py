@@ -249,7 +249,7 @@ def test_a_step_costs_little_more_than_one_of_lora():
 
     Without checkpoints, what the magnitudes multiply is kept for their gradient.
     """
-    size, hidden = 128, 512
+    size, hidden = 256, 1024
 
     def block(p, x):
         q, k, v = (x @ p[name] for name in "qkv")
@@ -273,10 +273,10 @@ def test_a_step_costs_little_more_than_one_of_lora():
             lambda p: lora_jax.lorafy(p, 8, targets=".*", dora=dora), params
         )
         step = lora_jax.value_and_grad(lambda p, x: (lora_jax.lora(fn)(p, x) ** 2).mean())
-        compiled = jax.jit(step).lower(lora_params, spec((512, size), jnp.float32)).compile()
+        compiled = jax.jit(step).lower(lora_params, spec((1024, size), jnp.float32)).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
-    for wrap, most in ((jax.checkpoint, 1.05), (lambda f: f, 1.2)):
+    for wrap, most in ((jax.checkpoint, 1.15), (lambda f: f, 1.2)):
         (flops, temp), (dora_flops, dora_temp) = (
             cost(model(wrap(block)), dora) for dora in (False, True)
         )

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._reshape import axis_groups, regroup
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, LoraArray
@@ -25,7 +25,7 @@ def exact(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
 def neg(ctx: Context, eqn, values):
     """The scale changes its sign."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     return [v.map(w, lambda delta: _scaled(delta, lambda scale: -scale))]
 
 
@@ -42,7 +42,7 @@ def mul(ctx: Context, eqn, values):
     if values is None or (divides and isinstance(values[1], LoraArray)):
         return NotImplemented
     v, x = values if isinstance(values[0], LoraArray) else values[::-1]
-    (w,) = _jax.bind(eqn, [u.w if u is v else u for u in values])
+    (w,) = bind(eqn, [u.w if u is v else u for u in values])
     x = ctx.unbroadcast(eqn.invars[1 if v is values[0] else 0], x)
     f = lambda y, x: y / x if divides else y * x  # noqa: E731
     if x.size == 1:
@@ -109,7 +109,7 @@ def scale_axes(v: LoraArray, w: jax.Array, x: jax.Array, labels: Sequence[int], 
 def add(ctx: Context, eqn, values):
     """The sum of two weights has the deltas of both."""
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
-    (w,) = _jax.bind(eqn, plain)
+    (w,) = bind(eqn, plain)
     deltas: list[Delta] = []
     for i, v in enumerate(values):
         if isinstance(v, LoraArray):
@@ -135,7 +135,7 @@ def _fills(v: LoraArray, shape: Sequence[int]) -> bool:
 def reduce_sum(ctx: Context, eqn, values):
     """A sum over an axis that one factor has, or none, is a sum over that factor."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     axes = eqn.params["axes"]
     kept = [i for i in range(len(v.shape)) if i not in axes]
     new = {old: i for i, old in enumerate(kept)}

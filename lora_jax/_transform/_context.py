@@ -142,16 +142,27 @@ class Context:
         """The recorded uses of one weight."""
         return [use for use in self.uses if use.leaf == leaf]
 
-    def drop(self, delta: Delta, x: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
-        """What an adapter reads, with entries dropped if it has a key; whole slices along axes."""
+    def through(
+        self, delta: Delta, product: Callable[..., jax.Array], x: jax.Array, factor: jax.Array
+    ) -> jax.Array:
+        """``product(x, factor)``: an input meets what reads it, and some of it may be dropped."""
+        if self.observe is not None:
+            return self.observe(product, x, factor)
         if delta.key is None:
-            return x
+            return product(x, factor)
+        # checkpointed: neither what is dropped is kept, nor what is left
+        run = jax.checkpoint(lambda x, factor, key: product(self._drop(key, x), factor))
+        return run(x, factor, self._next_key(delta))
+
+    def _next_key(self, delta: Delta) -> jax.Array:
         self.draws += 1
-        shape = [1 if axes is not None and i in axes else n for i, n in enumerate(x.shape)]
-        key = jax.random.fold_in(delta.key, self.draws)
-        keep = jax.random.bernoulli(key, 1 - self.dropout, shape)
-        keep = spread_like(keep, x).astype(x.dtype)
-        return x * (keep * jnp.asarray(1 / (1 - self.dropout), x.dtype))
+        return jax.random.fold_in(delta.key, self.draws)
+
+    def _drop(self, key: jax.Array, x: jax.Array, whole: Sequence[int] = ()) -> jax.Array:
+        """``x`` with entries dropped, whole ones along some axes, and the others made larger."""
+        shape = [1 if i in whole else n for i, n in enumerate(x.shape)]
+        keep = spread_like(jax.random.bernoulli(key, 1 - self.dropout, shape), x)
+        return x * (keep.astype(x.dtype) * jnp.asarray(1 / (1 - self.dropout), x.dtype))
 
     def again(self, values: list[Any], step: Any = None) -> list[Any]:
         """Values for another run of a body: what is dropped in it differs from run to run."""
@@ -162,10 +173,6 @@ class Context:
             v.keyed(self.draws if step is None else step) if isinstance(v, LoraArray) else v
             for v in values
         ]
-
-    def through(self, product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
-        """``product(x, a)``: where an input meets the factor that reads it."""
-        return self.observe(product, x, a) if self.observe else product(x, a)
 
     def unbroadcast(self, atom: Any, x: Any) -> Any:
         """An operand of the present equation, with an axis of size 1 where it is constant."""
@@ -197,7 +204,7 @@ class Context:
         if delta.key is None or not delta.past.read:
             return delta
         rank = delta.a_labels.index(R)
-        return dataclasses.replace(delta, a=self.drop(delta, delta.a, (rank,)))
+        return dataclasses.replace(delta, a=self._drop(self._next_key(delta), delta.a, (rank,)))
 
     def materialize(self, v: LoraArray, why: str) -> Any:
         """``W + scale * a b`` itself, if the policy allows it; always, once ``v`` is read.

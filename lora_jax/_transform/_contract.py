@@ -95,7 +95,11 @@ def times(x: jax.Array, gain: jax.Array, labels: Sequence[int]) -> jax.Array:
     """``x`` by what multiplies its axes ``labels``, in the wider dtype, in ``x``'s dtype."""
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(gain.dtype)
     gain = spread_like(aligned(gain, labels, range(x.ndim)), x)
-    return (x.astype(gain.dtype) * gain).astype(x.dtype)
+    if x.dtype == gain.dtype:
+        return x * gain
+    # checkpointed, or the wider x would be kept for the gradient of the gain
+    product = jax.checkpoint(lambda x, gain: (x.astype(gain.dtype) * gain).astype(x.dtype))
+    return product(x, gain)
 
 
 def place(x: jax.Array, labels: Sequence[Any], ranges: Iterable[Range], sizes: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from lora_jax import _jax
 from lora_jax._transform._context import Context
 from lora_jax._transform._interpret import evaluate
+from lora_jax._transform._lazy import Lazy, force
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, LoraArray
 
@@ -254,6 +255,11 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
     ]
     moving = [{name: d.part(name)[0] for name in d.parts if 0 in d.part(name)[1]} for d in deltas]
 
+    w, remake = v.w, lambda w: w
+    if isinstance(w, Lazy):
+        w = force(w) if (front := w.front()) is None else front
+        remake = (lambda w: w) if front is None else Lazy.of
+
     def rebuild(parts):
         w, steps = parts
 
@@ -262,9 +268,9 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
             delta = delta.map(lambda x, labels: (x, tuple(lab for lab in labels if lab != 0)))
             return delta.move({i: i - 1 for i in range(1, len(v.shape))}, len(v.shape) - 1)
 
-        return LoraArray(w, tuple(map(step, deltas, steps)))
+        return LoraArray(remake(w), tuple(map(step, deltas, steps)))
 
-    return (v.w, moving), rebuild
+    return (w, moving), rebuild
 
 
 @rule("shard_map")
@@ -301,4 +307,5 @@ def _spread(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
         key = None if delta.key is None else PartitionSpec()
         return dataclasses.replace(delta, **new, scale=PartitionSpec(), key=key)
 
-    return v, v.map(cast(Any, spec), specs)
+    w = jax.tree.map(lambda x: spec if x.ndim == len(v.shape) else PartitionSpec(), v.w)
+    return v, v.map(w, specs)

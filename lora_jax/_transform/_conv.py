@@ -5,11 +5,11 @@ from math import prod
 import jax
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._context import Context
 from lora_jax._transform._contract import contract, times
 from lora_jax._transform._dot import compute_dtype
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray, R, gains_around
 
@@ -33,7 +33,7 @@ def conv(ctx: Context, eqn, values):
         if labels != (in_axis,):
             return NotImplemented  # along the window
         x = times(x, gain, [numbers.lhs_spec[1]])
-    (result,) = _jax.bind(eqn, [x, v.w])
+    (result,) = bind(eqn, [x, v.w])
     ctx.use(v, (in_axis, *window), ())
     with ctx.scope():
         for delta in v.deltas:
@@ -73,7 +73,7 @@ def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, 
         kernel = lax.concatenate([narrow] * groups, dimension=0)
         return _window_conv(x, kernel, params, ours, groups=groups)
 
-    small = ctx.through(product, ctx.drop(delta, x.astype(dtype)), narrow)
+    small = ctx.through(delta, product, x.astype(dtype), narrow)
     small = small * delta.scale.astype(small.dtype)
     kernel = _kernel(then, then_labels, (out_axis, R, *window)).astype(dtype)
     ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))

@@ -18,6 +18,7 @@ from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
 from lora_jax._transform._contract import contract
+from lora_jax._transform._lazy import force
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._value import Delta, R
 
@@ -42,7 +43,8 @@ def squared_update(w: jax.Array, f: Factors) -> tuple[jax.Array, jax.Array]:
     kind: dict[str, Any] = {"precision": lax.Precision.HIGHEST, "dtype": full}
     a, b = (x.astype(full) for x in (f.a, f.b))
     a_labels, b_labels = [*batch, *inputs, R], [*batch, R, *outputs]
-    read = contract(w.astype(dtype), axes, a.astype(dtype), a_labels, [*batch, *outputs, R], **kind)
+    own = kind if dtype == full else kind | {"precision": None}  # of a narrow type all is exact
+    read = contract(w.astype(dtype), axes, a.astype(dtype), a_labels, [*batch, *outputs, R], **own)
     cross = contract(read, [*batch, *outputs, R], b, b_labels, [*batch, *outputs], **kind)
     gram = contract(a, a_labels, a, [*batch, *inputs, S], [*batch, R, S], **kind)
     spread = contract(gram, [*batch, R, S], b, b_labels, [*batch, S, *outputs], **kind)
@@ -72,5 +74,6 @@ def enter(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
     labels = (*role_axes(f.layout, "b"), *role_axes(f.layout, "o"))
     is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((w, f)))
     compute = functools.partial(jax.eval_shape, gain) if is_shape else gain
+    w = jax.eval_shape(force, w) if is_shape else force(w)
     part = jax.eval_shape(lambda w: w[index], w) if is_shape else w[index]
     return dataclasses.replace(delta, gain=compute(part, f), gain_labels=labels)

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._arith import scale_axes
 from lora_jax._transform._context import Context
 from lora_jax._transform._contract import contract, place, spread_like, times
+from lora_jax._transform._lazy import bind, force
 from lora_jax._transform._rules import rule
 from lora_jax._transform._slice import take_range
 from lora_jax._transform._value import Delta, LoraArray, R, gains_around
@@ -68,7 +68,7 @@ def lora_dot(
     """
     compute = compute_dtype(x.w.dtype if isinstance(x, LoraArray) else x.dtype, dtype)
     compute = wide(compute) if ctx.observe else compute
-    x = x if isinstance(x, LoraArray) else ctx.drop(delta, x.astype(compute))
+    x = x if isinstance(x, LoraArray) else x.astype(compute)
     for r in delta.ranges:
         if r.axis in x_labels:
             x = take_range(x, x_labels.index(r.axis), r.start, r.stop)
@@ -92,10 +92,10 @@ def lora_dot(
         )
 
     first = first.astype(compute)
-    if order or isinstance(x, LoraArray):
+    if isinstance(x, LoraArray) or (order and ctx.observe):
         small = read(x, first)
     else:
-        small = ctx.through(read, x, first)
+        small = ctx.through(delta, read, x, first)
     small = (small * delta.scale.astype(small.dtype)).astype(compute)
     then = then.astype(compute)
     product = contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
@@ -107,7 +107,7 @@ def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):
     if not isinstance(x, LoraArray):
         return contract(x, x_labels, y, y_labels, out, precision=precision, dtype=dtype)
     result = contract(
-        x.w.astype(y.dtype), x_labels, y, y_labels, out, precision=precision, dtype=dtype
+        force(x.w).astype(y.dtype), x_labels, y, y_labels, out, precision=precision, dtype=dtype
     )
     for delta in x.deltas:
         delta = delta.rename(dict(enumerate(x_labels)), rank=("other", R))
@@ -136,7 +136,7 @@ def dot_general(ctx: Context, eqn, values):
         return NotImplemented
     values, after = around
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
-    (result,) = _jax.bind(eqn, plain)
+    (result,) = bind(eqn, plain)
     for side in (0, 1):
         v, x = values[side], values[1 - side]
         if not isinstance(v, LoraArray):
@@ -212,7 +212,7 @@ def _multiply(eqn, values, batch):
     v, x = values[side], values[1 - side]
     if isinstance(x, LoraArray) or len(batch[0]) != len(x.shape):
         return NotImplemented  # an outer product has no small intermediate
-    (w,) = _jax.bind(eqn, [v.w, x] if side == 0 else [x, v.w])
+    (w,) = bind(eqn, [v.w, x] if side == 0 else [x, v.w])
     order = [*batch[side], *(i for i in range(len(v.shape)) if i not in batch[side])]
     new = {old: i for i, old in enumerate(order)}
     labels = [0] * len(x.shape)

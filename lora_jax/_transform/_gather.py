@@ -5,8 +5,8 @@ import dataclasses
 import jax
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray
 
@@ -24,7 +24,7 @@ def gather(ctx: Context, eqn, values):
     fill = eqn.params["fill_value"] or 0  # None: not a number
     if any(d.gain is not None for d in v.deltas) and fill == fill != 0:
         return NotImplemented  # what is filled in has no gain
-    (w,) = _jax.bind(eqn, [v.w, indices])
+    (w,) = bind(eqn, [v.w, indices])
     sizes = eqn.params["slice_sizes"]
     numbers = lax.GatherDimensionNumbers(
         **{

@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._reshape import settle
 from lora_jax._transform._rules import RULES
 from lora_jax._transform._value import LoraArray
@@ -77,7 +78,7 @@ def _apply(ctx: Context, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
         return outputs
     why = _why(rule, eqn, values)
     plain = [ctx.materialize(v, why) if isinstance(v, LoraArray) else v for v in values]
-    return _jax.bind(eqn, plain)
+    return bind(eqn, plain)
 
 
 def _why(rule: Any, eqn: Any, values: Sequence[Any]) -> str:

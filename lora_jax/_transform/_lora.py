@@ -15,6 +15,7 @@ from lora_jax import _jax
 from lora_jax._layout import is_array, role_axes
 from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._paths import flatten
+from lora_jax._quantized import is_quantized
 from lora_jax._ranges import entry
 from lora_jax._transform import (  # noqa: F401  (their rules register)
     _arith,
@@ -30,6 +31,7 @@ from lora_jax._transform import (  # noqa: F401  (their rules register)
 from lora_jax._transform._context import Context, OnMaterialize
 from lora_jax._transform._dora import enter
 from lora_jax._transform._interpret import evaluate
+from lora_jax._transform._lazy import Lazy
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._use import Use
 from lora_jax._transform._value import LoraArray
@@ -202,7 +204,8 @@ class Call:
         for i, node in enumerate(nodes):
             is_lora = i in lora_params
             leaves = (enter or _enter)(node, i, found[i]).values() if is_lora else [node]
-            tree = jax.tree.structure(node.base if is_lora else 0)
+            leaves = list(map(_put_off, leaves))
+            tree = flatten(node.base)[1] if is_lora else jax.tree.structure(0)
             call.places.append((tree, [None if _is_traced(x) else (x,) for x in leaves]))
             call.values += [x for x in leaves if _is_traced(x)]
         return call
@@ -220,6 +223,7 @@ class Call:
             return fn(*args, **kwargs)
 
         arrays = [v.w if isinstance(v, LoraArray) else v for v in self.values]
+        arrays = [x.aval if isinstance(x, Lazy) else x for x in arrays]
         with jax.disable_jit(False):
             return _jax.trace(flat_fn, arrays)
 
@@ -267,6 +271,8 @@ def _enter(
             leaf = _cast(full[path], leaf.dtype)
         elif isinstance(leaf, jax.Array):
             leaf = lax.stop_gradient(leaf)
+        elif is_quantized(leaf):
+            leaf = Lazy.of(jax.tree.map(lax.stop_gradient, leaf))
         entered[path] = leaf
     for name, f in factors.items():
         path, ranges = entry(name, leaves)
@@ -280,6 +286,14 @@ def _enter(
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
+
+
+def _put_off(x: Any) -> Any:
+    """A quantized leaf as a weight, adapted or not, that is made where it is used."""
+    if isinstance(x, LoraArray):
+        return replace(x, w=Lazy.of(x.w)) if is_quantized(x.w) else x
+    x = Lazy.of(x) if is_quantized(x) else x
+    return LoraArray(x, ()) if isinstance(x, Lazy) else x
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -8,6 +8,7 @@ from jax import lax
 
 from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import LoraArray
 
@@ -16,7 +17,7 @@ from lora_jax._transform._value import LoraArray
 def transpose(ctx: Context, eqn, values):
     """Axes change places: labels are renamed, and factors stay where they are."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     new = {int(old): i for i, old in enumerate(eqn.params["permutation"])}
     return [v.map(w, lambda delta: delta.move(new, w.ndim))]
 
@@ -27,7 +28,7 @@ def convert(ctx: Context, eqn, values):
     (v,) = values
     if not jnp.issubdtype(eqn.params.get("new_dtype", v.w.dtype), jnp.floating):
         return NotImplemented
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     return [dataclasses.replace(v, w=w)]
 
 
@@ -37,7 +38,7 @@ def pass_on(ctx: Context, eqn, values):
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
     return [
         dataclasses.replace(v, w=out) if isinstance(v, LoraArray) else out
-        for v, out in zip(values, _jax.bind(eqn, plain), strict=True)
+        for v, out in zip(values, bind(eqn, plain), strict=True)
     ]
 
 
@@ -45,7 +46,7 @@ def pass_on(ctx: Context, eqn, values):
 def reshard(ctx: Context, eqn, values):
     """On a mesh of Explicit axes: the factors follow to another mesh, not to another spreading."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     deltas = (jax.tree.map(lambda x: _jax.to_mesh_of(eqn, x), delta) for delta in v.deltas)
     return [LoraArray(w, tuple(deltas))]
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._params import wide
 from lora_jax._transform._context import Context
 from lora_jax._transform._contract import contract, times
 from lora_jax._transform._dot import compute_dtype
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray, R, gains_around
 
@@ -29,7 +29,7 @@ def ragged_dot_general(ctx: Context, eqn, values):
     is_simple = not form.batch and len(form.group) == 1 and form.options["group_offset"] is None
     if around is None or around[0] or (around[1] and not is_simple):
         return NotImplemented
-    (result,) = _jax.bind(eqn, [x, v.w, *values[2:]])
+    (result,) = bind(eqn, [x, v.w, *values[2:]])
     ctx.use(v, form.summed, (*form.batch, *form.group))
     by_group = _sum_by_group if not form.group and form.ragged in form.x_summed else _rows_by_group
     with ctx.scope():
@@ -40,8 +40,7 @@ def ragged_dot_general(ctx: Context, eqn, values):
             factors = _in_order(delta, form)
             if factors is None:
                 return NotImplemented  # a factor that both reads and writes
-            dropped = ctx.drop(delta, x)
-            result += by_group(ctx, form, dropped, v.shape, sizes, delta, factors, result)
+            result += by_group(ctx, form, x, v.shape, sizes, delta, factors, result)
         for gain, labels in around[1]:
             result = _by_row(form, gain, labels, sizes, result)
     return [result]
@@ -108,15 +107,21 @@ def _sum_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) -> 
     then, then_labels = _with_axes(factors[1], (*form.batch, *form.free), shape)
     summed = form.x_summed, tuple(map(labels.index, form.summed))
     batch = form.x_batch, tuple(map(labels.index, form.batch))
-    small = lax.ragged_dot_general(
-        x.astype(dtype),
-        first.astype(dtype),
-        sizes,
-        lax.RaggedDotDimensionNumbers((summed, batch), (form.ragged,), ()),
-        precision=form.precision,
-        preferred_element_type=wide(dtype),
-        **form.options,
-    )  # [group, *batch, *rows, r]
+
+    def read(x, first):
+        return lax.ragged_dot_general(
+            x,
+            first,
+            sizes,
+            lax.RaggedDotDimensionNumbers((summed, batch), (form.ragged,), ()),
+            precision=form.precision,
+            preferred_element_type=wide(dtype),
+            **form.options,
+        )
+
+    small = ctx.through(
+        delta, read, x.astype(dtype), first.astype(dtype)
+    )  # [group, *batch, ..., r]
     small = (small * delta.scale.astype(small.dtype)).astype(dtype)
     ctx.spend(delta, x.size * small.shape[-1] + small.size * result.shape[-1])
     rows = [("x", i) for i in range(small.ndim - 2 - len(form.batch))]
@@ -157,7 +162,7 @@ def _rows_by_group(ctx, form: _Form, x, shape, sizes, delta, factors, result) ->
         first = y, labels
         return product(x, form.x_summed, form.x_batch, form.ragged, first, form.summed, wide(dtype))
 
-    small = ctx.through(read, x.astype(dtype), y.astype(dtype))
+    small = ctx.through(delta, read, x.astype(dtype), y.astype(dtype))
     small = (small * delta.scale.astype(small.dtype)).astype(dtype)  # [*batch, *rows, r]
     rank = small.shape[-1]
     ctx.spend(delta, x.size * rank + small.size * (result.size // max(small.size // rank, 1)))

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray
 
@@ -25,7 +25,7 @@ def reshape(ctx: Context, eqn, values):
     (shape,) = (var.aval.shape for var in eqn.outvars)
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return NotImplemented
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
     old = v.unfolded or v.shape
     groups = axis_groups(old, shape)
     deltas = [regroup(delta, old, shape, groups) for delta in v.deltas]
@@ -41,7 +41,7 @@ def broadcast_in_dim(ctx: Context, eqn, values):
     """New axes belong to no factor: every entry along them has the same update."""
     v = values[0]
     dims, shape = eqn.params["broadcast_dimensions"], eqn.params["shape"]
-    (w,) = _jax.bind(eqn, [v.w, *values[1:]])
+    (w,) = bind(eqn, [v.w, *values[1:]])
     ones = [1] * len(shape)
     for size, dim in zip(v.shape, dims, strict=True):
         ones[int(dim)] = size

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import _jax
 from lora_jax._transform._context import Context
+from lora_jax._transform._lazy import bind, moved
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, LoraArray, adapted
 
@@ -22,7 +22,7 @@ def take_range(v: Any, axis: int, start: int, stop: int, stride: int = 1) -> Any
         return v
     if not isinstance(v, LoraArray):
         return lax.slice_in_dim(v, start, stop, stride, axis)
-    w = lax.slice_in_dim(v.w, start, stop, stride, axis)
+    w = moved(v.w, lambda x: lax.slice_in_dim(x, start, stop, stride, axis))
     deltas = (_take_range(d, v.shape, axis, start, stop, stride) for d in v.deltas)
     return adapted(w, deltas)
 
@@ -77,7 +77,7 @@ def dynamic_slice(ctx: Context, eqn, values):
     v, *starts = values
     if any(isinstance(start, LoraArray) for start in starts):
         return NotImplemented
-    (w,) = _jax.bind(eqn, [v.w, *starts])
+    (w,) = bind(eqn, [v.w, *starts])
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, size in enumerate(sizes) if size != v.shape[i]]
 
@@ -96,7 +96,7 @@ def dynamic_slice(ctx: Context, eqn, values):
 @rule("concatenate")
 def concatenate(ctx: Context, eqn, values):
     """A weight put together: each part's update covers a range of the whole."""
-    (w,) = _jax.bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
+    (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
     axis, start = eqn.params["dimension"], 0
     deltas: list[Delta] = []
     for v in values:
@@ -111,7 +111,7 @@ def concatenate(ctx: Context, eqn, values):
 @rule("stack")
 def stack(ctx: Context, eqn, values):
     """Weights along a new axis: each one's update covers one entry of it."""
-    (w,) = _jax.bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
+    (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
     axis = eqn.params["axis"] % w.ndim
     new = {i: i + (i >= axis) for i in range(w.ndim - 1)}
     deltas = [
@@ -129,7 +129,7 @@ def pad(ctx: Context, eqn, values):
     v, value = values
     if not isinstance(v, LoraArray):
         return NotImplemented
-    (w,) = _jax.bind(eqn, [v.w, value])
+    (w,) = bind(eqn, [v.w, value])
     config = [tuple(map(int, c)) for c in eqn.params["padding_config"]]
 
     def pad_delta(delta: Delta) -> Delta | None:
@@ -161,7 +161,7 @@ def _spread(x: jax.Array, axis: int, interior: int) -> jax.Array:
 def rev(ctx: Context, eqn, values):
     """Each factor is reversed along the axes it has."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
 
     def reverse(delta: Delta) -> Delta:
         for axis in eqn.params["dimensions"]:
@@ -178,7 +178,7 @@ def rev(ctx: Context, eqn, values):
 def tile(ctx: Context, eqn, values):
     """Each factor is tiled along the axes it has."""
     (v,) = values
-    (w,) = _jax.bind(eqn, [v.w])
+    (w,) = bind(eqn, [v.w])
 
     def repeat(delta: Delta) -> Delta:
         for axis, times in enumerate(eqn.params["reps"]):

@@ -24,6 +24,7 @@ from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
 from lora_jax._transform._contract import aligned, contract, pad_axis, place, spread_like
+from lora_jax._transform._lazy import force
 from lora_jax._transform._past import Leaf, Past
 
 R = -1
@@ -227,13 +228,13 @@ class LoraArray:
     """A weight ``w`` with its deltas, at some point of its way through the function.
 
     Attributes:
-        w: the frozen part.
+        w: the frozen part, an array or a ``Lazy``.
         deltas: what is added to it.
         unfolded: None; or, where a reshape has merged axes of different roles, the shape that
             the deltas' labels are of. ``w`` is that shape reshaped.
     """
 
-    w: jax.Array
+    w: Any
     deltas: tuple[Delta, ...]
     unfolded: tuple[int, ...] | None = None
 
@@ -274,20 +275,24 @@ class LoraArray:
     @property
     def is_lookup(self) -> bool:
         """Whether it is what a lookup has read: rows, not a choice of kernels."""
-        return self.is_read and all(
-            delta.past.read
-            and (
-                sum(not delta.past.read.issuperset(group) for group in delta.past.axes) <= 1
-                if delta.is_probe
-                else not delta.reads
+        return (
+            bool(self.deltas)
+            and self.is_read
+            and all(
+                delta.past.read
+                and (
+                    sum(not delta.past.read.issuperset(group) for group in delta.past.axes) <= 1
+                    if delta.is_probe
+                    else not delta.reads
+                )
+                for delta in self.deltas
             )
-            for delta in self.deltas
         )
 
     def dense(self) -> jax.Array:
         """``W`` plus its deltas, summed in at least float32, rounded once to ``W``'s dtype."""
         dtype = wide(self.w.dtype)
-        total = self.w.astype(dtype)
+        total = force(self.w).astype(dtype)
         shape = self.unfolded or self.shape
         for delta in self.deltas:
             if not delta.is_probe:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._layout import role_axes, role_shape
+from lora_jax._quantized import is_quantized
 from lora_jax._ranges import Range, part_shape
 
 
@@ -56,7 +57,17 @@ class Target:
         return math.prod(role_shape(self.layout, self.shape, "o"))
 
     def matrix(self) -> jax.Array:
-        """The weight as float32 ``[*batch, in, out]``."""
+        """The weight as float32 ``[*batch, in, out]``.
+
+        Raises:
+            ValueError: it is quantized.
+        """
+        if is_quantized(self.leaf):
+            raise ValueError(
+                f"{self.path!r} is quantized, and this initializer takes its factors out of the "
+                "weight: quantize afterwards, lora_jax.quantize(lora_params.base, ...); or use "
+                "init=lora_jax.init.loftq(...) on the plain weights"
+            )
         return self.as_matrix(self.leaf[self.index])
 
     def as_matrix(self, x: jax.Array) -> jax.Array:

@@ -1,0 +1,57 @@
+"""Quantized bases: arrays of qwix in place of plain ones."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether ``x`` is a quantized array; before qwix is imported nothing can be."""
+    qwix = sys.modules.get("qwix")
+    return qwix is not None and isinstance(x, qwix.QArray)
+
+
+def import_qwix() -> Any:
+    """The library of quantized types.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError(
+            "quantized weights are arrays of qwix, which is not installed: pip install "
+            "'lora-jax[quant]'"
+        ) from error
+    return qwix
+
+
+def dequantize_array(x: Any) -> jax.Array:
+    """The array that a quantized one stands for, in the dtype of its scales."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return import_qwix().dequantize(x)
+
+
+def quantize_array(x: jax.Array, qtype: Any, tiles: dict[int, int]) -> Any:
+    """``x`` in steps of its own for every tile; axes that are in no tile are channels."""
+    qwix = import_qwix()
+    channels = [axis for axis in range(x.ndim) if axis not in tiles]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return qwix.quantize(x, qtype, channelwise_axes=channels, tiled_axes=tiles)
+
+
+def requantize(x: jax.Array, like: Any) -> Any:
+    """``x`` quantized as ``like`` is."""
+    sizes = zip(like.qvalue.shape, like.scale.shape, strict=True)
+    tiles = {axis: n // scales for axis, (n, scales) in enumerate(sizes) if n != scales}
+    return quantize_array(x.astype(like.scale.dtype), like.qtype, tiles)
+
+
+def relative_error(x: Any, exact: Any) -> float:
+    """``|x - exact| / |exact|``, of all entries together."""
+    x, exact = (dequantize_array(y) if is_quantized(y) else y for y in (x, exact))
+    x, exact = (jnp.asarray(y, jnp.float32) for y in (x, exact))
+    return float(jnp.linalg.norm((x - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

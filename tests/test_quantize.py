@@ -1,0 +1,306 @@
+"""Quantized bases: exact about the dequantized weight, which is nowhere kept."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from helpers import all_eqns, assert_close, error, randomize_b
+from jax import lax
+
+import lora_jax
+
+QTYPES = ["nf4", "int4", "int8", "fp8"]
+X = jax.random.normal(jax.random.key(9), (5, 128))
+
+
+def weights(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape) / 8
+
+
+def adapted(params, qtype="nf4", layout=None, rank=4, **options):
+    """An adapter of the quantized weights, and the same one of the dequantized ones."""
+    quantized = lora_jax.quantize(params, qtype, targets=".*", layout=layout)
+    lora_params = randomize_b(
+        lora_jax.lorafy(quantized, rank, targets=".*", layout=layout, **options)
+    )
+    return lora_params, lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+
+
+def values_and_grads(fn, lora_params, *args, **options):
+    def loss(lora_params, *args):
+        outputs = lora_jax.lora(fn, **options)(lora_params, *args)
+        return sum(jnp.sin(y).sum() for y in jax.tree.leaves(outputs)), outputs
+
+    return jax.jit(lora_jax.value_and_grad(loss, has_aux=True))(lora_params, *args)
+
+
+CASES = {
+    "dense": ((128, 64), "io", lambda w, x: x @ w),
+    "stored transposed": ((64, 128), "oi", lambda w, x: x @ w.T),
+    "read from behind": ((128, 64), "io", lambda w, x: jnp.tanh(x @ w) @ w.T),
+    "heads": ((128, 2, 8), "ioo", lambda w, x: jnp.einsum("bi,inh->bnh", x, w)),
+    "several inputs": ((2, 64, 8), "iio", lambda w, x: x @ w.reshape(128, 8)),
+    "scanned layers": (
+        (3, 128, 128),
+        "bio",
+        lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0],
+    ),
+    "scanned with a checkpoint": (
+        (3, 128, 128),
+        "bio",
+        lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0],
+    ),
+    "one layer of a stack": ((3, 128, 64), "bio", lambda w, x: x @ w[1]),
+    "moved before a scan": (
+        (3, 128, 128),
+        "bio",
+        lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, -w[::-1])[0],
+    ),
+    "in a loop": (
+        (128, 128),
+        "io",
+        lambda w, x: lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ w), x),
+    ),
+    "in a cond": (
+        (128, 64),
+        "io",
+        lambda w, x: lax.cond(x[0, 0] > 9, lambda: x @ w, lambda: -x @ w),
+    ),
+    "experts in groups": (
+        (2, 128, 64),
+        "bio",
+        lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 3])),
+    ),
+    "a convolution": (
+        (3, 64, 8),
+        "iio",
+        lambda w, x: lax.conv_general_dilated(
+            x.reshape(5, 2, 64), w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+    ),
+    "a lookup": ((128, 64), "io", lambda w, x: w[jnp.array([3, 1, 3])]),
+    "scaled, joined, split": (
+        (128, 64),
+        "io",
+        lambda w, x: x @ jnp.split(jnp.concatenate([2 * w, w], 1), 2, 1)[0],
+    ),
+    "shared blocks": ((128, 128), "io", lambda w, x: jax.jit(jnp.matmul)(jnp.tanh(x @ w), w)),
+    "not linear, as an activation": ((128, 64), "io", lambda w, x: jnp.tanh(w[jnp.arange(3)])),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_function_of_the_dequantized_weights(name):
+    shape, layout, fn = CASES[name]
+    lora_params, plain = adapted({"w": weights(*shape)}, layout={"w": layout})
+    actual = values_and_grads(lambda p, x: fn(p["w"], x), lora_params, X)
+    expected = values_and_grads(lambda p, x: fn(p["w"], x), plain, X)
+    assert_close(actual, expected, 2e-6)
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_every_type_and_what_it_loses(qtype):
+    params = {
+        "w": weights(128, 64),
+        "v": weights(64, 128).astype(jnp.bfloat16),
+        "bias": jnp.ones(4),
+    }
+    quantized = lora_jax.quantize(params, qtype)
+    lost = lora_jax.quantization_error(quantized, params)
+    assert lost.keys() == {"w", "v"}
+    most = {"nf4": 0.1, "int4": 0.12, "int8": 0.01, "fp8": 0.03}[qtype]
+    assert most / 4 < max(lost.values()) < most
+    assert quantized["bias"] is params["bias"]
+    assert quantized["v"].dtype == jnp.bfloat16
+    lora_params = randomize_b(lora_jax.lorafy(quantized, 4, targets=".*"))
+    plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+    fn = lambda p, x: (x @ p["w"]).astype(jnp.bfloat16) @ p["v"]  # noqa: E731
+    assert_close(
+        values_and_grads(fn, lora_params, X), values_and_grads(fn, plain, X), tolerance=2e-2
+    )
+
+
+def test_weights_without_factors_are_made_where_they_are_used_too():
+    params = {"w": weights(128, 64), "v": weights(64, 128)}
+    quantized = lora_jax.quantize(params, targets=".*")
+    lora_params = randomize_b(lora_jax.lorafy(quantized, 4, targets="w"))
+    fn = lambda p, x: x @ p["w"] @ p["v"]  # noqa: E731
+    plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+    assert_close(values_and_grads(fn, lora_params, X), values_and_grads(fn, plain, X), 2e-6)
+    assert _kept(fn, lora_params, (64, 128)) == 0
+
+
+def _kept(fn, lora_params, shape):
+    """How many float32 arrays of this shape the forward pass leaves for the backward pass."""
+    trainable, frozen = lora_jax.split(lora_params)
+
+    def residuals(trainable, x):
+        run = lambda trainable, x: lora_jax.lora(fn)(lora_jax.combine(trainable, frozen), x)  # noqa: E731
+        return jax.vjp(run, trainable, x)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, trainable, X))
+    return sum(x.shape == shape and x.dtype == jnp.float32 for x in kept)
+
+
+def test_the_backward_pass_makes_the_weight_again():
+    lora_params, plain = adapted({"w": weights(128, 64), "v": weights(64, 96)})
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    for shape in ((128, 64), (64, 96)):
+        assert _kept(fn, lora_params, shape) == 0
+        assert _kept(fn, plain, shape) == 1
+    step = lora_jax.value_and_grad(lambda p, x: (lora_jax.lora(fn)(p, x) ** 2).sum())
+    eqns = all_eqns(jax.make_jaxpr(step)(lora_params, X))
+    made = [e for e in eqns if e.primitive.name == "mul" and e.outvars[0].aval.shape == (64, 96)]
+    assert len(made) == 2  # forward and backward
+
+
+def test_training_takes_the_memory_of_the_bits():
+    """Base and temporary memory, over 4.5 bits a weight and what LoRA itself needs beside."""
+    layers, size, tokens = 48, 256, 64
+    params = [{"w": weights(size, size, seed=i)} for i in range(layers)]
+
+    def fn(params, x):
+        for p in params:
+            x = jnp.tanh(x @ p["w"])
+        return x
+
+    def memory(params):
+        lora_params = lora_jax.lorafy(params, 4, targets=".*")
+        trainable, frozen = lora_jax.split(lora_params)
+
+        def step(trainable, frozen, x):
+            return lora_jax.value_and_grad(lambda p: (lora_jax.lora(fn)(p, x) ** 2).mean())(
+                lora_jax.combine(trainable, frozen)
+            )
+
+        x = jnp.ones((tokens, size))
+        found = jax.jit(step).lower(trainable, frozen, x).compile().memory_analysis()
+        others = sum(a.nbytes for a in jax.tree.leaves((trainable, x)))
+        return found.argument_size_in_bytes - others, found.temp_size_in_bytes
+
+    count = layers * size * size
+    base, temp = memory(params)
+    quantized_base, quantized_temp = memory(lora_jax.quantize(params))
+    assert base > 4 * count
+    assert quantized_base < 1.001 * 4.5 / 8 * count
+    assert quantized_base + quantized_temp < 1.1 * (4.5 / 8 * count + temp)
+
+
+def test_layouts_are_found_and_dora_and_dropout_go_along():
+    params = {"first": weights(128, 64), "second": weights(32, 64)}
+    fn = lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"].T  # noqa: E731
+    layout = lora_jax.layout_of(fn, params, X)
+    quantized = lora_jax.quantize(params, layout=layout)
+    assert (
+        dict(lora_jax.layout_of(fn, quantized, X))
+        == dict(layout)
+        == {
+            "first": "io",
+            "second": "oi",
+        }
+    )
+    assert quantized["second"].scale.shape == (32, 1)  # blocks along the inputs
+    lora_params = randomize_b(lora_jax.lorafy(quantized, 4, layout=layout, targets=".*", dora=True))
+    plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+    assert_close(values_and_grads(fn, lora_params, X), values_and_grads(fn, plain, X), 5e-6)
+    apply = lora_jax.lora(fn, dropout=0.3)
+    key = jax.random.key(1)
+    assert_close(apply(lora_params, X, lora_key=key), apply(plain, X, lora_key=key), 5e-6)
+    assert "all params: 10,240 + " not in repr(lora_params)
+    assert lora_jax.report(fn, lora_params, X).materialized == ()
+
+
+def test_a_flax_model_on_a_quantized_base():
+    model = nn.MultiHeadDotProductAttention(num_heads=2)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 64))
+    params = model.init(jax.random.key(1), x)
+    quantized = lora_jax.quantize(params, "int8")
+    lora_params = randomize_b(lora_jax.lorafy(quantized, 2))
+    plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+    assert_close(
+        values_and_grads(model.apply, lora_params, x), values_and_grads(model.apply, plain, x), 5e-6
+    )
+    assert len(jax.tree.leaves(quantized, is_leaf=lambda x: isinstance(x, qwix.QArray))) == 8
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_merging_is_refused_or_plain_or_rounded_again(batch):
+    layout = {"w": "b" * len(batch) + "io"}
+    lora_params, plain = adapted({"w": weights(*batch, 128, 64)}, "int8", layout)
+    with pytest.raises(ValueError, match=r"'w' is quantized, .* quantized='dequantize'"):
+        lora_jax.merge(lora_params)
+    with pytest.raises(ValueError, match="quantized='round': expected"):
+        lora_jax.merge(lora_params, quantized="round")
+    merged = lora_jax.merge(lora_params, quantized="dequantize")
+    assert_close(merged, lora_jax.merge(plain), 1e-6)
+    again = lora_jax.merge(lora_params, quantized="requantize")
+    assert isinstance(again["w"], qwix.QArray)
+    assert again["w"].scale.shape == lora_params.base["w"].scale.shape
+    (lost,) = lora_jax.quantization_error(again, merged).values()
+    assert 1e-3 < lost < 0.02
+
+
+def test_leaves_without_factors_stay_quantized_in_a_merge():
+    quantized = lora_jax.quantize({"w": weights(128, 64), "v": weights(64, 64)}, targets="v")
+    lora_params = lora_jax.lorafy(quantized, 2, targets="w")
+    merged = lora_jax.merge(lora_params)
+    assert merged["v"].qvalue is quantized["v"].qvalue
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "tile"), [(128, None, 64), (96, None, 48), (80, 16, 16), (12, None, 12)]
+)
+def test_blocks_divide_the_inputs(size, block, tile):
+    quantized = lora_jax.quantize({"w": weights(size, 4)}, block=block)
+    assert quantized["w"].scale.shape == (size // tile, 4)
+
+
+def test_bad_input():
+    params = {"w": weights(128, 64), "tall": weights(127, 4)}
+    with pytest.raises(ValueError, match="qtype='nf5': expected one of"):
+        lora_jax.quantize(params, "nf5")
+    with pytest.raises(ValueError, match="block=1: expected at least 2"):
+        lora_jax.quantize(params, block=1)
+    with pytest.raises(ValueError, match="'tall' has an input axis of 127, whose largest divisor"):
+        lora_jax.quantize(params)
+    with pytest.raises(ValueError, match="only whole weights"):
+        lora_jax.quantize(params, targets="w[:, 0:4]")
+    quantized = lora_jax.quantize(params, targets="w")
+    with pytest.raises(ValueError, match="'w' is quantized already"):
+        lora_jax.quantize(quantized, targets="w")
+    with pytest.raises(ValueError, match="w: quantized: dequantize it first"):
+        lora_jax.lorafy(quantized, targets=[], full="w")
+    for init in ("pissa", "olora"):
+        with pytest.raises(ValueError, match="'w' is quantized, and this initializer"):
+            lora_jax.lorafy(quantized, 2, targets="w", init=init)
+    with pytest.raises(ValueError, match=r"the trees differ in \['tall'"):
+        lora_jax.quantization_error(quantized, {"w": params["w"]})
+
+
+def test_without_the_library_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"lora-jax\[quant\]"):
+        lora_jax.quantize({"w": weights(128, 64)})
+
+
+def test_float_bases_do_not_import_it():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lora_jax, jax.numpy as jnp; lora_jax.merge(lora_jax.lorafy({'query': "
+        "jnp.ones((4, 4))}, 2)); assert 'qwix' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_error_is_relative_to_all_entries():
+    w = weights(128, 64)
+    quantized = lora_jax.quantize({"w": w})
+    expected = np.linalg.norm(qwix.dequantize(quantized["w"]) - w) / np.linalg.norm(w)
+    assert lora_jax.quantization_error(quantized, {"w": w})["w"] == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert error(lora_jax.dequantize(quantized)["w"], qwix.dequantize(quantized["w"])) == 0
