@@ -1,6 +1,6 @@
 """``quantize``: a base in few bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,10 +52,6 @@ def quantize(
     References:
         Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
     """
-    if qtype not in _QTYPES:
-        raise ValueError(f"quantize: qtype={qtype!r}: expected one of {sorted(_QTYPES)}")
-    if block is not None and block < 2:
-        raise ValueError(f"quantize: block={block!r}: expected at least 2 inputs, or None")
     leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
     layout = layout or {}
     check_patterns(layout, "layout", leaves)
@@ -66,14 +62,27 @@ def quantize(
             raise ValueError(f"quantize: {path!r}: only whole weights can be quantized")
         if is_quantized(leaves[path]):
             raise ValueError(f"quantize: {path!r} is quantized already: exclude={path!r}")
-        inputs = role_axes(letters_of(path, leaves, layout), "i")
-        size = block or _BLOCKS[qtype]
-        tiles = {axis: leaves[path].shape[axis] for axis in inputs}
-        if size is not None:  # along the last input axis; the others are channels
-            tiles = {inputs[-1]: _tile(leaves[path].shape[inputs[-1]], size, path)}
-        new[path] = quantize_array(leaves[path], _QTYPES[qtype], tiles)
+        letters = letters_of(path, leaves, layout)
+        new[path] = quantize_array(
+            leaves[path], *tiles_of(leaves[path].shape, letters, qtype, block, path)
+        )
     every, tree = flatten(params)
     return jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
+
+
+def tiles_of(
+    shape: Sequence[int], layout: str, qtype: str, block: int | None, path: str
+) -> tuple[str, dict[int, int]]:
+    """What qwix calls a type, and how many entries of which axes share a step."""
+    if qtype not in _QTYPES:
+        raise ValueError(f"quantize: qtype={qtype!r}: expected one of {sorted(_QTYPES)}")
+    if block is not None and block < 2:
+        raise ValueError(f"quantize: block={block!r}: expected at least 2 inputs, or None")
+    inputs, size = role_axes(layout, "i"), block or _BLOCKS[qtype]
+    if size is None:
+        return _QTYPES[qtype], {axis: shape[axis] for axis in inputs}
+    # along the last input axis; the others are channels
+    return _QTYPES[qtype], {inputs[-1]: _tile(shape[inputs[-1]], size, path)}
 
 
 def _tile(size: int, block: int, path: str) -> int:

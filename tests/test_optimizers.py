@@ -88,7 +88,7 @@ def test_lora_plus_multiplies_the_rate_of_b_alone():
     [
         lambda p: lora_jax.lora_plus(optax.adamw(1e-2), 4),
         lambda p: lora_jax.riemannian(optax.sgd(1e-2)),
-        lambda p: lora_jax.lora_plus(lora_jax.riemannian(optax.adamw(1e-2))),
+        lambda p: lora_jax.lora_plus(lora_jax.riemannian(optax.adamw(1e-3)), 4),
         lambda p: optax.chain(optax.clip_by_global_norm(1.0), lora_jax.lora_plus(optax.sgd(1e-3))),
     ],
 )

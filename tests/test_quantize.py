@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from helpers import all_eqns, assert_close, error, randomize_b
+from helpers import all_eqns, assert_close, error, products_of_shape, randomize_b
 from jax import lax
 
 import lora_jax
@@ -154,8 +154,14 @@ def test_the_backward_pass_makes_the_weight_again():
     eqns = all_eqns(jax.make_jaxpr(step)(lora_params, X))
     made = [e for e in eqns if e.primitive.name == "mul" and e.outvars[0].aval.shape == (64, 96)]
     assert len(made) == 2  # forward and backward
+    assert not products_of_shape(step, (128, 64), lora_params, X)
+    assert not products_of_shape(step, (64, 128), lora_params, X)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="this jaxlib's CPU compiler drops the barriers that keep any recomputation apart",
+)
 def test_training_takes_the_memory_of_the_bits():
     """Base and temporary memory, over 4.5 bits a weight and what LoRA itself needs beside."""
     layers, size, tokens = 48, 256, 64
@@ -255,6 +261,44 @@ def test_leaves_without_factors_stay_quantized_in_a_merge():
 def test_blocks_divide_the_inputs(size, block, tile):
     quantized = lora_jax.quantize({"w": weights(size, 4)}, block=block)
     assert quantized["w"].scale.shape == (size // tile, 4)
+
+
+@pytest.mark.parametrize("qtype", ["nf4", "int8"])
+def test_loftq_starts_nearer_to_the_model_than_quantizing_alone(qtype):
+    params = {"io": weights(128, 64), "oi": weights(64, 128), "bio": weights(2, 128, 64)}
+    layout = {name: name for name in params}
+    plain = lora_jax.quantization_error(
+        lora_jax.quantize(params, qtype, targets=".*", layout=layout), params
+    )
+    lost = []
+    for steps in (1, 4):
+        lora_params = lora_jax.lorafy(
+            params, 8, targets=".*", layout=layout, init=lora_jax.init.loftq(qtype, steps)
+        )
+        assert all(isinstance(x, qwix.QArray) for x in lora_params.base.values())
+        merged = lora_jax.merge(lora_params, quantized="dequantize")
+        lost.append(
+            {
+                k: float(jnp.linalg.norm(merged[k] - w) / jnp.linalg.norm(w))
+                for k, w in params.items()
+            }
+        )
+    for name in params:
+        assert lost[1][name] < lost[0][name] < 0.9 * plain[name]
+    fn = lambda p, x: x @ p["io"]  # noqa: E731
+    expected = X @ merged["io"]
+    assert_close(lora_jax.lora(fn)(lora_params, X), expected, 1e-5)
+
+
+def test_loftq_wants_whole_plain_weights():
+    loftq = lora_jax.init.loftq
+    with pytest.raises(ValueError, match="steps=0: expected at least 1"):
+        loftq(steps=0)
+    with pytest.raises(ValueError, match="only whole weights quantize"):
+        lora_jax.lorafy({"w": weights(128, 64)}, 2, targets="w[:, 0:8]", init=loftq())
+    quantized = lora_jax.quantize({"w": weights(128, 64)})
+    with pytest.raises(ValueError, match="'w' is quantized, and this initializer"):
+        lora_jax.lorafy(quantized, 2, targets="w", init=loftq())
 
 
 def test_bad_input():

@@ -98,6 +98,8 @@ def bind(eqn: Any, values: list[Any]) -> list[Any]:
 
     def run(operands):
         operands = lax.optimization_barrier(operands)  # not made before the others are there
+        # inside as well: older JAX takes gradients of all that enters a checkpoint
+        operands = [lax.stop_gradient(v) if isinstance(v, Lazy) else v for v in operands]
         return _jax.bind(eqn, [force(v) for v in operands])
 
     if eqn.primitive.name not in _MOVES:

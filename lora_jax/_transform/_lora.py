@@ -206,8 +206,8 @@ class Call:
             leaves = (enter or _enter)(node, i, found[i]).values() if is_lora else [node]
             leaves = list(map(_put_off, leaves))
             tree = flatten(node.base)[1] if is_lora else jax.tree.structure(0)
-            call.places.append((tree, [None if _is_traced(x) else (x,) for x in leaves]))
-            call.values += [x for x in leaves if _is_traced(x)]
+            call.places.append((tree, [None if is_traced(x) else (x,) for x in leaves]))
+            call.values += [x for x in leaves if is_traced(x)]
         return call
 
     def trace(self, fn: Callable[..., Any]) -> Any:
@@ -254,7 +254,8 @@ def _is_lora(x: Any) -> bool:
     return isinstance(x, LoraParams)
 
 
-def _is_traced(x: Any) -> bool:
+def is_traced(x: Any) -> bool:
+    """Whether an argument's leaf is traced, rather than handed on as it is."""
     kinds = jax.Array | np.ndarray | np.generic | LoraArray | jax.ShapeDtypeStruct
     return isinstance(x, kinds)
 

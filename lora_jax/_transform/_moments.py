@@ -11,27 +11,28 @@ from lora_jax._layout import factor_shapes
 from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._ranges import entry
 from lora_jax._transform._context import Context
-from lora_jax._transform._lora import run_lora
+from lora_jax._transform._lora import is_traced, run_lora
 from lora_jax.init._target import Target
 
 
-def input_moments(fn: Callable[..., Any], lora_params: LoraParams, *args: Any) -> dict[str, Any]:
-    """Return ``sum x x^T`` over all that each adapted weight reads in ``fn(params, *args)``.
+def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+    """Return ``sum x x^T`` over all that each adapted weight reads in a call of ``fn``.
 
     One forward and one backward pass, with ``[in, in]`` numbers a weight. Add up the results of
     several batches by ``jax.tree.map(jnp.add, moments, more)``.
 
     Args:
-        fn: a function whose first argument is parameters.
-        lora_params: which weights, and their layouts; the factors do not matter.
-        *args: a batch: further arguments of ``fn``.
+        fn: a function as for :func:`lora`.
+        *args: its arguments, with one LoraParams where it takes parameters: that says which
+            weights, and their layouts; its factors do not matter.
+        **kwargs: as ``args``.
 
     Returns:
         ``{path: [*batch, in, in]}`` in float32, by the keys of ``lora_params.adapter.factors``.
         Lookups, and uses that read a weight from behind, as tied heads do, do not count.
 
     Raises:
-        TypeError: ``lora_params`` is not a LoraParams.
+        TypeError: there is not exactly one LoraParams among the arguments.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -41,11 +42,15 @@ def input_moments(fn: Callable[..., Any], lora_params: LoraParams, *args: Any) -
         {'query/kernel': Array([[2., 2.],
                [2., 4.]], dtype=float32)}
     """
-    if not isinstance(lora_params, LoraParams):
+    is_lora = lambda x: isinstance(x, LoraParams)  # noqa: E731
+    nodes, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
+    places = [i for i, node in enumerate(nodes) if is_lora(node)]
+    if len(places) != 1:
         raise TypeError(
-            f"input_moments: lora_params is {type(lora_params).__name__}, expected a LoraParams, "
-            "such as lorafy(params, ...) returns: it says which weights"
+            f"input_moments: expected one LoraParams among the arguments, such as lorafy(params, "
+            f"...) returns, got {len(places)}: it says which weights"
         )
+    lora_params = nodes[places[0]]
     leaves, identities, shapes = check(lora_params), {}, {}
     for name, f in lora_params.adapter.factors.items():
         path, ranges = entry(name, leaves)
@@ -58,17 +63,16 @@ def input_moments(fn: Callable[..., Any], lora_params: LoraParams, *args: Any) -
             f, a=a, b=jnp.zeros(b_shape), scale=jnp.float32(1), magnitude=None, norm=None, frozen=()
         )
 
-    @jax.jit
-    def gradients(identities, base, args):
-        def total(identities):
-            probe = LoraParams(base, Adapter(identities))
-            outputs = run_lora(Context("error", observe=_observe), fn, (probe, *args), {})
-            floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
-            return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
+    arrays = {i: node for i, node in enumerate(nodes) if is_traced(node)}
 
-        return jax.grad(total)(identities)
+    def total(identities, base, arrays):
+        arrays[places[0]] = LoraParams(base, Adapter(identities))
+        probed = jax.tree.unflatten(tree, [arrays.get(i, node) for i, node in enumerate(nodes)])
+        outputs = run_lora(Context("error", observe=_observe), fn, *probed)
+        floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
+        return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
 
-    found = gradients(identities, lora_params.base, args)
+    found = jax.jit(jax.grad(total))(identities, lora_params.base, arrays)
     return {name: f.a.reshape(shapes[name]) for name, f in found.items()}
 
 

@@ -9,6 +9,7 @@ from lora_jax.init._data import corda as corda
 from lora_jax.init._data import eva as eva
 from lora_jax.init._data import eva_ranks as eva_ranks
 from lora_jax.init._data import lora_ga as lora_ga
+from lora_jax.init._quantized import loftq as loftq
 from lora_jax.init._random import gaussian as gaussian
 from lora_jax.init._random import kaiming_uniform as kaiming_uniform
 from lora_jax.init._random import orthogonal as orthogonal

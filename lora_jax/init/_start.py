@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from lora_jax._layout import factor_shapes
+from lora_jax._quantized import is_quantized
 from lora_jax.init._random import gaussian, kaiming_uniform, orthogonal
 from lora_jax.init._svd import olora, pissa
 from lora_jax.init._target import Initializer, Target
@@ -81,4 +82,6 @@ def start(
                 f"init={name}: the factors of {target.path!r} are not finite. Has the weight NaNs "
                 "or infinities?"
             )
+    if rest and is_quantized(rest[0]):
+        return a, b, rest[0]
     return a, b, target.leaf_with(rest[0]) if rest else None
