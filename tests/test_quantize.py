@@ -218,6 +218,53 @@ def test_layouts_are_found_and_dora_and_dropout_go_along():
     assert lora_jax.report(fn, lora_params, X).materialized == ()
 
 
+def test_gradients_pass_through_what_scales_a_quantized_weight():
+    params = {"w": weights(128, 64), "s": jnp.linspace(1, 2, 64)[None], "bias": jnp.ones((1, 64))}
+    quantized = lora_jax.quantize(params, targets="w")
+    fn = lambda p, x: x @ (p["w"] * p["s"]).T[::-1].T + p["bias"]  # noqa: E731
+    lora_params = randomize_b(lora_jax.lorafy(quantized, 4, targets="w", full=["s", "bias"]))
+    plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+    actual = values_and_grads(fn, lora_params, X)
+    assert jnp.abs(actual[1].full["s"]).min() > 0
+    assert_close(actual, values_and_grads(fn, plain, X), 5e-6)
+
+
+def test_rows_of_a_quantized_table_are_activations():
+    """They are added, normed, dropped from and multiplied by a DoRA weight as any are."""
+    params = {"table": weights(64, 128), "w": weights(128, 64)}
+    quantized = lora_jax.quantize(params, "int8", targets=".*")
+
+    def fn(p, ids):
+        h = p["table"][ids] + 1.0
+        h = h / jnp.sqrt((h**2).mean(-1, keepdims=True))
+        return h @ p["w"]
+
+    ids = jnp.array([3, 60, 3])
+    for targets in ("w", ".*"):
+        lora_params = randomize_b(lora_jax.lorafy(quantized, 4, targets=targets, dora=True))
+        plain = lora_jax.LoraParams(lora_jax.dequantize(quantized), lora_params.adapter)
+        assert_close(values_and_grads(fn, lora_params, ids), values_and_grads(fn, plain, ids), 5e-6)
+        apply, key = lora_jax.lora(fn, dropout=0.5), jax.random.key(1)
+        dropped = apply(lora_params, ids, lora_key=key)
+        assert error(dropped, apply(lora_params, ids)) > 1e-2
+        assert_close(dropped, apply(plain, ids, lora_key=key), 5e-6)
+
+
+def test_the_norms_of_a_quantized_stack_are_found_a_layer_at_a_time():
+    stack = {"w": weights(6, 128, 64)}
+    lora_params, plain = adapted(stack, "nf4", {"w": "bio"}, dora=True)
+
+    def fn(p, x):
+        return lax.scan(lambda x, w: (x @ w @ w.T, None), x, p["w"])[0]
+
+    assert_close(values_and_grads(fn, lora_params, X), values_and_grads(fn, plain, X), 5e-6)
+    made = jax.make_jaxpr(lambda p, x: lora_jax.lora(fn)(p, x))(lora_params, X)
+    made = [v.aval for e in all_eqns(made) for v in e.outvars]
+    assert not [a for a in made if a.shape == (6, 128, 64) and a.dtype == jnp.float32]
+    shapes = jax.eval_shape(lambda p: p, lora_params)
+    assert lora_jax.report(fn, shapes, X).materialized == ()
+
+
 def test_a_flax_model_on_a_quantized_base():
     model = nn.MultiHeadDotProductAttention(num_heads=2)
     x = jax.random.normal(jax.random.key(0), (2, 4, 64))

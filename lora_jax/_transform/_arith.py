@@ -114,7 +114,7 @@ def add(ctx: Context, eqn, values):
     for i, v in enumerate(values):
         if isinstance(v, LoraArray):
             is_alone = not isinstance(values[1 - i], LoraArray)
-            if is_alone and (v.is_lookup or not _fills(v, w.shape)):
+            if is_alone and (not v.deltas or v.is_lookup or not _fills(v, w.shape)):
                 return NotImplemented  # added to activations, it is not a weight any more
             if any(delta.gain is not None for delta in v.deltas):
                 return NotImplemented  # of one summand only

@@ -18,7 +18,7 @@ from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
 from lora_jax._transform._contract import contract
-from lora_jax._transform._lazy import force
+from lora_jax._transform._lazy import Lazy, force
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._value import Delta, R
 
@@ -64,6 +64,18 @@ def gain(w: jax.Array, f: Factors) -> jax.Array:
     return f.magnitude.astype(cross.dtype) / jnp.sqrt(jnp.maximum(squared, 0)) - 1
 
 
+def _by_layer(w: Lazy, f: Factors) -> Any:
+    """The gain of a quantized stack, of which one layer is made at a time."""
+    stacks = {name: getattr(f, name) for name in ("a", "b", "magnitude", "norm")}
+    stacks = {name: x for name, x in stacks.items() if x is not None}
+
+    def one(layer):
+        own = dataclasses.replace(f, **layer[1], layout=f.layout[1:])
+        return gain(force(Lazy.of(layer[0])), own)
+
+    return lax.map(one, (w.front(), stacks))
+
+
 def enter(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
     """The delta of a weight as it enters the function, with its gain if it has one."""
     delta = Delta.of(f, leaf, ranges)
@@ -73,6 +85,9 @@ def enter(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
     index = tuple(bounds.get(axis, slice(None)) for axis in range(len(f.layout) if ranges else 0))
     labels = (*role_axes(f.layout, "b"), *role_axes(f.layout, "o"))
     is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((w, f)))
+    is_stack = isinstance(w, Lazy) and f.layout[0] == "b" and not ranges and not is_shape
+    if is_stack and w.front() is not None:
+        return dataclasses.replace(delta, gain=_by_layer(w, f), gain_labels=labels)
     compute = functools.partial(jax.eval_shape, gain) if is_shape else gain
     w = jax.eval_shape(force, w) if is_shape else force(w)
     part = jax.eval_shape(lambda w: w[index], w) if is_shape else w[index]

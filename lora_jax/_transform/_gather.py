@@ -6,7 +6,7 @@ import jax
 from jax import lax
 
 from lora_jax._transform._context import Context
-from lora_jax._transform._lazy import bind
+from lora_jax._transform._lazy import bind, force
 from lora_jax._transform._rules import rule
 from lora_jax._transform._value import Delta, Labels, LoraArray
 
@@ -25,6 +25,8 @@ def gather(ctx: Context, eqn, values):
     if any(d.gain is not None for d in v.deltas) and fill == fill != 0:
         return NotImplemented  # what is filled in has no gain
     (w,) = bind(eqn, [v.w, indices])
+    if not v.deltas:
+        return [force(w)]  # rows of a quantized table are activations
     sizes = eqn.params["slice_sizes"]
     numbers = lax.GatherDimensionNumbers(
         **{

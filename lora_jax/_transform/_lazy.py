@@ -50,7 +50,7 @@ class Lazy:
     @classmethod
     def of(cls, quantized: Any) -> "Lazy":
         """A quantized leaf, as the array it stands for."""
-        return cls(quantized, dequantize_array, tuple(quantized.shape), jnp.dtype(quantized.dtype))
+        return cls(quantized, _frozen, tuple(quantized.shape), jnp.dtype(quantized.dtype))
 
     @property
     def ndim(self) -> int:
@@ -69,13 +69,18 @@ class Lazy:
 
     def front(self) -> Any:
         """The arrays with one entry of the first axis for each step; None if they have no such."""
-        if self.make is not dequantize_array:
+        if self.make is not _frozen:
             return None
         arrays, tree = jax.tree.flatten(self.arrays)
         if any(x.shape[:1] not in (self.shape[:1], (1,)) for x in arrays):
             return None
         arrays = [jnp.broadcast_to(x, (*self.shape[:1], *x.shape[1:])) for x in arrays]
         return jax.tree.unflatten(tree, arrays)
+
+
+def _frozen(quantized: Any) -> jax.Array:
+    """The array; inside a checkpoint older JAX would take gradients of all that enters it."""
+    return dequantize_array(jax.tree.map(lax.stop_gradient, quantized))
 
 
 def force(w: Any) -> Any:
@@ -98,8 +103,6 @@ def bind(eqn: Any, values: list[Any]) -> list[Any]:
 
     def run(operands):
         operands = lax.optimization_barrier(operands)  # not made before the others are there
-        # inside as well: older JAX takes gradients of all that enters a checkpoint
-        operands = [lax.stop_gradient(v) if isinstance(v, Lazy) else v for v in operands]
         return _jax.bind(eqn, [force(v) for v in operands])
 
     if eqn.primitive.name not in _MOVES:
