@@ -36,7 +36,8 @@ class Factors:
         layout: one letter an axis of the weight: ``b`` batch, ``i`` in, ``o`` out.
         magnitude: of DoRA, ``[*batch, *out]``: the norms of the columns, which train on their
             own; None without.
-        norm: of DoRA, ``[*batch, *out]``: the squared norms of the base's columns, frozen.
+        norm: of DoRA, ``[*batch, *out]``: the squared norms of the base's columns, frozen. Of
+            another base they are others: None has them found at every call.
         frozen: the names of those of ``a``, ``b`` and ``magnitude`` that do not train.
     """
 
