@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
+from lora_jax._norm import squared_norm
 from lora_jax._params import Adapter, Factors, LoraParams, check
 from lora_jax._paths import PyTree
 from lora_jax._ranges import entry
-from lora_jax._transform._dora import squared_norm
 
 
 def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> LoraParams:

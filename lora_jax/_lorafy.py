@@ -11,12 +11,12 @@ from jax.typing import DTypeLike
 
 from lora_jax._choose import Bias, choose, is_table, letters_of
 from lora_jax._layout import Layouts, check_layout, is_array, max_rank, role_shape
+from lora_jax._norm import squared_norm
 from lora_jax._params import Adapter, Factors, LoraParams, is_concrete, wide
 from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry, overlap, part_shape
 from lora_jax._select import Selector, check_patterns, lookup
-from lora_jax._transform._dora import squared_norm
 from lora_jax.init import Initializer, Target
 from lora_jax.init._start import resolve_init, start
 from lora_jax.init._target import fold_in_path

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._layout import role_axes
+from lora_jax._norm import squared_norm
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
 from lora_jax._transform._contract import contract
@@ -23,15 +24,6 @@ from lora_jax._transform._past import Leaf
 from lora_jax._transform._value import Delta, R
 
 S = -2  # the rank axis, once more
-
-
-def squared_norm(w: jax.Array, layout: str) -> jax.Array:
-    """``|W|^2`` of every column: ``[*batch, *out]``, in at least float32."""
-    x = w.astype(wide(w.dtype))
-    kept = [*role_axes(layout, "b"), *role_axes(layout, "o")]
-    squares = jnp.square(x).sum(role_axes(layout, "i"))
-    left = [i for i in range(len(layout)) if i in kept]
-    return squares.transpose([left.index(i) for i in kept])
 
 
 def squared_update(w: jax.Array, f: Factors) -> tuple[jax.Array, jax.Array]:
