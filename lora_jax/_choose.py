@@ -33,6 +33,7 @@ def choose(
     bias: Bias,
     layers: Iterable[int] | None,
     layout: Mapping[str, str],
+    may_be_empty: bool = False,
 ) -> tuple[Chosen, list[str]]:
     """The keys to adapt, with the selector's answers, and the paths to train whole."""
     if bias not in get_args(Bias):
@@ -69,7 +70,7 @@ def choose(
         modules = {entry(name, leaves)[0].rpartition("/")[0] for name in chosen}
         beside = [path for path in biases if path.rpartition("/")[0] in modules]
         whole += [path for path in _found(beside, bias, leaves) if path not in whole]
-    if not chosen and not whole:
+    if not chosen and not whole and not may_be_empty:
         raise ValueError(
             f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "
             f"leave no leaf. Leaves: {nearest('', leaves)}"

@@ -10,12 +10,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._choose import Bias, choose, is_table, letters_of
-from lora_jax._layout import Layouts, check_layout, is_array, max_rank, role_shape
+from lora_jax._layout import (
+    Layouts,
+    check_layout,
+    is_array,
+    max_rank,
+    not_trainable,
+    role_shape,
+)
 from lora_jax._norm import squared_norm
 from lora_jax._params import Adapter, Factors, LoraParams, is_concrete, wide
 from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized
-from lora_jax._ranges import entry, overlap, part_shape
+from lora_jax._ranges import entry, overlap, part_shape, rows_of, spell_rows
 from lora_jax._select import Selector, check_patterns, lookup
 from lora_jax.init import Initializer, Target
 from lora_jax.init._start import resolve_init, start
@@ -33,6 +40,7 @@ def lorafy(
     layers: Iterable[int] | None = None,
     full: Selector = None,
     bias: Bias = "none",
+    rows: Mapping[str, Iterable[int]] | None = None,
     dora: bool = False,
     freeze: Collection[str] = (),
     layout: Mapping[str, str] | None = None,
@@ -75,6 +83,8 @@ def lorafy(
             layer are left out.
         full: leaves to train whole (heads, biases, norms): copied to float32 masters.
         bias: ``"all"`` trains every bias, too, ``"lora_only"`` those beside adapted weights.
+        rows: rows of tables that train on their own, such as those of new tokens:
+            ``{pattern: ids}``. Each takes the memory of a column of its table.
         dora: train the norms of the weights' columns apart from their directions, as
             ``m (W + scale B A) / |W + scale B A|``.
         freeze: what of the factors does not train: ``"a"``, as LoRA-FA has it, or ``"b"``.
@@ -134,11 +144,14 @@ def lorafy(
         )
     init = resolve_init(init)
 
-    chosen, whole = choose(leaves, targets, exclude, full, bias, layers, layout)
+    tables = _tables(rows or {}, leaves, layout)
+    chosen, whole = choose(
+        leaves, targets, exclude, full, bias, layers, layout, may_be_empty=bool(tables)
+    )
     parts = {name: entry(name, leaves) for name in chosen}
     check_patterns(rank, "rank", {path for path, _ in parts.values()})
     check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
-    _check_distinct(parts, leaves)
+    _check_distinct(parts | {name: (path, ()) for name, path in tables.items()}, leaves)
     key = jax.random.key(0) if key is None else key
     factors, new = {}, dict(leaves)
     for name, answer in chosen.items():
@@ -156,10 +169,46 @@ def lorafy(
         factors[name] = Factors(
             a, b, jnp.asarray(scale, jnp.float32), letters, magnitude, norm, tuple(sorted(freeze))
         )
+    for name, path in tables.items():
+        factors[name] = _row_factors(name, leaves[path], letters_of(path, leaves, layout), dtype)
     if any(new[path] is not leaf for path, leaf in leaves.items()):
         every, tree = flatten(params)
         params = jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
     return LoraParams(params, Adapter(factors, {path: master(leaves[path]) for path in whole}))
+
+
+def _tables(
+    rows: Mapping[str, Iterable[int]], leaves: Mapping[str, Any], layout: Mapping[str, str]
+) -> dict[str, str]:
+    """The key of the rows that train of each table, and its path."""
+    check_patterns(rows, "rows", leaves)
+    tables = {}
+    for path, leaf in leaves.items():
+        if (ids := lookup(rows, path, "rows")) is None:
+            continue
+        ids = sorted(int(i) for i in ids)
+        letters = letters_of(path, leaves, layout) if len(leaf.shape) > 1 else ""
+        if letters.count("i") != 1 or "b" in letters or not_trainable(leaf):
+            raise ValueError(
+                f"rows: {path!r} of shape {tuple(leaf.shape)} (layout {letters!r}) is no table of "
+                "floats with one input axis"
+            )
+        (size,) = role_shape(letters, leaf.shape, "i")
+        if not ids or len({*ids}) != len(ids) or not 0 <= ids[0] <= ids[-1] < size:
+            raise ValueError(
+                f"rows={{{path!r}: {ids}}}: expected different numbers from 0 to {size - 1}"
+            )
+        tables[spell_rows(path, ids)] = path
+    return tables
+
+
+def _row_factors(name: str, leaf: Any, letters: str, dtype: DTypeLike) -> Factors:
+    """``W + E b``, where the columns of ``E`` pick the rows: ``b`` is what is added to them."""
+    ids = rows_of(name) or ()
+    (size,) = role_shape(letters, leaf.shape, "i")
+    a = jax.nn.one_hot(jnp.array(ids), size, dtype=dtype).T
+    b = jnp.zeros((len(ids), *role_shape(letters, leaf.shape, "o")), dtype)
+    return Factors(a, b, jnp.ones((), jnp.float32), letters, frozen=("a",))
 
 
 def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:

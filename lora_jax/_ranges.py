@@ -1,7 +1,8 @@
 """Parts of a weight as targets: ``c_attn/kernel[:, 0:768]``.
 
 A range follows the path, as in NumPy: one ``start:stop`` an axis, ``:`` for a whole axis, fewer
-than the axes for whole ones at the end.
+than the axes for whole ones at the end. Rows of a table follow in two pairs of brackets:
+``wte/embedding[[3, 17]]``.
 """
 
 import re
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _RANGED = re.compile(r"(?P<path>.*)\[(?P<ranges>[\d\s,:-]*:[\d\s,:-]*)\]")
+_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<rows>\d+(, \d+)*)\]\]")
 _ONE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*")
 
 
@@ -70,6 +72,21 @@ def spell(path: str, ranges: Sequence[Range], ndim: int) -> str:
     return f"{path}[{', '.join(by_axis.get(axis, ':') for axis in range(ndim))}]"
 
 
+def spell_rows(path: str, rows: Sequence[int]) -> str:
+    """The key of rows that train on their own: ``wte/embedding[[3, 17]]``."""
+    return f"{path}[[{', '.join(map(str, rows))}]]"
+
+
+def rows_of(key: str) -> tuple[int, ...] | None:
+    """The rows that an entry of an adapter is of; None if it is of no rows.
+
+    >>> rows_of("wte/embedding[[3, 17]]")
+    (3, 17)
+    """
+    match = _ROWS.fullmatch(key)
+    return tuple(map(int, match["rows"].split(", "))) if match else None
+
+
 def part_shape(shape: Sequence[int], ranges: Sequence[Range]) -> tuple[int, ...]:
     """The shape of a part of a weight."""
     sizes = {r.axis: r.stop - r.start for r in ranges}
@@ -78,6 +95,9 @@ def part_shape(shape: Sequence[int], ranges: Sequence[Range]) -> tuple[int, ...]
 
 def entry(key: str, leaves: Mapping[str, Any]) -> tuple[str, tuple[Range, ...]]:
     """The path and ranges of an adapter's entry; a path that no leaf has comes back as it is."""
+    rows = _ROWS.fullmatch(key)
+    if key not in leaves and rows and rows["path"] in leaves:
+        return rows["path"], ()
     path, ranges = split_range(key)
     if key in leaves or ranges is None or path not in leaves:
         return key, ()

@@ -133,6 +133,63 @@ def test_biases_train_beside_the_factors():
     assert_oracle(fn, randomize_b(lora_params), jnp.ones((3, 8)))
 
 
+# Rows of tables
+
+TABLE = {"embed": {"embedding": jax.random.normal(jax.random.key(0), (9, 6))}, "w": jnp.eye(6)}
+
+
+def tied(p, ids):
+    h = jnp.tanh(p["embed"]["embedding"][ids] @ p["w"])
+    return h @ p["embed"]["embedding"].T
+
+
+def test_rows_train_on_their_own():
+    ids = jnp.array([[3, 1, 7], [0, 3, 8]])
+    lora_params = lora_jax.lorafy(TABLE, 2, targets=[], rows={"embed/.*": [7, 3]})
+    (key,) = lora_params.adapter.factors
+    assert key == "embed/embedding[[3, 7]]"
+    assert "trainable params: 12 ||" in repr(lora_params)
+    assert_close(lora_jax.lora(tied)(lora_params, ids), tied(TABLE, ids), 1e-6)
+    lora_params = randomize_b(lora_params)
+    assert_oracle(tied, lora_params, ids)
+    merged = lora_jax.merge(lora_params)["embed"]["embedding"]
+    changed = jnp.any(merged != TABLE["embed"]["embedding"], 1)
+    assert jnp.flatnonzero(changed).tolist() == [3, 7]
+    assert_close(merged[3], TABLE["embed"]["embedding"][3] + lora_params.adapter.factors[key].b[0])
+    y = lora_jax.lora(tied, dropout=0.5)(lora_params, ids, lora_key=jax.random.key(1))
+    assert_close(y, tied(lora_jax.merge(lora_params), ids), 1e-5)
+
+
+def test_rows_beside_factors():
+    lora_params = lora_jax.lorafy(TABLE, 2, targets="w", rows={"embed/.*": [0]}, dora=True)
+    assert list(lora_params.adapter.factors) == ["w", "embed/embedding[[0]]"]
+    assert_oracle(tied, randomize_b(lora_params), jnp.array([[0, 2]]))
+    assert "embed/embedding[[0]]" in lora_params.summary()
+    report = lora_jax.report(tied, lora_params, jnp.array([[0, 2]]))
+    assert {row["path"]: row["uses"] for row in report.rows}["embed/embedding[[0]]"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"embed/.*": [9]}, "different numbers from 0 to 8"),
+        ({"embed/.*": [1, 1]}, "different numbers from 0 to 8"),
+        ({"embed/.*": []}, "different numbers from 0 to 8"),
+        ({"embedding": [1]}, "matches none of the"),
+    ],
+)
+def test_bad_rows_raise(rows, message):
+    with pytest.raises(ValueError, match=message):
+        lora_jax.lorafy(TABLE, 2, targets=[], rows=rows)
+
+
+def test_rows_of_what_is_no_table_or_adapted_as_well_raise():
+    with pytest.raises(ValueError, match=r"'norm' of shape .* is no table"):
+        lora_jax.lorafy({"norm": jnp.ones(6)}, targets=[], rows={"norm": [1]})
+    with pytest.raises(ValueError, match="overlap: an entry of a weight has one"):
+        lora_jax.lorafy(TABLE, 2, targets="embed.*", rows={"embed.*": [1]})
+
+
 # Frozen factors
 
 X = jax.random.normal(jax.random.key(1), (5, 8))

@@ -16,7 +16,7 @@ from lora_jax._layout import is_array, role_axes
 from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._paths import flatten
 from lora_jax._quantized import is_quantized
-from lora_jax._ranges import entry
+from lora_jax._ranges import entry, rows_of
 from lora_jax._transform import (  # noqa: F401  (their rules register)
     _arith,
     _control,
@@ -283,7 +283,7 @@ def _enter(
         if f.frozen:
             f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
         delta = enter(f, Leaf(owner, path), ranges, w)
-        if key is not None:
+        if key is not None and rows_of(name) is None:  # rows that train whole are never dropped
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
