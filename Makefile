@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 PEERS ?= .venv-peers
+PEFT ?= .venv-peft
 
-.PHONY: demo test check peers format clean
+.PHONY: demo test check peers peft format clean
 
 demo: $(VENV)/.examples  ## fine-tune MiniLM on movie reviews; ARGS="--help" for its options
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -25,6 +26,11 @@ peers: ## models of other projects, in an environment of their own
 		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
 	$(PEERS)/bin/python -m pytest -m peer tests/test_zoo.py tests/test_libraries.py $(ARGS)
 
+peft: ## PEFT itself, on the same weights; its PyTorch for the CPU wants Python 3.11
+	$(MAKE) $(PEFT)/.test VENV=$(PEFT)
+	$(PEFT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peft.txt
+	$(PEFT)/bin/python -m pytest -m peer tests/test_peft.py $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -36,4 +42,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(PEFT) .pytest_cache .ruff_cache .hypothesis
