@@ -15,7 +15,7 @@ from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
 from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized, requantize
 from lora_jax._ranges import Range, entry
-from lora_jax._transform._dora import enter
+from lora_jax._transform._dora import delta_of
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._value import LoraArray
 
@@ -190,7 +190,7 @@ def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Arra
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
     """``W + scale * a b``, times its gain; with ``loop``, one entry of the batch axes at a time."""
     if not loop:
-        return LoraArray(w, (enter(factors, Leaf(0, ""), (), w),)).dense()
+        return LoraArray(w, (delta_of(factors, Leaf(0, ""), (), w),)).dense()
     axes = role_axes(factors.layout, "b")
     sizes = [w.shape[i] for i in axes]
     inner = [1 if i in axes else size for i, size in enumerate(w.shape)]

@@ -125,7 +125,8 @@ a checkpoint in a scan; moved in vmap rows; moved before fori
 
 @pytest.mark.parametrize("name", MOVED.strip().replace("\n", "; ").split("; "))
 def test_programs_of_the_table(name):
-    test_programs.check(test_programs.TABLE[name], dora=True)
+    program = dataclasses.replace(test_programs.TABLE[name], ways=("DoRA",))
+    test_programs.check(program)
 
 
 def test_parts_of_a_fused_kernel_have_their_own_magnitudes():

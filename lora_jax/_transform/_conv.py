@@ -42,8 +42,8 @@ def conv(ctx: Context, eqn, values):
                 if update is NotImplemented:
                     return NotImplemented
                 result += update
-        for gain, _ in around[1]:
-            result = times(result, gain, [numbers.out_spec[1]])
+        for gain, labels in around[1]:  # without labels, of a single output
+            result = times(result, gain, [numbers.out_spec[1]] * len(labels))
     return [result]
 
 

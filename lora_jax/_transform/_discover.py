@@ -11,8 +11,9 @@ from lora_jax._layout import Layouts, Weight, factor_shapes, is_array, not_train
 from lora_jax._params import Adapter, Factors, LoraParams, count_line
 from lora_jax._paths import flatten
 from lora_jax._ranges import entry
+from lora_jax._transform._call import Call
 from lora_jax._transform._context import Context
-from lora_jax._transform._lora import Call, materialized, rehearse
+from lora_jax._transform._lora import materialized, rehearse
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._use import Use
 from lora_jax._transform._value import Delta, LoraArray

@@ -68,7 +68,7 @@ def _by_layer(w: Lazy, f: Factors) -> Any:
     return lax.map(one, (w.front(), stacks))
 
 
-def enter(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
+def delta_of(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
     """The delta of a weight as it enters the function, with its gain if it has one."""
     delta = Delta.of(f, leaf, ranges)
     if f.magnitude is None:

@@ -133,6 +133,9 @@ def dot_general(ctx: Context, eqn, values):
     ]
     around = _with_gains(values, contracting, batch)
     if around is None:
+        for side, v in enumerate(values):
+            if isinstance(v, LoraArray) and v.is_read:  # one column is no weight to be built
+                ctx.use(v, contracting[side], batch[side])
         return NotImplemented
     values, after = around
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]

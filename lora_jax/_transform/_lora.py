@@ -3,20 +3,15 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from lora_jax import _jax
 from lora_jax._layout import is_array, role_axes
-from lora_jax._params import Adapter, LoraParams, check
-from lora_jax._paths import flatten
-from lora_jax._quantized import is_quantized
-from lora_jax._ranges import entry, rows_of
+from lora_jax._params import Adapter
+from lora_jax._ranges import entry
 from lora_jax._transform import (  # noqa: F401  (their rules register)
     _arith,
     _control,
@@ -28,14 +23,12 @@ from lora_jax._transform import (  # noqa: F401  (their rules register)
     _reshape,
     _slice,
 )
+from lora_jax._transform._call import Call, enter
 from lora_jax._transform._context import Context, OnMaterialize
-from lora_jax._transform._dora import enter
 from lora_jax._transform._interpret import evaluate
-from lora_jax._transform._lazy import Lazy
 from lora_jax._transform._past import Leaf
 from lora_jax._transform._use import Use
 from lora_jax._transform._value import LoraArray
-from lora_jax.init._target import fold_in_path
 
 
 def lora(
@@ -113,7 +106,7 @@ def run_lora(
     ctx: Context, fn: Callable[..., Any], args: Any, kwargs: Any, key: jax.Array | None = None
 ) -> Any:
     """One call of the adapted function, as ``ctx`` says."""
-    call = Call.of(args, kwargs, functools.partial(_enter, key=key))
+    call = Call.of(args, kwargs, functools.partial(enter, key=key))
     jaxpr, whole, consts, out = call.trace(fn)
     values = [*consts, *call.values]
     try:
@@ -165,75 +158,6 @@ def _dropout_key(key: Any, dropout: float) -> jax.Array:
     return key
 
 
-@dataclass
-class Call:
-    """The arguments of one call, flattened.
-
-    Attributes:
-        structure: of the arguments, with every LoraParams as a leaf.
-        places: for each such leaf, its structure, and for each leaf inside None where it is an
-            array, or a tuple of it.
-        values: one for each array: an array or a :class:`LoraArray`.
-        lora_params: the LoraParams, by position among the leaves.
-        leaves: of their bases, by path.
-    """
-
-    structure: Any
-    places: list[tuple[Any, list[Any]]]
-    values: list[Any]
-    lora_params: dict[int, LoraParams]
-    leaves: dict[int, dict[str, Any]]
-
-    @classmethod
-    def of(
-        cls,
-        args: Any,
-        kwargs: Any,
-        enter: Callable[[LoraParams, int, dict[str, Any]], Mapping[str, Any]] | None = None,
-    ) -> "Call":
-        """Flatten; ``enter`` gives the leaves of a LoraParams' base by path, as they enter."""
-        nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_lora)
-        lora_params = {i: node for i, node in enumerate(nodes) if _is_lora(node)}
-        found = {i: flatten(node.base)[0] for i, node in lora_params.items()}
-        call = cls(structure, [], [], lora_params, found)
-        if not call.lora_params:
-            raise ValueError(
-                "lora(fn) was called without a LoraParams among its arguments. Pass what "
-                "lora_jax.lorafy returned; for the base model, call the function itself"
-            )
-        for i, node in enumerate(nodes):
-            is_lora = i in lora_params
-            leaves = (enter or _enter)(node, i, found[i]).values() if is_lora else [node]
-            leaves = list(map(_put_off, leaves))
-            tree = flatten(node.base)[1] if is_lora else jax.tree.structure(0)
-            call.places.append((tree, [None if is_traced(x) else (x,) for x in leaves]))
-            call.values += [x for x in leaves if is_traced(x)]
-        return call
-
-    def trace(self, fn: Callable[..., Any]) -> Any:
-        """The jaxpr of ``fn`` on the frozen arrays: see ``_jax.trace``."""
-
-        def flat_fn(*arrays):
-            rest = iter(arrays)
-            rebuilt = [
-                jax.tree.unflatten(tree, [next(rest) if s is None else s[0] for s in static])
-                for tree, static in self.places
-            ]
-            args, kwargs = jax.tree.unflatten(self.structure, rebuilt)
-            return fn(*args, **kwargs)
-
-        arrays = [v.w if isinstance(v, LoraArray) else v for v in self.values]
-        arrays = [x.aval if isinstance(x, Lazy) else x for x in arrays]
-        with jax.disable_jit(False):
-            return _jax.trace(flat_fn, arrays)
-
-    def paths_read(self, owner: int, read: Sequence[bool]) -> set[str]:
-        """The paths of a LoraParams that are read, given that for every array."""
-        flags = iter(read)
-        by_node = [[s is None and next(flags) for s in static] for _, static in self.places]
-        return {path for path, r in zip(self.leaves[owner], by_node[owner], strict=True) if r}
-
-
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
     """The outputs of the whole function, as plain arrays."""
     return [
@@ -248,58 +172,6 @@ def rehearse(jaxpr: Any, values: list[Any]) -> Context:
     with jax.disable_jit(False):
         jax.eval_shape(lambda values: leave(ctx, jaxpr, values), values)
     return ctx
-
-
-def _is_lora(x: Any) -> bool:
-    return isinstance(x, LoraParams)
-
-
-def is_traced(x: Any) -> bool:
-    """Whether an argument's leaf is traced, rather than handed on as it is."""
-    kinds = jax.Array | np.ndarray | np.generic | LoraArray | jax.ShapeDtypeStruct
-    return isinstance(x, kinds)
-
-
-def _enter(
-    lora_params: LoraParams, owner: int, leaves: dict[str, Any], key: Any = None
-) -> dict[str, Any]:
-    """The base's leaves as they enter the function: frozen, adapted or trained whole."""
-    check(lora_params, leaves)
-    factors, full = lora_params.adapter.factors, lora_params.adapter.full
-    entered = {}
-    for path, leaf in leaves.items():
-        if path in full:
-            leaf = _cast(full[path], leaf.dtype)
-        elif isinstance(leaf, jax.Array):
-            leaf = lax.stop_gradient(leaf)
-        elif is_quantized(leaf):
-            leaf = Lazy.of(jax.tree.map(lax.stop_gradient, leaf))
-        entered[path] = leaf
-    for name, f in factors.items():
-        path, ranges = entry(name, leaves)
-        leaf = entered[path]
-        deltas = leaf.deltas if isinstance(leaf, LoraArray) else ()
-        w = leaf.w if isinstance(leaf, LoraArray) else leaf
-        if f.frozen:
-            f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
-        delta = enter(f, Leaf(owner, path), ranges, w)
-        if key is not None and rows_of(name) is None:  # rows that train whole are never dropped
-            delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
-        entered[path] = LoraArray(w, (*deltas, delta))
-    return entered
-
-
-def _put_off(x: Any) -> Any:
-    """A quantized leaf as a weight, adapted or not, that is made where it is used."""
-    if isinstance(x, LoraArray):
-        return replace(x, w=Lazy.of(x.w)) if is_quantized(x.w) else x
-    x = Lazy.of(x) if is_quantized(x) else x
-    return LoraArray(x, ()) if isinstance(x, Lazy) else x
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    is_shape = isinstance(x, jax.ShapeDtypeStruct)
-    return jax.ShapeDtypeStruct(x.shape, dtype) if is_shape else x.astype(dtype)
 
 
 def _complaints(ctx: Context) -> str:

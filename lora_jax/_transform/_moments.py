@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from lora_jax._layout import factor_shapes
 from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._ranges import entry
+from lora_jax._transform._call import is_traced
 from lora_jax._transform._context import Context
-from lora_jax._transform._lora import is_traced, run_lora
+from lora_jax._transform._lora import run_lora
 from lora_jax.init._target import Target
 
 

@@ -30,8 +30,6 @@ def reshape(ctx: Context, eqn, values):
     groups = axis_groups(old, shape)
     deltas = [regroup(delta, old, shape, groups) for delta in v.deltas]
     if None in deltas:
-        if v.is_read:
-            return NotImplemented  # an activation
         return [LoraArray(w, v.deltas, unfolded=old)]
     return [LoraArray(w, tuple(deltas))]
 

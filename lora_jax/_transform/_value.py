@@ -24,7 +24,7 @@ from lora_jax._layout import role_axes
 from lora_jax._params import Factors, wide
 from lora_jax._ranges import Range
 from lora_jax._transform._contract import aligned, contract, pad_axis, place, spread_like
-from lora_jax._transform._lazy import force
+from lora_jax._transform._lazy import Lazy, force
 from lora_jax._transform._past import Leaf, Past
 
 R = -1
@@ -270,7 +270,7 @@ class LoraArray:
     @property
     def is_read(self) -> bool:
         """Whether all of its deltas are read, so that it is an activation."""
-        return self.unfolded is None and all(delta.is_read for delta in self.deltas)
+        return all(delta.is_read for delta in self.deltas)
 
     @property
     def is_lookup(self) -> bool:
@@ -339,6 +339,6 @@ def renamed(v: Any, names: Mapping[Leaf, Leaf]) -> Any:
 
 
 def adapted(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
-    """A weight with those of the deltas that are left; itself if none is."""
+    """A weight with those of the deltas that are left; itself if none is and it is an array."""
     deltas = tuple(delta for delta in deltas if delta is not None)
-    return LoraArray(w, deltas) if deltas else w
+    return LoraArray(w, deltas) if deltas or isinstance(w, Lazy) else w
