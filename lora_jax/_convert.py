@@ -75,4 +75,5 @@ def _doubled(f: Factors, first: Factors) -> Factors:
         f,
         a=jnp.concatenate([f.a, first.a], -1),
         b=jnp.concatenate([f.b, b0], b_axis),
+        residual=False,
     )

@@ -167,7 +167,14 @@ def lorafy(
         new[path] = new[path] if rest is None else rest
         magnitude, norm = _norms(target, new[path]) if dora else (None, None)
         factors[name] = Factors(
-            a, b, jnp.asarray(scale, jnp.float32), letters, magnitude, norm, tuple(sorted(freeze))
+            a,
+            b,
+            jnp.asarray(scale, jnp.float32),
+            letters,
+            magnitude,
+            norm,
+            frozen=tuple(sorted(freeze)),
+            residual=rest is not None,
         )
     for name, path in tables.items():
         factors[name] = _row_factors(name, leaves[path], letters_of(path, leaves, layout), dtype)

@@ -22,7 +22,7 @@ from lora_jax._ranges import entry, overlap, part_shape
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("a", "b", "scale", "magnitude", "norm"),
-    meta_fields=("layout", "frozen"),
+    meta_fields=("layout", "frozen", "residual"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Factors:
@@ -39,6 +39,8 @@ class Factors:
         norm: of DoRA, ``[*batch, *out]``: the squared norms of the base's columns, frozen. Of
             another base they are others: None has them found at every call.
         frozen: the names of those of ``a``, ``b`` and ``magnitude`` that do not train.
+        residual: whether the base's weight is what the initializer left of it, as of PiSSA: on
+            any other base the factors mean nothing.
     """
 
     a: Any
@@ -48,6 +50,7 @@ class Factors:
     magnitude: Any = None
     norm: Any = None
     frozen: tuple[str, ...] = ()
+    residual: bool = False
 
     @property
     def rank(self) -> int:

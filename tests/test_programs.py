@@ -876,6 +876,12 @@ TABLE = {
     ),
     "outputs of two weights": one(DENSE, ("concatenate", 1, NEXT, 0)),
     "inputs of two weights": one(("io", (3, 2)), ("concatenate", 0, NEXT, 1)),
+    "inputs of two weights along an axis of size 1": one(
+        ("iio", (2, 1, 2)),
+        ("concatenate", 1, Weight("w1", "iio", (2, 1, 2)), 1),
+        ("merge axes", 0),
+        use="tied head",
+    ),
     "experts": one(STACK, x_order=(1, 0, 2), out_order=(1, 0, 2)),
     "experts added up": one(STACK, met="s  "),
     "all experts for every row": one(STACK, met="f  "),

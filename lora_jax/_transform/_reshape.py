@@ -59,6 +59,10 @@ def regroup(delta: Delta, old: Sequence[int], new: Sequence[int], groups: Any) -
     for olds, news in groups:
         if len(olds) == len(news) == 1:
             continue
+        for r in delta.ranges:  # a part along an axis of no factor is one of the others' factor
+            if r.axis in olds and not delta.has(r.axis):
+                for name in ("a", "b"):
+                    delta = _broadcast_into(delta, name, r.axis, olds, r.stop - r.start)
         delta = delta.whole(olds, old)
         owners = {(i in delta.a_labels, i in delta.b_labels) for i in olds} - {(False, False)}
         if len(owners) > 1:
