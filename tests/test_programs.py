@@ -877,8 +877,10 @@ TABLE = {
     "outputs of two weights": one(DENSE, ("concatenate", 1, NEXT, 0)),
     "inputs of two weights": one(("io", (3, 2)), ("concatenate", 0, NEXT, 1)),
     "inputs of two weights along an axis of size 1": one(
-        ("iio", (2, 1, 2)),
-        ("concatenate", 1, Weight("w1", "iio", (2, 1, 2)), 1),
+        ("iio", (4, 1, 2)),
+        ("split axis", 0, 2),
+        ("concatenate", 2, Weight("w1", "iiio", (2, 2, 1, 2)), 1),
+        ("merge axes", 1),
         ("merge axes", 0),
         use="tied head",
     ),
