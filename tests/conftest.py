@@ -11,6 +11,8 @@ import hypothesis
 import jax
 import pytest
 
+collect_ignore = ["golden"]  # a script that wants PEFT
+
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
 

@@ -1,0 +1,1 @@
+"""Adapters in and out: ``safetensors``, ``orbax``, ``peft``, each with ``save`` and ``load``."""

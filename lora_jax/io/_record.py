@@ -1,0 +1,286 @@
+"""What is written of an adapter: arrays under flat names, and a record of the rest in JSON.
+
+The record says how the arrays make an adapter, and of which base it is: the names, shapes and
+types of all its leaves, and where that matters a checksum of what is in them.
+"""
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._layout import check_layout, factor_shapes, is_array
+from lora_jax._params import Adapter, Factors, LoraParams, check
+from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._quantized import dequantize_array, is_quantized
+from lora_jax._ranges import split_range
+from lora_jax.io._checksum import checksum
+
+VERSION = 1
+_FIELDS = ("a", "b", "scale", "magnitude")  # norm is the base's, and is found again
+
+
+def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapter, PyTree | None]:
+    """The adapter and the base, if it is there.
+
+    Raises:
+        TypeError: the argument is neither.
+        ValueError: the adapter does not fit the base, or wants one.
+    """
+    if isinstance(adapter_or_params, LoraParams):
+        check(adapter_or_params)
+        return adapter_or_params.adapter, adapter_or_params.base
+    if not isinstance(adapter_or_params, Adapter):
+        raise TypeError(
+            f"{verb}: expected a LoraParams or an Adapter, got {type(adapter_or_params).__name__}"
+        )
+    if residual := [key for key, f in adapter_or_params.factors.items() if f.residual]:
+        raise ValueError(
+            f"{verb}: {residual[0]!r} belongs to what its initializer left of the base, which must "
+            "be known: pass the LoraParams; or turn it into plain LoRA by lora_jax.to_plain"
+        )
+    return adapter_or_params, None
+
+
+def arrays_of(adapter: Adapter) -> dict[str, Any]:
+    """The arrays by name: ``layers_0/query/kernel.a``, and ``head/bias.full``."""
+    found = {
+        f"{key}.{name}": jnp.asarray(getattr(f, name))
+        for key, f in adapter.factors.items()
+        for name in _FIELDS
+        if getattr(f, name) is not None
+    }
+    return found | {f"{path}.full": x for path, x in adapter.full.items()}
+
+
+def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[str, Any]:
+    """All that the arrays do not say, as JSON has it.
+
+    Args:
+        adapter: the adapter.
+        base: its base, or None.
+        content: whether to record a checksum of every leaf of the base. Of leaves that an
+            initializer changed there is one in any case.
+    """
+    factors = {
+        key: {
+            "layout": f.layout,
+            "rank": int(f.rank),
+            "frozen": list(f.frozen),
+            "residual": f.residual,
+            "dora": f.magnitude is not None,
+        }
+        for key, f in adapter.factors.items()
+    }
+    changed = {split_range(key)[0] for key, f in adapter.factors.items() if f.residual}
+    return {
+        "format": "lora_jax",
+        "version": VERSION,
+        "factors": factors,
+        "full": list(adapter.full),
+        "base": None if base is None else _base_record(base, changed, content=content),
+    }
+
+
+def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> dict[str, Any]:
+    leaves = {path: x for path, x in flatten(base)[0].items() if is_array(x)}
+    shown = [path for path in leaves if content or path in changed]
+    return {
+        "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
+        "content": {path: _content(leaves[path]) for path in shown},
+    }
+
+
+def _content(x: Any) -> str:
+    return checksum(dequantize_array(x) if is_quantized(x) else x)
+
+
+def check_base(record: Any, params: PyTree, where: str) -> None:
+    """Raise unless ``params`` are the parameters that an adapter was trained on.
+
+    Raises:
+        ValueError: a leaf that is adapted is not there or has another shape, others are, or the
+            contents differ where they are known.
+    """
+    if record is None:
+        return
+    leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
+    wanted = record["leaves"]
+    for path, (_, *shape) in wanted.items():
+        if path not in leaves:
+            raise ValueError(
+                f"{where} is an adapter of another model: its base had a leaf {path!r}. Nearest "
+                f"here: {nearest(path, leaves)}"
+            )
+        if tuple(shape) != tuple(leaves[path].shape):
+            raise ValueError(
+                f"{where} is an adapter of another model: there {path!r} has shape {tuple(shape)}, "
+                f"here {tuple(leaves[path].shape)}"
+            )
+    if more := leaves.keys() - wanted.keys():
+        raise ValueError(
+            f"{where} is an adapter of another model, without the leaves {sorted(more)[:5]}"
+        )
+    for path, known in record["content"].items():
+        if (found := _content(leaves[path])) != known:
+            raise ValueError(
+                f"{where} was trained on other weights: {path!r} has the contents {found}, "
+                f"expected {known}. An initializer such as PiSSA changes the base: pass that one, "
+                "or turn the adapter into plain LoRA by lora_jax.to_plain before it is saved"
+            )
+    for path, (dtype, *_) in wanted.items():
+        if dtype != str(leaves[path].dtype) and path not in record["content"]:
+            warnings.warn(
+                f"{where} was trained on a base of another precision: {path!r} was {dtype} and is "
+                f"{leaves[path].dtype} here",
+                stacklevel=4,
+            )
+            break
+
+
+def check_record(record: Any, where: str) -> None:
+    """Raise unless a record is one of ours, of a version that we know, and whole.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def bad(what: str) -> ValueError:
+        return ValueError(f"{where}: {what}: this is no adapter of lora_jax, or it is damaged")
+
+    kinds = {"format": str, "version": int, "factors": dict, "full": list, "base": dict | None}
+    if not isinstance(record, dict) or record.get("format") != "lora_jax":
+        raise bad("it has no record of an adapter")
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"{where} has version {record.get('version')!r}, and this library reads {VERSION}: "
+            "install a newer lora-jax"
+        )
+    if record.keys() != kinds.keys() or any(
+        not isinstance(record[k], kind) for k, kind in kinds.items()
+    ):
+        raise bad(f"its record has the keys {sorted(record)}, expected {sorted(kinds)}")
+    of_factors = {"layout": str, "rank": int, "frozen": list, "residual": bool, "dora": bool}
+    for key, said in record["factors"].items():
+        if (
+            not isinstance(said, dict)
+            or said.keys() != of_factors.keys()
+            or any(not isinstance(said[k], kind) for k, kind in of_factors.items())
+            or not set(map(str, said["frozen"])) <= {"a", "b", "magnitude"}
+        ):
+            raise bad(f"its record of {key!r} is {said!r}")
+        check_layout(said["layout"], f"{key!r} in {where}")
+    if not all(isinstance(path, str) for path in record["full"]):
+        raise bad("its record of leaves trained whole is no list of paths")
+    if (base := record["base"]) is not None:
+        of_base = {"leaves": dict, "content": dict}
+        if base.keys() != of_base.keys() or any(
+            not isinstance(base[k], kind) for k, kind in of_base.items()
+        ):
+            raise bad("its record of the base is not one")
+        for path, said in base["leaves"].items():
+            if (
+                not isinstance(said, list)
+                or not said
+                or not isinstance(said[0], str)
+                or not all(isinstance(n, int) for n in said[1:])
+            ):
+                raise bad(f"its record of the base's leaf {path!r} is {said!r}")
+        if not base["content"].keys() <= base["leaves"].keys():
+            raise bad("its record of the base's contents is of other leaves")
+
+
+def names_in(record: Any) -> list[str]:
+    """The names of the arrays that a record speaks of."""
+    names = []
+    for key, said in record["factors"].items():
+        names += [f"{key}.{name}" for name in ("a", "b", "scale", *["magnitude"] * said["dora"])]
+    return names + [f"{path}.full" for path in record["full"]]
+
+
+def adapter_of(
+    record: Any, arrays: Mapping[str, Any], where: str, *, finite: bool = True
+) -> Adapter:
+    """The adapter that arrays and a checked record make.
+
+    Raises:
+        ValueError: arrays are missing, too many, of shapes that do not fit, or not finite.
+    """
+    wanted = names_in(record)
+    if sorted(wanted) != sorted(arrays):
+        missing, extra = set(wanted) - set(arrays), set(arrays) - set(wanted)
+        raise ValueError(
+            f"{where}: the arrays are not those of its record: without {sorted(missing)[:5]}, and "
+            f"with {sorted(extra)[:5]}"
+        )
+    for name in wanted:
+        x = arrays[name]
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{where}: {name!r} is of type {x.dtype}, expected floating numbers")
+        if finite and not jnp.isfinite(x).all():
+            raise ValueError(
+                f"{where}: {name!r} has values that are not finite. To load it all the same: "
+                "finite=False"
+            )
+    factors = {}
+    for key, said in record["factors"].items():
+        a, b, scale = (arrays[f"{key}.{name}"] for name in ("a", "b", "scale"))
+        _check_shapes(key, a, b, scale, said, where)
+        magnitude = arrays[f"{key}.magnitude"] if said["dora"] else None
+        factors[key] = Factors(
+            a,
+            b,
+            scale,
+            said["layout"],
+            magnitude,
+            frozen=tuple(said["frozen"]),
+            residual=said["residual"],
+        )
+    return Adapter(factors, {path: arrays[f"{path}.full"] for path in record["full"]})
+
+
+def _check_shapes(key: str, a: Any, b: Any, scale: Any, said: Any, where: str) -> None:
+    letters, rank = said["layout"], said["rank"]
+    batch, inputs, outputs = (letters.count(role) for role in "bio")
+    sizes = {"b": a.shape[:batch], "i": a.shape[batch:-1], "o": b.shape[batch + 1 :]}
+    counts = tuple(len(sizes[role]) for role in "bio")
+    expected = None
+    if counts == (batch, inputs, outputs) and scale.shape == ():
+        left = {role: iter(n) for role, n in sizes.items()}
+        expected = factor_shapes(letters, [next(left[letter]) for letter in letters], rank)
+    if expected != (tuple(a.shape), tuple(b.shape)):
+        raise ValueError(
+            f"{where}: the factors of {key!r} have shapes a {tuple(a.shape)}, b {tuple(b.shape)} "
+            f"and scale {tuple(scale.shape)}, which do not fit rank {rank} and layout {letters!r}"
+        )
+
+
+def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) -> Any:
+    """The adapter, or with parameters a LoraParams of them, once they are found to be the base."""
+    if params is None:
+        return adapter
+    if isinstance(params, LoraParams):
+        raise TypeError(f"{where}: params is a LoraParams, expected its base, the plain parameters")
+    check_base(record["base"], params, where)
+    lora_params = LoraParams(params, adapter)
+    check(lora_params)
+    return lora_params
+
+
+def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays of any devices in the host's memory.
+
+    Raises:
+        ValueError: one is spread over several processes, or is traced.
+    """
+    found = {}
+    for name, x in arrays.items():
+        if not getattr(x, "is_fully_addressable", True):
+            raise ValueError(
+                f"{name!r} is spread over several processes, and one file is written by one: "
+                "replicate it first, or save with lora_jax.io.orbax"
+            )
+        found[name] = np.asarray(x)
+    return found

@@ -1,0 +1,264 @@
+"""Where a leaf of ours is in a model of PyTorch: the names of its modules, and their axes.
+
+A leaf is one tensor there, or with a layer axis in front one a layer. Modules keep their weights
+otherwise than Flax does, each kind in its own way::
+
+    Linear     [out, in]            Conv        [out, in, *window]
+    Conv1D     [in, out]            Embedding   [rows, out]
+    Parameter  [experts, ...], a parameter of a module rather than the weight of one
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from lora_jax._choose import is_table
+from lora_jax._layout import _WRITES, check_layout, conventional, is_array
+from lora_jax._paths import nearest
+from lora_jax._quantized import dequantize_array, is_quantized
+from lora_jax._select import lookup
+from lora_jax.io._record import to_host
+
+Kind = Literal["Linear", "Conv1D", "Conv", "Embedding", "Parameter"]
+Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
+
+LAYER, EXPERT = "{layer}", "{expert}"
+_LEAVES = {
+    **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
+    **dict.fromkeys(("bias", "b"), "bias"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of the other model, and the part of our leaf that it is.
+
+    Attributes:
+        path: of our leaf.
+        index: of that part, along the leaf's first axes.
+        module: the name of the module there; of a Parameter, that of the parameter.
+        suffix: ``"weight"`` or ``"bias"``.
+        shape: of the part.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    module: str
+    suffix: str
+    shape: tuple[int, ...]
+
+
+class Map:
+    """The places of all leaves of a tree.
+
+    Attributes:
+        leaves: by path.
+        places: of each leaf, by path.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Any],
+        names: Names = None,
+        kinds: Mapping[str, str] | None = None,
+        layout: Mapping[str, str] | None = None,
+    ):
+        self.leaves = {path: x for path, x in leaves.items() if is_array(x)}
+        self._names, self._kinds, self._layout = names, kinds or {}, layout or {}
+        self.places = {path: self._places(path) for path in self.leaves}
+        self._by_name: dict[tuple[str, str], Place] = {}
+        for found in self.places.values():
+            for place in found or ():
+                key = place.module, place.suffix
+                if key in self._by_name:
+                    raise ValueError(
+                        f"names: {self._by_name[key].path!r} and {place.path!r} would both be "
+                        f"{'.'.join(key)!r}: give them different names"
+                    )
+                self._by_name[key] = place
+
+    def of(self, path: str) -> list[Place]:
+        """The places of a leaf.
+
+        Raises:
+            ValueError: it has no name there.
+        """
+        if (places := self.places[path]) is None:
+            raise ValueError(
+                f"names says nothing of {module_path(path)[0]!r}: add a pattern for it, such as "
+                f"{{{module_path(path)[0]!r}: 'the.name.of.its.module'}}"
+            )
+        return places
+
+    def find(self, module: str, suffix: str = "weight") -> Place | None:
+        """The place of this name."""
+        return self._by_name.get((module, suffix))
+
+    def modules(self) -> list[str]:
+        """The names of all modules with a weight."""
+        return [module for module, suffix in self._by_name if suffix == "weight"]
+
+    def nearest(self, module: str) -> str:
+        """The names most like one that is not there."""
+        return nearest(module, self.modules())
+
+    def array(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The part of a leaf that is at a place, as the host has it; quantized ones made plain."""
+        leaf = (leaves or self.leaves)[place.path]
+        leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
+        return to_host({place.path: leaf})[place.path][place.index]
+
+    def tensor(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The same in the axes of its module, in float32."""
+        x = self.array(place, leaves).astype(np.float32)
+        letters, kind = self.form(place)
+        return to_torch(x, letters, kind)
+
+    def form(self, place: Place) -> tuple[str, Kind]:
+        """The letters and the kind of what is at a place; no letters of a vector."""
+        if place.suffix == "bias" or len(place.shape) < 2:
+            return "", "Linear"
+        letters = self.letters(place.path)
+        return letters, self.kind(place.path, letters)
+
+    def is_module(self, path: str) -> bool:
+        """Whether a leaf is the weight or the bias of a module, by its name or as said."""
+        own = module_path(path)[0] != path
+        return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
+
+    def all_modules(self) -> list[str]:
+        """The names of all modules."""
+        found = (place.module for places in self.places.values() for place in places or ())
+        return list(dict.fromkeys(found))
+
+    def letters(self, path: str) -> str:
+        """The layout of a leaf without the axes that are unstacked."""
+        letters = lookup(self._layout, path, "layout") or conventional(
+            path, self.leaves[path], self.leaves
+        )
+        check_layout(letters, path, len(self.leaves[path].shape))
+        return self.within(path, letters)
+
+    def within(self, path: str, letters: str) -> str:
+        """The letters of a leaf's layout that are left when it is unstacked."""
+        outer = len(self.of(path)[0].index)
+        if letters[:outer] != "b" * outer:
+            raise ValueError(
+                f"names: {self._template(path)!r} numbers {outer} axes of {path!r} in front, which "
+                f"has layout {letters!r}: they must be batch axes, 'b'"
+            )
+        return letters[outer:]
+
+    def kind(self, path: str, letters: str) -> Kind:
+        """What kind of module a leaf is in, given its letters within.
+
+        Raises:
+            ValueError: its layout leaves a doubt, or is none of that kind.
+        """
+        said = lookup(self._kinds, path, "kinds")
+        if said is not None and said not in get_args(Kind):
+            raise ValueError(f"kinds={{{path!r}: {said!r}}}: expected one of {get_args(Kind)}")
+        kind: Any = said or self._usual_kind(path, letters)
+        if letters.count("b") != (kind == "Parameter"):
+            raise ValueError(
+                f"{path!r} has batch axes (layout {letters!r}) and is to be a {kind}: say in names "
+                f"where the number of the layer goes, {LAYER!r}, or of the expert, {EXPERT!r}; or "
+                f"that it is one tensor there: kinds={{{path!r}: 'Parameter'}}"
+            )
+        return kind
+
+    def _usual_kind(self, path: str, letters: str) -> str:
+        known = getattr(self._layout, "weights", {}).get(path)
+        if "b" in letters:
+            return "Parameter"
+        if is_table(path, self._layout):
+            return "Embedding"
+        if known is not None:
+            return "Conv" if known.kind == "conv" else "Linear"
+        inputs = letters.count("i")
+        if inputs == 1 or (inputs == 2 and _WRITES & set(path.split("/"))):
+            return "Linear"
+        if inputs > 2:
+            return "Conv"
+        raise ValueError(
+            f"{path!r} has layout {letters!r}: is it a convolution or a dense kernel of two input "
+            f"axes? Say kinds={{{path!r}: 'Conv'}} or 'Linear'"
+        )
+
+    def _template(self, path: str) -> str | None:
+        module, _ = module_path(path)
+        if self._names is None:
+            return module.replace("/", ".")
+        if callable(self._names):
+            return self._names(module)
+        for pattern, template in self._names.items():
+            if match := re.fullmatch(pattern, module):
+                return match.expand(template)
+        return None
+
+    def _places(self, path: str) -> list[Place] | None:
+        template, suffix = self._template(path), module_path(path)[1]
+        if template is None:
+            return None
+        shape = tuple(self.leaves[path].shape)
+        outer = [mark for mark in (LAYER, EXPERT) if mark in template]
+        if len(shape) < len(outer):
+            raise ValueError(f"names: {template!r} numbers axes that {path!r}, {shape}, has not")
+        places = []
+        for index in np.ndindex(shape[: len(outer)]):
+            name = template
+            for mark, k in zip(outer, index, strict=True):
+                name = name.replace(mark, str(k))
+            places.append(Place(path, tuple(index), name, suffix, shape[len(outer) :]))
+        return places
+
+
+def module_path(path: str) -> tuple[str, str]:
+    """The path of a leaf's module, and whether the leaf is a weight or a bias.
+
+    >>> module_path("layers_0/attn/query/kernel"), module_path("layers/0/wq")
+    (('layers_0/attn/query', 'weight'), ('layers/0/wq', 'weight'))
+    """
+    module, _, leaf = path.rpartition("/")
+    return (module, _LEAVES[leaf]) if module and leaf in _LEAVES else (path, "weight")
+
+
+def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
+    """A weight in the axes of its module; a vector as a vector."""
+    if not letters:
+        return x.reshape(-1)
+    if kind == "Conv":
+        return x.transpose([letters.index("o"), *_channels_first(letters)])
+    sizes = [
+        prod(n for n, letter in zip(x.shape, letters, strict=True) if letter == r) for r in "io"
+    ]
+    order = [k for role in "io" for k, letter in enumerate(letters) if letter == role]
+    matrix = x.transpose(order).reshape(sizes)
+    return matrix.T if kind == "Linear" else matrix
+
+
+def from_torch(x: np.ndarray, shape: tuple[int, ...], letters: str, kind: Kind) -> np.ndarray:
+    """The reverse of :func:`to_torch`, for a weight of this shape of ours."""
+    if not letters:
+        return x.reshape(shape)
+    if kind == "Conv":
+        order = [letters.index("o"), *_channels_first(letters)]
+    else:
+        order = [k for role in "io" for k, letter in enumerate(letters) if letter == role]
+        x = x.T if kind == "Linear" else x
+    return x.reshape([shape[k] for k in order]).transpose(np.argsort(order))
+
+
+def torch_shape(shape: tuple[int, ...], letters: str, kind: Kind) -> tuple[int, ...]:
+    """The shape of a weight of ours in the axes of its module."""
+    return to_torch(np.broadcast_to(np.zeros(()), shape), letters, kind).shape
+
+
+def _channels_first(letters: str) -> list[int]:
+    """The input axes, channels before the window: Flax has them last, PyTorch first."""
+    inputs = [k for k, letter in enumerate(letters) if letter == "i"]
+    return inputs if letters[0] == "o" else [inputs[-1], *inputs[:-1]]

@@ -1,0 +1,525 @@
+"""PEFT's files: those that PEFT wrote, those that we write, and those that must be refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import assert_close, randomize_b
+from jax import lax
+
+import lora_jax
+from lora_jax.io import peft
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPERTS = {"layout": {".*_proj": "boi"}}
+NET = {"kinds": {"conv/kernel": "Conv"}, "layout": {"conv/kernel": "iio"}}
+
+
+def net(p, ids):
+    """The model of the golden files."""
+    x = jnp.tanh(p["table"]["embedding"][ids] @ p["first"]["kernel"] + p["first"]["bias"])
+    conv = p["conv"]["kernel"]
+    x = lax.conv_general_dilated(x, conv, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    return jnp.tanh(x + p["conv"]["bias"]) @ p["last"]["kernel"] + p["last"]["bias"]
+
+
+def mixture(p, x):
+    """The model of the golden experts."""
+    p = p["experts"]
+    gate, up = jnp.split(jnp.einsum("ni,eoi->eno", x, p["gate_up_proj"]), 2, -1)
+    return jnp.einsum("eni,eoi->no", jnp.tanh(gate) * up, p["down_proj"])
+
+
+def golden(name):
+    """The folder, the base's parameters here, the function, an input and the output."""
+    found = safetensors.numpy.load_file(GOLDEN / name / "expected.safetensors")
+    base = {k.removeprefix("base."): jnp.asarray(v) for k, v in found.items() if "base." in k}
+    if "experts" in name:
+        params = {"experts": {k.removeprefix("experts."): v for k, v in base.items()}}
+        return GOLDEN / name, params, mixture, found["x"], found["y"], EXPERTS
+    params = {"table": {"embedding": base["table.weight"]}}
+    for layer in ("first", "conv", "last"):
+        kernel = base[f"{layer}.weight"].transpose()
+        params[layer] = {"kernel": kernel, "bias": base[f"{layer}.bias"]}
+    return GOLDEN / name, params, net, found["x"], found["y"], NET
+
+
+NAMES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and "__" not in p.name)
+
+
+def test_there_are_golden_files_of_every_kind():
+    kinds = "dora experts experts_before_0_19 pissa plain rows rslora saved"
+    assert kinds.split() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_that_peft_wrote_compute_what_they_did_there(name):
+    folder, params, fn, x, y, options = golden(name)
+    lora_params = peft.load(folder, params, **options)
+    assert np.abs(fn(params, x) - y).max() > 0.05
+    assert_close(lora_jax.lora(fn)(lora_params, x), jnp.asarray(y), 1e-5)
+    assert_close(fn(lora_jax.merge(lora_params), x), jnp.asarray(y), 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_read_is_written_as_it_was(name, tmp_path):
+    folder, params, fn, x, y, options = golden(name)
+    lora_params = peft.load(folder, params, **options)
+    peft.save(tmp_path / "out", lora_params, rslora=name == "rslora", **options)
+    again = peft.load(tmp_path / "out", params, **options)
+    assert_close(lora_jax.lora(fn)(again, x), jnp.asarray(y), 1e-5)
+    if name in ("pissa", "experts_before_0_19"):
+        return  # another rank, another layout
+    theirs, ours = (
+        safetensors.numpy.load_file(f / peft.TENSORS) for f in (folder, tmp_path / "out")
+    )
+    copies = ("original_module", "modules_to_save")
+    theirs = {k: v for k, v in theirs.items() if not any(copy in k for copy in copies)}
+    assert theirs.keys() == ours.keys()
+    for key, x in theirs.items():
+        x = x[::-1] if "trainable_tokens" in key else x  # we sort the rows
+        assert_close(ours[key], x, 1e-6)
+    theirs, ours = (json.loads((f / peft.CONFIG).read_text()) for f in (folder, tmp_path / "out"))
+    for key in "r lora_alpha use_dora use_rslora bias alpha_pattern modules_to_save".split():
+        assert ours[key] == theirs[key], key
+    rows = [config["trainable_token_indices"] for config in (ours, theirs)]
+    assert rows == ([{"table": [2, 7]}, {"table": [7, 2]}] if name == "rows" else [None, None])
+    for key in ("rank_pattern", "target_modules", "target_parameters"):
+        assert sorted(ours[key] or ()) == sorted(theirs[key] or ()), key
+
+
+# Ours, out and in.
+
+BLOCK = {
+    "query": {"kernel": (6, 2, 3), "bias": (2, 3)},
+    "out": {"kernel": (2, 3, 6)},
+    "fused": {"kernel": (6, 9)},
+    "head": {"kernel": (6, 4), "bias": (4,)},
+    "embed": {"embedding": (11, 6)},
+}
+
+
+def block(layers=2):
+    """Parameters of a small transformer: attention over heads, a fused kernel, a table."""
+    shapes = {
+        f"layers_{k}": {n: BLOCK[n] for n in ("query", "out", "fused")} for k in range(layers)
+    }
+    shapes |= {name: BLOCK[name] for name in ("head", "embed")}
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def trained(params, **options):
+    """An adapter of which no part is zero."""
+    lora_params = randomize_b(lora_jax.lorafy(params, **options))
+    adapter = lora_params.adapter
+    full = {path: x + 0.25 for path, x in adapter.full.items()}
+    return lora_jax.LoraParams(params, lora_jax.Adapter(adapter.factors, full))
+
+
+LAYOUT = {".*out/kernel": "iio", ".*query/kernel": "ioo"}
+CASES = {
+    "heads are folded": {"targets": ".*(query|out)/kernel"},
+    "everything": {"targets": ".*(query|out|fused)/kernel|embed.*", "full": "head/kernel"},
+    "ranks and alphas": {
+        "targets": ".*(query|out|fused)/kernel",
+        "rank": {".*query.*": 3, "layers_1/fused.*": 1, ".*": 2},
+        "alpha": {".*out.*": 5.0, "layers_0/fused.*": 0.3, ".*": 16.0},
+    },
+    "DoRA": {"targets": ".*(query|out|fused)/kernel", "dora": True},
+    "parts of a fused kernel": {
+        "targets": [".*fused/kernel[:, 0:3]", ".*fused/kernel[:, 6:9]"],
+        "alpha": {"layers_0.*": 3.0, ".*": 4.0},
+    },
+    "parts, DoRA": {"targets": [".*fused/kernel[:, 0:3]", ".*fused/kernel[:, 6:9]"], "dora": True},
+    "a part of the inputs": {"targets": ".*fused/kernel[2:5]"},
+    "biases beside": {"targets": ".*(query|out)/kernel", "bias": "lora_only"},
+    "all biases": {"targets": ".*query/kernel", "bias": "all"},
+    "some bias": {"targets": ".*query/kernel", "full": "layers_1/query/bias"},
+    "a head": {"targets": ".*query/kernel", "full": "head/.*"},
+    "a head without its bias": {"targets": ".*query/kernel", "full": "head/kernel"},
+    "rows": {"targets": ".*query/kernel", "rows": {"embed.*": [9, 2]}},
+    "frozen": {"targets": ".*query/kernel", "freeze": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_reads_as_the_same_function(name, tmp_path):
+    params = block()
+    options = {"rank": 2, "layout": LAYOUT} | CASES[name]
+    lora_params = trained(params, **options)
+    peft.save(tmp_path / "a", lora_params, layout=LAYOUT)
+    again = peft.load(tmp_path / "a", params, layout=LAYOUT)
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-6)
+
+
+def test_stacked_layers_are_taken_apart_and_put_together(tmp_path):
+    params = {"layers": {"q": {"kernel": jax.random.normal(jax.random.key(0), (4, 6, 5))}}}
+    layout = {".*kernel": "bio"}
+    names = {r"layers/q": "model.layers.{layer}.q_proj"}
+    for name, options in {
+        "all": {"targets": ".*"},
+        "some": {"targets": ".*", "layers": [1, 2]},
+        "two runs": {"targets": ["layers/q/kernel[0:1]", "layers/q/kernel[2:4]"]},
+        "dora": {"targets": ".*", "dora": True},
+    }.items():
+        lora_params = trained(params, rank=2, layout=layout, **options)
+        peft.save(tmp_path / name, lora_params, names=names, layout=layout)
+        again = peft.load(tmp_path / name, params, names=names, layout=layout)
+        assert again.adapter.factors.keys() == lora_params.adapter.factors.keys()
+        assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-6)
+    config = json.loads((tmp_path / "some" / peft.CONFIG).read_text())
+    assert config["target_modules"] == ["model.layers.1.q_proj", "model.layers.2.q_proj"]
+    config = json.loads((tmp_path / "all" / peft.CONFIG).read_text())
+    assert config["target_modules"] == ["q_proj"]
+
+
+def test_experts_of_every_layer(tmp_path):
+    params = {"layers": {"moe": {"down_proj": jax.random.normal(jax.random.key(0), (2, 3, 6, 5))}}}
+    layout = {".*": "bbio"}
+    lora_params = trained(params, rank=2, targets=".*", layout=layout)
+    for name, template in {
+        "parameters": "layers.{layer}.experts.down_proj",
+        "modules": "layers.{layer}.experts.{expert}.down_proj",
+    }.items():
+        options = {"names": {"layers/moe/down_proj": template}, "layout": layout}
+        peft.save(tmp_path / name, lora_params, **options)
+        again = peft.load(tmp_path / name, params, **options)
+        assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-6)
+    tensors = safetensors.numpy.load_file(tmp_path / "parameters" / peft.TENSORS)
+    shapes = {key: x.shape for key, x in tensors.items()}
+    assert shapes["base_model.model.layers.1.experts.lora_A.weight"] == (6, 6)
+
+
+def test_several_parameters_of_a_module_are_nested_in_their_order(tmp_path):
+    params = {"moe": {name: jnp.ones((2, 4, 4)) * k for k, name in enumerate("abc", 1)}}
+    layout = {".*": "bio"}
+    lora_params = trained(params, rank=1, targets=["moe/[ac]"], layout=layout)
+    with pytest.raises(ValueError, match=r"nests them in the order .* say parameter_order="):
+        peft.save(tmp_path / "a", lora_params, layout=layout)
+    options = {"layout": layout, "parameter_order": ("c", "a")}
+    peft.save(tmp_path / "a", lora_params, **options)
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / peft.TENSORS)
+    inner = "base_model.model.moe.base_layer.lora_A.weight"
+    assert_close(tensors[inner][:1], np.asarray(lora_params.adapter.factors["moe/c"].a[0].T))
+    assert_close(
+        lora_jax.merge(peft.load(tmp_path / "a", params, **options)), lora_jax.merge(lora_params)
+    )
+
+
+def test_layouts_of_a_function_say_the_kinds(tmp_path):
+    _, params, fn, x, _, _ = golden("plain")
+    layout = lora_jax.layout_of(fn, params, x)
+    lora_params = trained(params, rank=2, targets=".*", layout=layout)
+    peft.save(tmp_path / "a", lora_params, layout=layout)
+    again = peft.load(tmp_path / "a", params, layout=layout)
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-6)
+
+
+def test_low_precision_factors_and_bases(tmp_path):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), block())
+    options = {"targets": ".*query/kernel", "bias": "all", "dtype": jnp.bfloat16}
+    lora_params = trained(params, rank=2, layout=LAYOUT, **options)
+    peft.save(tmp_path / "a", lora_params, layout=LAYOUT)
+    again = peft.load(tmp_path / "a", params, layout=LAYOUT)
+    assert again.adapter.factors["layers_0/query/kernel"].a.dtype == jnp.float32
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
+
+
+def test_initializers_that_change_the_base_are_made_plain_first(tmp_path):
+    params = block()
+    initial = lora_jax.lorafy(params, 2, targets=".*fused/kernel", init="pissa")
+    with pytest.raises(ValueError, match=r"what its initializer left of the base.*to_plain"):
+        peft.save(tmp_path / "a", initial)
+    peft.save(tmp_path / "a", lora_jax.to_plain(initial, initial, params))
+    again = peft.load(tmp_path / "a", params)
+    assert_close(lora_jax.merge(again), params, 1e-5)
+
+
+def test_alphas_are_round_numbers_of_the_very_scale(tmp_path):
+    for rank, alpha, rslora in [(3, 16.0, False), (6, 0.1, False), (5, 8.0, True), (1, 1e-3, True)]:
+        options = {"targets": ".*fused/kernel", "rslora": rslora}
+        lora_params = trained(block(), rank=rank, alpha=alpha, **options)
+        peft.save(tmp_path / "a", lora_params, rslora=rslora, overwrite=True)
+        assert json.loads((tmp_path / "a" / peft.CONFIG).read_text())["lora_alpha"] == alpha
+        again = peft.load(tmp_path / "a", block())
+        scales = {f.scale.item() for p in (again, lora_params) for f in p.adapter.factors.values()}
+        assert len(scales) == 1
+
+
+def test_names_that_others_end_with_are_told_apart(tmp_path):
+    weights = {f"{name}/kernel": jnp.ones((3, 3)) for name in ("q", "a/q", "b/norm_head", "head")}
+    params: dict = {}
+    for path, x in weights.items():
+        *outer, last = path.split("/")
+        inner = params
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = x
+    lora_params = trained(params, rank=1, targets="q/kernel", full="head/kernel")
+    peft.save(tmp_path / "a", lora_params)
+    config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    assert config["target_modules"] == "q"  # a pattern in full: a list would take a.q as well
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / peft.TENSORS)
+    assert "base_model.model.b.norm_head.weight" in tensors  # PEFT takes it for a head, too
+    again = peft.load(tmp_path / "a", params)
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
+
+
+def test_what_vllm_would_refuse_is_refused(tmp_path):
+    params = block()
+    good = trained(params, rank=2, targets=".*query/kernel", layout=LAYOUT)
+    peft.save(tmp_path / "good", good, for_vllm=True)
+    tied = {"names": lambda path: {"head": "lm_head"}.get(path, path.replace("/", "."))}
+    for name, options, more, message in [
+        ("bias", {"bias": "all"}, {}, "bias='all'"),
+        ("dora", {"dora": True}, {}, "DoRA: merge"),
+        ("rows", {"rows": {"embed.*": [1]}}, {}, "rows of an embedding"),
+        ("head", {"full": "head/.*"}, {}, r"trained whole, \['head'\]"),
+        ("lm_head", {"full": "head/.*"}, tied, "a whole base_model.model.lm_head.weight"),
+    ]:
+        lora_params = trained(params, rank=2, targets=".*query/kernel", layout=LAYOUT, **options)
+        with pytest.raises(ValueError, match=f"vLLM would refuse this adapter: .*{message}"):
+            peft.save(tmp_path / name, lora_params, for_vllm=True, layout=LAYOUT, **more)
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"targets": [], "full": "head/kernel"}, {}, "no weight has factors"),
+        ({"targets": ".*query.*"}, {"names": {"nothing": "x"}}, "names says nothing of 'layers_0"),
+        ({"targets": ".*query.*"}, {"names": lambda path: "same"}, "would both be 'same.weight'"),
+        ({"targets": ".*query.*"}, {"kinds": {".*": "linear"}}, "kinds=.*expected one of"),
+        (
+            {"targets": "head.*", "full": "layers_0/fused/kernel"},
+            {"names": {".*fused": "a.head", ".*": "head"}},
+            "would both be",
+        ),
+        (
+            {"targets": "head/kernel", "full": "layers_0/fused/kernel"},
+            {"names": lambda p: "x." + p if p == "head" else {"layers_0/fused": "d"}.get(p, p)},
+            "would train whole and have factors as well",
+        ),
+    ],
+)
+def test_what_has_no_form_there_is_refused(options, arguments, message, tmp_path):
+    lora_params = trained(block(), rank=2, layout=LAYOUT, **options)
+    with pytest.raises(ValueError, match=message):
+        peft.save(tmp_path / "a", lora_params, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_that_has_no_form_there(tmp_path):
+    with pytest.raises(TypeError, match="expected a LoraParams, got dict"):
+        peft.save(tmp_path / "a", {})
+    params = {"a": {"kernel": jnp.ones((3, 4))}, "token": jnp.ones((1, 4))}
+    lora_params = trained(params, rank=1, targets="a/kernel", full="token")
+    with pytest.raises(ValueError, match="'token' trains whole, and is no weight or bias"):
+        peft.save(tmp_path / "a", lora_params)
+    mixed = trained(
+        {"a": {"kernel": jnp.ones((3, 4))}, "b": {"kernel": jnp.ones((3, 4))}},
+        rank=1,
+        targets=".*",
+        dora=True,
+    )
+    factors = dict(mixed.adapter.factors)
+    factors["b/kernel"] = dataclasses.replace(factors["b/kernel"], magnitude=None)
+    with pytest.raises(ValueError, match="'a' has a DoRA magnitude and 'b' has not"):
+        peft.save(tmp_path / "a", lora_jax.LoraParams(mixed.base, lora_jax.Adapter(factors)))
+    stacked = {"a": {"kernel": jnp.ones((2, 3, 4))}}
+    lora_params = trained(stacked, rank=1, targets=".*", layout={".*": "bio"}, dora=True)
+    with pytest.raises(ValueError, match="PEFT has none of parameters"):
+        peft.save(tmp_path / "a", lora_params)
+    with pytest.raises(ValueError, match=r"has batch axes .* is to be a Linear: say in names"):
+        peft.save(tmp_path / "a", lora_params, kinds={".*": "Linear"})
+    three = trained(
+        {"a": {"kernel": jnp.ones((2, 3, 4))}}, rank=1, targets=".*", layout={".*": "iio"}
+    )
+    with pytest.raises(ValueError, match="a convolution or a dense kernel of two input axes"):
+        peft.save(tmp_path / "a", three)
+    part = trained({"a": {"kernel": jnp.ones((4, 4))}}, rank=1, targets="a/kernel[0:2]", dora=True)
+    with pytest.raises(ValueError, match="is a part of its inputs: PEFT has one magnitude"):
+        peft.save(tmp_path / "a", part)
+
+
+# Bad files.
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Change a copy of a golden adapter and load it."""
+
+    def load(name, config=None, tensors=None, **more):
+        folder, params, *_, options = golden(name)
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "a")
+        if config is not None:
+            values = json.loads((folder / peft.CONFIG).read_text()) | config
+            values = {k: v for k, v in values.items() if v != "absent"}
+            (tmp_path / "a" / peft.CONFIG).write_text(json.dumps(values))
+        if tensors is not None:
+            found = safetensors.numpy.load_file(folder / peft.TENSORS)
+            safetensors.numpy.save_file(tensors(found), tmp_path / "a" / peft.TENSORS)
+        return peft.load(tmp_path / "a", params, **options | more)
+
+    return load
+
+
+PRE = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("plain", {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ("plain", {"r": "4"}, "r is '4', expected int"),
+        ("plain", {"r": True}, "r is True, expected int"),
+        ("plain", {"r": 5}, "have rank 4, and its configuration says 5"),
+        ("plain", {"r": 0}, "r=0"),
+        ("plain", {"rank_pattern": {"conv": 0}}, r"rank_pattern\['conv'\] is 0"),
+        ("plain", {"rank_pattern": {"(": 2}}, "is not a regular expression"),
+        ("plain", {"target_modules": [1]}, r"target_modules is \[1\], expected a list of names"),
+        ("plain", {"target_modules": "(first"}, "is not a regular expression"),
+        ("plain", {"target_modules": ["first"]}, "has factors for 'conv', which its configuration"),
+        ("plain", {"target_modules": ["first", "table", "conv", "last", "q"]}, r"modules \['q'\]"),
+        ("plain", {"exclude_modules": ["conv"]}, "factors for 'conv', which its configuration"),
+        ("plain", {"bias": "some"}, "bias='some'"),
+        ("plain", {"use_dora": True}, "lora_magnitude_vector' is missing"),
+        ("dora", {"use_dora": False}, "magnitude_vector' has no place here"),
+        ("plain", {"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
+        ("plain", {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conver"),
+        ("plain", {"use_qalora": True}, "use_qalora=True is a variant"),
+        ("plain", {"some_new_thing": 3}, "some_new_thing=3 is a variant"),
+        ("saved", {"modules_to_save": None}, "'base_model.model.last.weight' has no place"),
+        ("saved", {"bias": "none"}, "has no place here"),
+        ("rows", {"trainable_token_indices": {"table": [7, 99]}}, "has shape .2, 12., for a table"),
+        ("rows", {"trainable_token_indices": None}, "trainable_token_indices are None"),
+        ("experts", {"peft_version": "absent"}, "does not say peft_version"),
+        ("experts", {"target_parameters": ["experts.up"]}, r"the parameters \['experts.up'\]"),
+    ],
+)
+def test_configurations_that_cannot_be_read_exactly_are_refused(name, config, message, broken):
+    with pytest.raises(ValueError, match=message):
+        broken(name, config)
+
+
+def renamed(old, new):
+    return lambda found: {k.replace(old, new): v for k, v in found.items()}
+
+
+def without(part):
+    return lambda found: {k: v for k, v in found.items() if part not in k}
+
+
+def changed(part, f):
+    return lambda found: {k: f(v) if part in k else v for k, v in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        ("plain", renamed(PRE, ""), "does not begin with 'base_model.model.'"),
+        ("plain", renamed("lora_A.weight", "lora_A.default.weight"), "has no place here"),
+        ("plain", without("first.lora_B"), "first.lora_B.weight' is missing"),
+        ("plain", without("first.lora_A"), "first.lora_B.weight' has no place"),
+        ("plain", without("first."), "adapts 'first', and the tensors of its factors are missing"),
+        ("plain", renamed("first", "frist"), "a module 'frist', which .* Nearest: first"),
+        (
+            "plain",
+            lambda found: found | {PRE + "x": np.ones(2, "f")},
+            "'base_model.model.x' has no",
+        ),
+        (
+            "plain",
+            changed("first.lora_A", lambda x: x[:, :-1]),
+            "'first': lora_A has shape .4, 11.",
+        ),
+        ("plain", changed("first.lora_A", lambda x: x.T), "'first': lora_A has shape"),
+        ("plain", changed("first.lora_A", lambda x: x * np.nan), "values that are not finite"),
+        ("plain", changed("first.lora_A", lambda x: x.astype(int)), "of type int64"),
+        (
+            "dora",
+            changed("first.lora_mag", lambda x: x[1:]),
+            "expected one number for each of the 16",
+        ),
+        ("saved", changed("last.weight", lambda x: x.T), "has shape .8, 5., expected .5, 8."),
+        ("saved", changed("original_module", lambda x: x[:2]), None),
+        ("saved", changed("modules_to_save.bias", lambda x: x + 1), "two different biases"),
+        ("rows", changed("trainable", lambda x: x[:1]), "has shape .1, 12."),
+    ],
+)
+def test_tensors_that_have_no_place_or_none_are_refused(name, tensors, message, broken):
+    if message is None:  # what is left out may be anything
+        broken(name, tensors=tensors)
+        return
+    with pytest.raises(ValueError, match=message):
+        broken(name, tensors=tensors)
+
+
+def test_values_that_are_not_finite_can_be_asked_for(broken):
+    found = broken("plain", tensors=changed("first.lora_A", lambda x: x * np.nan), finite=False)
+    assert np.isnan(found.adapter.factors["first/kernel"].a).all()
+
+
+def test_square_parameters_of_an_older_peft_are_not_guessed(tmp_path):
+    params = {"moe": {"up": jnp.ones((2, 4, 4))}}
+    lora_params = trained(params, rank=1, targets=".*", layout={".*": "bio"})
+    peft.save(tmp_path / "a", lora_params)
+    config = tmp_path / "a" / peft.CONFIG
+    config.write_text(config.read_text().replace("0.21.2", "0.18.1"))
+    with pytest.raises(ValueError, match=r"'moe\.up' is square: which axis is which cannot"):
+        peft.load(tmp_path / "a", params, layout={".*": "bio"})
+
+
+def test_folders_without_their_files_are_refused(tmp_path):
+    _, params, *_ = golden("plain")
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
+        peft.load(tmp_path, params)
+    shutil.copytree(GOLDEN / "plain", tmp_path / "named" / "default")
+    with pytest.raises(FileNotFoundError, match=r"is in a folder within: \['default'\]"):
+        peft.load(tmp_path / "named", params)
+    folder = tmp_path / "named" / "default"
+    (folder / peft.TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="a pickle, which could run anything"):
+        peft.load(folder, params)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_model\.safetensors"):
+        peft.load(folder, params)
+
+
+def test_a_table_that_is_not_the_bases_is_refused(broken):
+    _, params, *_ = golden("plain")
+
+    def with_table(table):
+        name = PRE + "table.base_layer.weight"
+        return lambda found: found | {name: np.asarray(table)}
+
+    broken("plain", tensors=with_table(params["table"]["embedding"]))
+    with pytest.raises(
+        ValueError, match="brings a table for 'table' that is not the one in params"
+    ):
+        broken("plain", tensors=with_table(params["table"]["embedding"] + 1))
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    lora_params = trained(block(), rank=2, targets=".*fused/kernel")
+    peft.save(tmp_path / "a", lora_params)
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        peft.save(tmp_path / "a", lora_params)
+    peft.save(tmp_path / "a", lora_params, overwrite=True)
+    (tmp_path / "a" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds mine\.txt, which would be lost"):
+        peft.save(tmp_path / "a", lora_params, overwrite=True)
+    assert (tmp_path / "a" / "mine.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
