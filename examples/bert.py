@@ -258,10 +258,24 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, np.ndarray]:
     }
 
 
-def _source_name(path: str) -> str:
-    *layer, module, leaf = path.split("/")
+def torch_module(path: str) -> str:
+    """The name of a module of a classifier in PyTorch.
+
+    That of ``encoder/layer_0/query`` is ``bert.encoder.layer.0.attention.self.query``.
+    """
+    encoder, _, module = path.partition("/")
+    return f"bert.{_module_name(module)}" if encoder == "encoder" else path
+
+
+def _module_name(path: str) -> str:
+    *layer, module = path.split("/")
     prefix = f"encoder.layer.{layer[0].removeprefix('layer_')}." if layer else ""
-    return f"{prefix}{_SOURCE[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return f"{prefix}{_SOURCE[module]}"
+
+
+def _source_name(path: str) -> str:
+    module, _, leaf = path.rpartition("/")
+    return f"{_module_name(module)}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 def _canonical(name: str) -> str:

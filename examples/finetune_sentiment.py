@@ -4,7 +4,8 @@
 
 Downloads a pretrained encoder of 22.7 M parameters and some 10,000 rated movie-review sentences
 at first use, trains three classifiers on the same budget, and compares them on sentences held
-out. The LoRA one is then merged, saved both as an adapter and as a plain model, and loaded again.
+out. The LoRA one is then merged, saved as an adapter, for PEFT and as a plain model, and each is
+loaded again.
 """
 
 import argparse
@@ -24,12 +25,12 @@ import jax
 import numpy as np
 import report
 from folders import written_at_once
-from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import Run, Tokens, accuracy, predict, train
 
 import lora_jax
+from lora_jax.io import peft, safetensors
 
 LENGTH = 32  # tokens a sentence
 HEAD = "classifier/.*"
@@ -113,14 +114,18 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         print("--quick: too few steps for these accuracies to mean anything")
 
-    expected, adapter = answers["LoRA"][0], runs["LoRA"][0].lora_params.adapter
-    merged = lora_jax.merge(runs["LoRA"][0].lora_params)
+    expected, lora_params = answers["LoRA"][0], runs["LoRA"][0].lora_params
+    merged = lora_jax.merge(lora_params)
     differences = {"merged": compare("merged", predict(plain, merged, test), expected)}
     with written_at_once(args.out) as folder:
-        ocp.save(folder / "adapter", adapter)
-        loaded = load_adapter(folder / "adapter", fresh.adapter)
-        again = predict(adapted, lora_jax.LoraParams(params, loaded), test)
+        safetensors.save(folder / "adapter.safetensors", lora_params)
+        again = predict(adapted, safetensors.load(folder / "adapter.safetensors", params), test)
         differences["adapter, reloaded"] = compare("adapter, reloaded", again, expected)
+
+        peft.save(folder / "peft", lora_params, names=bert.torch_module)
+        again = peft.load(folder / "peft", params, names=bert.torch_module)
+        again = predict(adapted, again, test)
+        differences["PEFT adapter, reloaded"] = compare("PEFT adapter, reloaded", again, expected)
 
         bert.save(folder / "merged", merged, source, splits.labels)
         merged = bert.load(folder / "merged")[1]
@@ -145,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         shares = np.exp(row - row.max())
         label = splits.labels[row.argmax()]
         print(f"{label:>10}  {shares.max() / shares.sum():.2f}  {sentence}")
-    print(f"Wrote adapter/, merged/, curves.png and results.json to {args.out}")
+    print(f"Wrote adapter.safetensors, peft/, merged/, curves.png and results.json to {args.out}")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
@@ -213,19 +218,6 @@ def compare(what: str, logits: np.ndarray, expected: np.ndarray) -> float:
         f"max |difference of logits| {difference:.1e}"
     )
     return difference
-
-
-def load_adapter(path: Path, like: lora_jax.Adapter) -> lora_jax.Adapter:
-    """Load what Orbax saved.
-
-    Args:
-        path: the checkpoint.
-        like: an adapter of the same structure: that of a fresh ``lorafy``, same arguments.
-    """
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-    )
-    return ocp.load(path, abstract)
 
 
 def check_output(out: Path, *inputs: Path | None) -> None:

@@ -5,7 +5,9 @@ no key missing and none left over: the outputs agree. (c) From there both train 
 """
 
 import dataclasses
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax import lax
 import lora_jax
 from lora_jax._paths import flatten
 from lora_jax.io import peft as our_peft
+from lora_jax.io import safetensors
 from lora_jax.io._torch import Map
 
 pytestmark = [
@@ -398,3 +401,44 @@ def test_adapters_go_to_peft_and_back(name, tmp_path):
                 assert_close(places.tensor(place), merged[own].detach().numpy(), tolerance)
                 compared += 1
     assert compared > len(places.places) - 3
+
+
+def test_the_adapter_of_the_demo_gives_the_same_labels_in_peft(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    examples = str(Path(__file__).parents[1] / "examples")
+    sys.path.append(examples)
+    try:
+        import bert
+        import data
+        import finetune_sentiment
+    finally:
+        sys.path.remove(examples)
+
+    class Classifier(torch.nn.Module):  # as examples/bert.py
+        def __init__(self, folder):
+            super().__init__()
+            self.bert = transformers.BertModel.from_pretrained(folder)
+            self.classifier = torch.nn.Linear(self.bert.config.hidden_size, 2)
+
+        def forward(self, ids, mask):
+            x = self.bert(ids, attention_mask=mask).last_hidden_state
+            return self.classifier((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    finetune_sentiment.main(["--quick", "--out", str(tmp_path / "demo")])
+    folder = data.minilm()
+    model, params = bert.load(folder, 2)
+    texts = data.movie_reviews().test.texts[:200]
+    tokens = bert.encode(bert.load_tokenizer(folder, finetune_sentiment.LENGTH), texts)
+
+    def logits(params, tokens):
+        return model.apply({"params": params}, tokens["ids"], tokens["mask"])
+
+    lora_params = safetensors.load(tmp_path / "demo" / "adapter.safetensors", params)
+    expected = np.asarray(lora_jax.lora(logits)(lora_params, tokens))
+    there = opened(Classifier(folder).eval(), tmp_path / "demo" / "peft")
+    with torch.no_grad():
+        found = there(torch.tensor(tokens["ids"]), torch.tensor(tokens["mask"]).long()).numpy()
+    assert len({*expected.argmax(-1)}) == 2
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    assert_close(found, expected, 1e-4)
