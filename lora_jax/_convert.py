@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from lora_jax._norm import squared_norm
+from lora_jax._norm import with_norms
 from lora_jax._params import Adapter, Factors, LoraParams, check
 from lora_jax._paths import PyTree
-from lora_jax._ranges import entry
 
 
 def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> LoraParams:
@@ -50,7 +49,7 @@ def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> Lo
             f"to_plain: the two adapters differ in {sorted(now.keys() ^ then.keys())[:5]}: initial "
             "is not the start of lora_params"
         )
-    leaves = check(LoraParams(params, initial.adapter))
+    check(LoraParams(params, initial.adapter))
     check(lora_params)
     factors = {}
     for name, f in now.items():
@@ -58,13 +57,7 @@ def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> Lo
         if f.a.shape != first.a.shape or f.layout != first.layout:
             raise ValueError(f"to_plain: {name!r} has other factors in initial: {first.a.shape}")
         factors[name] = _doubled(f, first)
-        if f.magnitude is not None:
-            path, ranges = entry(name, leaves)
-            part = {r.axis: slice(r.start, r.stop) for r in ranges}
-            index = tuple(part.get(axis, slice(None)) for axis in range(len(f.layout)))
-            norm = squared_norm(leaves[path][index], f.layout)
-            factors[name] = replace(factors[name], norm=norm)
-    return LoraParams(params, Adapter(factors, lora_params.adapter.full))
+    return with_norms(LoraParams(params, Adapter(factors, lora_params.adapter.full)))
 
 
 def _doubled(f: Factors, first: Factors) -> Factors:

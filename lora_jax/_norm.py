@@ -1,10 +1,15 @@
 """The norms of a weight's columns, which DoRA trains apart from their directions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from lora_jax._layout import role_axes
-from lora_jax._params import wide
+from lora_jax._params import LoraParams, wide
+from lora_jax._paths import flatten
+from lora_jax._quantized import dequantize_array, is_quantized
+from lora_jax._ranges import entry
 
 
 def squared_norm(w: jax.Array, layout: str) -> jax.Array:
@@ -14,3 +19,18 @@ def squared_norm(w: jax.Array, layout: str) -> jax.Array:
     squares = jnp.square(x).sum(role_axes(layout, "i"))
     left = [i for i in range(len(layout)) if i in kept]
     return squares.transpose([left.index(i) for i in kept])
+
+
+def with_norms(lora_params: LoraParams) -> LoraParams:
+    """The same with the norms of this base's columns, wherever there is a magnitude."""
+    leaves, adapter = flatten(lora_params.base)[0], lora_params.adapter
+    factors = dict(adapter.factors)
+    for key, f in factors.items():
+        if f.magnitude is not None:
+            path, ranges = entry(key, leaves)
+            bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
+            index = tuple(bounds.get(axis, slice(None)) for axis in range(len(f.layout)))
+            leaf = leaves[path]
+            leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
+            factors[key] = dataclasses.replace(f, norm=squared_norm(leaf[index], f.layout))
+    return dataclasses.replace(lora_params, adapter=dataclasses.replace(adapter, factors=factors))

@@ -226,6 +226,22 @@ def test_layouts_of_a_function_say_the_kinds(tmp_path):
     assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-6)
 
 
+def test_tied_tables_are_refused_where_the_function_is_known(tmp_path):
+    params = {"embed": {"embedding": jnp.ones((5, 4))}}
+    table = lambda p: p["embed"]["embedding"]  # noqa: E731
+    layout = lora_jax.layout_of(lambda p, ids: table(p)[ids] @ table(p).T, params, jnp.arange(3))
+    lora_params = trained(params, rank=1, targets=".*", layout=layout)
+    with pytest.raises(ValueError, match="is an output head as well, and PEFT would"):
+        peft.save(tmp_path / "a", lora_params, layout=layout)
+
+
+def test_norms_are_those_of_the_base(tmp_path):
+    folder, params, *_, options = golden("dora")
+    lora_params = peft.load(folder, params, **options)
+    kernel = params["first"]["kernel"]
+    assert_close(lora_params.adapter.factors["first/kernel"].norm, (kernel**2).sum(0), 1e-6)
+
+
 def test_low_precision_factors_and_bases(tmp_path):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), block())
     options = {"targets": ".*query/kernel", "bias": "all", "dtype": jnp.bfloat16}

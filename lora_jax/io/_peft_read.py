@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax._convert import to_plain
 from lora_jax._layout import role_shape
 from lora_jax._lorafy import lorafy
+from lora_jax._norm import with_norms
 from lora_jax._params import Adapter, Factors, LoraParams, check, wide
 from lora_jax._paths import PyTree, nearest
 from lora_jax._ranges import Range, entry, spell, spell_rows
@@ -59,7 +60,7 @@ class Reader:
         full = {path: full[path] for path in self.places.leaves if path in full}
         lora_params = LoraParams(params, Adapter(factors, full))
         check(lora_params)
-        return self._plain(lora_params, params)
+        return with_norms(self._plain(lora_params, params))
 
     def factors(self) -> dict[str, list[tuple[Place, str, Piece]]]:
         """The factors by leaf, with their places and layouts within."""

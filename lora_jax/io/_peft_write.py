@@ -79,6 +79,11 @@ def _modules(
             continue
         letters = places.within(path, f.layout)
         kind = places.kind(path, letters)
+        if kind == "Embedding" and places.is_multiplied(path):
+            raise ValueError(
+                f"peft.save: the table {path!r} is an output head as well, and PEFT would adapt "
+                "its lookups alone. Merge the adapter instead, or adapt other weights"
+            )
         if kind == "Parameter" and f.magnitude is not None:
             raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
         for place, piece in _by_place(key, f, ranges, places.of(path)):

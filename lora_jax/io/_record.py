@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._layout import check_layout, factor_shapes, is_array
+from lora_jax._norm import with_norms
 from lora_jax._params import Adapter, Factors, LoraParams, check
 from lora_jax._paths import PyTree, flatten, nearest
 from lora_jax._quantized import dequantize_array, is_quantized
@@ -266,7 +267,7 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)
     check(lora_params)
-    return lora_params
+    return with_norms(lora_params)
 
 
 def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -130,6 +130,11 @@ class Map:
         own = module_path(path)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
+    def is_multiplied(self, path: str) -> bool:
+        """Whether a weight enters a matrix product, as far as the layout knows."""
+        known = getattr(self._layout, "weights", {}).get(path)
+        return known is not None and any(use.startswith("dot_general") for use in known.uses)
+
     def all_modules(self) -> list[str]:
         """The names of all modules."""
         found = (place.module for places in self.places.values() for place in places or ())

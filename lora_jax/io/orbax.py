@@ -8,16 +8,13 @@ of itself.
 
 import operator
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax._params import Adapter, LoraParams
-from lora_jax._paths import PyTree, flatten
-from lora_jax._ranges import split_range
+from lora_jax._paths import PyTree
 from lora_jax.io import _record as records
 from lora_jax.io._leaves import by_name, by_number, has_entries, kind_of, labeled, own_tree, rebuilt
 from lora_jax.io._orbax_files import (
@@ -209,8 +206,7 @@ class Checkpointer:
         self.wait()
         self._remove_partial()
         adapter, base = records.parts_of(lora_params, "Checkpointer.save")
-        norms = {f"{key}.norm": f.norm for key, f in adapter.factors.items() if f.norm is not None}
-        leaves = {"adapter": by_name(records.arrays_of(adapter)), "norms": by_name(norms)}
+        leaves = {"adapter": by_name(records.arrays_of(adapter))}
         trees = {"opt_state": opt_state, "extra": extra}
         leaves |= {part: by_number(tree, part) for part, tree in trees.items() if tree is not None}
         written = checkpointables(records.record_of(adapter, base, content=False), leaves)
@@ -253,18 +249,15 @@ class Checkpointer:
         where = os.path.join(self.directory, str(step))
         record, notes = config_of(where)
         records.check_record(record, where)
-        named = {part: notes.get(part, {}) for part in ("adapter", "norms")}
-        places = {part: placed(known, shardings, params) for part, known in named.items()}
+        places = {"adapter": placed(notes["adapter"], shardings, params)}
         wanted = {"opt_state": opt_state, "extra": extra}
         wanted = {part: by_number(tree, part) for part, tree in wanted.items() if tree is not None}
         for part, leaves in wanted.items():
             places[part] = agreed(leaves, notes.get(part), part, default_place(params), where)
         found = read(where, notes, places)
-        arrays, norms = (labeled(known, found[part]) for part, known in named.items())
+        arrays = labeled(notes["adapter"], found["adapter"])
         adapter = records.adapter_of(record, arrays, where, finite=finite)
         lora_params = records.on_base(adapter, record, params, where)
-        if params is not None and record["base"] is not None:
-            lora_params = _with_norms(lora_params, record["base"]["leaves"], norms)
         trees = (
             None if tree is None else rebuilt(tree, found[part])
             for part, tree in (("opt_state", opt_state), ("extra", extra))
@@ -376,17 +369,3 @@ def load_params(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     names = own_tree(like, {name: name for name in places})
     found = read(where, notes, {"params": places}, {"params": names})
     return rebuilt(like, found["params"])
-
-
-def _with_norms(
-    lora_params: LoraParams, base: Mapping[str, Any], norms: Mapping[str, Any]
-) -> LoraParams:
-    """DoRA's norms as they were, bit for bit, where the base has the precision that it had."""
-    leaves, adapter = flatten(lora_params.base)[0], lora_params.adapter
-    factors = dict(adapter.factors)
-    for name, norm in norms.items():
-        key = name.removesuffix(".norm")
-        path = split_range(key)[0]
-        if str(leaves[path].dtype) == base[path][0]:
-            factors[key] = replace(factors[key], norm=norm)
-    return replace(lora_params, adapter=replace(adapter, factors=factors))
