@@ -29,7 +29,8 @@ peers: ## models of other projects, in an environment of their own
 peft: ## PEFT itself, on the same weights; its PyTorch for the CPU wants Python 3.11
 	$(MAKE) $(PEFT)/.test VENV=$(PEFT)
 	$(PEFT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peft.txt
-	$(PEFT)/bin/python -m pytest -m peer tests/test_peft.py tests/test_io_peft_models.py $(ARGS)
+	$(PEFT)/bin/python -m pytest -m peer \
+		tests/test_peft.py tests/test_io_peft_models.py tests/test_io_hf_models.py $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

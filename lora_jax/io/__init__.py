@@ -1,1 +1,4 @@
-"""Adapters in and out: ``safetensors``, ``orbax``, ``peft``, each with ``save`` and ``load``."""
+"""In and out: ``safetensors``, ``orbax`` and ``peft`` for adapters, ``hf`` for whole models.
+
+Each module has ``save`` and ``load``.
+"""

@@ -239,3 +239,8 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns]
     return any(match and int(match[1]) in layers for match in found)
+
+
+def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would adapt a parameter of this name."""
+    return matches(config.get("target_parameters") or [], name)

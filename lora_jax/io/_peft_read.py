@@ -295,6 +295,11 @@ class Reader:
                     f"Nearest: {nearest(unmet[0], self.places.modules())}"
                 )
 
+    @property
+    def is_redone(self) -> bool:
+        """Whether PEFT takes the start of the factors out of the base when it loads them."""
+        return bool(self.redone) and self.config["init_lora_weights"] in configs.REDONE
+
     def _plain(self, lora_params: LoraParams, params: PyTree) -> LoraParams:
         """On ``params`` as they are, where PEFT would change them when it loads the adapter."""
         init = self.config["init_lora_weights"]

@@ -4,22 +4,27 @@ Only this module and its ``_peft_*`` parts know PEFT's names and axes.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._layout import Layouts, Weight
 from lora_jax._params import LoraParams, check
 from lora_jax._paths import PyTree, flatten
 from lora_jax.io import _files as files
 from lora_jax.io._peft_config import check as check_config
-from lora_jax.io._peft_config import refused_by_vllm
+from lora_jax.io._peft_config import is_target_parameter, refused_by_vllm
+from lora_jax.io._peft_layers import EMBEDDING, PREFIX, TOKENS, wrapped
 from lora_jax.io._peft_read import Reader
 from lora_jax.io._peft_write import to_files
-from lora_jax.io._torch import Map, Names
+from lora_jax.io._torch import Map, Names, module_path
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PARAMETER_ORDER = ("gate_up_proj", "down_proj")  # in which experts register their parameters
 _OURS = (TENSORS, CONFIG, "README.md")
 
 
@@ -33,7 +38,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     rslora: bool = False,
-    parameter_order: tuple[str, ...] = ("gate_up_proj", "down_proj"),
+    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
     for_vllm: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -97,7 +102,7 @@ def load(
     names: Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
-    parameter_order: tuple[str, ...] = ("gate_up_proj", "down_proj"),
+    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
     finite: bool = True,
 ) -> LoraParams:
     """Read an adapter that PEFT wrote.
@@ -124,9 +129,20 @@ def load(
         ValueError: a file is damaged, or asks for what cannot be read exactly; tensors are
             missing, left over, or of shapes that do not fit.
     """
+    places = Map(flatten(params)[0], names, kinds, layout)
+    return reader(path, places, parameter_order, finite=finite).read(params)
+
+
+def reader(
+    path: str | os.PathLike[str],
+    places: Map,
+    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
+    *,
+    finite: bool = True,
+) -> Reader:
+    """The files of an adapter, checked as far as they can be alone."""
     folder = Path(path)
     config = check_config(files.read_json(_config(folder)), str(folder / CONFIG))
-    places = Map(flatten(params)[0], names, kinds, layout)
     with files.open_tensors(folder / TENSORS) as file:
         tensors = dict(file)
     for name, x in tensors.items():
@@ -137,7 +153,53 @@ def load(
                 f"{folder}: {name!r} has values that are not finite. To load it all the same: "
                 "finite=False"
             )
-    return Reader(str(folder), config, tensors, places, parameter_order).read(params)
+    return Reader(str(folder), config, tensors, places, parameter_order)
+
+
+def forms_of(
+    path: str | os.PathLike[str], leaves: Mapping[str, Any], *, is_conv1d: bool
+) -> tuple[Layouts, dict[str, str]]:
+    """The layouts and kinds of PyTorch's own tensors, by paths, as an adapter's files tell them."""
+    folder = Path(path)
+    config = check_config(files.read_json(_config(folder)), str(folder / CONFIG))
+    with files.open_tensors(folder / TENSORS) as file:
+        shapes = {name.removeprefix(PREFIX): shape for name, shape in file.shapes.items()}
+    marks = (f".{EMBEDDING[0]}", f".{TOKENS}")
+    tables = {name.removesuffix(mark) for name in shapes for mark in marks if name.endswith(mark)}
+    modules = {module_path(own)[0].replace("/", ".") for own in leaves}
+    parameters = {name for name in modules if is_target_parameter(config, name)}
+    weights, kinds = {}, {".*/(c_attn|c_proj|c_fc|q_attn)/weight": "Conv1D"} if is_conv1d else {}
+    for own, leaf in leaves.items():
+        module, letters, kind = module_path(own)[0].replace("/", "."), None, "dot"
+        if module in tables:
+            letters, kind = "io", "embedding"
+        elif module in parameters and len(leaf.shape) == 3:
+            wrapper = wrapped(module, parameters, PARAMETER_ORDER)
+            letters, kind = _letters_of_experts(module, leaf.shape, wrapper, shapes), "ragged"
+        elif len(leaf.shape) == 2:
+            letters = "io" if any(re.fullmatch(k, own) for k in kinds) else "oi"
+        elif len(leaf.shape) > 2:
+            letters, kind = "o" + "i" * (len(leaf.shape) - 1), "conv"
+        weights[own] = Weight(tuple(leaf.shape), leaf.dtype, letters, kind, (), None)
+    return Layouts(weights), kinds
+
+
+def _letters_of_experts(
+    name: str, shape: tuple[int, ...], wrapper: str, shapes: Mapping[str, Any]
+) -> str:
+    """Which of the two axes is read: that which ``lora_A`` has."""
+    of_a, of_b = (shapes.get(f"{wrapper}.lora_{factor}.weight", ()) for factor in "AB")
+    fits = [
+        letters
+        for letters, (inputs, outputs) in (("boi", shape[:0:-1]), ("bio", shape[1:]))
+        if (of_a[1:], of_b[:1]) == ((inputs,), (outputs,))
+    ]
+    if len(fits) != 1:
+        raise ValueError(
+            f"the parameter {name!r} of shape {shape} is square, or its factors do not fit it: "
+            "which of its axes is read cannot be told. Load the adapter with peft.load and layout="
+        )
+    return fits[0]
 
 
 def _config(folder: Path) -> Path:

@@ -1,0 +1,368 @@
+"""Whole models in and out, and merged file by file."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import assert_close, randomize_b
+
+import lora_jax
+from lora_jax.io import _files, _shards, hf, peft
+
+NIGHTLY = os.environ.get("LORA_JAX_LARGE")  # gigabytes of the checkpoint that is merged
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape, dtype=np.float32):
+    return RNG.normal(size=shape).astype(dtype)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder as Hugging Face lays it out: two layers, a table, a convolution, a norm, buffers."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = {"embed.weight": floats(7, 6), "norm.weight": floats(6), "cls": floats(1, 1, 6)}
+    for k in range(2):
+        tensors[f"h.{k}.q.weight"] = floats(4, 6)
+        tensors[f"h.{k}.q.bias"] = floats(4)
+        tensors[f"h.{k}.attn.bias"] = np.tri(3, dtype=bool)
+    tensors["conv.weight"] = floats(5, 4, 3)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+LIKE = {
+    "embed": {"embedding": jnp.zeros((7, 6))},
+    "norm": {"scale": jnp.zeros(6)},
+    "cls": jnp.zeros((1, 1, 6)),
+    "h": {"q": {"kernel": jnp.zeros((2, 6, 4)), "bias": jnp.zeros((2, 4))}},
+    "conv": {"kernel": jnp.zeros((3, 4, 5))},
+}
+OPTIONS = {
+    "names": {"h/q": "h.{layer}.q", ".*": r"\g<0>"},
+    "layout": {"conv.*": "iio", "h.*": "bio"},
+    "kinds": {"conv.*": "Conv"},
+}
+
+
+def tensors_of(folder):
+    return {name: t.read() for name, t in _shards.tensors_in(folder).items()}
+
+
+def test_weights_come_in_their_own_axes(model):
+    params, theirs = hf.load(model, LIKE, **OPTIONS), tensors_of(model)
+    assert_close(params["embed"]["embedding"], jnp.asarray(theirs["embed.weight"]))
+    assert_close(params["h"]["q"]["kernel"][1], jnp.asarray(theirs["h.1.q.weight"].T))
+    assert_close(params["conv"]["kernel"], jnp.asarray(theirs["conv.weight"].transpose(2, 1, 0)))
+    assert_close(params["cls"], jnp.asarray(theirs["cls"]))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), LIKE)
+    assert hf.load(model, like, **OPTIONS)["norm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_weights_come_with_the_shardings_asked_for(model):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    like = LIKE | {"norm": {"scale": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=place)}}
+    assert hf.load(model, like, **OPTIONS)["norm"]["scale"].sharding == place
+
+
+@pytest.mark.parametrize("shard_size", [10**9, 200, 1])
+def test_what_came_in_goes_out_bit_for_bit(model, shard_size, tmp_path):
+    params = hf.load(model, LIKE, **OPTIONS)
+    hf.save(tmp_path / "out", params, source=model, shard_size=shard_size, **OPTIONS)
+    theirs, ours = tensors_of(model), tensors_of(tmp_path / "out")
+    assert list(ours) == list(theirs)
+    for name, x in theirs.items():
+        assert ours[name].dtype == x.dtype
+        assert np.array_equal(ours[name], x)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == {10**9: 1, 200: len(files), 1: len(theirs)}[shard_size]
+    for file in files:  # as the library reads them
+        safetensors.numpy.load_file(file)
+    assert_close(hf.load(tmp_path / "out", LIKE, **OPTIONS), params)
+
+
+def test_an_adapter_goes_out_merged(model, tmp_path):
+    params = hf.load(model, LIKE, **OPTIONS)
+    options = {"targets": ["h/q/kernel", "embed.*"], "layout": {"h.*": "bio"}, "full": "norm.*"}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, **options))
+    hf.save(tmp_path / "out", lora_params, source=model, **OPTIONS)
+    merged = lora_jax.merge(lora_params)
+    assert_close(hf.load(tmp_path / "out", LIKE, **OPTIONS), merged)
+    base = lora_jax.quantize(params, "int8", targets="h/q/kernel", layout={"h.*": "bio"})
+    lora_params = lora_jax.LoraParams(base, lora_params.adapter)
+    hf.save(tmp_path / "int8", lora_params, source=model, **OPTIONS)
+    merged = lora_jax.merge(lora_params, quantized="dequantize")
+    assert_close(hf.load(tmp_path / "int8", LIKE, **OPTIONS), merged)
+
+
+def test_without_a_source_names_are_the_paths(tmp_path):
+    params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "cls": jnp.ones((1, 2))}
+    hf.save(tmp_path / "out", params)
+    shapes = {name: t.shape for name, t in _shards.tensors_in(tmp_path / "out").items()}
+    assert shapes == {"a.weight": (3, 2), "a.bias": (3,), "cls": (1, 2)}
+    assert_close(hf.load(tmp_path / "out", params), params)
+
+
+def test_another_precision_and_what_it_cannot_hold(model, tmp_path):
+    params = hf.load(model, LIKE, **OPTIONS)
+    hf.save(tmp_path / "out", params, source=model, dtype=jnp.bfloat16, **OPTIONS)
+    kinds = {str(x.dtype) for x in tensors_of(tmp_path / "out").values()}
+    assert kinds == {"bfloat16", "bool"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "llama", "torch_dtype": "bfloat16"}
+    params["norm"]["scale"] = params["norm"]["scale"].at[2].set(1e6)
+    with pytest.raises(ValueError, match=r"'norm\.weight': 1 numbers of up to 1e\+06 are too"):
+        hf.save(tmp_path / "half", params, source=model, dtype=jnp.float16, **OPTIONS)
+    assert not (tmp_path / "half").exists()
+    params["norm"]["scale"] = jnp.full(6, jnp.inf)  # what is infinite stays so
+    hf.save(tmp_path / "half", params, source=model, dtype=jnp.float16, **OPTIONS)
+
+
+def edited(folder, **changes):
+    tensors = tensors_of(folder) | changes
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h.1.q.weight": None}, r"has no tensor h\.1\.q\.weight for 'h/q/kernel'. Nearest: h\.0"),
+        ({"more.weight": floats(3)}, r"1 tensors have no place .* such as \['more\.weight'\]"),
+        ({"h.1.q.weight": floats(6, 4)}, r"has shape \(6, 4\), and 'h/q/kernel' .* wants \(4, 6\)"),
+        ({"norm.weight": floats(5)}, r"has shape \(5,\), and 'norm/scale'"),
+        ({"cls": floats(1, 6)}, r"has shape \(1, 6\), and 'cls'"),
+    ],
+)
+def test_other_models_are_refused(changes, message, model, tmp_path):
+    params = hf.load(model, LIKE, **OPTIONS)
+    edited(model, **changes)
+    with pytest.raises(ValueError, match=message):
+        hf.load(model, LIKE, **OPTIONS)
+    with pytest.raises(ValueError, match=r"has no tensor|have no place|has shape"):
+        hf.save(tmp_path / "out", params, source=model, **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_may_be_left_over_if_said(model, tmp_path):
+    edited(model, **{"pooler.dense.weight": floats(3, 3)})
+    params = hf.load(model, LIKE, ignore=r"pooler\..*", **OPTIONS)
+    hf.save(tmp_path / "out", params, source=model, ignore=r"pooler\..*", **OPTIONS)
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(model).keys()
+
+
+def test_tied_tensors_are_read_twice_and_written_once(tmp_path):
+    params = {"embed": {"embedding": jnp.asarray(floats(7, 6))}}
+    hf.save(tmp_path / "model", params)
+    like = params | {"head": {"kernel": jnp.zeros((6, 7))}}
+    with pytest.raises(ValueError, match=r"has no tensor head\.weight .* tied="):
+        hf.load(tmp_path / "model", like)
+    tied = {"tied": {"head.weight": "embed.weight"}}
+    params = hf.load(tmp_path / "model", like, **tied)
+    assert np.array_equal(params["head"]["kernel"], params["embed"]["embedding"].T)
+    hf.save(tmp_path / "out", params, source=tmp_path / "model", **tied)
+    assert list(tensors_of(tmp_path / "out")) == ["embed.weight"]
+    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].add(1.0)
+    with pytest.raises(ValueError, match=r"'head/kernel' is tied to 'embed\.weight' .* they"):
+        hf.save(tmp_path / "no", params, source=tmp_path / "model", **tied)
+    hf.save(tmp_path / "untied", params)
+    assert_close(hf.load(tmp_path / "untied", like, **tied), params)
+
+
+def test_broken_indices_are_refused(model, tmp_path):
+    hf.save(
+        tmp_path / "out", hf.load(model, LIKE, **OPTIONS), source=model, shard_size=200, **OPTIONS
+    )
+    index = tmp_path / "out" / _shards.INDEX
+    good = json.loads(index.read_text())
+    where = good["weight_map"]
+    first, last = next(iter(where)), where[list(where)[-1]]
+
+    def refused(change, error, message):
+        index.write_text(json.dumps(change))
+        with pytest.raises(error, match=message):
+            hf.load(tmp_path / "out", LIKE, **OPTIONS)
+
+    for outside in ("../model/model.safetensors", "/etc/passwd", "..", "a/b"):
+        broken = {"weight_map": where | {first: outside}}
+        refused(broken, ValueError, "is no name of a file in")
+    refused([], ValueError, "expected a weight_map")
+    refused({"weight_map": {"a": 1}}, ValueError, "expected a weight_map")
+    refused({"weight_map": where | {first: "no"}}, FileNotFoundError, "is missing, and .* names it")
+    refused({"weight_map": where | {first: last}}, ValueError, "does not hold what")
+    refused({"weight_map": where | {"more": last}}, ValueError, r"without \['more'\]")
+    index.write_text(json.dumps(good))
+    (tmp_path / "out" / last).write_bytes((tmp_path / "out" / last).read_bytes()[:-3])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        hf.load(tmp_path / "out", LIKE, **OPTIONS)
+    with pytest.raises(FileNotFoundError, match="holds neither model"):
+        hf.load(tmp_path, LIKE)
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"but pytorch_model\.bin, a pickle"):
+        hf.load(tmp_path, LIKE)
+
+
+def test_what_was_there_stays_whatever_happens(model, tmp_path, monkeypatch):
+    params = hf.load(model, LIKE, **OPTIONS)
+    hf.save(tmp_path / "out", params, source=model, **OPTIONS)
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        hf.save(tmp_path / "out", params, source=model, **OPTIONS)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((os, "fsync"), (_shards, "_write_one"), (_files, "_put")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                hf.save(tmp_path / "out", params, source=model, overwrite=True, **OPTIONS)
+    (tmp_path / "out" / "mine.npy").write_text("")
+    with pytest.raises(FileExistsError, match=r"holds mine\.npy, which would be lost"):
+        hf.save(tmp_path / "out", params, source=model, overwrite=True, **OPTIONS)
+    (tmp_path / "out" / "mine.npy").unlink()
+    hf.save(tmp_path / "out", params, source=model, shard_size=200, overwrite=True, **OPTIONS)
+    hf.save(tmp_path / "out", params, source=model, overwrite=True, **OPTIONS)
+    assert_close(hf.load(tmp_path / "out", LIKE, **OPTIONS), params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+# Merging files.
+
+ADAPTERS = {
+    "plain": {"targets": ["h/q/kernel", "embed.*", "conv.*"]},
+    "some layers": {"targets": "h/q/kernel", "layers": [1]},
+    "DoRA": {"targets": ["h/q/kernel", "embed.*", "conv.*"], "dora": True},
+    "whole": {"targets": "h/q/kernel", "full": ["norm.*", "conv.*"], "bias": "lora_only"},
+    "rows": {"targets": "h/q/kernel", "rows": {"embed.*": [5, 2]}},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("chunk", [2**22, 7])
+def test_files_are_merged_as_parameters_are(name, chunk, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_jax.io._hf_merge._CHUNK", chunk)
+    params = hf.load(model, LIKE, **OPTIONS)
+    options = {"layout": OPTIONS["layout"]} | ADAPTERS[name]
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, **options))
+    peft.save(tmp_path / "adapter", lora_params, **OPTIONS)
+    hf.merge(model, tmp_path / "adapter", tmp_path / "out", shard_size=300)
+    merged = lora_jax.merge(lora_params)
+    assert_close(hf.load(tmp_path / "out", LIKE, **OPTIONS), merged, 1e-6)
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(model)
+    assert {k: x.dtype for k, x in ours.items()} == {k: x.dtype for k, x in theirs.items()}
+
+
+def test_transposed_layers_and_experts_are_merged(tmp_path):
+    params = {
+        "h": {"0": {"attn": {"c_attn": {"kernel": jnp.asarray(floats(6, 9))}}}},
+        "moe": {"up": jnp.asarray(floats(3, 6, 5)), "down": jnp.asarray(floats(3, 5, 6))},
+    }
+    options = {"kinds": {".*c_attn.*": "Conv1D"}, "layout": {"moe.*": "bio", ".*": "io"}}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout=options["layout"]))
+    order = {"parameter_order": ("up", "down")}
+    peft.save(tmp_path / "adapter", lora_params, **options, **order)
+    merged = jax.tree.map(np.asarray, lora_jax.merge(lora_params))
+    (tmp_path / "model").mkdir()
+    tensors = {
+        "h.0.attn.c_attn.weight": np.asarray(params["h"]["0"]["attn"]["c_attn"]["kernel"]),
+        **{f"moe.{k}": np.asarray(x) for k, x in params["moe"].items()},
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"PEFT nests them in the order"):
+        hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    only = lora_jax.Adapter(
+        {k: f for k, f in lora_params.adapter.factors.items() if k != "moe/down"}
+    )
+    peft.save(tmp_path / "adapter", lora_jax.LoraParams(params, only), overwrite=True, **options)
+    hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    ours = tensors_of(tmp_path / "out")
+    assert_close(ours["h.0.attn.c_attn.weight"], merged["h"]["0"]["attn"]["c_attn"]["kernel"], 1e-6)
+    assert_close(ours["moe.up"], merged["moe"]["up"], 1e-6)
+    assert_close(ours["moe.down"], np.asarray(params["moe"]["down"]))
+
+
+def test_several_adapters_are_added_up_with_weights(model, tmp_path):
+    params = hf.load(model, LIKE, **OPTIONS)
+    expected = params["h"]["q"]["kernel"]
+    for k, weight in enumerate((0.5, -2.0)):
+        options = {"targets": "h/q/kernel", "layout": OPTIONS["layout"]}
+        lora_params = randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(k), **options))
+        peft.save(tmp_path / f"a{k}", lora_params, **OPTIONS)
+        merged = lora_jax.merge(lora_params)["h"]["q"]["kernel"]
+        expected = expected + weight * (merged - params["h"]["q"]["kernel"])
+    weights = {tmp_path / "a0": 0.5, tmp_path / "a1": -2.0}
+    hf.merge(model, weights, tmp_path / "out")
+    found = hf.load(tmp_path / "out", LIKE, **OPTIONS)["h"]["q"]["kernel"]
+    assert_close(found, expected, 1e-5)
+    options = {"targets": "h/q/kernel", "layout": OPTIONS["layout"], "dora": True}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, **options))
+    peft.save(tmp_path / "dora", lora_params, **OPTIONS)
+    with pytest.raises(ValueError, match="can neither be weighted nor summed"):
+        hf.merge(model, {tmp_path / "dora": 0.5}, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_adapters_of_other_models_are_not_merged(model, tmp_path):
+    params = {"x": {"kernel": jnp.ones((6, 4))}}
+    peft.save(tmp_path / "a", randomize_b(lora_jax.lorafy(params, 2, targets=".*")))
+    with pytest.raises(ValueError, match="adapts a module 'x', which the parameters have not"):
+        hf.merge(model, tmp_path / "a", tmp_path / "out")
+    config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    edited(model, **{"x.weight": floats(4, 6)})
+    with pytest.raises(ValueError, match="its initializer changed the base"):
+        hf.merge(model, tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
+    size = int(float(NIGHTLY) * 2**30) if NIGHTLY else 768 * 2**20
+    largest = size // 8
+    script = f"""
+        import os, resource, sys
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import numpy as np, jax.numpy as jnp, lora_jax
+        from pathlib import Path
+        from lora_jax.io import _shards, hf, peft
+        jnp.zeros(3).block_until_ready()
+        root, width = Path({str(tmp_path)!r}), 1024
+        rows = {largest} // width // 2
+        dtype = _shards._DTYPES["BF16"]
+        specs = {{f"h.{{k}}.q.weight": ((rows, width), dtype) for k in range(8)}}
+        if sys.argv[1] == "make":
+            (root / "model").mkdir()
+            one = np.ones((rows, width), dtype)
+            _shards.write(root / "model", specs, lambda name: one, shard_size={size} // 4)
+            f = lora_jax.Factors(
+                jnp.ones((width, 4)), jnp.full((4, rows), 0.5), jnp.float32(1), "io"
+            )
+            import jax
+            kernel = jax.ShapeDtypeStruct((width, rows), jnp.bfloat16)
+            like = {{"h": {{str(k): {{"q": {{"kernel": kernel}}}} for k in range(8)}}}}
+            adapter = lora_jax.Adapter({{f"h/{{k}}/q/kernel": f for k in range(8)}})
+            peft.save(root / "adapter", lora_jax.LoraParams(like, adapter))
+        else:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            hf.merge(root / "model", root / "adapter", root / "out", shard_size={size} // 4)
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+            x = _shards.tensors_in(root / "out")["h.7.q.weight"].read()
+            assert (x == 3).all()
+    """
+    for what in ("make", "merge"):
+        command = [sys.executable, "-c", textwrap.dedent(script), what]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout) < 2 * largest + 300 * 2**20, int(result.stdout)
