@@ -110,7 +110,7 @@ def _name(
 ) -> str:
     """The name of a tensor in the files: of a module's weight, a parameter's own, or a tied one."""
     full = f"{place.module}.{place.suffix}"
-    for name in (full, place.module, (tied or {}).get(full)):
+    for name in (full, place.module, (tied or {}).get(full, full)):
         if name in tensors:
             return name
     raise ValueError(
