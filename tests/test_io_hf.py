@@ -264,6 +264,37 @@ def test_files_are_merged_as_parameters_are(name, chunk, model, tmp_path, monkey
     assert {k: x.dtype for k, x in ours.items()} == {k: x.dtype for k, x in theirs.items()}
 
 
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32", "float16"])
+def test_a_sum_is_rounded_once_to_what_is_written(wanted, model, tmp_path):
+    half = {name: x.astype("bfloat16") for name, x in tensors_of(model).items() if x.ndim}
+    safetensors.numpy.save_file(half, model / "model.safetensors")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), LIKE)
+    params = hf.load(model, like, **OPTIONS)
+    options = {"targets": "h/q/kernel", "layout": OPTIONS["layout"], "full": "norm.*"}
+    weights, exact = {}, params["h"]["q"]["kernel"].astype(jnp.float32)
+    for k, weight in enumerate((0.25, 4.0)):
+        lora_params = randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(k), **options))
+        factors = lora_jax.Adapter(lora_params.adapter.factors)
+        peft.save(tmp_path / f"a{k}", lora_jax.LoraParams(params, factors), **OPTIONS)
+        weights[tmp_path / f"a{k}"] = weight
+        f = factors.factors["h/q/kernel"]
+        exact += weight * f.scale * jnp.einsum("bir,bro->bio", f.a, f.b)
+    hf.merge(model, weights, tmp_path / "sum", dtype=wanted)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), LIKE)
+    found = hf.load(tmp_path / "sum", like, **OPTIONS)["h"]["q"]["kernel"]
+    assert (
+        np.abs(found.astype(jnp.float32) - exact).max()
+        <= np.abs(exact.astype(wanted).astype(jnp.float32) - exact).max() * 1.01 + 1e-5
+    )
+    hf.save(tmp_path / "out", lora_params, source=model, dtype=wanted, **OPTIONS)
+    saved = hf.load(tmp_path / "out", like, **OPTIONS)["h"]["q"]["kernel"].astype(jnp.float32)
+    f = lora_params.adapter.factors["h/q/kernel"]
+    base = params["h"]["q"]["kernel"].astype(jnp.float32)
+    exact = base + f.scale * jnp.einsum("bir,bro->bio", f.a, f.b)
+    limit = {"bfloat16": 2**-8, "float16": 2**-8, "float32": 1e-6}[wanted]
+    assert np.abs(saved - exact).max() <= limit * np.abs(exact).max()
+
+
 def test_transposed_layers_and_experts_are_merged(tmp_path):
     params = {
         "h": {"0": {"attn": {"c_attn": {"kernel": jnp.asarray(floats(6, 9))}}}},

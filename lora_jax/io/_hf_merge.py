@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from lora_jax.io._torch import Map
 # The models whose dense layers are Conv1D, stored [in, out].
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CHUNK = 2**22  # entries of a weight that are in float32 at a time
+
+Update: TypeAlias = tuple[str, np.ndarray, np.ndarray, Any, Any]  # letters, a, b, scale, magnitude
 
 
 def merge(
@@ -64,10 +67,16 @@ def merge(
     specs = {name: (t.shape, dtype_of(t.dtype, dtype)) for name, t in tensors.items()}
 
     def make(name: str) -> np.ndarray:
-        w = tensors[name].read()
-        for change in changes:
-            w = change.apply(name, w)
-        return narrowed(w, specs[name][1], name)
+        w, (_, wanted) = tensors[name].read(), specs[name]
+        updates = [update for change in changes for update in change.updates(name)]
+        replaced = [change for change in changes if change.replaces(name)]
+        if w.dtype != wanted and (updates or replaced):
+            w = w.astype(np.float32)
+        for change in replaced:
+            change.replace(name, w)
+        if updates:
+            _add(w, updates)
+        return narrowed(w, wanted, name)
 
     write(folder, specs, make, source, dtype, shard_size, overwrite)
 
@@ -104,23 +113,25 @@ class _Change:
                 "can neither be weighted nor summed: merge it alone, with weight 1"
             )
 
-    def apply(self, name: str, w: np.ndarray) -> np.ndarray:
-        """A tensor with the adapter merged."""
+    def replaces(self, name: str) -> bool:
+        """Whether entries of a tensor are new."""
+        return name in self.full or name in self.rows
+
+    def replace(self, name: str, w: np.ndarray) -> None:
+        """Put them in."""
         if name in self.full:
-            return self.full[name].reshape(w.shape).astype(w.dtype)
-        if name in self.rows:
+            w[...] = self.full[name].reshape(w.shape).astype(w.dtype)
+        else:
             f: Factors = self.rows[name]
             ids = np.asarray(f.a).argmax(0)
             w[ids] = (w[ids].astype(np.float32) + np.asarray(f.b)).astype(w.dtype)
-        if name in self.pieces:
-            letters, piece = self.pieces[name]
-            scale = np.float32(self.weight) * piece.scale
-            if letters[0] == "b":
-                for k in range(len(w)):
-                    _add(w[k], letters[1:], piece.a[k], piece.b[k], scale, None)
-            else:
-                _add(w, letters, piece.a, piece.b, scale, piece.magnitude)
-        return w
+
+    def updates(self, name: str) -> list[Update]:
+        """What is added to a tensor."""
+        if name not in self.pieces:
+            return []
+        letters, piece = self.pieces[name]
+        return [(letters, piece.a, piece.b, np.float32(self.weight) * piece.scale, piece.magnitude)]
 
 
 def _path(name: str) -> str:
@@ -128,21 +139,27 @@ def _path(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _add(
-    w: np.ndarray, letters: str, a: np.ndarray, b: np.ndarray, scale: Any, magnitude: Any
-) -> None:
-    """Add ``scale * a b`` in place, some rows at a time; with a magnitude, DoRA's columns."""
-    rank = a.shape[-1]
+def _add(w: np.ndarray, updates: list[Update]) -> None:
+    """Add ``scale * a b`` of each in place, some rows at a time; with a magnitude, as DoRA does."""
+    letters, *_, magnitude = updates[0]
+    if letters[0] == "b":
+        for k in range(len(w)):
+            _add(w[k], [(own[1:], a[k], b[k], scale, m) for own, a, b, scale, m in updates])
+        return
     rows_write = letters[0] == "o"
-    count = len(role_axes(letters, letters[0]))
-    matrix = w.reshape(int(np.prod(w.shape[:count])), -1)  # a view: w is contiguous
-    inputs, outputs = a.reshape(-1, rank), b.reshape(rank, -1) * scale
+    matrix = w.reshape(prod(w.shape[: len(role_axes(letters, letters[0]))]), -1)  # a view
+    factors = [
+        (a.reshape(-1, a.shape[-1]), b.reshape(a.shape[-1], -1) * scale)
+        for _, a, b, scale, _ in updates
+    ]
     step = max(1, _CHUNK // matrix.shape[1])
     chunks = [slice(k, k + step) for k in range(0, len(matrix), step)]
 
     def summed(rows: slice) -> np.ndarray:
-        update = outputs[:, rows].T @ inputs.T if rows_write else inputs[rows] @ outputs
-        return matrix[rows].astype(np.float32) + update
+        x = matrix[rows].astype(np.float32)
+        for a, b in factors:
+            x += b[:, rows].T @ a.T if rows_write else a[rows] @ b
+        return x
 
     if magnitude is None:
         for rows in chunks:

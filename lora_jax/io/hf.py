@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax._merge import merge as merge_params
 from lora_jax._params import Adapter, LoraParams, check
 from lora_jax._paths import PyTree, flatten, nearest
-from lora_jax._quantized import is_quantized
+from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry
 from lora_jax.io import _shards as shards
 from lora_jax.io._hf_merge import merge as merge
@@ -208,7 +208,7 @@ def save(
     def tensor(name: str, place: Place) -> np.ndarray:
         if place.path not in merged:
             merged.clear()
-            merged[place.path] = _merged(lora_params, place.path, leaves)
+            merged[place.path] = _merged(lora_params, place.path, leaves, dtype)
         x = places.array(place, merged)
         letters, kind = _form(places, place, name)
         return x if letters is None else to_torch(x, letters, kind)
@@ -227,13 +227,15 @@ def save(
     write(folder, specs, make, source, dtype, shard_size, overwrite)
 
 
-def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any]) -> Any:
-    """One leaf with what the adapter adds to it."""
+def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any], dtype: Any) -> Any:
+    """One leaf with what the adapter adds to it, in the wider of its dtype and the one wanted."""
     adapter = lora_params.adapter
     own = {key: f for key, f in adapter.factors.items() if entry(key, leaves)[0] == path}
     full = {path: adapter.full[path]} if path in adapter.full else {}
     if not own and not full:
         return leaves[path]
-    one = LoraParams({path: leaves[path]}, Adapter(own, full))
-    how: Any = "dequantize" if is_quantized(leaves[path]) else "refuse"
-    return merge_params(one, quantized=how)[path]
+    leaf = dequantize_array(leaves[path]) if is_quantized(leaves[path]) else leaves[path]
+    if dtype is not None and jnp.dtype(dtype).itemsize > leaf.dtype.itemsize:
+        leaf = leaf.astype(dtype)
+    one = LoraParams({path: leaf}, Adapter(own, full))
+    return merge_params(one)[path]
