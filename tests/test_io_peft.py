@@ -231,7 +231,7 @@ def test_tied_tables_are_refused_where_the_function_is_known(tmp_path):
     table = lambda p: p["embed"]["embedding"]  # noqa: E731
     layout = lora_jax.layout_of(lambda p, ids: table(p)[ids] @ table(p).T, params, jnp.arange(3))
     lora_params = trained(params, rank=1, targets=".*", layout=layout)
-    with pytest.raises(ValueError, match="is an output head as well, and PEFT would"):
+    with pytest.raises(ValueError, match="is an output head as well, and in PEFT"):
         peft.save(tmp_path / "a", lora_params, layout=layout)
 
 
@@ -290,6 +290,111 @@ def test_names_that_others_end_with_are_told_apart(tmp_path):
     assert "base_model.model.b.norm_head.weight" in tensors  # PEFT takes it for a head, too
     again = peft.load(tmp_path / "a", params)
     assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
+
+
+def kernel():
+    return {"kernel": jnp.ones((3, 3))}
+
+
+def test_patterns_are_of_one_module_each(tmp_path):
+    params: dict = {"model": {"q": kernel()}, "vision": {"model": {"q": kernel(), "k": kernel()}}}
+    params |= {"b[0]": kernel(), "b[1]": kernel(), "c": kernel()}
+    options = {
+        "alpha": {"model/q/.*": 2.0, "vision.*": 3.0, r"b\[0\].*": 4.0, ".*": 16.0},
+        "rank": {"model/q/.*": 1, ".*": 2},
+    }
+    lora_params = trained(params, targets=".*", **options)
+    peft.save(tmp_path / "a", lora_params)
+    config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    assert config["rank_pattern"] == {r"^model\.q": 1}
+    assert set(config["alpha_pattern"]) >= {r"^model\.q", r"^b\[0\]"}
+    assert_close(lora_jax.merge(peft.load(tmp_path / "a", params)), lora_jax.merge(lora_params))
+    config["alpha_pattern"]["b[0]"] = config["alpha_pattern"].pop(r"^b\[0\]")  # as PEFT writes it
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps(config))
+    assert_close(lora_jax.merge(peft.load(tmp_path / "a", params)), lora_jax.merge(lora_params))
+
+
+def test_scales_of_any_sign_and_none(tmp_path):
+    params = {"fused": {"kernel": jnp.ones((4, 6))}, "x": {"kernel": jnp.ones((4, 4))}}
+    params["l"] = {"kernel": jnp.ones((2, 4, 4))}
+    layout = {"l.*": "bio"}
+    targets = ["fused/kernel[:, 0:2]", "fused/kernel[:, 4:6]", "x.*", "l.*"]
+    lora_params = trained(params, rank=1, targets=targets, layout=layout)
+    factors = dict(lora_params.adapter.factors)
+    for key, scale in {"fused/kernel[:, 0:2]": 0.0, "x/kernel": -1.0, "l/kernel": 0.0}.items():
+        factors[key] = dataclasses.replace(factors[key], scale=jnp.float32(scale))
+    lora_params = lora_jax.LoraParams(params, lora_jax.Adapter(factors))
+    options = {"names": {"l": "l.{layer}", "(.*)": r"\1"}, "layout": layout}
+    peft.save(tmp_path / "a", lora_params, **options)
+    again = peft.load(tmp_path / "a", params, **options)
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
+    factors["x/kernel"] = dataclasses.replace(factors["x/kernel"], scale=jnp.float32(jnp.inf))
+    with pytest.raises(ValueError, match="a scale is inf, expected a finite number"):
+        peft.save(tmp_path / "b", lora_jax.LoraParams(params, lora_jax.Adapter(factors)), **options)
+
+
+def test_names_are_names_of_modules(tmp_path):
+    params = {
+        "enc": {"attn": {"q": {"kernel": jnp.ones((3, 3))}}},
+        "s": {"kernel": jnp.ones((3, 3))},
+    }
+    params["s"]["scale"] = jnp.ones(3)  # beside a kernel, a parameter of its own
+    params["lora_gate"] = {"kernel": jnp.ones((3, 3))}
+    lora_params = trained(params, rank=1, targets=".*kernel")
+    peft.save(tmp_path / "a", lora_params, names={"(.*)": r"\1"})
+    again = peft.load(tmp_path / "a", params)
+    assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
+    for names, error, message in [
+        ({".*": "{x}"}, ValueError, "has marks besides"),
+        ({"(": "x"}, ValueError, "names="),
+        ({".*": r"\3"}, ValueError, "names="),
+        (["x"], TypeError, "expected patterns to templates, or a function"),
+        (lambda path: 1, TypeError, "expected a name"),
+    ]:
+        with pytest.raises(error, match=message):
+            peft.save(tmp_path / "b", lora_params, names=names)
+    with pytest.raises(TypeError, match="params is a LoraParams, expected its base"):
+        peft.load(tmp_path / "a", lora_params)
+
+
+def test_a_module_inside_a_whole_one_is_part_of_it(tmp_path):
+    params = {"decoder": {"head": {"proj": kernel()}}, "head": kernel(), "q": kernel()}
+    lora_params = trained(params, rank=1, targets=["q.*", "decoder.*"], full="head/kernel")
+    with pytest.raises(ValueError, match=r"'decoder\.head\.proj' would train whole and have"):
+        peft.save(tmp_path / "a", lora_params)
+    lora_params = trained(params, rank=1, targets="q.*", full="head/kernel")
+    peft.save(tmp_path / "a", lora_params)
+    tensors = safetensors.numpy.load_file(tmp_path / "a" / peft.TENSORS)
+    assert "base_model.model.decoder.head.proj.weight" in tensors
+    assert_close(lora_jax.merge(peft.load(tmp_path / "a", params)), lora_jax.merge(lora_params))
+
+
+def test_layers_of_one_stack_and_several_ranks_have_no_common_start(tmp_path):
+    params = {"l": {"kernel": jax.random.normal(jax.random.key(0), (2, 5, 5))}}
+    options = {"names": {"l": "l.{layer}"}, "layout": {".*": "bio"}}
+    parts = {"l/kernel[0:1]": 1, "l/kernel[1:2]": 2}
+    one, two = (
+        trained(params, rank=rank, targets=f"l/kernel[{k}:{k + 1}]", layout=options["layout"])
+        for k, rank in enumerate(parts.values())
+    )
+    factors = one.adapter.factors | two.adapter.factors
+    peft.save(tmp_path / "a", lora_jax.LoraParams(params, lora_jax.Adapter(factors)), **options)
+    path = tmp_path / "a" / peft.CONFIG
+    path.write_text(
+        path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"')
+    )
+    with pytest.raises(ValueError, match=r"ranks \[1, 2\], and are stacked here: the initializer"):
+        peft.load(tmp_path / "a", params, **options)
+
+
+def test_a_card_and_the_mode_of_files_are_kept(tmp_path):
+    lora_params = trained(block(), rank=1, targets=".*fused/kernel")
+    peft.save(tmp_path / "a", lora_params, base_model=tmp_path)
+    (tmp_path / "a" / "README.md").write_text("mine")
+    peft.save(tmp_path / "a", lora_params, overwrite=True)
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+    modes = {p.stat().st_mode for p in (tmp_path / "a").iterdir()}
+    assert len(modes) == 1
 
 
 def test_what_vllm_would_refuse_is_refused(tmp_path):
@@ -402,9 +507,25 @@ PRE = "base_model.model."
         ("plain", {"r": "4"}, "r is '4', expected int"),
         ("plain", {"r": True}, "r is True, expected int"),
         ("plain", {"r": 5}, "have rank 4, and its configuration says 5"),
-        ("plain", {"r": 0}, "r=0"),
-        ("plain", {"rank_pattern": {"conv": 0}}, r"rank_pattern\['conv'\] is 0"),
+        ("plain", {"r": 0}, "rank 0, expected a positive number"),
+        ("plain", {"rank_pattern": {"conv": 0}}, "rank 0, expected a positive number"),
         ("plain", {"rank_pattern": {"(": 2}}, "is not a regular expression"),
+        ("plain", {"rank_pattern": {"conv": 2.5}}, r"rank_pattern\['conv'\] is 2\.5"),
+        ("plain", {"rank_pattern": {"conv": float("inf")}}, r"rank_pattern\['conv'\] is inf"),
+        ("plain", {"alpha_pattern": {"conv": float("nan")}}, "alpha nan, expected a finite"),
+        ("plain", {"alpha_pattern": {"(?i)Conv": 4}}, "is not a regular expression"),
+        ("plain", {"lora_alpha": 10**400}, "alpha 10+, expected a finite number"),
+        ("plain", {"r": 10**400}, "rank 10+, expected a positive number"),
+        ("plain", {"layers_pattern": "("}, "is not a regular expression"),
+        ("plain", {"modules_to_save": ["("]}, "is not a regular expression"),
+        ("plain", {"lora_bias": True}, "lora_B.bias' is missing"),
+        ("plain", {"modules_to_save": ["last"]}, "'last', which its configuration does not adapt"),
+        (
+            "plain",
+            {"trainable_token_indices": {"table": [1]}},
+            "trainable_tokens_delta' is missing",
+        ),
+        ("plain", {"bias": "all"}, "base_layer.bias' is missing"),
         ("plain", {"target_modules": [1]}, r"target_modules is \[1\], expected a list of names"),
         ("plain", {"target_modules": "(first"}, "is not a regular expression"),
         ("plain", {"target_modules": ["first"]}, "has factors for 'conv', which its configuration"),
@@ -469,6 +590,9 @@ def changed(part, f):
             changed("first.lora_mag", lambda x: x[1:]),
             "expected one number for each of the 16",
         ),
+        ("saved", without("last.weight"), "last.weight' is missing"),
+        ("saved", without("conv.bias"), "conv.bias' is missing"),
+        ("rows", without("trainable"), "table.token_adapter.trainable_tokens_delta' is missing"),
         ("saved", changed("last.weight", lambda x: x.T), "has shape .8, 5., expected .5, 8."),
         ("saved", changed("original_module", lambda x: x[:2]), None),
         ("saved", changed("modules_to_save.bias", lambda x: x + 1), "two different biases"),
@@ -523,7 +647,7 @@ def test_a_table_that_is_not_the_bases_is_refused(broken):
 
     broken("plain", tensors=with_table(params["table"]["embedding"]))
     with pytest.raises(
-        ValueError, match="brings a table for 'table' that is not the one in params"
+        ValueError, match="brings a weight of 'table' that is not the one in params"
     ):
         broken("plain", tensors=with_table(params["table"]["embedding"] + 1))
 

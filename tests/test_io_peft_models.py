@@ -67,6 +67,11 @@ def transformer(name, folder):
             "BertForSequenceClassification",
             sizes | {"vocab_size": 40, "intermediate_size": 24, "num_labels": 3},
         ),
+        "RoBERTa": (
+            "RobertaConfig",
+            "RobertaForSequenceClassification",
+            sizes | {"vocab_size": 40, "intermediate_size": 24, "num_labels": 3},
+        ),
         "ViT": (
             "ViTConfig",
             "ViTForImageClassification",
@@ -281,6 +286,12 @@ CASES = {
     "Llama, rows": (
         "Llama",
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3]}},
+        {},
+    ),
+    "Llama, the head adapted": ("Llama", {"target_modules": ["q_proj", "lm_head"]}, {}),
+    "RoBERTa, a head of two layers": (
+        "RoBERTa",
+        {"target_modules": ["query"], "task_type": "SEQ_CLS"},
         {},
     ),
     "GPT-2": (

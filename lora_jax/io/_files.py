@@ -139,8 +139,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     try:
         safetensors.numpy.save_file(arrays, path, metadata=dict(metadata))
+        path.chmod(0o666 & ~_umask())  # the library makes it readable by its owner alone
     except safetensors.SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 class Tensors(Mapping[str, np.ndarray]):

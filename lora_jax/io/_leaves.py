@@ -54,6 +54,9 @@ def kind_of(x: Any, label: str) -> str:
         raise TypeError(f"{label} is {type(x).__name__}, expected an array, a number or a string")
     if is_numpy and (x.dtype.kind in "OSUMm" or x.dtype.names):
         raise TypeError(f"{label} is a NumPy array of {x.dtype}, expected numbers")
+    is_odd = is_numpy and (x.dtype.newbyteorder("=") != x.dtype or x.dtype.itemsize > 16)
+    if is_odd or str(x.dtype) == "float128":
+        raise TypeError(f"{label} is of type {x.dtype!r}, which other machines read otherwise")
     return f"{'numpy ' * is_numpy}{x.dtype}[{','.join(map(str, x.shape))}]"
 
 

@@ -40,6 +40,7 @@ _HARMLESS = frozenset(
     "megatron_core megatron_config eva_config corda_config loftq_config lora_ga_config "
     "qalora_group_size runtime_config velora_config".split()
 )
+_LARGEST = 2**31  # of ranks and alphas: what a file says beyond that is damage
 _VLLM_SAVES = {"classifier", "score"}
 _VLLM_RANK = 512
 
@@ -49,6 +50,7 @@ def write(
     parameters: Iterable[str],
     known: Sequence[str],
     *,
+    all_named: bool,
     rslora: bool,
     **more: Any,
 ) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def write(
         modules: rank and scale by the full name of a module, or of a parameter.
         parameters: which of them are parameters.
         known: the names of all modules of the model that have a weight.
+        all_named: whether there are no others.
         rslora: whether alpha is to be divided by the root of the rank.
         more: other keys.
     """
@@ -82,7 +85,7 @@ def write(
         "r": rank,
         "rank_pattern": _pattern(ranks, rank),
         "revision": None,
-        "target_modules": _targets(targets, known),
+        "target_modules": _targets(targets, known, all_named),
         "target_parameters": parameters or None,
         "use_rslora": rslora,
         **more,
@@ -93,6 +96,8 @@ def _alpha(rank: int, scale: np.float32, rslora: bool) -> float | int:
     """The roundest number that gives the very scale."""
     divisor = math.sqrt(rank) if rslora else rank
     alpha = float(scale) * divisor
+    if not math.isfinite(alpha):
+        raise ValueError(f"peft.save: a scale is {scale}, expected a finite number")
     for digits in (0, 3, 6):
         rounded = round(alpha, digits)
         if np.float32(rounded / divisor) == scale:
@@ -101,21 +106,38 @@ def _alpha(rank: int, scale: np.float32, rslora: bool) -> float | int:
 
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """What differs, by full names: of names that end alike, the longer first, as PEFT looks."""
-    names = sorted((n for n, v in values.items() if v != usual), key=lambda n: (-n.count("."), n))
-    return {name: values[name] for name in names}
+    """What differs, by patterns that no other name matches, in whatever order they are read."""
+    keys = {}
+    for name, value in values.items():
+        if value != usual:
+            alike = [other for other in values if _match(name, other)]
+            is_own = name in alike and all(values[other] == value for other in alike)
+            keys[name if is_own else f"^{re.escape(name)}"] = value
+    return keys
 
 
-def _targets(targets: Sequence[str], known: Sequence[str]) -> list[str] | str:
+def _targets(targets: Sequence[str], known: Sequence[str], all_named: bool) -> list[str] | str:
     """Names that select these modules and no others: last names where these will do."""
     wanted, listed = set(targets), set()
     for name in targets:
         last = name.rpartition(".")[2]
         alike = {other for other in known if matches([last], other)}
-        listed.add(last if alike <= wanted else name)
+        listed.add(last if all_named and alike <= wanted else name)
     if {name for name in known if matches(sorted(listed), name)} <= wanted:
         return sorted(listed)
     return "|".join(map(re.escape, sorted(wanted)))  # a name that others end with
+
+
+def _match(pattern: str, name: str) -> bool:
+    """Whether PEFT takes this pattern of ranks or alphas for a module of this name."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def is_saved(saved: Iterable[str] | None, module: str) -> bool:
+    """Whether PEFT saves a module whole: its name, or that of one it is in, ends so."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    return any(prefix.endswith(name) for name in saved or () for prefix in prefixes)
 
 
 def matches(names: Sequence[str] | str, name: str) -> bool:
@@ -173,17 +195,27 @@ def check(config: Any, where: str) -> dict[str, Any]:
     empty = {"rank_pattern": {}, "alpha_pattern": {}, "peft_version": ""}
     config = defaults | empty | {k: v for k, v in config.items() if v is not None}
     for name in ("rank_pattern", "alpha_pattern"):
+        kind = int if name == "rank_pattern" else int | float
         for pattern, value in config[name].items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, kind):
                 raise ValueError(f"{where}: {name}[{pattern!r}] is {value!r}, expected a number")
-            _compiled(pattern, f"{where}: {name}")
-    if config["r"] < 1 or not math.isfinite(config["lora_alpha"]):
-        raise ValueError(f"{where}: r={config['r']!r} and lora_alpha={config['lora_alpha']!r}")
+            _compiled(f"(.*\\.)?({pattern})$", f"{where}: {name}")
+    for rank in (config["r"], *config["rank_pattern"].values()):
+        if not 0 < rank < _LARGEST:
+            raise ValueError(f"{where}: rank {rank!r:.20}, expected a positive number")
+    for alpha in (config["lora_alpha"], *config["alpha_pattern"].values()):
+        if not -_LARGEST < alpha < _LARGEST:
+            raise ValueError(f"{where}: alpha {alpha!r:.20}, expected a finite number")
+    patterns = config.get("layers_pattern") or ()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        _compiled(f"(?:^|.*?\\.){pattern}\\.", f"{where}: layers_pattern")
     if config["bias"] not in ("none", "all", "lora_only"):
         raise ValueError(f"{where}: bias={config['bias']!r}: expected 'none', 'all' or 'lora_only'")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
             _compiled(config[name], f"{where}: {name}")
+    for pattern in config.get("modules_to_save") or ():
+        _compiled(str(pattern), f"{where}: modules_to_save")
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         if not all(isinstance(x, str) for x in config.get(name) or ()):
             raise ValueError(f"{where}: {name} is {config[name]!r}, expected a list of names")
@@ -221,24 +253,31 @@ def scale_of(config: Mapping[str, Any], name: str) -> np.float32:
 
 
 def _of(patterns: Mapping[str, Any], name: str, usual: Any) -> Any:
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), usual)
+    found = (value for pattern, value in patterns.items() if _match(pattern, name))
+    return next(found, patterns.get(name, usual))
 
 
 def is_target(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT would adapt a module of this name."""
     if config.get("exclude_modules") and matches(config["exclude_modules"], name):
         return False
+    saved = config.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){pattern}($|\..*)", name) for pattern in saved):
+        return False
     targets = config.get("target_modules", [])
     if targets != "all-linear" and not matches(targets, name):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or isinstance(targets, str):
+    if layers in (None, []) or isinstance(targets, str) or name in targets:
         return True
     layers = [layers] if isinstance(layers, int) else layers
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns]
-    return any(match and int(match[1]) in layers for match in found)
+    found = [re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name) for pattern in patterns]
+    if not patterns:
+        found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", name)]
+    first = next(filter(None, found), None)
+    return first is not None and int(first["layer"]) in layers
 
 
 def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:

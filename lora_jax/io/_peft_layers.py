@@ -26,6 +26,10 @@ PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
+TIED = (
+    "peft.{verb}: the table {path!r} is an output head as well, and in PEFT an adapter or a new "
+    "table is of the lookups alone. Merge there, or adapt other weights"
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,10 @@ def joined(pieces: Sequence[Piece], letters: str, shape: Sequence[int], norm: np
     first = pieces[0]
     if len(pieces) == 1 and not first.ranges:
         return first
+    scale = common_scale(pieces)
     whole = [_whole(piece, letters, shape) for piece in pieces]
     a = np.concatenate([piece.a for piece in whole], -1)
-    b = np.concatenate(
-        [piece.b * (piece.scale / first.scale) for piece in whole], letters.count("b")
-    )
+    b = np.concatenate([piece.b * ratio(piece.scale, scale) for piece in whole], letters.count("b"))
     magnitude = None
     if any(piece.magnitude is not None for piece in pieces):
         magnitude = norm.copy()
@@ -84,7 +87,17 @@ def joined(pieces: Sequence[Piece], letters: str, shape: Sequence[int], norm: np
                 )
             if piece.magnitude is not None:
                 magnitude[_index(piece.ranges, letters, "o")] = piece.magnitude
-    return Piece(first.key, a, b, first.scale, magnitude)
+    return Piece(first.key, a, b, scale, magnitude)
+
+
+def common_scale(pieces: Sequence[Piece]) -> np.float32:
+    """One that the others can be a multiple of."""
+    return next((piece.scale for piece in pieces if piece.scale), pieces[0].scale)
+
+
+def ratio(scale: np.float32, common: np.float32) -> np.float32:
+    """What factors are multiplied by, so that the common scale does for them."""
+    return np.float32(1) if scale == common else scale / common
 
 
 def _index(ranges: Sequence[Range], letters: str, role: str) -> tuple[slice, ...]:

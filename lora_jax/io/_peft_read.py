@@ -1,7 +1,7 @@
 """PEFT's tensors and configuration as an adapter of ours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -16,8 +16,26 @@ from lora_jax._params import Adapter, Factors, LoraParams, check, wide
 from lora_jax._paths import PyTree, nearest
 from lora_jax._ranges import Range, entry, spell, spell_rows
 from lora_jax.io import _peft_config as configs
-from lora_jax.io._peft_layers import EMBEDDING, MAGNITUDE, PREFIX, TOKENS, Piece, from_peft, wrapped
+from lora_jax.io._peft_layers import (
+    EMBEDDING,
+    MAGNITUDE,
+    PREFIX,
+    TIED,
+    TOKENS,
+    Piece,
+    common_scale,
+    from_peft,
+    ratio,
+    wrapped,
+)
 from lora_jax.io._torch import Map, Place, from_torch, torch_shape
+
+_OF_FACTORS = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    *(f".{name}" for name in (*EMBEDDING, MAGNITUDE, TOKENS)),
+)
 
 
 class Reader:
@@ -40,6 +58,7 @@ class Reader:
                     "of it, and say so in a warning only"
                 )
             self.left[name.removeprefix(PREFIX)] = x
+        self.taken: set[str] = set()
         self.adapted: set[str] = set()  # the modules with factors
         self.redone: set[str] = set()  # the paths of which PEFT takes the start out of the base
 
@@ -67,11 +86,19 @@ class Reader:
         found: dict[str, list[tuple[Place, str, Piece]]] = {}
         parameters = self._parameters()
         for name in list(self.left):
-            module, _, suffix = name.partition(".lora_")
-            if suffix in ("A.weight", "embedding_A"):
-                own = parameters.get(module, module) if suffix == "A.weight" else module
-                place, letters, piece = self._module(name, module, own)
-                found.setdefault(place.path, []).append((place, letters, piece))
+            for suffix in (".lora_A.weight", f".{EMBEDDING[0]}"):
+                if name.endswith(suffix):
+                    module = name.removesuffix(suffix)
+                    own = parameters.get(module, module) if suffix == ".lora_A.weight" else module
+                    place, letters, piece = self._module(name, module, own)
+                    found.setdefault(place.path, []).append((place, letters, piece))
+        for path, parts in found.items():
+            ranks = {piece.rank for *_, piece in parts}
+            if len(ranks) > 1 and path in self.redone and self.is_redone:
+                raise self.bad(
+                    f"the layers of {path!r} have ranks {sorted(ranks)}, and are stacked here: the "
+                    f"initializer {self.config['init_lora_weights']!r} cannot be repeated for them"
+                )
         return found
 
     def _module(self, name: str, module: str, own: str) -> tuple[Place, str, Piece]:
@@ -103,7 +130,9 @@ class Reader:
                 f"has factors for {own!r}, which its configuration does not adapt, so that PEFT "
                 f"would drop them: target_modules={self.config.get('target_modules')!r}"
             )
-        if is_table:
+        if self.places.is_tied(place.path):
+            raise self.bad(TIED.format(verb="load", path=place.path))
+        if kind != "Parameter":
             self._check_table(module, place)
         if kind in ("Linear", "Conv1D"):
             self.redone.add(place.path)
@@ -114,6 +143,7 @@ class Reader:
         """A tensor that must be there, in float32."""
         if name not in self.left:
             raise self.bad(f"the tensor {PREFIX + name!r} is missing")
+        self.taken.add(name)
         x = self.left.pop(name)
         return x.astype(wide(x.dtype))
 
@@ -162,35 +192,48 @@ class Reader:
         name = f"{module}.base_layer.weight"
         if name not in self.left:
             return
-        theirs, ours = self.take(name), self.places.tensor(place)
-        dtype = self.places.leaves[place.path].dtype
-        if theirs.shape != ours.shape or (theirs.astype(dtype).astype(np.float32) != ours).any():
+        if not self._is_ours(self.take(name), place):
             raise self.bad(
-                f"brings a table for {module!r} that is not the one in params: its rows were added "
-                "to or trained. Put that table into params first"
+                f"brings a weight of {module!r} that is not the one in params: its rows were added "
+                "to or trained. Put it into params first"
             )
+
+    def _is_ours(self, theirs: np.ndarray, place: Place) -> bool:
+        """Whether a whole tensor is the base's own, rounded as that is."""
+        ours = self.places.tensor(place)
+        dtype = self.places.leaves[place.path].dtype
+        return theirs.shape == ours.shape and np.array_equal(
+            theirs.astype(dtype).astype(np.float32), ours
+        )
 
     def trained_whole(self) -> dict[str, Any]:
         """The leaves that train whole, by path."""
         parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
         self._drop_copies()
         for name in sorted(self.left):
-            if ".lora_" in name or name.endswith(f".{TOKENS}"):
+            if name.endswith(_OF_FACTORS):
                 continue
             module, _, suffix = name.rpartition(".")
             owner = module.removesuffix(".base_layer")
             place = self.places.find(owner, suffix)
-            if place is None or not (self._is_saved(owner) or self._is_bias(owner, module, suffix)):
+            if place is None:
                 raise self._left_over(name)
+            is_trained = self._is_saved(owner) or self._is_bias(owner, module, suffix)
             x, (letters, kind) = self.take(name), self.places.form(place)
             if x.shape != (expected := torch_shape(place.shape, letters, kind)):
                 raise self.bad(f"{name!r} has shape {x.shape}, expected {expected}")
+            if not is_trained:
+                if not self._is_ours(x, place):
+                    raise self._left_over(name)
+                continue  # the base's own, saved beside
+            if self.places.is_tied(place.path):
+                raise self.bad(TIED.format(verb="load", path=place.path))
             part = from_torch(x, place.shape, letters, kind)
             parts.setdefault(place.path, {})[place.index] = part
         return {path: self._whole(path, of_leaf) for path, of_leaf in parts.items()}
 
     def _is_saved(self, module: str) -> bool:
-        return any(module.endswith(name) for name in self.config.get("modules_to_save") or ())
+        return configs.is_saved(self.config.get("modules_to_save"), module)
 
     def _is_bias(self, owner: str, module: str, suffix: str) -> bool:
         """Whether PEFT trains this tensor as a bias; those of adapted modules are within."""
@@ -254,10 +297,10 @@ class Reader:
                 raise self.bad(f"rows of {module!r} train, and there is no such table here")
             found: Any = said
             if isinstance(said, dict):
-                found = next((v for k, v in said.items() if configs.matches([k], module)), None)
+                found = next((v for k, v in said.items() if module.endswith(k)), None)
             ids = found if isinstance(found, list) else []
             new, table = self.take(name), self.places.tensor(place)
-            are_rows = all(type(k) is int and 0 <= k < len(table) for k in ids)
+            are_rows = ids and all(type(k) is int and 0 <= k < len(table) for k in ids)
             if not are_rows or len(set(ids)) != len(ids) or new.shape != (len(ids), table.shape[1]):
                 raise self.bad(
                     f"{name!r} has shape {new.shape}, for a table of shape {table.shape}, and "
@@ -277,6 +320,9 @@ class Reader:
         """Raise if tensors are left over, or modules are adapted that have none."""
         if self.left:
             raise self._left_over(next(iter(sorted(self.left))))
+        for name in self._wanted():
+            if name not in self.taken:
+                raise self.bad(f"the tensor {PREFIX + name!r} is missing")
         targets = self.config.get("target_modules")
         if targets in (None, "all-linear"):
             return
@@ -294,6 +340,27 @@ class Reader:
                     f"adapts the modules {unmet}; it has no tensors of them, nor are they here. "
                     f"Nearest: {nearest(unmet[0], self.places.modules())}"
                 )
+
+    def _wanted(self) -> Iterator[str]:
+        """The tensors that must be there besides the factors."""
+        config = self.config
+        for module in self.places.all_modules():
+            has_bias = self.places.find(module, "bias") is not None
+            if self._is_saved(module):
+                suffixes = ("weight", "bias") if has_bias else ("weight",)
+                yield from (f"{module}.{s}" for s in suffixes if self.places.find(module, s))
+            elif has_bias and module in self.adapted and config["bias"] != "none":
+                yield f"{module}.base_layer.bias"
+            elif has_bias and config["bias"] == "all":
+                yield f"{module}.bias"
+        said = config.get("trainable_token_indices") or {}
+        trained = {name.removesuffix(f".{TOKENS}") for name in self.taken if name.endswith(TOKENS)}
+        for key in said if isinstance(said, dict) else [""] if said else []:
+            if not any(module.endswith(key) for module in trained):
+                yield f"{key or '...'}.{TOKENS}"
+        if config.get("lora_bias"):
+            factors = (name for name in list(self.taken) if name.endswith(".lora_B.weight"))
+            yield from (f"{name.removesuffix('.weight')}.bias" for name in factors)
 
     @property
     def is_redone(self) -> bool:
@@ -351,7 +418,7 @@ def _stacked(path: str, parts: list[tuple[Place, str, Piece]], leaf: Any):
 
 def _factors(pieces: list[Piece], batch: tuple[int, ...], layout: str) -> Factors:
     """Factors of one rank and one scale, stacked along ``batch``."""
-    rank, scale = max(piece.rank for piece in pieces), pieces[0].scale
+    rank, scale = max(piece.rank for piece in pieces), common_scale(pieces)
     inner = layout.count("b") - len(batch)
     a, b = [], []
     for piece in pieces:
@@ -359,7 +426,7 @@ def _factors(pieces: list[Piece], batch: tuple[int, ...], layout: str) -> Factor
         width = [(0, 0)] * (piece.a.ndim - 1) + [(0, more)]
         a.append(np.pad(piece.a, width))
         width = [(0, more) if k == inner else (0, 0) for k in range(piece.b.ndim)]
-        b.append(np.pad(piece.b * (piece.scale / scale), width))
+        b.append(np.pad(piece.b * ratio(piece.scale, scale), width))
     magnitudes = [piece.magnitude for piece in pieces]
 
     def stacked(arrays):

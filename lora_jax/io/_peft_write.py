@@ -11,7 +11,7 @@ from lora_jax._params import Factors, LoraParams
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import Range, entry, rows_of
 from lora_jax.io import _peft_config as configs
-from lora_jax.io._peft_layers import PREFIX, TOKENS, Piece, joined, to_peft, wrapped
+from lora_jax.io._peft_layers import PREFIX, TIED, TOKENS, Piece, joined, to_peft, wrapped
 from lora_jax.io._record import to_host
 from lora_jax.io._torch import Kind, Map, Place
 
@@ -44,6 +44,7 @@ def to_files(
         {name: (piece.rank, piece.scale) for name, (_, _, piece) in modules.items()},
         parameters,
         places.modules(),
+        all_named=places.all_named,
         rslora=rslora,
         bias=bias,
         fan_in_fan_out=any(kind == "Conv1D" for kind, *_ in modules.values()),
@@ -79,11 +80,8 @@ def _modules(
             continue
         letters = places.within(path, f.layout)
         kind = places.kind(path, letters)
-        if kind == "Embedding" and places.is_multiplied(path):
-            raise ValueError(
-                f"peft.save: the table {path!r} is an output head as well, and PEFT would adapt "
-                "its lookups alone. Merge the adapter instead, or adapt other weights"
-            )
+        if places.is_tied(path):
+            raise ValueError(TIED.format(verb="save", path=path))
         if kind == "Parameter" and f.magnitude is not None:
             raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
         for place, piece in _by_place(key, f, ranges, places.of(path)):
@@ -158,10 +156,13 @@ def _trained_whole(
                 "name: PEFT saves whole modules. If it is the weight of one, say "
                 f"kinds={{{path!r}: 'Linear'}}"
             )
+    for path in full:
+        if places.is_tied(path):
+            raise ValueError(TIED.format(verb="save", path=path))
     whole = [p.module for found in at.values() for p in found if p.suffix == "weight"]
     biases = [p.module for found in at.values() for p in found if p.suffix == "bias"]
     # PEFT saves every module whose name ends so, and all of each: what did not train is the base's.
-    saved = [name for name in places.all_modules() if any(name.endswith(w) for w in whole)]
+    saved = [name for name in places.all_modules() if configs.is_saved(whole, name)]
     if both := sorted(set(saved) & modules.keys()):
         raise ValueError(
             f"peft.save: the module {both[0]!r} would train whole and have factors as well: it is "

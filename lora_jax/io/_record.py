@@ -53,7 +53,13 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
         for name in _FIELDS
         if getattr(f, name) is not None
     }
-    return found | {f"{path}.full": x for path, x in adapter.full.items()}
+    found |= {f"{path}.full": jnp.asarray(x) for path, x in adapter.full.items()}
+    for name, x in found.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"the adapter's {name!r} is of type {x.dtype}, expected floating numbers"
+            )
+    return found
 
 
 def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[str, Any]:

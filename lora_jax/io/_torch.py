@@ -9,7 +9,7 @@ otherwise than Flax does, each kind in its own way::
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, TypeAlias, get_args
@@ -68,6 +68,8 @@ class Map:
         layout: Mapping[str, str] | None = None,
     ):
         self.leaves = {path: x for path, x in leaves.items() if is_array(x)}
+        if not (names is None or callable(names) or isinstance(names, Mapping)):
+            raise TypeError(f"names={names!r}: expected patterns to templates, or a function")
         self._names, self._kinds, self._layout = names, kinds or {}, layout or {}
         self.places = {path: self._places(path) for path in self.leaves}
         self._by_name: dict[tuple[str, str], Place] = {}
@@ -127,13 +129,22 @@ class Map:
 
     def is_module(self, path: str) -> bool:
         """Whether a leaf is the weight or the bias of a module, by its name or as said."""
-        own = module_path(path)[0] != path
+        own = module_path(path, self.leaves)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
-    def is_multiplied(self, path: str) -> bool:
-        """Whether a weight enters a matrix product, as far as the layout knows."""
+    def is_tied(self, path: str) -> bool:
+        """Whether a table enters a matrix product as well, as far as the layout knows."""
         known = getattr(self._layout, "weights", {}).get(path)
-        return known is not None and any(use.startswith("dot_general") for use in known.uses)
+        return (
+            known is not None
+            and known.kind == "embedding"
+            and any(use.startswith("dot_general") for use in known.uses)
+        )
+
+    @property
+    def all_named(self) -> bool:
+        """Whether every leaf has a name there."""
+        return None not in self.places.values()
 
     def all_modules(self) -> list[str]:
         """The names of all modules."""
@@ -195,18 +206,31 @@ class Map:
         )
 
     def _template(self, path: str) -> str | None:
-        module, _ = module_path(path)
+        name = self._named(module_path(path, self.leaves)[0])
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            raise TypeError(f"names: {name!r} for {path!r}, expected a name")
+        name = name.replace("/", ".")
+        if set("{}") & set(name.replace(LAYER, "").replace(EXPERT, "")):
+            raise ValueError(f"names: {name!r} for {path!r} has marks besides {LAYER} and {EXPERT}")
+        return name
+
+    def _named(self, module: str) -> Any:
         if self._names is None:
-            return module.replace("/", ".")
+            return module
         if callable(self._names):
             return self._names(module)
         for pattern, template in self._names.items():
-            if match := re.fullmatch(pattern, module):
-                return match.expand(template)
+            try:
+                if match := re.fullmatch(pattern, module):
+                    return match.expand(template)
+            except (re.error, TypeError, IndexError) as error:
+                raise ValueError(f"names={{{pattern!r}: {template!r}}}: {error}") from None
         return None
 
     def _places(self, path: str) -> list[Place] | None:
-        template, suffix = self._template(path), module_path(path)[1]
+        template, suffix = self._template(path), module_path(path, self.leaves)[1]
         if template is None:
             return None
         shape = tuple(self.leaves[path].shape)
@@ -222,13 +246,15 @@ class Map:
         return places
 
 
-def module_path(path: str) -> tuple[str, str]:
+def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
     """The path of a leaf's module, and whether the leaf is a weight or a bias.
 
     >>> module_path("layers_0/attn/query/kernel"), module_path("layers/0/wq")
     (('layers_0/attn/query', 'weight'), ('layers/0/wq', 'weight'))
     """
     module, _, leaf = path.rpartition("/")
+    if leaf == "scale" and f"{module}/kernel" in leaves:
+        return path, "weight"  # a parameter of its own beside the weight
     return (module, _LEAVES[leaf]) if module and leaf in _LEAVES else (path, "weight")
 
 

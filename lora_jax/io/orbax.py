@@ -195,7 +195,8 @@ class Checkpointer:
             TypeError: an argument or a leaf is of the wrong kind.
             ValueError: a later step, or this one, has been saved before.
         """
-        step = operator.index(step)
+        if (step := operator.index(step)) < 0:
+            raise ValueError(f"Checkpointer.save: step={step}, expected at least 0")
         if not self._orbax.should_save(step):
             if (last := self._orbax.latest) is not None and step <= last.step:
                 raise ValueError(

@@ -5,6 +5,7 @@ Only this module and its ``_peft_*`` parts know PEFT's names and axes.
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save(
     names: Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     rslora: bool = False,
     parameter_order: tuple[str, ...] = PARAMETER_ORDER,
@@ -84,7 +85,7 @@ def save(
         places,
         parameter_order,
         rslora=rslora,
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=base_model and os.fspath(base_model),
         task_type=task_type,
     )
     if for_vllm and (refused := refused_by_vllm(config, tensors)):
@@ -93,6 +94,8 @@ def save(
         partial.mkdir()
         files.write_tensors(partial / TENSORS, tensors, {"format": "pt"})
         files.write_json(partial / CONFIG, config)
+        if (card := Path(path) / "README.md").exists():
+            shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced
 
 
 def load(
@@ -129,6 +132,10 @@ def load(
         ValueError: a file is damaged, or asks for what cannot be read exactly; tensors are
             missing, left over, or of shapes that do not fit.
     """
+    if isinstance(params, LoraParams):
+        raise TypeError(
+            "peft.load: params is a LoraParams, expected its base, the plain parameters"
+        )
     places = Map(flatten(params)[0], names, kinds, layout)
     return reader(path, places, parameter_order, finite=finite).read(params)
 
