@@ -307,6 +307,8 @@ def test_patterns_are_of_one_module_each(tmp_path):
     peft.save(tmp_path / "a", lora_params)
     config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     assert config["rank_pattern"] == {r"^model\.q": 1}
+    with pytest.raises(ValueError, match="patterns that anchor a name others end with"):
+        peft.save(tmp_path / "b", lora_params, for_vllm=True)
     assert set(config["alpha_pattern"]) >= {r"^model\.q", r"^b\[0\]"}
     assert_close(lora_jax.merge(peft.load(tmp_path / "a", params)), lora_jax.merge(lora_params))
     config["alpha_pattern"]["b[0]"] = config["alpha_pattern"].pop(r"^b\[0\]")  # as PEFT writes it
