@@ -162,9 +162,11 @@ def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
         refused.append("rows of an embedding that train on their own")
     if (rank := max([config["r"], *config["rank_pattern"].values()])) > _VLLM_RANK:
         refused.append(f"rank {rank}: at most {_VLLM_RANK}")
-    keys = sorted(k for k in {**config["rank_pattern"], **config["alpha_pattern"]} if k[0] == "^")
-    if keys:
-        refused.append(f"patterns that anchor a name others end with, {keys[:3]}: not known to work")
+    patterns = {*config["rank_pattern"], *config["alpha_pattern"]}
+    if keys := sorted(key for key in patterns if key.startswith("^")):
+        refused.append(
+            f"patterns that anchor a name others end with, {keys[:3]}: not known to work"
+        )
     if heads := sorted(name for name in tensors if name.endswith("lm_head.weight")):
         refused.append(f"a whole {heads[0]}")
     return refused
