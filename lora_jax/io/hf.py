@@ -95,7 +95,7 @@ def load(
             parts.append(x if letters is None else from_torch(x, place.shape, letters, kind))
         whole = parts[0] if len(parts) == 1 else np.stack(parts)
         new[path] = _on_device(whole.reshape(leaf.shape), leaf)
-    _check_left_over(tensors.keys() - used, ignore, f"{folder}", places)
+    _check_left_over(tensors.keys() - used, ignore, str(folder))
     return jax.tree.unflatten(tree, [new[path] for path in leaves])
 
 
@@ -124,9 +124,7 @@ def _form(places: Map, place: Place, name: str) -> tuple[Any, Any]:
     return (None, None) if name == place.module else places.form(place)
 
 
-def _check_left_over(
-    left: Iterable[str], ignore: str | None, where: str, places: Map | None = None
-) -> None:
+def _check_left_over(left: Iterable[str], ignore: str | None, where: str) -> None:
     patterns = [_BESIDE, *([ignore] if ignore else [])]
     left = sorted(n for n in left if not any(re.fullmatch(p, n) for p in patterns))
     if left:
