@@ -252,14 +252,24 @@ def test_low_precision_factors_and_bases(tmp_path):
     assert_close(lora_jax.merge(again), lora_jax.merge(lora_params))
 
 
-def test_initializers_that_change_the_base_are_made_plain_first(tmp_path):
+@pytest.mark.parametrize("init", ["pissa", "olora", lora_jax.init.loftq("int4")])
+def test_initializers_that_change_the_base_are_made_plain_first(init, tmp_path):
     params = block()
-    initial = lora_jax.lorafy(params, 2, targets=".*fused/kernel", init="pissa")
-    with pytest.raises(ValueError, match=r"what its initializer left of the base.*to_plain"):
-        peft.save(tmp_path / "a", initial)
-    peft.save(tmp_path / "a", lora_jax.to_plain(initial, initial, params))
+    initial = lora_jax.lorafy(params, 2, targets=".*fused/kernel", init=init)
+    lora_params = randomize_b(initial)
+    with pytest.raises(ValueError, match=r"what its initializer left of the base.*initial= and"):
+        peft.save(tmp_path / "a", lora_params)
+    with pytest.raises(ValueError, match="initial and params go together"):
+        peft.save(tmp_path / "a", lora_params, initial=initial)
+    peft.save(tmp_path / "a", lora_params, initial=initial, params=params)
     again = peft.load(tmp_path / "a", params)
-    assert_close(lora_jax.merge(again), params, 1e-5)
+    assert again.adapter.factors["layers_0/fused/kernel"].rank == 4
+    if isinstance(init, str):
+        assert_close(lora_jax.merge(again), lora_jax.merge(lora_params), 1e-5)
+    else:  # what rounding the base took away comes back with the base
+        ours, start = (lora_jax.merge(p, quantized="dequantize") for p in (lora_params, initial))
+        change = jax.tree.map(lambda a, b, c: a - b + c, ours, start, params)
+        assert_close(lora_jax.merge(again), change, 1e-5)
 
 
 def test_alphas_are_round_numbers_of_the_very_scale(tmp_path):

@@ -70,8 +70,8 @@ def _modules(
         if f.residual:
             raise ValueError(
                 f"peft.save: {key!r} belongs to what its initializer left of the base, and PEFT "
-                "would add it to the model's own weights. Turn it into plain LoRA first: "
-                "lora_jax.to_plain(lora_params, initial, params)"
+                "would add it to the model's own weights. To write it as plain LoRA on those, say "
+                "initial= and params=, as for lora_jax.to_plain"
             )
         if (rows := rows_of(key)) is not None and path != key:
             (place,) = places.of(path)

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._convert import to_plain
 from lora_jax._layout import Layouts, Weight
 from lora_jax._params import LoraParams, check
 from lora_jax._paths import PyTree, flatten
@@ -33,6 +34,8 @@ def save(
     path: str | os.PathLike[str],
     lora_params: LoraParams,
     *,
+    initial: LoraParams | None = None,
+    params: PyTree = None,
     names: Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
@@ -52,6 +55,9 @@ def save(
         path: of the folder, in one that exists.
         lora_params: what to write. What trains whole goes where PEFT keeps it: biases, whole
             modules (``modules_to_save``), rows of tables.
+        initial: where the initializer changed the base (PiSSA, OLoRA, LoftQ, ...), the LoraParams
+            before training: what is written is then plain LoRA, of twice the rank, on ``params``.
+        params: the parameters that ``lorafy`` was given, with ``initial``.
         names: the name of a module there, by the path of it here: ``{pattern: template}``, such as
             ``{r"layers_(\d+)/attn/query": r"model.layers.\1.self_attn.q_proj"}``, or a function.
             Patterns are regular expressions, matched in full; the first one counts. In a template
@@ -79,6 +85,10 @@ def save(
     """
     if not isinstance(lora_params, LoraParams):
         raise TypeError(f"peft.save: expected a LoraParams, got {type(lora_params).__name__}")
+    if (initial is None) != (params is None):
+        raise ValueError("peft.save: initial and params go together: one of them is None")
+    if initial is not None:
+        lora_params = to_plain(lora_params, initial, params)
     places = Map(check(lora_params), names, kinds, layout)
     tensors, config = to_files(
         lora_params,
