@@ -14,7 +14,7 @@ from lora_jax._lorafy import lorafy
 from lora_jax._norm import with_norms
 from lora_jax._params import Adapter, Factors, LoraParams, check, wide
 from lora_jax._paths import PyTree, nearest
-from lora_jax._ranges import Range, entry, spell, spell_rows
+from lora_jax._ranges import entry, spell_rows
 from lora_jax.io import _peft_config as configs
 from lora_jax.io._peft_layers import (
     EMBEDDING,
@@ -23,11 +23,10 @@ from lora_jax.io._peft_layers import (
     TIED,
     TOKENS,
     Piece,
-    common_scale,
     from_peft,
-    ratio,
     wrapped,
 )
+from lora_jax.io._peft_stack import stacked
 from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 
 _OF_FACTORS = (
@@ -74,7 +73,7 @@ class Reader:
         self.check_complete()
         factors = {}
         for path, leaf in self.places.leaves.items():
-            factors |= dict(_stacked(path, found[path], leaf)) if path in found else {}
+            factors |= dict(stacked(path, found[path], leaf)) if path in found else {}
             factors |= rows.get(path, {})
         full = {path: full[path] for path in self.places.leaves if path in full}
         lora_params = LoraParams(params, Adapter(factors, full))
@@ -388,55 +387,3 @@ class Reader:
         trained = LoraParams(initial.base, Adapter({key: factors[key] for key in redone}))
         plain = to_plain(trained, initial, params).adapter.factors
         return LoraParams(params, Adapter(factors | plain, lora_params.adapter.full))
-
-
-def _stacked(path: str, parts: list[tuple[Place, str, Piece]], leaf: Any):
-    """The factors of a leaf, and their keys: of one module, or of the layers that are adapted."""
-    parts = sorted(parts, key=lambda part: part[0].index)
-    place, letters, _ = parts[0]
-    outer = len(place.index)
-    if not outer:
-        yield path, _factors([piece for *_, piece in parts], (), letters)
-        return
-    sizes = leaf.shape[:outer]
-    by_number = {int(np.ravel_multi_index(p.index, sizes)): piece for p, _, piece in parts}
-    count = int(np.prod(sizes))
-    if outer > 1 and len(by_number) < count:
-        raise ValueError(
-            f"{path!r}: only {len(by_number)} of {count} layers and experts are adapted"
-        )
-    numbers = sorted(by_number)
-    cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-    for run in np.split(np.array(numbers), cuts):
-        start, stop = int(run[0]), int(run[-1]) + 1
-        whole = (start, stop) == (0, count)
-        ranges = () if whole else (Range(0, start, stop),)
-        batch = sizes if whole else (stop - start,)
-        f = _factors([by_number[int(k)] for k in run], batch, "b" * outer + letters)
-        yield spell(path, ranges, len(leaf.shape)), f
-
-
-def _factors(pieces: list[Piece], batch: tuple[int, ...], layout: str) -> Factors:
-    """Factors of one rank and one scale, stacked along ``batch``."""
-    rank, scale = max(piece.rank for piece in pieces), common_scale(pieces)
-    inner = layout.count("b") - len(batch)
-    a, b = [], []
-    for piece in pieces:
-        more = rank - piece.rank
-        width = [(0, 0)] * (piece.a.ndim - 1) + [(0, more)]
-        a.append(np.pad(piece.a, width))
-        width = [(0, more) if k == inner else (0, 0) for k in range(piece.b.ndim)]
-        b.append(np.pad(piece.b * ratio(piece.scale, scale), width))
-    magnitudes = [piece.magnitude for piece in pieces]
-
-    def stacked(arrays):
-        x = np.stack(arrays)
-        return jnp.asarray(x.reshape(*batch, *x.shape[1:]))
-
-    return Factors(
-        stacked(a),
-        stacked(b),
-        jnp.asarray(scale),
-        layout,
-        None if magnitudes[0] is None else stacked(magnitudes),
-    )
