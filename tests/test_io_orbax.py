@@ -651,3 +651,11 @@ def test_a_killed_process_leaves_the_last_step_whole(tmp_path):
 
 if __name__ == "__main__":
     kill_children(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def test_negative_steps_and_foreign_numbers_are_refused(tmp_path):
+    with orbax.Checkpointer(tmp_path / "steps") as checkpointer:
+        with pytest.raises(ValueError, match=r"step=-1, expected at least 0"):
+            checkpointer.save(-1, adapted(mlp()))
+    with pytest.raises(TypeError, match="which other machines read otherwise"):
+        orbax.save_params(tmp_path / "p", {"a": np.arange(3, dtype=">f4")})

@@ -18,6 +18,7 @@ from lora_jax.io import peft
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+PRE = "base_model.model."
 GOLDEN = Path(__file__).parent / "golden"
 EXPERTS = {"layout": {".*_proj": "boi"}}
 NET = {"kinds": {"conv/kernel": "Conv"}, "layout": {"conv/kernel": "iio"}}
@@ -233,6 +234,75 @@ def test_tied_tables_are_refused_where_the_function_is_known(tmp_path):
     lora_params = trained(params, rank=1, targets=".*", layout=layout)
     with pytest.raises(ValueError, match="is an output head as well, and in PEFT"):
         peft.save(tmp_path / "a", lora_params, layout=layout)
+
+
+def test_tied_tables_are_refused_in_all_their_forms(tmp_path):
+    params = {"embed": {"embedding": jnp.ones((5, 4))}, "q": {"kernel": jnp.ones((4, 4))}}
+
+    def fn(p, ids):
+        table = p["embed"]["embedding"]
+        return table[ids] @ p["q"]["kernel"] @ table.T
+
+    layout = lora_jax.layout_of(fn, params, jnp.arange(3))
+    for k, options in enumerate(
+        [{"targets": ["q.*", "embed.*"]}, {"targets": "q.*", "full": "embed.*"}]
+    ):
+        lora_params = trained(params, rank=1, **options)
+        with pytest.raises(ValueError, match=r"peft\.save: the table .* is an output head as well"):
+            peft.save(tmp_path / f"{k}", lora_params, layout=layout)
+        peft.save(tmp_path / f"{k}", lora_params)  # where the function is not known
+        with pytest.raises(ValueError, match=r"peft\.load: the table .* is an output head as well"):
+            peft.load(tmp_path / f"{k}", params, layout=layout)
+
+
+def test_files_are_what_the_format_says_in_plain_numpy(tmp_path):
+    """Against the mathematics, without our reader and without PEFT, which has bugs of its own."""
+    shapes = {"dense": (6, 5), "conv": (3, 2, 4, 8), "embed": (7, 6), "moe": (3, 6, 5)}
+    leaf = {"embed": "embedding", "moe": "up"}
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        name: {leaf.get(name, "kernel"): jax.random.normal(key, shape)}
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    layout = {"conv.*": "iiio", "moe.*": "bio"}
+    options = {"rank": 2, "targets": ".*", "layout": layout, "alpha": 6.0}
+    for dora in (False, True):
+        exclude = {"exclude": "moe.*"} if dora else {}
+        lora_params = trained(params, dora=dora, **options, **exclude)
+        folder = tmp_path / str(dora)
+        peft.save(folder, lora_params)
+        found = safetensors.numpy.load_file(folder / peft.TENSORS)
+        found = {k.removeprefix(PRE): x.astype(np.float64) for k, x in found.items()}
+        config = json.loads((folder / peft.CONFIG).read_text())
+        s = config["lora_alpha"] / config["r"]
+        merged = jax.tree.map(np.asarray, lora_jax.merge(lora_params))
+
+        def a(name, found=found):
+            return found[f"{name}.lora_A.weight"]
+
+        def b(name, found=found):
+            return found[f"{name}.lora_B.weight"]
+
+        table = np.asarray(params["embed"]["embedding"], np.float64)
+        table = table + s * (found["embed.lora_embedding_B"] @ found["embed.lora_embedding_A"]).T
+        dense = np.asarray(params["dense"]["kernel"]).T + s * b("dense") @ a("dense")
+        conv = np.asarray(params["conv"]["kernel"]).transpose(3, 2, 0, 1)
+        conv = conv + s * np.einsum("or,rihw->oihw", b("conv")[:, :, 0, 0], a("conv"))
+        if dora:
+            m = {
+                name: found[f"{name}.lora_magnitude_vector"] for name in ("dense", "conv", "embed")
+            }
+            table = m["embed"] * table / np.linalg.norm(table, axis=0)
+            dense = m["dense"][:, None] * dense / np.linalg.norm(dense, axis=1)[:, None]
+            norms = np.sqrt((conv**2).sum((1, 2, 3)))
+            conv = m["conv"].reshape(-1, 1, 1, 1) * conv / norms[:, None, None, None]
+        else:
+            a_moe, b_moe = a("moe").reshape(3, 2, 6), b("moe").reshape(5, 2, 3)
+            moe = np.asarray(params["moe"]["up"]) + s * np.einsum("ore,eri->eio", b_moe, a_moe)
+            assert np.abs(merged["moe"]["up"] - moe).max() < 1e-5
+        assert np.abs(merged["embed"]["embedding"] - table).max() < 1e-5
+        assert np.abs(merged["dense"]["kernel"].T - dense).max() < 1e-5
+        assert np.abs(merged["conv"]["kernel"].transpose(3, 2, 0, 1) - conv).max() < 1e-5
 
 
 def test_norms_are_those_of_the_base(tmp_path):
@@ -507,9 +577,6 @@ def broken(tmp_path):
         return peft.load(tmp_path / "a", params, **options | more)
 
     return load
-
-
-PRE = "base_model.model."
 
 
 @pytest.mark.parametrize(
