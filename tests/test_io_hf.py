@@ -15,6 +15,7 @@ from helpers import assert_close, randomize_b
 
 import lora_jax
 from lora_jax.io import _files, _shards, hf, peft
+from lora_jax.io._torch import Map
 
 NIGHTLY = os.environ.get("LORA_JAX_LARGE")  # gigabytes of the checkpoint that is merged
 RNG = np.random.default_rng(0)
@@ -112,7 +113,7 @@ def test_without_a_source_names_are_the_paths(tmp_path):
     hf.save(tmp_path / "out", params)
     shapes = {name: t.shape for name, t in _shards.tensors_in(tmp_path / "out").items()}
     assert shapes == {"a.weight": (3, 2), "a.bias": (3,), "cls": (1, 2)}
-    assert_close(hf.load(tmp_path / "out", params), params)
+    assert_close(hf.load(tmp_path / "out", params, hf.Family()), params)
 
 
 def test_another_precision_and_what_it_cannot_hold(model, tmp_path):
@@ -163,13 +164,133 @@ def test_tensors_may_be_left_over_if_said(model, tmp_path):
     assert tensors_of(tmp_path / "out").keys() == tensors_of(model).keys()
 
 
+# Families.
+
+
+def test_the_configuration_says_how_tensors_are_named(tmp_path):
+    params = {"model": {"norm": {"scale": jnp.ones(3)}}, "lm_head": {"kernel": jnp.ones((3, 2))}}
+    stacked = {"q_proj": {"kernel": jnp.ones((2, 3, 4))}}
+    params["model"]["layers"] = {"self_attn": stacked}
+    hf.save(tmp_path / "model", params, "llama")
+    names = [f"model.layers.{k}.self_attn.q_proj.weight" for k in range(2)]
+    assert sorted(tensors_of(tmp_path / "model")) == ["lm_head.weight", *names, "model.norm.weight"]
+    with pytest.raises(ValueError, match=r"holds no config\.json, whose .* known are bert, clip"):
+        hf.load(tmp_path / "model", params)
+    assert_close(hf.load(tmp_path / "model", params, "llama"), params)
+    config = tmp_path / "model" / "config.json"
+    config.write_text('{"model_type": "mine"}')
+    with pytest.raises(
+        ValueError, match=r"model_type 'mine' .* llama, .* hf\.FAMILIES\['mine'\] ="
+    ):
+        hf.load(tmp_path / "model", params)
+    hf.FAMILIES["mine"] = hf.FAMILIES["llama"]
+    try:
+        assert_close(hf.load(tmp_path / "model", params), params)
+    finally:
+        del hf.FAMILIES["mine"]
+    assert_close(hf.load(tmp_path / "model", params, names=hf.FAMILIES["llama"].names), params)
+    with pytest.raises(ValueError, match=r"family='mine': known are bert"):
+        hf.load(tmp_path / "model", params, "mine")
+    with pytest.raises(TypeError, match=r"family=3: expected an hf\.Family"):
+        hf.load(tmp_path / "model", params, 3)
+    config.write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds list, expected an object"):
+        hf.load(tmp_path / "model", params)
+
+
+PATHS = {
+    "bert": {
+        "bert/encoder/layer/3/output/dense": "bert.encoder.layer.3.output.dense",
+        "encoder/layer_4/output/dense": "bert.encoder.layer.4.output.dense",
+        "encoder/layer/output/LayerNorm": "bert.encoder.layer.{layer}.output.LayerNorm",
+        "pooler/dense": "bert.pooler.dense",
+        "cls/predictions/bias": "cls.predictions.bias",
+    },
+    "clip": {
+        "text_model/encoder/layers/1/mlp/fc1": "text_model.encoder.layers.1.mlp.fc1",
+        "vision_model/encoder/layers/mlp/fc1": "vision_model.encoder.layers.{layer}.mlp.fc1",
+        "vision_model/pre_layrnorm": "vision_model.pre_layrnorm",
+        "logit_scale": "logit_scale",
+    },
+    "deberta-v2": {
+        "encoder/rel_embeddings": "deberta.encoder.rel_embeddings",
+        "deberta/encoder/layer_0/attention/self/query_proj": (
+            "deberta.encoder.layer.0.attention.self.query_proj"
+        ),
+        "pooler/dense": "pooler.dense",
+    },
+    "gpt2": {"h_1/attn/c_attn": "transformer.h.1.attn.c_attn", "wte": "transformer.wte"},
+    "t5": {
+        "decoder/block_1/layer_2/mlp/wi_0": "decoder.block.1.layer.2.mlp.wi_0",
+        "encoder/final_layer_norm": "encoder.final_layer_norm",
+    },
+    "vit": {"vit/embeddings/cls_token": "vit.embeddings.cls_token", "classifier": "classifier"},
+}
+
+
+@pytest.mark.parametrize("family", PATHS)
+def test_families_name_modules(family):
+    leaves = {f"{path}/kernel": jnp.ones((2, 3, 4)) for path in PATHS[family]}
+    places = Map(leaves, hf.FAMILIES[family].names)
+    for path, name in PATHS[family].items():
+        found = [place.module for place in places.of(f"{path}/kernel")]
+        assert found == (
+            [name.replace("{layer}", str(k)) for k in range(2)] if "{" in name else [name]
+        )
+    with pytest.raises(ValueError, match="names says nothing of 'other/part'"):
+        Map({"other/part/kernel": jnp.ones((2, 3))}, hf.FAMILIES[family].names).of(
+            "other/part/kernel"
+        )
+
+
+def test_a_model_without_its_head_gets_a_new_one(tmp_path):
+    """Files of the body alone have no prefix; beside a head they need it."""
+    body = {"pooler": {"dense": {"kernel": jnp.asarray(floats(3, 3)), "bias": jnp.ones(3)}}}
+    hf.save(tmp_path / "model", body, names={r"(.*)": r"\1"}, config={"model_type": "bert"})
+    whole = {"bert": body, "classifier": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match=r"no tensor classifier\.bias .* such as a new head, new="):
+        hf.load(tmp_path / "model", whole)
+    params = hf.load(tmp_path / "model", whole, new="classifier/.*")
+    assert_close(params, whole)
+    hf.save(
+        tmp_path / "out",
+        params,
+        source=tmp_path / "model",
+        new="classifier/.*",
+        config={"num_labels": 2},
+    )
+    names = ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
+    assert sorted(tensors_of(tmp_path / "out")) == [*names, "classifier.bias", "classifier.weight"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "bert", "num_labels": 2}
+    assert_close(hf.load(tmp_path / "out", whole), whole)
+    with pytest.raises(ValueError, match=r"new='head' matches no leaf"):
+        hf.load(tmp_path / "model", whole, new="head")
+    shapes = jax.eval_shape(lambda: whole)
+    with pytest.raises(ValueError, match=r"new: 'classifier/bias' is to stay as it is in like"):
+        hf.load(tmp_path / "model", shapes, new="classifier/.*")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config={'a': 1}: .* holds no config\.json to change"):
+        hf.save(tmp_path / "no", body, hf.Family(), source=tmp_path / "model", config={"a": 1})
+
+
+def test_progress_is_told(model, tmp_path):
+    seen = []
+    params = hf.load(model, LIKE, progress=lambda *at: seen.append(at), **OPTIONS)
+    read = sum(x.size for x in jax.tree.leaves(LIKE)) * 4
+    assert seen[-1] == (read, read)
+    assert seen == sorted(seen)
+    hf.save(tmp_path / "out", params, source=model, progress=lambda *at: seen.append(at), **OPTIONS)
+    assert seen[-1] == (read + 18, read + 18)  # with the masks that were left over
+
+
 def test_tied_tensors_are_read_twice_and_written_once(tmp_path):
     params = {"embed": {"embedding": jnp.asarray(floats(7, 6))}}
     hf.save(tmp_path / "model", params)
     like = params | {"head": {"kernel": jnp.zeros((6, 7))}}
     with pytest.raises(ValueError, match=r"has no tensor head\.weight .* tied="):
-        hf.load(tmp_path / "model", like)
-    tied = {"tied": {"head.weight": "embed.weight"}}
+        hf.load(tmp_path / "model", like, hf.Family())
+    tied = {"tied": {"head.weight": "embed.weight"}, "family": hf.Family()}
     params = hf.load(tmp_path / "model", like, **tied)
     assert np.array_equal(params["head"]["kernel"], params["embed"]["embedding"].T)
     hf.save(tmp_path / "out", params, source=tmp_path / "model", **tied)
@@ -311,6 +432,8 @@ def test_transposed_layers_and_experts_are_merged(tmp_path):
         **{f"moe.{k}": np.asarray(x) for k, x in params["moe"].items()},
     }
     safetensors.numpy.save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no config\.json, whose model_type tells whether"):
+        hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"PEFT nests them in the order"):
         hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
@@ -363,18 +486,22 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
     size = int(float(NIGHTLY) * 2**30) if NIGHTLY else 768 * 2**20
     largest = size // 8
     script = f"""
-        import os, resource, sys
+        import os, sys
         os.environ["JAX_PLATFORMS"] = "cpu"
         import numpy as np, jax.numpy as jnp, lora_jax
         from pathlib import Path
         from lora_jax.io import _shards, hf, peft
         jnp.zeros(3).block_until_ready()
+        def peak():  # of this program alone: ru_maxrss begins with what its parent has had
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024
         root, width = Path({str(tmp_path)!r}), 1024
         rows = {largest} // width // 2
         dtype = _shards._DTYPES["BF16"]
         specs = {{f"h.{{k}}.q.weight": ((rows, width), dtype) for k in range(8)}}
         if sys.argv[1] == "make":
             (root / "model").mkdir()
+            (root / "model" / "config.json").write_text('{{"model_type": "llama"}}')
             one = np.ones((rows, width), dtype)
             _shards.write(root / "model", specs, lambda name: one, shard_size={size} // 4)
             f = lora_jax.Factors(
@@ -386,9 +513,9 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
             adapter = lora_jax.Adapter({{f"h/{{k}}/q/kernel": f for k in range(8)}})
             peft.save(root / "adapter", lora_jax.LoraParams(like, adapter))
         else:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak()
             hf.merge(root / "model", root / "adapter", root / "out", shard_size={size} // 4)
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+            print(peak() - before)
             x = _shards.tensors_in(root / "out")["h.7.q.weight"].read()
             assert (x == 3).all()
     """
@@ -396,4 +523,5 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
         command = [sys.executable, "-c", textwrap.dedent(script), what]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
-    assert int(result.stdout) < 2 * largest + 300 * 2**20, int(result.stdout)
+    taken = int(result.stdout)
+    assert largest / 2 < taken < 2 * largest + 300 * 2**20, taken

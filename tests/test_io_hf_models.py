@@ -1,6 +1,7 @@
 """Folders of transformers in, through Flax, and out again merged."""
 
 import jax
+import llama
 import numpy as np
 import pytest
 from helpers import assert_close
@@ -28,26 +29,75 @@ WORDS = SIZES | {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id"
 IMAGE = SIZES | {"image_size": 8, "patch_size": 4}
 GROUPED = WORDS | {"num_key_value_heads": 2}
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16}
-CONV1D = {"layout": {".*c_(attn|proj|fc)/kernel": "oi"}, "kinds": {".*/c_.*": "Conv1D"}}
+TIED = GROUPED | {"tie_word_embeddings": True}
+WINDOW = GROUPED | {"sliding_window": 3}
+CLIP = {
+    "text_config": WORDS | {"eos_token_id": 39},
+    "vision_config": IMAGE,
+    "projection_dim": 12,
+    "initializer_factor": 5.0,
+}
 
-# The name of the configuration, of the model and its sizes; what to adapt there, and options here.
+# The name of the configuration, of the model and its sizes; what to adapt; the model here, if it is
+# not that of transformers.
 MODELS = {
-    "BERT": ("Bert", "ForMaskedLM", WORDS, ["query", "value"], {}),
-    "RoBERTa": ("Roberta", "ForSequenceClassification", WORDS, ["query", "dense"], {}),
-    "GPT-2": ("GPT2", "LMHeadModel", GPT2, ["c_attn", "c_fc"], CONV1D),
-    "Llama": ("Llama", "ForCausalLM", GROUPED, ["q_proj", "down_proj"], {}),
-    "Llama, tied": (
+    "BERT": ("Bert", "ForMaskedLM", WORDS, ["query", "value"], None),
+    "RoBERTa": ("Roberta", "ForSequenceClassification", WORDS, ["query", "dense"], None),
+    "GPT-2": ("GPT2", "LMHeadModel", GPT2, ["c_attn", "c_fc"], None),
+    "Llama": ("Llama", "ForCausalLM", GROUPED, ["q_proj", "down_proj"], None),
+    "Llama, tied": ("Llama", "ForCausalLM", TIED, ["q_proj", "down_proj"], None),
+    "Mistral": ("Mistral", "ForCausalLM", GROUPED, ["v_proj", "o_proj"], None),
+    "Gemma": ("Gemma", "ForCausalLM", GROUPED | {"head_dim": 4}, ["q_proj", "up_proj"], None),
+    "ViT": ("ViT", "ForImageClassification", IMAGE, ["query", "projection"], None),
+    "DINOv2": ("Dinov2", "ForImageClassification", IMAGE, ["query", "fc1"], None),
+    "CLIP": ("CLIP", "Model", CLIP, ["q_proj", "fc1", "visual_projection"], None),
+    "Llama, ours": ("Llama", "ForCausalLM", GROUPED, ["q_proj", "down_proj"], {}),
+    "Llama, biases": (
         "Llama",
         "ForCausalLM",
-        GROUPED | {"tie_word_embeddings": True},
+        GROUPED | {"attention_bias": True, "mlp_bias": True, "rope_theta": 500.0},
         ["q_proj", "down_proj"],
         {},
     ),
-    "Mistral": ("Mistral", "ForCausalLM", GROUPED, ["v_proj", "o_proj"], {}),
-    "Gemma": ("Gemma", "ForCausalLM", GROUPED | {"head_dim": 4}, ["q_proj", "up_proj"], {}),
-    "ViT": ("ViT", "ForImageClassification", IMAGE, ["query", "projection"], {}),
-    "DINOv2": ("Dinov2", "ForImageClassification", IMAGE, ["query", "fc1"], {}),
+    "Mistral, ours": ("Mistral", "ForCausalLM", WINDOW, ["v_proj", "o_proj"], {}),
+    "Qwen2": ("Qwen2", "ForCausalLM", TIED, ["q_proj", "gate_proj"], {}),
+    "Qwen2, scanned": (
+        "Qwen2",
+        "ForCausalLM",
+        GROUPED,
+        ["q_proj", "up_proj"],
+        {"scan_layers": True},
+    ),
+    "Qwen3": ("Qwen3", "ForCausalLM", GROUPED | {"head_dim": 6}, ["k_proj", "o_proj"], {}),
+    "Qwen3, scanned": (
+        "Qwen3",
+        "ForCausalLM",
+        TIED | {"head_dim": 4, "attention_bias": True},
+        ["k_proj", "o_proj"],
+        {"scan_layers": True},
+    ),
 }
+
+
+def twin_of(family, kind, config, changes, inputs):
+    """The function here, and the shapes of its parameters."""
+    if changes is not None:
+        model = llama.from_config(config.to_dict(), **changes)
+
+        def fn(params, inputs):
+            return model.apply({"params": params}, inputs["input_ids"])
+
+        return fn, jax.eval_shape(model.init, jax.random.key(0), inputs["input_ids"])["params"]
+    import transformers
+
+    model = getattr(transformers, f"Flax{family}{kind}")(config, _do_init=False)
+
+    def fn(params, inputs):
+        found = model(**inputs, params=params)
+        return found.logits if "logits" in found else found.logits_per_image
+
+    shape = model.input_shape if hasattr(model, "input_shape") else None
+    return fn, jax.eval_shape(lambda: model.init_weights(jax.random.key(0), shape))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,27 +105,27 @@ def test_a_folder_comes_in_and_goes_out_merged(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
-    family, kind, sizes, targets, options = MODELS[name]
+    family, kind, sizes, targets, changes = MODELS[name]
     torch.manual_seed(0)
     there = getattr(transformers, family + kind)
     model = there(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "model")
-    inputs = {"pixel_values": PIXELS} if family in ("ViT", "Dinov2") else {"input_ids": IDS}
+    inputs = {"pixel_values": PIXELS} if family in ("ViT", "Dinov2", "CLIP") else {}
+    inputs |= {} if family in ("ViT", "Dinov2") else {"input_ids": IDS}
 
     def outputs(model):
-        return model(**{k: torch.tensor(x) for k, x in inputs.items()}).logits.detach().numpy()
+        found = model(**{k: torch.tensor(x) for k, x in inputs.items()})
+        found = found.logits if "logits" in found else found.logits_per_image
+        return found.detach().numpy()
 
-    twin = getattr(transformers, f"Flax{family}{kind}")(model.config, _do_init=False)
-    like = jax.eval_shape(lambda: twin.init_weights(jax.random.key(0), twin.input_shape))
-
-    def fn(params, inputs):
-        return twin(**inputs, params=params).logits
-
-    if not options:
-        options = {"layout": lora_jax.layout_of(fn, like, inputs)}
-    tied = {"tied": {"lm_head.weight": "model.embed_tokens.weight"}}
-    params = hf.load(tmp_path / "model", like, **options, **tied)
+    fn, like = twin_of(family, kind, model.config, changes, inputs)
+    layout = lora_jax.layout_of(fn, like, inputs)
+    params = hf.load(tmp_path / "model", like, layout=layout)
     assert_close(np.asarray(fn(params, inputs)), outputs(model), 1e-5)
+    options = {"layout": layout, "names": hf.FAMILIES[model.config.model_type].names}
+    options["kinds"] = hf.FAMILIES[model.config.model_type].kinds
 
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets)
     adapted = peft.get_peft_model(model, config).eval()
@@ -87,7 +137,7 @@ def test_a_folder_comes_in_and_goes_out_merged(name, tmp_path):
     lora_params = our_peft.load(tmp_path / "adapter", params, **options)
     assert_close(np.asarray(lora_jax.lora(fn)(lora_params, inputs)), expected, 1e-5)
 
-    more = {"source": tmp_path / "model", **options, **tied}
+    more = {"source": tmp_path / "model", "layout": layout}
     hf.save(tmp_path / "out", lora_params, shard_size=20_000, **more)
     hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "files", shard_size=20_000)
     for folder in ("out", "files"):

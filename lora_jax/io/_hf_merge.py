@@ -3,21 +3,18 @@
 import os
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors
-from lora_jax.io import _shards as shards
 from lora_jax.io import peft
-from lora_jax.io._files import read_json
-from lora_jax.io._hf_write import dtype_of, narrowed, write
+from lora_jax.io._families import CONV1D
+from lora_jax.io._hf_source import CONFIG, open_source
+from lora_jax.io._hf_write import Progress, dtype_of, narrowed, write
 from lora_jax.io._torch import Map
 
-# The models whose dense layers are Conv1D, stored [in, out].
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CHUNK = 2**22  # entries of a weight that are in float32 at a time
 
 Update: TypeAlias = tuple[str, np.ndarray, np.ndarray, Any, Any]  # letters, a, b, scale, magnitude
@@ -30,7 +27,9 @@ def merge(
     *,
     dtype: Any = None,
     shard_size: int = 5 * 10**9,
+    config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    progress: Progress = None,
 ) -> None:
     """Merge adapters of PEFT into a model's files, without loading the model.
 
@@ -41,24 +40,33 @@ def merge(
     Only one tensor is in memory at a time. No network is built: any model will do.
 
     Args:
-        source: the folder of the model.
-        adapters: the folder of an adapter, or several with a weight each.
+        source: the folder of the model, or a GGUF file, whose quantized weights are written in
+            float32, or ``dtype``.
+        adapters: the folder of an adapter, or several with a weight each; ``{}`` writes the model
+            as it is, such as that of a GGUF file.
         folder: to write, in one that exists.
         dtype: of the floating tensors; None leaves each as it is.
         shard_size: in bytes, of a file.
+        config: changes of ``config.json``.
         overwrite: whether a model that was written before may be replaced.
+        progress: called with the bytes that are written, and their total.
 
     Raises:
         OSError: a file is missing, or cannot be read or written.
         ValueError: an adapter is of another model, or cannot be merged exactly; or finite numbers
             would be infinite in ``dtype``.
     """
-    tensors = shards.tensors_in(source)
-    config = Path(source) / "config.json"
-    kind = read_json(config).get("model_type", "") if config.exists() else ""
+    opened = open_source(source)
+    tensors = opened.tensors
+    if opened.config is None:
+        raise ValueError(
+            f"{source} holds no {CONFIG}, whose model_type tells whether dense layers are stored "
+            "transposed, as GPT-2's are"
+        )
+    kind = opened.config.get("model_type")
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
     changes = [
-        _Change(os.fspath(path), tensors, weight, is_conv1d=kind in _CONV1D)
+        _Change(os.fspath(path), tensors, weight, is_conv1d=kind in CONV1D)
         for path, weight in weights.items()
     ]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
@@ -78,7 +86,17 @@ def merge(
             _add(w, updates)
         return narrowed(w, wanted, name)
 
-    write(folder, specs, make, source, dtype, shard_size, overwrite)
+    write(
+        folder,
+        specs,
+        make,
+        source=opened,
+        config=config,
+        dtype=dtype,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 class _Change:

@@ -1,17 +1,19 @@
 """The files of a model: its tensors, and the small ones beside them."""
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.io import _shards as shards
-from lora_jax.io._files import read_json, write_json, written_aside
+from lora_jax.io._files import write_json, written_aside
+from lora_jax.io._hf_source import CONFIG, Source
+
+Progress: TypeAlias = Callable[[int, int], None] | None
 
 
 def dtype_of(own: Any, wanted: Any) -> np.dtype:
@@ -44,32 +46,46 @@ def write(
     folder: str | os.PathLike[str],
     specs: Mapping[str, shards.Spec],
     make: Callable[[str], np.ndarray],
-    source: str | os.PathLike[str] | None,
+    *,
+    source: Source | None,
+    config: Mapping[str, Any] | None,
     dtype: Any,
     shard_size: int,
     overwrite: bool,
+    progress: Progress,
 ) -> None:
-    """The tensors, and the small files of the source."""
-    small = _small_files(Path(source)) if source is not None else []
+    """The tensors, and the small files of the source.
+
+    Raises:
+        ValueError: ``config`` changes a configuration that is not there.
+    """
+    changes = dict(config or {})
+    said = (source.config if source else None) or {}
+    if dtype is not None and said:
+        key = "torch_dtype" if "torch_dtype" in said or "dtype" not in said else "dtype"
+        changes = {key: str(jnp.dtype(dtype))} | changes
+    if changes and source is not None and not said:
+        raise ValueError(f"config={config!r}: {source.where} holds no {CONFIG} to change")
+    small = source.small() if source else {}
     weights = {p.name for p in Path(folder).glob("model*.safetensors*")}
-    owns = weights | {p.name for p in small} | {"config.json"}
-    with written_aside(folder, overwrite=overwrite, owns=owns) as partial:
+    sizes = {name: shards.size(spec) for name, spec in specs.items()}
+    done, total = 0, sum(sizes.values())
+
+    def counted(name: str) -> np.ndarray:
+        nonlocal done
+        x = make(name)
+        done += sizes[name]
+        if progress is not None:
+            progress(done, total)
+        return x
+
+    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as partial:
         partial.mkdir()
-        for file in small:
-            shutil.copyfile(file, partial / file.name)
-        if dtype is not None and (partial / "config.json").exists():
-            _say_dtype(partial / "config.json", str(jnp.dtype(dtype)))
-        shards.write(partial, specs, make, shard_size=shard_size, metadata={"format": "pt"})
-
-
-def _small_files(source: Path) -> list[Path]:
-    """What lies beside the weights, of a model or its tokenizer."""
-    weights = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\.index\.json")
-    files = (p for p in sorted(source.iterdir()) if p.is_file() and not p.name.startswith("."))
-    return [p for p in files if not weights.fullmatch(p.name)]
-
-
-def _say_dtype(path: Path, dtype: str) -> None:
-    config = read_json(path)
-    key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
-    write_json(path, config | {key: dtype})
+        for name, what in small.items():
+            if isinstance(what, Path):
+                shutil.copyfile(what, partial / name)
+            else:
+                (partial / name).write_text(what, encoding="utf-8")
+        if changes or (said and CONFIG not in small):
+            write_json(partial / CONFIG, said | changes)
+        shards.write(partial, specs, counted, shard_size=shard_size, metadata={"format": "pt"})

@@ -158,11 +158,12 @@ def write(
         _write_one(folder / file, {name: specs[name] for name in shard}, make, metadata)
     if count > 1:
         weight_map = {name: f for f, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(map(_size, specs.values()))
+        total = sum(map(size, specs.values()))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _size(spec: Spec) -> int:
+def size(spec: Spec) -> int:
+    """In bytes."""
     return prod(spec[0]) * spec[1].itemsize
 
 
@@ -170,11 +171,11 @@ def _shards(specs: Mapping[str, Spec], shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     left = shard_size
     for name, spec in specs.items():
-        if shards[-1] and _size(spec) > left:
+        if shards[-1] and size(spec) > left:
             shards.append([])
             left = shard_size
         shards[-1].append(name)
-        left -= _size(spec)
+        left -= size(spec)
     return shards
 
 
@@ -187,7 +188,7 @@ def _write_one(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        start, end = end, end + _size(specs[name])
+        start, end = end, end + size(specs[name])
         shape, dtype = specs[name]
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -8,12 +8,14 @@ otherwise than Flax does, each kind in its own way::
     Parameter  [experts, ...], a parameter of a module rather than the weight of one
 """
 
+import functools
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
+import jax
 import numpy as np
 
 from lora_jax._choose import is_table
@@ -153,11 +155,21 @@ class Map:
 
     def letters(self, path: str) -> str:
         """The layout of a leaf without the axes that are unstacked."""
-        letters = lookup(self._layout, path, "layout") or conventional(
-            path, self.leaves[path], self.leaves
-        )
+        letters = lookup(self._layout, path, "layout")
+        if letters is None:
+            within = conventional(path, self._parts[path], self._parts)
+            letters = "b" * len(self.of(path)[0].index) + within
         check_layout(letters, path, len(self.leaves[path].shape))
         return self.within(path, letters)
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Any]:
+        """The leaves without the axes that are unstacked: names speak of what is within."""
+        outer = {path: len(found[0].index) if found else 0 for path, found in self.places.items()}
+        return {
+            path: jax.ShapeDtypeStruct(x.shape[outer[path] :], x.dtype)
+            for path, x in self.leaves.items()
+        }
 
     def within(self, path: str, letters: str) -> str:
         """The letters of a leaf's layout that are left when it is unstacked."""

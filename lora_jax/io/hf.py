@@ -1,11 +1,11 @@
 """Whole models as Hugging Face lays them out: in, out, and merged without loading them.
 
-A folder with ``config.json`` and safetensors files in PyTorch's names and axes.
+A folder with ``config.json`` and safetensors files in PyTorch's names and axes, or to read from, a
+GGUF file.
 """
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,50 +13,65 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._merge import merge as merge_params
-from lora_jax._params import Adapter, LoraParams, check
-from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._params import Adapter, LoraParams, check, is_concrete
+from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry
 from lora_jax.io import _shards as shards
+from lora_jax.io import _torch as torch_names
+from lora_jax.io._families import FAMILIES as FAMILIES
+from lora_jax.io._families import Family as Family
+from lora_jax.io._families import family_of
 from lora_jax.io._hf_merge import merge as merge
-from lora_jax.io._hf_write import dtype_of, narrowed, write
-from lora_jax.io._torch import Map, Names, Place, from_torch, to_torch, torch_shape
-
-# What files of known models hold beside their weights: recomputed, or of no use.
-_BESIDE = r"(.*\.)?position_ids|.*\.rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
+from lora_jax.io._hf_names import Names
+from lora_jax.io._hf_source import Source, open_source
+from lora_jax.io._hf_write import Progress, dtype_of, narrowed, write
+from lora_jax.io._rotary import rotary_halves as rotary_halves
+from lora_jax.io._rotary import rotary_pairs as rotary_pairs
+from lora_jax.io._torch import Place
 
 
 def load(
     folder: str | os.PathLike[str],
     like: PyTree,
+    family: str | Family | None = None,
     *,
-    names: Names = None,
+    names: torch_names.Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
     ignore: str | None = None,
+    new: str | None = None,
+    progress: Progress = None,
 ) -> PyTree:
     """Read the weights of a model into a tree of parameters, one tensor at a time.
 
     Args:
-        folder: with ``model.safetensors``, or several files and their index.
+        folder: with ``config.json`` and ``model.safetensors``, or several files and their index;
+            or a GGUF file, whose quantized weights come dequantized (extra ``gguf``).
         like: a tree of arrays or ``jax.ShapeDtypeStruct``s, such as
             ``jax.eval_shape(model.init, ...)["params"]``: its shapes, dtypes and, where there are
             some, shardings are those of the result.
-        names: the name of a module there, by the path of it here, as in
+        family: how the tensors are named: one of :data:`FAMILIES`, by name, or a :class:`Family`.
+            None: that of the ``model_type`` in ``config.json``.
+        names: instead of the family's: the name of a module there, by the path of it here, as in
             :func:`lora_jax.io.peft.save`.
-        kinds: as there.
-        layout: as in ``lorafy``.
-        tied: the names of tensors that are others where the files have them not, such as
-            ``{"lm_head.weight": "model.embed_tokens.weight"}``.
-        ignore: a regular expression of tensors in the files that may be left over.
+        kinds: likewise, as there.
+        layout: likewise, as in ``lorafy``: where the axes of a leaf are not what its name says.
+        tied: likewise: the names of tensors that are others where the files have them not, such
+            as ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+        ignore: likewise: a regular expression of tensors that may be left over.
+        new: a regular expression of leaves that the files have not, such as a head to be trained:
+            they stay as they are in ``like``.
+        progress: called with the bytes that are read, and their total.
 
     Returns:
         The parameters.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is damaged; tensors are missing, left over, or of another shape.
+        ValueError: a file is damaged; the family is not known; tensors are missing, left over, or
+            of another shape.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -64,39 +79,48 @@ def load(
         >>> params = {"query": {"kernel": jnp.arange(6.0).reshape(3, 2)}}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     hf.save(f"{folder}/model", params)
-        ...     hf.load(f"{folder}/model", params)["query"]["kernel"].shape
+        ...     hf.load(f"{folder}/model", params, hf.Family())["query"]["kernel"].shape
         (3, 2)
     """
-    tensors = shards.tensors_in(folder)
+    source = open_source(folder)
+    changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
+    known = family_of(source.config, source.where, family, **changes)
     leaves, tree = flatten(like)
-    places = Map(leaves, names, kinds, layout)
-    used: set[str] = set()
-    new = {}
+    found = Names(leaves, known, source, new)
+    wanted = {
+        path: [(place, found.name(place)) for place in found.places.of(path)]
+        for path in found.places.places
+        if path not in found.new
+    }
+    for parts in wanted.values():
+        for place, name in parts:
+            found.check_shape(place, name)
+    used = [name for parts in wanted.values() for _, name in parts]
+    found.check_left_over(used)
+    done, total = 0, sum(source.tensors[name].size for name in used)
+    result = {}
     for path, leaf in leaves.items():
-        if path not in places.places:
-            new[path] = leaf  # no array
+        if path not in wanted:
+            result[path] = _kept(path, leaf)
             continue
-        parts = []
-        for place in places.of(path):
-            name = _name(place, tensors, tied, str(folder))
-            used.add(name)
-            letters, kind = _form(places, place, name)
-            expected = torch_shape(place.shape, letters, kind) if letters else None
-            x = tensors[name].read()
-            if letters is None:
-                expected = place.shape
-            elif not letters:
-                expected = (int(np.prod(place.shape)),)
-            if x.shape != expected:
-                raise ValueError(
-                    f"{folder}: {name!r} has shape {x.shape}, and {path!r} of shape {place.shape} "
-                    f"wants {expected}"
-                )
-            parts.append(x if letters is None else from_torch(x, place.shape, letters, kind))
-        whole = parts[0] if len(parts) == 1 else np.stack(parts)
-        new[path] = _on_device(whole.reshape(leaf.shape), leaf)
-    _check_left_over(tensors.keys() - used, ignore, str(folder))
-    return jax.tree.unflatten(tree, [new[path] for path in leaves])
+        arrays = []
+        for place, name in wanted[path]:
+            arrays.append(found.inward(source.tensors[name].read(), place, name))
+            done += source.tensors[name].size
+            if progress is not None:
+                progress(done, total)
+        whole = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+        result[path] = _on_device(whole.reshape(leaf.shape), leaf)
+    return jax.tree.unflatten(tree, [result[path] for path in leaves])
+
+
+def _kept(path: str, leaf: Any) -> Any:
+    if not is_concrete(leaf):
+        raise ValueError(
+            f"new: {path!r} is to stay as it is in like, which has its shape only: put an array "
+            "there, such as model.init(...) makes"
+        )
+    return leaf
 
 
 def _on_device(x: np.ndarray, leaf: Any) -> jax.Array:
@@ -105,48 +129,23 @@ def _on_device(x: np.ndarray, leaf: Any) -> jax.Array:
     return jnp.asarray(x) if sharding is None else jax.device_put(x, sharding)
 
 
-def _name(
-    place: Place, tensors: Mapping[str, Any], tied: Mapping[str, str] | None, where: str
-) -> str:
-    """The name of a tensor in the files: of a module's weight, a parameter's own, or a tied one."""
-    full = f"{place.module}.{place.suffix}"
-    for name in (full, place.module, (tied or {}).get(full, full)):
-        if name in tensors:
-            return name
-    raise ValueError(
-        f"{where} has no tensor {full} for {place.path!r}. Nearest: {nearest(full, tensors)}. If "
-        "it has another name there, say names=; if it is another one as well, tied="
-    )
-
-
-def _form(places: Map, place: Place, name: str) -> tuple[Any, Any]:
-    """The letters and the kind; None for a parameter of its own, whose axes are the same."""
-    return (None, None) if name == place.module else places.form(place)
-
-
-def _check_left_over(left: Iterable[str], ignore: str | None, where: str) -> None:
-    patterns = [_BESIDE, *([ignore] if ignore else [])]
-    left = sorted(n for n in left if not any(re.fullmatch(p, n) for p in patterns))
-    if left:
-        raise ValueError(
-            f"{where}: {len(left)} tensors have no place in the parameters, such as {left[:5]}. If "
-            "the model does without, say ignore=, a pattern of their names"
-        )
-
-
 def save(
     folder: str | os.PathLike[str],
     params: PyTree,
+    family: str | Family | None = None,
     *,
     source: str | os.PathLike[str] | None = None,
-    names: Names = None,
+    names: torch_names.Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
     ignore: str | None = None,
+    new: str | None = None,
+    config: Mapping[str, Any] | None = None,
     dtype: Any = None,
     shard_size: int = 5 * 10**9,
     overwrite: bool = False,
+    progress: Progress = None,
 ) -> None:
     """Write parameters as a model in PyTorch's names and axes; a LoraParams merged.
 
@@ -156,16 +155,22 @@ def save(
     Args:
         folder: to write, in one that exists.
         params: parameters, or a LoraParams.
-        source: the folder they came from: its configuration, tokenizer and other small files are
-            copied, its tensors must be those written, and what :func:`load` left over is kept.
-        names: the name of a module there, by the path of it here, as in :func:`load`.
+        family: as in :func:`load`; without a source and without names, the paths with dots.
+        source: the folder or the GGUF file they came from: its configuration, tokenizer and other
+            small files are copied, its tensors must be those written, and what :func:`load` left
+            over is kept.
+        names: as in :func:`load`.
         kinds: as there.
         layout: as there.
         tied: as there: what ``source`` has not is not written, and must be the other still.
         ignore: as there: those tensors of ``source`` are written as they are.
+        new: as there: written beside the tensors of ``source``.
+        config: changes of ``config.json``, such as ``architectures`` and ``num_labels`` for a new
+            head; without a source, all of it.
         dtype: of the floating tensors; None leaves each as it is.
         shard_size: in bytes, of a file.
         overwrite: whether a model that was written before may be replaced.
+        progress: called with the bytes that are written, and their total.
 
     Raises:
         OSError: it cannot be written; FileExistsError without ``overwrite``.
@@ -174,55 +179,85 @@ def save(
     """
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
     leaves = check(lora_params)
-    places = Map(leaves, names, kinds, layout)
-    before = shards.tensors_in(source) if source is not None else {}
-    specs: dict[str, shards.Spec] = {}
-    where: dict[str, Place] = {}
-    twins: list[tuple[str, Place]] = []
-    for path in places.places:
-        for place in places.of(path):
-            name = f"{place.module}.{place.suffix}" if places.is_module(path) else place.module
-            if before:
-                name = _name(place, before, tied, str(source))
-            letters, kind = _form(places, place, name)
-            if name in where:  # tied: written once
-                twins.append((name, place))
-                continue
-            shape = place.shape if letters is None else torch_shape(place.shape, letters, kind)
-            where[name], specs[name] = place, (shape, dtype_of(leaves[path].dtype, dtype))
-            if before and before[name].shape != shape:
-                raise ValueError(
-                    f"{source}: {name!r} has shape {before[name].shape}, and {path!r} would be "
-                    f"{shape}: these are another model's parameters"
-                )
-    if before:
-        _check_left_over(before.keys() - specs.keys(), ignore, str(source))
-        for name, kept in before.items():
-            if name not in specs:
-                specs[name] = kept.shape, kept.dtype
-        specs = {name: specs[name] for name in before}
+    opened = open_source(source) if source is not None else None
+    changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
+    if opened is None and family is None:
+        family = Family()
+    known = family_of(opened.config if opened else None, str(source), family, **changes)
+    plan = _Plan(leaves, known, opened, new, dtype)
     merged: dict[str, Any] = {}  # the last leaf that was merged, whose layers come one by one
 
-    def tensor(name: str, place: Place) -> np.ndarray:
+    def tensor(place: Place, name: str) -> np.ndarray:
         if place.path not in merged:
             merged.clear()
             merged[place.path] = _merged(lora_params, place.path, leaves, dtype)
-        x = places.array(place, merged)
-        letters, kind = _form(places, place, name)
-        return x if letters is None else to_torch(x, letters, kind)
+        return plan.names.outward(plan.names.places.array(place, merged), place, name)
 
-    def make(name: str) -> np.ndarray:
-        if name not in where:
-            return before[name].read()
-        return narrowed(tensor(name, where[name]), specs[name][1], name)
+    def make(out: str) -> np.ndarray:
+        name, place = plan.tensors[out]
+        x = plan.names.tensors[name].read() if place is None else tensor(place, name)
+        return narrowed(x, plan.specs[out][1], name)
 
-    for name, place in twins:
-        if not np.array_equal(tensor(name, place), tensor(name, where[name])):
+    for place, name, first in plan.twins:
+        if not np.array_equal(tensor(place, name), tensor(first, name)):
             raise ValueError(
                 f"{place.path!r} is tied to {name!r} in {source}, and they differ here: they were "
                 "adapted or trained apart, and one tensor cannot be both"
             )
-    write(folder, specs, make, source, dtype, shard_size, overwrite)
+    write(
+        folder,
+        plan.specs,
+        make,
+        source=opened,
+        config=config,
+        dtype=dtype,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+class _Plan:
+    """What is to be written.
+
+    Attributes:
+        names: of the leaves.
+        tensors: by the name to write, the name in the source and the place of ours, or None of
+            what is kept.
+        specs: shape and dtype by the name to write.
+        twins: the places that share a tensor with another, which comes last.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Any],
+        family: Family,
+        source: Source | None,
+        new: str | None,
+        dtype: Any,
+    ):
+        self.names = Names(leaves, family, source, new)
+        before = self.names.tensors
+        where: dict[str, Place] = {}
+        self.twins: list[tuple[Place, str, Place]] = []
+        specs: dict[str, shards.Spec] = {}
+        for path in self.names.places.places:
+            for place in self.names.places.of(path):
+                name = self.names.name(place)
+                if name in where:  # tied: written once
+                    self.twins.append((place, name, where[name]))
+                    continue
+                shape = self.names.shape(place, name)
+                where[name], specs[name] = place, (shape, dtype_of(leaves[path].dtype, dtype))
+                if name in before:
+                    self.names.check_shape(place, name)
+        self.names.check_left_over(specs)
+        for name, kept in before.items():
+            specs.setdefault(name, (kept.shape, dtype_of(kept.dtype, dtype)))
+        order = [*before, *(name for name in specs if name not in before)]
+        outside = {name: self.names.outside(name) for name in order}
+        self.tensors = {outside[name]: (name, where.get(name)) for name in order}
+        self.specs = {outside[name]: specs[name] for name in order}
 
 
 def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any], dtype: Any) -> Any:

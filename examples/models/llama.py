@@ -1,0 +1,203 @@
+"""A Llama in Flax Linen, and what grew from it: Mistral, SmolLM2, Qwen2, Qwen3.
+
+Modules have the names that Hugging Face's files give them, so that ``hf.load`` needs no table::
+
+    model = llama.from_config(json.loads(Path("folder/config.json").read_text()))
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = hf.load("folder", like)
+    logits = model.apply({"params": params}, ids)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped heads."""
+
+    model: "Llama"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Attend from each of ``x[batch, length, width]`` to itself and those before."""
+        m = self.model
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = nn.Dense(count * m.head_dim, m.attention_bias, m.dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], count, m.head_dim)  # [batch, length, heads, head_dim]
+
+        query = heads("q_proj", m.num_attention_heads)
+        key = heads("k_proj", m.num_key_value_heads)
+        value = heads("v_proj", m.num_key_value_heads)
+        if m.qk_norm:
+            query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
+            key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
+        window = m.sliding_window and (m.sliding_window - 1, 0)
+        query, key = rotated(query, m.rope_theta), rotated(key, m.rope_theta)
+        y = jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, local_window_size=window
+        )
+        y = y.reshape(*x.shape[:-1], -1)  # [batch, length, heads * head_dim]
+        return nn.Dense(m.hidden_size, m.output_bias, m.dtype, name="o_proj")(y)
+
+
+class Mlp(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    model: "Llama"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply it to ``x[..., width]``."""
+        m = self.model
+        gate = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="gate_proj")(x)
+        up = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="up_proj")(x)
+        return nn.Dense(m.hidden_size, m.mlp_bias, m.dtype, name="down_proj")(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """A block, as ``scan`` wants it: from the residual stream to itself, and nothing."""
+
+    model: "Llama"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """Apply it to ``x[batch, length, width]``."""
+        m = self.model
+        y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
+        x = x + Attention(m, name="self_attn")(y)
+        y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="post_attention_layernorm")(x)
+        return x + Mlp(m, name="mlp")(y), None
+
+
+class Llama(nn.Module):
+    """Tokens to the logits of the next ones. Fields as in config.json, where they are there.
+
+    Attributes:
+        attention_bias: of the query, key and value, as Qwen2 has them.
+        output_bias: of what follows attention.
+        qk_norm: whether queries and keys are normalized, as Qwen3's are.
+        scan_layers: whether the layers are one stacked block, compiled once.
+        dtype: of the activations; the parameters are float32.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    scan_layers: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """The logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``."""
+        shape = self.clone(parent=None, name=None)  # what the layers know of all this
+        table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
+        x = table(ids)
+        if self.scan_layers:
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.num_hidden_layers,
+            )
+            x, _ = stack(shape, name="layers")(x)
+        else:
+            for i in range(self.num_hidden_layers):
+                x, _ = Layer(shape, name=f"layers_{i}")(x)
+        x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
+        if self.tie_word_embeddings:
+            return table.attend(x)
+        return nn.Dense(self.vocab_size, False, self.dtype, name="lm_head")(x)
+
+
+def rotated(x: jax.Array, theta: float) -> jax.Array:
+    """Turn ``x[batch, length, heads, head_dim]`` by its positions, the first half to the second."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)  # [1, length, 1, half]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def from_config(config: Mapping[str, Any], **changes: Any) -> Llama:
+    """The model of a config.json.
+
+    Args:
+        config: what it says.
+        **changes: of the fields of :class:`Llama`.
+
+    Raises:
+        ValueError: it is of another architecture, or wants what this model does not do.
+    """
+    kind = config.get("model_type")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise ValueError(f"model_type {kind!r}: expected llama, mistral, qwen2 or qwen3")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}; this model does silu only")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"the rotary positions are {rope!r}; this model does not scale them")
+    is_windowed = kind == "mistral" or config.get("use_sliding_window", False)
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    fields = {
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or width // heads,
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+        "sliding_window": config.get("sliding_window") if is_windowed else None,
+        "attention_bias": config.get("attention_bias", kind == "qwen2"),
+        "output_bias": kind != "qwen2" and config.get("attention_bias", False),
+        "qk_norm": kind == "qwen3",
+    }
+    of_model = set(Llama.__dataclass_fields__) - {"parent", "name"} - fields.keys()
+    return Llama(**{**{k: config[k] for k in of_model if k in config}, **fields, **changes})
+
+
+def generate(
+    apply: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    ids: Sequence[int],
+    *,
+    length: int,
+    stop: int | None = None,
+) -> list[int]:
+    """Continue ``ids`` greedily, without a cache: every token reads all of them again.
+
+    Args:
+        apply: from parameters and ``ids[1, length]`` to logits; compiled once.
+        params: its first argument.
+        ids: of the prompt.
+        length: of prompt and continuation together.
+        stop: the token that ends it.
+
+    Returns:
+        The new tokens, without ``stop``.
+    """
+    seen = np.zeros((1, length), np.int32)  # causal: what comes after is not looked at
+    seen[0, : len(ids)] = ids
+    for end in range(len(ids), length):
+        token = int(apply(params, jnp.asarray(seen))[0, end - 1].argmax())
+        if token == stop:
+            break
+        seen[0, end] = token
+    else:
+        end = length
+    return seen[0, len(ids) : end].tolist()

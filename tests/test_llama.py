@@ -1,0 +1,87 @@
+"""The Llama of the examples by itself; test_io_hf_models.py has it beside the real ones."""
+
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import pytest
+from helpers import assert_close, randomize_b
+
+import lora_jax
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 31,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+IDS = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
+
+
+def model_and_params(**changes):
+    model = llama.from_config(CONFIG, **changes)
+    return model, model.init(jax.random.key(0), IDS)["params"]
+
+
+def test_a_scanned_model_is_the_unrolled_one():
+    unrolled, params = model_and_params()
+    scanned, _ = model_and_params(scan_layers=True)
+    layers = [params.pop(f"layers_{k}") for k in range(2)]
+    stacked = params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    params |= {f"layers_{k}": layer for k, layer in enumerate(layers)}
+    assert_close(
+        scanned.apply({"params": stacked}, IDS), unrolled.apply({"params": params}, IDS), 1e-5
+    )
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_tokens_see_those_before_them_and_in_the_window(window):
+    model, params = model_and_params(sliding_window=window, num_hidden_layers=1)
+    logits = model.apply({"params": params}, IDS)
+    other = model.apply({"params": params}, (IDS + (np.arange(7) == 3)) % 31)
+    changed = np.abs(logits - other).max((0, 2)) > 1e-6
+    assert changed.tolist() == [k in range(3, 3 + (window or 4)) for k in range(7)]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_it_takes_an_adapter_everywhere(scan_layers):
+    model, params = model_and_params(scan_layers=scan_layers)
+    layout = lora_jax.layout_of(model.apply, {"params": params}, IDS)
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout=layout))
+    assert len(lora_params.adapter.factors) == (8 if scan_layers else 15)
+    logits = lora_jax.lora(model.apply)({"params": lora_params}, IDS)
+    assert_close(logits, model.apply({"params": lora_jax.merge(lora_params)}, IDS), 1e-5)
+
+
+def test_it_generates_until_the_end_or_the_stop():
+    def apply(params, ids):  # the next token is the last one plus one
+        return jax.nn.one_hot(ids + params, 31)
+
+    assert llama.generate(apply, 1, [4, 5], length=6) == [6, 7, 8, 9]
+    assert llama.generate(apply, 1, [4, 5], length=6, stop=8) == [6, 7]
+    assert llama.generate(apply, 1, [4, 5], length=2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba': expected llama, mistral, qwen2 or qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model does silu only"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "does not scale them"),
+    ],
+)
+def test_other_configurations_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        llama.from_config(CONFIG | changes)
+
+
+def test_the_newer_spelling_of_rotary_positions_is_read():
+    rope = {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    assert llama.from_config(CONFIG | rope).rope_theta == 7.0
+    assert llama.from_config(CONFIG | {"rope_theta": 8.0}).rope_theta == 8.0
