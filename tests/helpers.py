@@ -37,6 +37,8 @@ def error(actual, expected) -> float:
         assert a.shape == e.shape
         assert a.dtype == e.dtype
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        if not np.isfinite(a).all():  # max(0.0, nan) is 0.0
+            return np.inf
         worst = max(worst, float(np.abs(a - e).max() / (np.abs(e).max() + 1e-30)))
     return worst
 
@@ -45,7 +47,7 @@ def assert_close(actual, expected, tolerance=None):
     """Equal to the tolerance of the dtype."""
     if tolerance is None:
         tolerance = max(TOLERANCE.get(str(x.dtype), 0.0) for x in jax.tree.leaves(expected))
-    assert error(actual, expected) <= tolerance
+    assert (worst := error(actual, expected)) <= tolerance, worst
 
 
 def loss_of(fn: Callable[..., Any]):

@@ -302,6 +302,40 @@ def test_tied_tensors_are_read_twice_and_written_once(tmp_path):
     assert_close(hf.load(tmp_path / "untied", like, **tied), params)
 
 
+def test_a_tied_head_may_be_stored_or_not(tmp_path):
+    """And only where the configuration ties it."""
+    params = {"model": {"embed_tokens": {"embedding": jnp.asarray(floats(7, 6))}}}
+    whole = params | {"lm_head": {"kernel": params["model"]["embed_tokens"]["embedding"].T}}
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    hf.save(tmp_path / "once", params, "llama", config=config)
+    hf.save(tmp_path / "twice", whole, "llama", config=config)
+    for stored in ("once", "twice"):
+        for like in (params, whole):
+            assert_close(hf.load(tmp_path / stored, like), like)
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*"))
+    hf.save(tmp_path / "out", lora_params, source=tmp_path / "twice")
+    table, head = (
+        tensors_of(tmp_path / "out")[k] for k in sorted(tensors_of(tmp_path / "out"))[::-1]
+    )
+    merged = lora_jax.merge(lora_params)["model"]["embed_tokens"]["embedding"]
+    assert np.array_equal(table, merged)
+    assert np.array_equal(head, table)
+
+    peft.save(tmp_path / "adapter", lora_params, names=hf.FAMILIES["llama"].names)
+    hf.merge(tmp_path / "once", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(
+        ValueError, match=r"both are stored, .* changes 'model\.embed_tokens\.weight'"
+    ):
+        hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "no")
+    edited(tmp_path / "twice", **{"lm_head.weight": floats(7, 6)})
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is to be .* as well, and they differ"):
+        hf.load(tmp_path / "twice", params)
+    (tmp_path / "once" / "config.json").write_text('{"model_type": "llama"}')
+    assert_close(hf.load(tmp_path / "once", params), params)
+    with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
+        hf.load(tmp_path / "once", whole)
+
+
 def test_broken_indices_are_refused(model, tmp_path):
     hf.save(
         tmp_path / "out", hf.load(model, LIKE, **OPTIONS), source=model, shard_size=200, **OPTIONS

@@ -27,7 +27,11 @@ class Family:
             None: the paths with dots.
         kinds: of the modules there, as in :func:`lora_jax.io.peft.save`.
         prefix: of names that files of the model without a head do without, such as ``"model."``.
-        tied: the names of tensors that may be missing, because they are others.
+        tied: the names of tensors that may be missing, because they are others; where they are
+            there, they must be the same.
+        tied_head: likewise, of an output head and where ``tie_word_embeddings`` of the
+            configuration is true.
+        ties_head: whether it is where the configuration does not say.
         ignore: a regular expression of tensors that may be left over, as buffers always may.
         layout: of our weights, as in ``lorafy``, where their names do not tell.
     """
@@ -36,6 +40,8 @@ class Family:
     kinds: Mapping[str, str] | None = None
     prefix: str = ""
     tied: Mapping[str, str] | None = None
+    tied_head: Mapping[str, str] | None = None
+    ties_head: bool = True
     ignore: str | None = None
     layout: Mapping[str, str] | None = None
 
@@ -53,19 +59,19 @@ def _beside(root: str, modules: str) -> dict[str, str]:
     return {rf"(?:{root}/)?((?:{modules})(?:/.+)?)": rf"{root}.\1"}
 
 
-def _encoder(root: str, beside: str, heads: str, tied: Mapping[str, str] | None = None) -> Family:
+def _encoder(root: str, beside: str, heads: str, head: Mapping[str, str] | None = None) -> Family:
     """A BERT or what grew from it."""
     names = _numbered(root, "encoder/layer") | _beside(root, beside)
     names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
-    return Family(names, prefix=f"{root}.", tied=tied)
+    return Family(names, prefix=f"{root}.", tied_head=head)
 
 
-def _decoder() -> Family:
+def _decoder(*, ties_head: bool) -> Family:
     """A Llama or what grew from it."""
     names = _numbered("model", "layers") | _beside("model", "embed_tokens|norm")
     names |= {"lm_head|score": r"\g<0>"}
-    tied = {"lm_head.weight": "model.embed_tokens.weight"}
-    return Family(names, prefix="model.", tied=tied)
+    head = {"lm_head.weight": "model.embed_tokens.weight"}
+    return Family(names, prefix="model.", tied_head=head, ties_head=ties_head)
 
 
 _BERT_TABLE = "bert.embeddings.word_embeddings.weight"
@@ -94,7 +100,6 @@ _DEBERTA = _encoder(
     {
         "cls.predictions.decoder.weight": _DEBERTA_TABLE,
         "cls.predictions.decoder.bias": "cls.predictions.bias",
-        "lm_predictions.lm_head.weight": _DEBERTA_TABLE,
     },
 )
 _T5 = Family(
@@ -106,15 +111,15 @@ _T5 = Family(
     tied={
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
     },
-    ignore=r"(en|de)coder\.embed_tokens\.weight",
+    tied_head={"lm_head.weight": "shared.weight"},
+    ignore=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 _GPT2 = Family(
     _numbered("transformer", "h") | _beside("transformer", "wte|wpe|ln_f") | {"lm_head": "lm_head"},
     kinds={r".*/(c_attn|c_proj|c_fc|q_attn)/\w+": "Conv1D"},
     prefix="transformer.",
-    tied={"lm_head.weight": "transformer.wte.weight"},
+    tied_head={"lm_head.weight": "transformer.wte.weight"},
 )
 _CLIP = Family(
     {
@@ -131,12 +136,12 @@ FAMILIES: dict[str, Family] = {
     "clip": _CLIP,
     "deberta-v2": _DEBERTA,
     "dinov2": _encoder("dinov2", "embeddings|layernorm", "classifier"),
-    "gemma": _decoder(),
+    "gemma": _decoder(ties_head=True),
     "gpt2": _GPT2,
-    "llama": _decoder(),
-    "mistral": _decoder(),
-    "qwen2": _decoder(),
-    "qwen3": _decoder(),
+    "llama": _decoder(ties_head=False),
+    "mistral": _decoder(ties_head=False),
+    "qwen2": _decoder(ties_head=False),
+    "qwen3": _decoder(ties_head=False),
     "roberta": _ROBERTA,
     "t5": _T5,
     "vit": _encoder("vit", "embeddings|layernorm|pooler", "classifier"),
@@ -173,4 +178,14 @@ def family_of(
             f"{where}: model_type {kind!r} of config.json is no family that is known; {known}. Say "
             f"{yours}; or make it known: hf.FAMILIES[{kind!r}] = hf.Family(names={{...}})"
         )
+    if not (config or {}).get("tie_word_embeddings", family.ties_head):
+        family = dataclasses.replace(family, tied_head=None)
     return dataclasses.replace(family, **{k: v for k, v in changes.items() if v is not None})
+
+
+def ties_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of tensors that are others, of the model of a configuration; none if unknown."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    is_tied = config.get("tie_word_embeddings", family.ties_head)
+    head = family.tied_head if is_tied else None
+    return {**(family.tied or {}), **(head or {})}

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax._layout import role_axes
 from lora_jax._params import Factors
 from lora_jax.io import peft
-from lora_jax.io._families import CONV1D
+from lora_jax.io._families import CONV1D, ties_of
 from lora_jax.io._hf_source import CONFIG, open_source
 from lora_jax.io._hf_write import Progress, dtype_of, narrowed, write
 from lora_jax.io._torch import Map
@@ -72,6 +72,13 @@ def merge(
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
             change.check_adds()
+    for name, other in ties_of(opened.config).items():
+        changed = {n for n in (name, other) if any(change.changes(n) for change in changes)}
+        if len(changed) == 1 and {name, other} <= tensors.keys():
+            raise ValueError(
+                f"{source}: {name!r} is {other!r} as well, both are stored, and of these the "
+                f"adapter changes {changed.pop()!r} only: which of the two holds is not said"
+            )
     specs = {name: (t.shape, dtype_of(t.dtype, dtype)) for name, t in tensors.items()}
 
     def make(name: str) -> np.ndarray:
@@ -130,6 +137,10 @@ class _Change:
                 f"{self.path}: its DoRA, biases, rows or whole modules replace what is there, and "
                 "can neither be weighted nor summed: merge it alone, with weight 1"
             )
+
+    def changes(self, name: str) -> bool:
+        """Whether anything of a tensor is."""
+        return self.replaces(name) or name in self.pieces
 
     def replaces(self, name: str) -> bool:
         """Whether entries of a tensor are new."""

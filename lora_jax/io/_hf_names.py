@@ -28,6 +28,7 @@ class Names:
         self.tensors = source.tensors if source else {}
         self.where = source.where if source else ""
         self._family = family
+        self._tied = {**(family.tied_head or {}), **(family.tied or {})}
         self.new = {path for path in leaves if new is not None and re.fullmatch(new, path)}
         if new is not None and not self.new:
             raise ValueError(f"new={new!r} matches no leaf. Nearest: {nearest(new, leaves)}")
@@ -43,16 +44,22 @@ class Names:
         if place.path in self.new or not self.where:
             return full
         for name in (f"{place.module}.{place.suffix}", place.module):
-            for found in (name, (self._family.tied or {}).get(name, name)):
-                for own in (found, found.removeprefix(self._family.prefix)):
-                    if own in self.tensors:
-                        return own
+            for found in (name, self._tied.get(name, name)):
+                if own := self._stored(found):
+                    return own
         raise ValueError(
             f"{self.where} has no tensor {place.module}.{place.suffix} for {place.path!r}. "
             f"Nearest: {nearest(full, self.tensors)}. If it has another name there, say names=; if "
             "it is another one as well, tied=; if it is to stay as it is here, such as a new head, "
             "new="
         )
+
+    def _stored(self, name: str) -> str | None:
+        """The name in the files, which may do without the prefix."""
+        for own in (name, name.removeprefix(self._family.prefix)):
+            if own in self.tensors:
+                return own
+        return None
 
     def outside(self, name: str) -> str:
         """The name to write a tensor of the source under: with its prefix, beside what is new.
@@ -100,13 +107,27 @@ class Names:
         is_own = name == place.module or place.module.endswith(f".{name}")
         return (None, None) if is_own else self.places.form(place)
 
-    def check_left_over(self, used: Iterable[str]) -> None:
-        """Raise where tensors of the files have no place, and the family does not say they may.
+    def left_over(self, used: Iterable[str]) -> dict[str, str]:
+        """Tensors of the files that have no place, and are tied to one that has.
 
         Raises:
-            ValueError: there are some.
+            ValueError: there are others, and the family does not say that there may be; or tied
+                ones are not the same.
         """
-        left = sorted(self.tensors.keys() - set(used))
+        twins: dict[str, str] = {}
+        used = set(used)
+        for tied, to in self._tied.items():
+            name, other = self._stored(tied), self._stored(to)
+            if name is None or name in used or other is None or other not in used:
+                continue
+            twins[name] = other
+            one, two = self.tensors[name], self.tensors[other]
+            if one.shape != two.shape or not np.array_equal(one.read(), two.read()):
+                raise ValueError(
+                    f"{self.where}: {name!r} is to be {other!r} as well, and they differ: the "
+                    "model is not tied, and the parameters have no place for both"
+                )
+        left = sorted(self.tensors.keys() - used - twins.keys())
         may = [BUFFERS, *([self._family.ignore] if self._family.ignore else [])]
         left = [name for name in left if not any(re.fullmatch(p, name) for p in may)]
         if left:
@@ -114,3 +135,4 @@ class Names:
                 f"{self.where}: {len(left)} tensors have no place in the parameters, such as "
                 f"{left[:5]}. If the model does without, say ignore=, a pattern of their names"
             )
+        return twins

@@ -96,7 +96,7 @@ def load(
         for place, name in parts:
             found.check_shape(place, name)
     used = [name for parts in wanted.values() for _, name in parts]
-    found.check_left_over(used)
+    found.left_over(used)
     done, total = 0, sum(source.tensors[name].size for name in used)
     result = {}
     for path, leaf in leaves.items():
@@ -251,12 +251,13 @@ class _Plan:
                 where[name], specs[name] = place, (shape, dtype_of(leaves[path].dtype, dtype))
                 if name in before:
                     self.names.check_shape(place, name)
-        self.names.check_left_over(specs)
+        same = self.names.left_over(specs)  # stored twice: written twice
         for name, kept in before.items():
             specs.setdefault(name, (kept.shape, dtype_of(kept.dtype, dtype)))
         order = [*before, *(name for name in specs if name not in before)]
         outside = {name: self.names.outside(name) for name in order}
-        self.tensors = {outside[name]: (name, where.get(name)) for name in order}
+        own = {name: same[name] if name in same else name for name in order}
+        self.tensors = {outside[name]: (own[name], where.get(own[name])) for name in order}
         self.specs = {outside[name]: specs[name] for name in order}
 
 
