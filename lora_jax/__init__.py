@@ -10,6 +10,7 @@
 
 from lora_jax import init as init
 from lora_jax._convert import to_plain as to_plain
+from lora_jax._extract import extract as extract
 from lora_jax._layout import Layouts as Layouts
 from lora_jax._lorafy import lorafy as lorafy
 from lora_jax._merge import merge as merge
