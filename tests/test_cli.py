@@ -652,6 +652,35 @@ def test_between_our_own_formats_the_record_goes_along(cli, here, capsys):
     assert all(f.residual for f in found.adapter.factors.values())
 
 
+def test_convert_takes_models_from_orbax_to_hugging_face_and_back(here, cli):
+    tuned = {name: x.read() for name, x in _shards.tensors_in("tuned").items()}
+    cli("convert", "tuned_params", "out", "--to", "hf", "--like", "model", "--names", "llama")
+    for name, x in _shards.tensors_in("out").items():
+        assert np.array_equal(x.read(), tuned[name])
+    assert json.loads(Path("out/config.json").read_text()) == {"model_type": "llama"}
+    found = cli("convert", "out", "half", "--to", "hf", "--dtype", "bfloat16", "--json")
+    assert (found["format"], found["from"], found["tensors"]) == ("hf", "huggingface", len(tuned))
+    assert {str(x.dtype) for x in _shards.tensors_in("half").values()} == {"bfloat16"}
+
+    text = cli("convert", "tuned", "again", "--to", "orbax", "--like", "params")
+    assert re.match(rf"again: {len(tuned)} tensors, .* as orbax\n", text)
+    assert cli("diff", "tuned_params", "again")
+    cli("convert", "tuned", "own", "--to", "orbax")
+    found = cli("inspect", "own", "--json")["entries"]
+    assert {row["path"].replace("/", ".") for row in found} == tuned.keys()
+
+
+def test_convert_refuses_models_that_it_cannot_take(here, refused):
+    refused("convert", "model", "out", "--to", "peft", match="is a model, .* expected --to hf, or")
+    refused("convert", "params", "out", "--to", "orbax", match="in the format orbax: expected")
+    refused("convert", "adapter", "out", "--to", "hf", match="--to hf is for models, .* merge it")
+    file = "model/model.safetensors"
+    refused("convert", file, "out", "--to", "hf", match="one file of tensors: give the folder")
+    words = ("convert", "model", "out", "--to", "orbax")
+    refused(*words, "--dtype", "float16", match="--dtype goes with --to hf")
+    refused(*words, "--names", "llama", match="--names is of the paths in --like")
+
+
 def test_convert_says_what_it_wrote(cli):
     options = ("--base-model", "my/model", "--for-vllm", "--json")
     found = cli("convert", "run", "out", "--to", "peft", *options)
@@ -680,9 +709,6 @@ def test_convert_refuses(refused, here):
     refused(*words, match="--names is of the paths in --like PATH")
     words = ("convert", "adapter", "orbax", "--to", "orbax", "--overwrite")
     refused(*words, match="orbax exists, and is not replaced: choose another path")
-    refused(
-        "convert", "model", "out", "--to", "peft", match="model is a model or a file of tensors"
-    )
     refused(
         "convert", "dora_native", "out", "--to", "peft", "--for-vllm", match="vLLM would refuse"
     )

@@ -84,14 +84,15 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--shard-size", type=_size, default="5GB", metavar="SIZE", help="as 5GB")
     c.add_argument("--overwrite", action="store_true", help="replace a model that is there")
 
-    text = "convert an adapter to another format"
+    text = "convert an adapter, or a model, to another format"
     c = add("convert", text, "adapter adapter.safetensors --to safetensors", named)
-    c.add_argument("path", metavar="IN", help="adapter of any format")
+    c.add_argument("path", metavar="IN", help="adapter or model of any format")
     c.add_argument("out", metavar="OUT", help="file or folder to write")
-    c.add_argument("--to", choices=_FORMATS, required=True)
+    c.add_argument("--to", choices=(*_FORMATS, "hf"), required=True, help="of a model hf or orbax")
     c.add_argument("--like", metavar="PATH", help="model or adapter that says the tree of paths")
     c.add_argument("--base-model", metavar="NAME", help="for PEFT's configuration")
     c.add_argument("--for-vllm", action="store_true", help="refuse what vLLM would")
+    c.add_argument("--dtype", choices=_DTYPES, help="of a model's floating tensors")
     c.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     text = "compare two adapters, or two models: exit status 0 if equal, 1 if not"

@@ -1,4 +1,4 @@
-"""``convert``: an adapter in another format, without the model."""
+"""``convert``: an adapter in another format, without the model; or a model."""
 
 import argparse
 import json
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._params import Adapter, Factors, LoraParams
+from lora_jax.cli import _whole as whole
 from lora_jax.cli._forms import AdapterFile, Checkpoint, size_of
-from lora_jax.cli._open import open_adapter, open_path
+from lora_jax.cli._open import open_path
 from lora_jax.cli._show import Show, size
 from lora_jax.cli._tree import (
     Absent,
@@ -37,7 +38,12 @@ from lora_jax.io._torch import Map
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """The command."""
-    found = open_adapter(args.path)
+    found = open_path(args.path)
+    if isinstance(found, Checkpoint):
+        return whole.run(found, args, show, *names_and_kinds(args))
+    if args.to == "hf" or args.dtype:
+        option = "--dtype" if args.dtype else "--to hf"
+        raise ValueError(f"{option} is for models, and {args.path} is an adapter: merge it")
     if args.to == found.format:
         raise ValueError(f"{args.path} is in the format {args.to} already")
     if args.to != "peft" and (args.for_vllm or args.base_model):
