@@ -11,15 +11,14 @@ from pathlib import Path
 
 import gguf
 import hypothesis
-import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+from damage import EDITS, damaged, fuzz
 
 from lora_jax.io import _gguf, _gguf_file
 
-NIGHTLY = os.environ.get("LORA_JAX_MUTATIONS")
 KINDS = gguf.GGMLQuantizationType
 RNG = np.random.default_rng(0)
 HIDDEN, INNER, HEADS, KEYS, LAYERS, VOCAB = 32, 64, 4, 2, 2, 40
@@ -480,44 +479,6 @@ def test_damaged_scales_are_noticed(tmp_path):
     found = _gguf.tensors_in(written(tmp_path / "a.gguf", tensors=model))
     with pytest.raises(ValueError, match=r"a\.gguf: 'output\.weight' has scales that are not fin"):
         found["lm_head.weight"].read()
-
-
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "cut", "drop", "repeat", "overwrite"]),
-        st.one_of(st.integers(0, 2**13), st.integers(0, 2**17)),
-        st.integers(1, 40),
-        st.binary(min_size=1, max_size=8),
-    ),
-    min_size=1,
-    max_size=3,
-)
-fuzz = hypothesis.settings(
-    max_examples=int(NIGHTLY or 500),
-    derandomize=not NIGHTLY,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-
-
-def damaged(data, edits):
-    """A file with bits flipped, bytes lost, repeated or overwritten."""
-    data = bytearray(data)
-    for kind, place, size, new in edits:
-        start = place % max(1, len(data))
-        match kind:
-            case "flip" if data:
-                data[start] ^= 1 << size % 8
-            case "cut":
-                del data[start:]
-            case "drop":
-                del data[start : start + size]
-            case "repeat":
-                data[start:start] = data[start : start + size]
-            case "overwrite":
-                data[start : start + len(new)] = new
-    return bytes(data)
 
 
 def test_damaged_files_are_errors_or_models_of_the_same_shape(tmp_path):

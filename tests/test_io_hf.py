@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from damage import killed_while_saving, ran
 from helpers import assert_close, randomize_b
 
 import lora_jax
@@ -553,19 +551,9 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
             x = _shards.tensors_in(root / "out")["h.7.q.weight"].read()
             assert (x == 3).all()
     """
-    for what in ("make", "merge"):
-        command = [sys.executable, "-c", textwrap.dedent(script), what]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-    taken = int(result.stdout)
+    ran(script, "make")
+    taken = int(ran(script, "merge"))
     assert largest / 2 < taken < 2 * largest + 300 * 2**20, taken
-
-
-def ran(script, *args):
-    command = [sys.executable, "-c", textwrap.dedent(script), *args]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
 
 
 def test_a_full_disk_leaves_nothing(model, tmp_path):
@@ -588,7 +576,7 @@ def test_a_full_disk_leaves_nothing(model, tmp_path):
             except OSError as error:
                 print("refused", error)
         """,
-        str(tmp_path),
+        tmp_path,
     )
     assert found.count("refused") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
@@ -598,47 +586,17 @@ KILLS = 12
 
 
 def test_an_export_killed_at_any_moment_leaves_a_whole_model(tmp_path):
-    done = ran(
-        """
-        import os, random, signal, sys, time
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    program = """
         import numpy as np
         from lora_jax.io import hf
 
-        def run(folder, report):  # numbers all k, k = 0, 1, 2, ...
-            for k in range(10**6):
-                leaf = {"kernel": np.full((512, 1024), k, np.float32)}
-                params = {f"layer_{i}": leaf for i in range(6)}
-                hf.save(folder, params, shard_size=5_000_000, overwrite=True)
-                os.write(report, b".")
-
-        random.seed(0)
-        for i in range(int(sys.argv[2])):
-            folder = os.path.join(sys.argv[1], str(i))
-            os.mkdir(folder)
-            reading, report = os.pipe()
-            if (child := os.fork()) == 0:  # nothing of JAX runs in the parent
-                run(os.path.join(folder, "out"), report)
-            done = len(os.read(reading, 1))
-            time.sleep(0.1 * random.random())
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(report)
-            while more := os.read(reading, 4096):
-                done += len(more)
-            os.close(reading)
-            print(done, flush=True)
-        """,
-        str(tmp_path),
-        str(KILLS),
-    )
-    counts = list(map(int, done.split()))
-    assert len(counts) == KILLS
-    inside = 0
-    for i, count in enumerate(counts):
-        inside += any(p.name.endswith(".partial") for p in (tmp_path / str(i)).iterdir())
-        tensors = tensors_of(tmp_path / str(i) / "out")
+        def save(folder, k):
+            leaf = {"kernel": np.full((512, 1024), k, np.float32)}
+            params = {f"layer_{i}": leaf for i in range(6)}
+            hf.save(folder, params, shard_size=5_000_000, overwrite=True)
+    """
+    for i, count in enumerate(killed_while_saving(program, tmp_path, KILLS)):
+        tensors = tensors_of(tmp_path / str(i) / "a")
         assert len(tensors) == 6
         (k,) = {float(f(x)) for x in tensors.values() for f in (np.min, np.max)}
         assert k in (count - 1, count)
-    assert inside, "all kills fell between the saves"

@@ -4,9 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from damage import EDITS, damaged, fuzz, killed_while_saving, ran
 from helpers import randomize_b
 from hypothesis import strategies as st
 
@@ -22,7 +20,6 @@ import lora_jax
 from lora_jax.io import _files, peft, safetensors
 from lora_jax.io._checksum import checksum
 
-NIGHTLY = os.environ.get("LORA_JAX_MUTATIONS")  # how many damaged files to read; 500 else
 PARAMS = {
     "layers": {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 5))},
     "dotted.name": {"kernel": jax.random.normal(jax.random.key(1), (6, 4), jnp.bfloat16)},
@@ -211,46 +208,6 @@ def test_json_that_says_a_key_twice_or_is_endless_is_refused(tmp_path):
 # Damage.
 
 
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "cut", "drop", "repeat", "overwrite", "header"]),
-        st.integers(0, 2**16),
-        st.integers(1, 40),
-        st.binary(min_size=1, max_size=8),
-    ),
-    min_size=1,
-    max_size=3,
-)
-fuzz = hypothesis.settings(
-    max_examples=int(NIGHTLY or 500),
-    derandomize=not NIGHTLY,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-
-
-def damaged(data, edits):
-    """A file with bits flipped, bytes lost, repeated, overwritten, or its header's size changed."""
-    data = bytearray(data)
-    for kind, place, size, new in edits:
-        start = place % max(1, len(data))
-        match kind:
-            case "flip" if data:
-                data[start] ^= 1 << size % 8
-            case "cut":
-                del data[start:]
-            case "drop":
-                del data[start : start + size]
-            case "repeat":
-                data[start:start] = data[start : start + size]
-            case "overwrite":
-                data[start : start + len(new)] = new
-            case "header":
-                data[:8] = new.ljust(8, b"\0")
-    return bytes(data)
-
-
 def peak(*, anew=False):
     """The most memory that this process has had, in bytes; or from now on."""
     if anew:
@@ -407,10 +364,7 @@ def test_a_file_larger_than_allowed_is_an_error_of_the_system(tmp_path):
             except OSError as error:
                 print("refused", error)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.count("refused") == 2
+    assert ran(script).count("refused") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -419,49 +373,22 @@ KILLS = 20
 
 @pytest.mark.parametrize("kind", SAVES)
 def test_a_saving_process_killed_at_any_moment_leaves_a_whole_adapter(kind, tmp_path):
-    script = f"""
-        import os, random, signal, sys, time, warnings
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        warnings.simplefilter("ignore")
-        import numpy as np, jax, lora_jax
+    program = f"""
+        import numpy as np, lora_jax
         from lora_jax.io import {kind} as io
 
-        def run(path, report):  # numbers all k, k = 0, 1, 2, ...
-            params = {{"q": {{"kernel": np.ones((2048, 1024), np.float32)}}}}
-            for k in range(10**6):
-                f = lora_jax.Factors(
-                    np.full((2048, 128), k, np.float32), np.full((128, 1024), k, np.float32),
-                    np.float32(1), "io",
-                )
-                x = lora_jax.LoraParams(params, lora_jax.Adapter({{"q/kernel": f}}))
-                io.save(path, x, overwrite=True)
-                os.write(report, b".")
+        params = {{"q": {{"kernel": np.ones((2048, 1024), np.float32)}}}}
 
-        random.seed(0)
-        for i in range({KILLS}):
-            folder = os.path.join({str(tmp_path)!r}, str(i))
-            os.mkdir(folder)
-            reading, report = os.pipe()
-            if (child := os.fork()) == 0:  # nothing of JAX runs in the parent
-                run(os.path.join(folder, "a"), report)
-            done = len(os.read(reading, 1))
-            time.sleep(0.1 * random.random())
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(report)
-            while more := os.read(reading, 4096):
-                done += len(more)
-            os.close(reading)
-            print(done, flush=True)
+        def save(path, k):
+            f = lora_jax.Factors(
+                np.full((2048, 128), k, np.float32), np.full((128, 1024), k, np.float32),
+                np.float32(1), "io",
+            )
+            x = lora_jax.LoraParams(params, lora_jax.Adapter({{"q/kernel": f}}))
+            io.save(path, x, overwrite=True)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    done = list(map(int, result.stdout.split()))
-    assert len(done) == KILLS
-    params, inside = {"q": {"kernel": np.ones((2048, 1024), np.float32)}}, 0
-    for i, count in enumerate(done):
-        inside += any(p.name.endswith(".partial") for p in (tmp_path / str(i)).iterdir())
+    params = {"q": {"kernel": np.ones((2048, 1024), np.float32)}}
+    for i, count in enumerate(killed_while_saving(program, tmp_path, KILLS)):
         f = LOADS[kind](tmp_path / str(i) / "a", params).adapter.factors["q/kernel"]
         (k,) = {float(x.min()) for x in (f.a, f.b)} | {float(x.max()) for x in (f.a, f.b)}
         assert k in (count - 1, count)
-    assert inside, "all kills fell between the saves"
