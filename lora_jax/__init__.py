@@ -29,6 +29,8 @@ from lora_jax._params import LoraParams as LoraParams
 from lora_jax._quantize import dequantize as dequantize
 from lora_jax._quantize import quantization_error as quantization_error
 from lora_jax._quantize import quantize as quantize
+from lora_jax._shardings import shardings as shardings
+from lora_jax._shardings import state_shardings as state_shardings
 from lora_jax._transform._discover import Report as Report
 from lora_jax._transform._discover import layout_of as layout_of
 from lora_jax._transform._discover import report as report

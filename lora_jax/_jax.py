@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
+from jax.core import Tracer, eval_jaxpr
 from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -169,7 +169,14 @@ def explicit_spec(x: Any) -> list[Any] | None:
 
 def reshard(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
     """An array of a program with Explicit axes, spread over them in another way."""
-    return jax.sharding.reshard(x, PartitionSpec(*spec))
+    return jax.sharding.reshard(x, explicit_sharding(x, spec))
+
+
+def explicit_sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
+    """A sharding on the mesh of ``x``, whether it is traced or not."""
+    own = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    mesh: Any = getattr(own, "mesh", None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def to_mesh_of(eqn: core.JaxprEqn, x: jax.Array) -> jax.Array:

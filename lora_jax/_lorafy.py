@@ -1,5 +1,6 @@
 """``lorafy``: split a parameter tree into a frozen base and trainable factors."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -19,13 +20,14 @@ from lora_jax._layout import (
     role_shape,
 )
 from lora_jax._norm import squared_norm
-from lora_jax._params import Adapter, Factors, LoraParams, is_concrete, wide
+from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry, overlap, part_shape, rows_of, spell_rows
 from lora_jax._select import Selector, check_patterns, lookup
+from lora_jax._shardings import in_place
 from lora_jax.init import Initializer, Target
-from lora_jax.init._start import resolve_init, start
+from lora_jax.init._start import check_started, resolve_init, start
 from lora_jax.init._target import fold_in_path
 
 
@@ -152,8 +154,7 @@ def lorafy(
     check_patterns(rank, "rank", {path for path, _ in parts.values()})
     check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
     _check_distinct(parts | {name: (path, ()) for name, path in tables.items()}, leaves)
-    key = jax.random.key(0) if key is None else key
-    factors, new = {}, dict(leaves)
+    targets = []
     for name, answer in chosen.items():
         path, ranges = parts[name]
         shape = part_shape(leaves[path].shape, ranges)
@@ -162,26 +163,41 @@ def lorafy(
         r = _check_rank(r, name, letters, shape)
         scale = _check_alpha(lookup(alpha, path, "alpha"), name) / (math.sqrt(r) if rslora else r)
         fan_in = 1 if is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
-        target = Target(name, new[path], ranges, letters, r, scale, fan_in)
-        a, b, rest = start(init, fold_in_path(key, name), target, dtype)
-        new[path] = new[path] if rest is None else rest
-        magnitude, norm = _norms(target, new[path]) if dora else (None, None)
-        factors[name] = Factors(
-            a,
-            b,
-            jnp.asarray(scale, jnp.float32),
-            letters,
-            magnitude,
-            norm,
-            frozen=tuple(sorted(freeze)),
-            residual=rest is not None,
-        )
-    for name, path in tables.items():
-        factors[name] = _row_factors(name, leaves[path], letters_of(path, leaves, layout), dtype)
-    if any(new[path] is not leaf for path, leaf in leaves.items()):
+        targets.append((path, Target(name, leaves[path], ranges, letters, r, scale, fan_in)))
+
+    def made(leaves: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], Adapter]:
+        """The leaves that an initializer changes, and the adapter."""
+        factors, new = {}, {}
+        for path, target in targets:
+            target = dataclasses.replace(target, leaf=new.get(path, leaves[path]))
+            a, b, rest = start(init, fold_in_path(key, target.path), target, dtype)
+            if rest is not None:
+                new[path] = rest
+            magnitude, norm = _norms(target, new.get(path, target.leaf)) if dora else (None, None)
+            factors[target.path] = Factors(
+                a,
+                b,
+                jnp.asarray(target.scale, jnp.float32),
+                target.layout,
+                magnitude,
+                norm,
+                frozen=tuple(sorted(freeze)),
+                residual=rest is not None,
+            )
+        for name, (path, letters) in rows_in.items():
+            factors[name] = _row_factors(name, leaves[path], letters, dtype)
+        return new, Adapter(factors, {path: master(leaves[path]) for path in whole})
+
+    rows_in = {name: (path, letters_of(path, leaves, layout)) for name, path in tables.items()}
+    touched = dict.fromkeys([*(path for path, _ in targets), *tables.values(), *whole])
+    key = jax.random.key(0) if key is None else key
+    new, adapter = in_place(made, {path: leaves[path] for path in touched}, key)
+    for _, target in targets:
+        check_started(init, target.path, adapter.factors[target.path])
+    if new:
         every, tree = flatten(params)
         params = jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
-    return LoraParams(params, Adapter(factors, {path: master(leaves[path]) for path in whole}))
+    return LoraParams(params, adapter)
 
 
 def _tables(
@@ -223,14 +239,6 @@ def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:
     index = target.index
     plain = [dequantize_array(x) if is_quantized(x) else x for x in (target.leaf, base)]
     squared = [squared_norm(x[index], target.layout) for x in plain]
-    if is_concrete(squared[0]):
-        bad = jnp.argwhere(~(jnp.isfinite(squared[0]) & (squared[0] > 0)))
-        if len(bad):
-            raise ValueError(
-                f"dora=True: of {target.path!r}, {len(bad)} columns are zero or not finite, the "
-                f"first at {bad[0].tolist()} of [*batch, *out]: they have no direction. Leave the "
-                f"weight out, exclude={target.path!r}"
-            )
     return jnp.sqrt(squared[0]), squared[1]
 
 

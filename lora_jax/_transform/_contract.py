@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from lora_jax import _jax
 from lora_jax._ranges import Range
@@ -34,14 +33,14 @@ def contract(
     contracting = [x_labels.index(lab) for lab in summed], [y_labels.index(lab) for lab in summed]
     batching = [x_labels.index(lab) for lab in batch], [y_labels.index(lab) for lab in batch]
     labels = batch + [lab for lab in (*x_labels, *y_labels) if lab not in shared]
-    y, out_spec = _explicit(x, x_labels, y, y_labels, labels)
+    y, out_sharding = _explicit(x, x_labels, y, y_labels, labels)
     result = lax.dot_general(
         x,
         y,
         (contracting, batching),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=out_spec,
+        out_sharding=out_sharding,
     )
     missing = [i for i, lab in enumerate(out) if lab not in labels]
     order = [labels.index(lab) for lab in out if lab in labels]
@@ -69,7 +68,7 @@ def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out) -> tuple[jax.
     ]
     y = y if wanted == y_spec else _jax.reshard(y, wanted)
     by_label = dict(zip(y_labels, wanted, strict=True)) | of_x
-    return y, PartitionSpec(*(by_label[lab] for lab in out))
+    return y, _jax.explicit_sharding(x, [by_label[lab] for lab in out])
 
 
 def _names(spec: Any) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
+import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._layout import factor_shapes
+from lora_jax._params import Factors, is_concrete
 from lora_jax._quantized import is_quantized
 from lora_jax.init._random import gaussian, kaiming_uniform, orthogonal
 from lora_jax.init._svd import olora, pissa
@@ -45,9 +46,9 @@ def start(
         weight, or None if that is all of it.
 
     Raises:
-        ValueError: the result has other shapes, or both factors are zero.
+        ValueError: the result has other shapes.
     """
-    name = getattr(init, "__name__", None) or repr(init)
+    name = _name(init)
     made = init(key, target)
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise TypeError(
@@ -71,17 +72,42 @@ def start(
         )
     shapes = factor_shapes(target.layout, target.shape, target.rank)
     a, b = (jnp.asarray(x, dtype).reshape(shape) for x, shape in zip((a, b), shapes, strict=True))
-    if not isinstance(a, Tracer) and not isinstance(b, Tracer):
-        if not b.any() and not a.any():
-            raise ValueError(
-                f"init={name}: both factors of {target.path!r} are zero, so that neither would "
-                "ever have a gradient: let one of them be random"
-            )
-        if rest and not (jnp.isfinite(a).all() and jnp.isfinite(b).all()):
-            raise ValueError(
-                f"init={name}: the factors of {target.path!r} are not finite. Has the weight NaNs "
-                "or infinities?"
-            )
     if rest and is_quantized(rest[0]):
         return a, b, rest[0]
     return a, b, target.leaf_with(rest[0]) if rest else None
+
+
+def check_started(init: Initializer, path: str, f: Factors) -> None:
+    """Raise unless factors can train; where they are traced, nobody knows.
+
+    Raises:
+        ValueError: both are zero, or what comes from the weight is not finite.
+    """
+    if not (is_concrete(f.a) and is_concrete(f.b)):
+        return
+    if not f.b.any() and not f.a.any():
+        raise ValueError(
+            f"init={_name(init)}: both factors of {path!r} are zero, so that neither would ever "
+            "have a gradient: let one of them be random"
+        )
+    if f.residual and not (jnp.isfinite(f.a).all() and jnp.isfinite(f.b).all()):
+        raise ValueError(
+            f"init={_name(init)}: the factors of {path!r} are not finite. Has the weight NaNs or "
+            "infinities?"
+        )
+    if f.magnitude is not None:
+        bad = ~(jnp.isfinite(f.magnitude) & (f.magnitude > 0))
+        if count := int(bad.sum()):
+            first = ""
+            if bad.is_fully_addressable:
+                first = (
+                    f", the first at {np.argwhere(np.asarray(bad))[0].tolist()} of [*batch, *out]"
+                )
+            raise ValueError(
+                f"dora=True: of {path!r}, {count} columns are zero or not finite{first}: they have "
+                f"no direction. Leave the weight out, exclude={path!r}"
+            )
+
+
+def _name(init: Initializer) -> str:
+    return getattr(init, "__name__", None) or repr(init)

@@ -1,0 +1,235 @@
+"""Where the factors of a sharded base go: beside the axes that they read and write."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax._layout import is_array, role_axes
+from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
+from lora_jax._paths import PyTree, flatten, nearest
+from lora_jax._quantized import is_quantized
+from lora_jax._ranges import entry
+
+
+def shardings(lora_params: LoraParams, base_shardings: PyTree = None) -> LoraParams:
+    """Shardings of a LoraParams, derived from those of its base.
+
+    Of a weight of layout ``"io"`` that is sharded ``P(x, y)``::
+
+        a [in, rank]   P(x, None)        scale   P()
+        b [rank, out]  P(None, y)        magnitude, norm [out]   P(y)
+
+    and so on for any layout: an axis of a factor is sharded as the weight's axis that it stands
+    for, the rank never. So the low-rank path follows the weight's own, and no factor moves where
+    the weight does not. Use it for ``jax.device_put``, for ``in_shardings`` and ``out_shardings``
+    of ``jax.jit``, and through :func:`state_shardings` for the state of the optimizer.
+
+    Args:
+        lora_params: from ``lorafy``, or its shapes: ``jax.eval_shape(lorafy, params)``.
+        base_shardings: a tree of the base's structure of ``NamedSharding``s on one mesh, such as
+            ``nn.get_sharding(boxed, mesh)``, ``nn.logical_to_mesh_sharding(...)`` or
+            ``nnx.get_named_sharding(state, mesh)`` return. None: those of the base's arrays;
+            what is on one device only counts as replicated.
+
+    Returns:
+        A LoraParams of ``NamedSharding``s.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: there is no mesh, or more than one; a leaf has no sharding.
+        UserWarning: a part of a weight has an axis that the mesh does not divide, and which is
+            replicated.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        >>> mesh = Mesh(jax.devices()[:1], ("x",))
+        >>> params = {"query": {"kernel": jnp.ones((8, 4))}}
+        >>> base = {"query": {"kernel": NamedSharding(mesh, P("x", None))}}
+        >>> found = lora_jax.shardings(lora_jax.lorafy(params, rank=2), base)
+        >>> tuple(found.adapter.factors["query/kernel"].a.spec)
+        ('x', None)
+    """
+    leaves = check(lora_params)
+    of_base = _of_arrays(leaves) if base_shardings is None else _of_tree(base_shardings, leaves)
+    meshes = dict.fromkeys(s.mesh for s in of_base.values())
+    if len(meshes) != 1:
+        raise ValueError(
+            "shardings: expected one mesh, and the base has "
+            f"{' and '.join(str(dict(m.shape)) for m in meshes) or 'none'}: "
+            "put it on a mesh by jax.device_put(params, ...), or pass base_shardings"
+        )
+    (mesh,) = meshes
+    whole = NamedSharding(mesh, PartitionSpec())
+    factors = {
+        key: _of_factors(key, f, leaves, of_base, whole)
+        for key, f in lora_params.adapter.factors.items()
+    }
+    every, tree = flatten(lora_params.base)
+    base = jax.tree.unflatten(tree, [of_base.get(path, whole) for path in every])
+    return LoraParams(base, Adapter(factors, {p: of_base[p] for p in lora_params.adapter.full}))
+
+
+def _of_arrays(leaves: dict[str, Any]) -> dict[str, NamedSharding]:
+    """The shardings that arrays have; those without are replicated over the mesh of the others."""
+    own = {path: _named(_array(x)) for path, x in leaves.items() if is_array(x)}
+    named = {path: s for path, s in own.items() if s is not None}
+    meshes = {s.mesh for s in named.values()}
+    rest = [NamedSharding(mesh, PartitionSpec()) for mesh in meshes]
+    return {path: named.get(path, rest[0]) for path in own if rest}
+
+
+def _array(leaf: Any) -> Any:
+    """An array with the leaf's sharding: of a quantized one, its entries."""
+    return jax.tree.leaves(leaf)[0] if is_quantized(leaf) else leaf
+
+
+def _of_tree(base_shardings: PyTree, leaves: dict[str, Any]) -> dict[str, NamedSharding]:
+    found = flatten(base_shardings)[0]
+    for path, s in found.items():
+        if not isinstance(s, NamedSharding):
+            raise TypeError(
+                f"base_shardings: {path!r} is {type(s).__name__} {s!r}, expected a NamedSharding. "
+                "Of Linen's metadata nn.get_sharding(params, mesh) makes them, of NNX's "
+                "nnx.get_named_sharding(state, mesh)"
+            )
+    if missing := [path for path, x in leaves.items() if is_array(x) and path not in found]:
+        raise ValueError(
+            f"base_shardings has no leaf {missing[0]!r}. Nearest: {nearest(missing[0], found)}. "
+            "It is to be a tree of the base's structure"
+        )
+    for path, s in found.items():
+        if path in leaves and len(s.spec) > len(leaves[path].shape):
+            raise ValueError(
+                f"base_shardings: {path!r} has {s.spec} for shape {tuple(leaves[path].shape)}"
+            )
+    return {path: s for path, s in found.items() if path in leaves}
+
+
+def _of_factors(
+    key: str, f: Factors, leaves: dict[str, Any], of_base: dict[str, NamedSharding], whole: Any
+) -> Factors:
+    path, ranges = entry(key, leaves)
+    own = of_base[path]
+    spec = [*own.spec, *[None] * (len(leaves[path].shape) - len(own.spec))]
+    for r in ranges:
+        if (r.stop - r.start) % (parts := _parts(own.mesh, spec[r.axis])):
+            warnings.warn(
+                f"{key!r}: its axis {r.axis} of {r.stop - r.start} entries is not divided by the "
+                f"{parts} parts of {spec[r.axis]!r}: its factors are replicated along it",
+                stacklevel=3,
+            )
+            spec[r.axis] = None
+    batch, inputs, outputs = ([spec[k] for k in role_axes(f.layout, role)] for role in "bio")
+
+    def placed(*axes: Any) -> NamedSharding:
+        return NamedSharding(own.mesh, PartitionSpec(*axes), memory_kind=own.memory_kind)
+
+    specs = {
+        "a": placed(*batch, *inputs, None),
+        "b": placed(*batch, None, *outputs),
+        "scale": whole,
+        "magnitude": placed(*batch, *outputs),
+        "norm": placed(*batch, *outputs),
+    }
+    return f.mapped(lambda name, _: specs[name])
+
+
+def _parts(mesh: Mesh | AbstractMesh, axes: str | Sequence[str] | None) -> int:
+    """How many parts an axis is in."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> PyTree:
+    """Shardings of a tree that mirrors parameters, such as the state of an optimizer.
+
+    An array whose path ends as one of ``params``' and which has its shape goes where that one
+    does; all others (counts, factored moments) are replicated.
+
+    Args:
+        state: or its shapes: ``jax.eval_shape(tx.init, params)``.
+        params: what the optimizer was initialized with: a LoraParams, or the ``trainable`` of
+            ``lora_jax.split``.
+        params_shardings: of these, a tree of the same structure.
+
+    Returns:
+        A tree of the structure of ``state``.
+
+    Raises:
+        ValueError: the last two are not of one structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax, optax
+        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        >>> mesh = Mesh(jax.devices()[:1], ("x",))
+        >>> params = {"query": {"kernel": jnp.ones((8, 4))}}
+        >>> params = jax.device_put(params, NamedSharding(mesh, P("x")))
+        >>> lora_params = lora_jax.lorafy(params, rank=2)
+        >>> tx = lora_jax.optimizer(optax.adamw(1e-3))
+        >>> places = lora_jax.shardings(lora_params)
+        >>> state = jax.eval_shape(tx.init, lora_params)
+        >>> places = lora_jax.state_shardings(state, lora_params, places)
+        >>> opt_state = jax.jit(tx.init, out_shardings=places)(lora_params)
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    places, other = jax.tree.flatten(params_shardings)
+    if tree != other or not places:
+        raise ValueError(
+            "state_shardings: params and params_shardings have different structures, "
+            f"{len(leaves)} and {len(places)} leaves: pass lora_jax.shardings(params)"
+        )
+    known = {
+        tuple(map(str, path)): (x.shape, place)
+        for (path, x), place in zip(leaves, places, strict=True)
+    }
+    whole = NamedSharding(places[0].mesh, PartitionSpec())
+
+    def place_of(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        names = tuple(map(str, path))
+        for start in range(len(names)):
+            shape, place = known.get(names[start:], (None, whole))
+            if shape == x.shape:
+                return place
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place_of, state)
+
+
+def in_place(
+    made: Callable[[dict[str, Any], jax.Array], tuple[dict[str, Any], Adapter]],
+    leaves: dict[str, Any],
+    key: jax.Array,
+) -> tuple[dict[str, Any], Adapter]:
+    """``made(leaves, key)``, the leaves that it changes and an adapter, where the leaves are.
+
+    Of leaves spread over devices all is compiled at once and made on those devices, every process
+    its part.
+    """
+    arrays = (x for x in map(_array, leaves.values()) if is_concrete(x) and _named(x))
+    spread = [x for x in arrays if x.sharding.mesh.size > 1]
+    if not spread:
+        return made(leaves, key)
+    # On Explicit axes decompositions would ask for shardings of their own: Auto ones meanwhile.
+    whole = next(NamedSharding(x.sharding.mesh, PartitionSpec()) for x in spread)
+    inside = jax.tree.map(lambda x: jax.device_put(x, _auto(_named(x) or whole)), leaves)
+    new, adapter = jax.eval_shape(made, inside, key)
+    places = shardings(LoraParams(leaves, adapter))
+    places = {path: places.base[path] for path in new}, places.adapter
+    found = jax.jit(made, out_shardings=jax.tree.map(_auto, places))(inside, key)
+    return jax.device_put(found, places)
+
+
+def _auto(s: NamedSharding) -> NamedSharding:
+    """The same on a mesh of Auto axes."""
+    mesh: Any = s.mesh
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), s.spec, memory_kind=s.memory_kind)
+
+
+def _named(x: Any) -> NamedSharding | None:
+    s = getattr(x, "sharding", None)
+    return s if isinstance(s, NamedSharding) else None

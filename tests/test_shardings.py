@@ -1,0 +1,204 @@
+"""Factors beside the shards of their weights."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import assert_close
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+
+SHAPES = {"x": 4, "y": 2}
+
+
+def mesh_of(kind=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+
+
+def placed(shape, *spec, mesh=None, seed=0):
+    x = jax.random.normal(jax.random.key(seed), shape)
+    return jax.device_put(x, NamedSharding(mesh or mesh_of(), P(*spec)))
+
+
+def spec_of(x, ndim=None):
+    spec = tuple((x.sharding if isinstance(x, jax.Array) else x).spec)
+    return spec + (None,) * ((ndim if ndim is not None else len(spec)) - len(spec))
+
+
+# Layout, shape and spec of a weight; of a and of b.
+WEIGHTS = {
+    "dense": ("io", (8, 4), ("x", "y"), ("x", None), (None, "y")),
+    "transposed": ("oi", (8, 4), ("x", "y"), ("y", None), (None, "x")),
+    "by both": ("io", (16, 4), (("x", "y"), None), (("x", "y"), None), (None, None)),
+    "heads": ("ioo", (8, 4, 2), ("x", "y"), ("x", None), (None, "y", None)),
+    "out": ("iio", (4, 2, 8), ("x", None, "y"), ("x", None, None), (None, "y")),
+    "stacked": ("bio", (4, 8, 6), ("x", None, "y"), ("x", None, None), ("x", None, "y")),
+    "window": ("iio", (3, 8, 4), (None, "x", "y"), (None, "x", None), (None, "y")),
+    "part": ("io", (8, 8), ("x", "y"), ("x", None), (None, "y")),
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_factor_is_sharded_as_the_axes_it_stands_for(name, kind):
+    letters, shape, spec, of_a, of_b = WEIGHTS[name]
+    mesh = mesh_of(kind)
+    params = {"w": placed(shape, *spec, mesh=mesh), "v": jnp.ones(3)}
+    targets = "w[0:4, 2:6]" if name == "part" else "w"
+    options = {"targets": targets, "layout": {"w": letters}, "full": "v", "dora": True}
+    lora_params = lora_jax.lorafy(params, 2, **options)
+    (f,) = lora_params.adapter.factors.values()
+    assert (spec_of(f.a, f.a.ndim), spec_of(f.b, f.b.ndim)) == (of_a, of_b)
+    batch = letters.count("b")
+    norms = of_b[:batch] + of_b[batch + 1 :]
+    assert spec_of(f.magnitude, f.magnitude.ndim) == spec_of(f.norm, f.norm.ndim) == norms
+    assert lora_params.base["w"] is params["w"]
+    assert lora_params.adapter.full["v"].sharding.mesh == mesh
+
+    places = lora_jax.shardings(lora_params)
+    assert jax.tree.structure(places) == jax.tree.structure(lora_params)
+    agree = jax.tree.map(lambda s, x: s.is_equivalent_to(x.sharding, x.ndim), places, lora_params)
+    agree.base["v"] = agree.adapter.factors[next(iter(agree.adapter.factors))].scale  # on one
+    assert all(jax.tree.leaves(agree.adapter))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_factors_are_those_of_a_base_on_one_device(kind):
+    plain = {"w": jax.random.normal(jax.random.key(0), (8, 4)), "v": jnp.ones((4, 4))}
+    spread = jax.device_put(plain, NamedSharding(mesh_of(kind), P("x", "y")))
+    for init in ("gaussian", "kaiming_uniform", "orthogonal", "pissa", "olora"):
+        options = {"targets": ".*", "init": init, "dora": init == "gaussian"}
+        here, there = (lora_jax.lorafy(p, 2, **options) for p in (plain, spread))
+        if init in ("gaussian", "kaiming_uniform"):
+            for x, y in zip(*map(jax.tree.leaves, (here.adapter, there.adapter)), strict=True):
+                assert jnp.allclose(x, y, rtol=1e-6, atol=0)
+            assert np.array_equal(here.adapter.factors["w"].a, there.adapter.factors["w"].a)
+        merged = map(lora_jax.merge, (here, there))
+        assert_close(*(jax.tree.map(np.asarray, m) for m in merged), 1e-5)
+
+
+def test_lorafy_makes_factors_where_they_belong_under_jit():
+    params = {"w": placed((8, 4), "x", "y")}
+    lorafy = functools.partial(lora_jax.lorafy, rank=2, targets=".*")
+    places = lora_jax.shardings(jax.eval_shape(lorafy, params), {"w": params["w"].sharding})
+    made = jax.jit(lorafy, out_shardings=places)(params)
+    eager = lorafy(params)
+    for x, y in zip(jax.tree.leaves(made), jax.tree.leaves(eager), strict=True):
+        assert np.array_equal(x, y)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_what_cannot_start_is_noticed_on_devices_too():
+    params = {"w": placed((8, 4), "x", "y").at[0, 0].set(jnp.nan)}
+    with pytest.raises(ValueError, match="the factors of 'w' are not finite"):
+        lora_jax.lorafy(params, 2, targets=".*", init="pissa")
+    with pytest.raises(ValueError, match="dora=True: of 'w', 1 columns are zero or not finite"):
+        lora_jax.lorafy(params, 2, targets=".*", dora=True)
+    params = {"w": placed((8, 4), "x", "y")}
+    zeros = lambda key, target: (jnp.zeros((8, 2)), jnp.zeros((2, 4)))  # noqa: E731
+    with pytest.raises(ValueError, match="both factors of 'w' are zero"):
+        lora_jax.lorafy(params, 2, targets=".*", init=zeros)
+
+
+def test_linen_says_how_its_parameters_are_sharded():
+    mesh = mesh_of()
+    dense = nn.Dense(6, kernel_init=nn.with_partitioning(nn.initializers.ones, ("x", "y")))
+    boxed = dense.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    found = lora_jax.shardings(
+        lora_jax.lorafy(boxed, 2, targets=".*"), nn.get_sharding(boxed, mesh)
+    )
+    f = found.adapter.factors["kernel"]
+    assert (f.a.spec, f.b.spec) == (P("x", None), P(None, "y"))
+    logical = nn.with_logical_partitioning(nn.initializers.ones, ("embed", "mlp"))
+    boxed = nn.Dense(6, kernel_init=logical).init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    specs = nn.get_partition_spec(boxed)
+    rules = [("embed", "x"), ("mlp", "y")]
+    places = nn.logical_to_mesh_sharding(specs, mesh, rules)
+    found = lora_jax.shardings(lora_jax.lorafy(boxed, 2, targets=".*"), places)
+    f = found.adapter.factors["kernel"]
+    assert (f.a.spec, f.b.spec) == (P("x", None), P(None, "y"))
+
+
+def test_nnx_says_how_its_state_is_sharded():
+    init = nnx.with_partitioning(nnx.initializers.ones, ("x", "y"))
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        linear = nnx.Linear(8, 6, kernel_init=init, rngs=nnx.Rngs(0))
+        state = nnx.state(linear, nnx.Param)
+    lora_state = lora_jax.lorafy(state, 2, targets=".*kernel")
+    found = lora_jax.shardings(lora_state, nnx.get_named_sharding(state, mesh))
+    f = found.adapter.factors["kernel"]
+    assert (f.a.spec, f.b.spec) == (P("x", None), P(None, "y"))
+    assert jax.tree.structure(found) == jax.tree.structure(lora_state)
+
+
+TXS = {
+    "adamw": optax.adamw(1e-3),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=2),
+    "lora_plus": lora_jax.lora_plus(optax.adamw(1e-3), ratio=4),
+    "steps": optax.MultiSteps(optax.adamw(1e-3), 2),
+}
+
+
+@pytest.mark.parametrize("style", ["whole", "split"])
+@pytest.mark.parametrize("kind", TXS)
+def test_the_state_of_an_optimizer_is_sharded_alike(kind, style):
+    params = {"w": placed((8, 4), "x", "y"), "v": placed((4,), "y")}
+    lora_params = lora_jax.lorafy(params, 2, targets="w", full="v")
+    places = lora_jax.shardings(lora_params)
+    tx = TXS[kind]
+    if style == "whole":
+        tx, trained = lora_jax.optimizer(tx), lora_params
+    else:
+        trained, places = lora_jax.split(lora_params)[0], lora_jax.split(places)[0]
+    found = lora_jax.state_shardings(jax.eval_shape(tx.init, trained), trained, places)
+    state = jax.jit(tx.init, out_shardings=found)(trained)
+    specs = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
+        name = jax.tree_util.keystr(path)
+        for own, shape in ((".a", (8, 2)), (".b", (2, 4)), ("['v']", (4,))):
+            if name.endswith(own) and x.shape == shape:
+                specs.setdefault(own, set()).add(spec_of(x, x.ndim))
+        if x.ndim == 0:
+            assert x.sharding.is_fully_replicated
+    if kind != "adafactor":
+        assert specs == {".a": {("x", None)}, ".b": {(None, "y")}, "['v']": {("y",)}}
+
+
+# What is wrong.
+
+
+def test_what_is_no_sharding_is_refused():
+    params = {"w": jnp.ones((8, 4)), "v": jnp.ones(3)}
+    lora_params = lora_jax.lorafy(params, 2, targets="w")
+    with pytest.raises(ValueError, match="expected one mesh, and the base has none"):
+        lora_jax.shardings(lora_params)
+    whole = NamedSharding(mesh_of(), P())
+    with pytest.raises(TypeError, match=r"base_shardings: 'v' is .*, expected a NamedSharding"):
+        lora_jax.shardings(lora_params, {"w": P("x"), "v": P()})
+    with pytest.raises(ValueError, match=r"base_shardings has no leaf 'v'\. Nearest: w"):
+        lora_jax.shardings(lora_params, {"w": whole})
+    places = {"w": whole, "v": NamedSharding(mesh_of(), P("x", "y"))}
+    with pytest.raises(ValueError, match=r"'v' has .* for shape \(3,\)"):
+        lora_jax.shardings(lora_params, places)
+    other = NamedSharding(jax.make_mesh((8,), ("z",), axis_types=(AxisType.Auto,)), P())
+    with pytest.raises(ValueError, match=r"one mesh, and the base has .*'z': 8.*'x': 4"):
+        lora_jax.shardings(lora_params, {"w": whole, "v": other})
+    with pytest.raises(ValueError, match="have different structures"):
+        lora_jax.state_shardings({}, lora_params, {"w": whole})
+
+
+def test_a_part_that_the_mesh_does_not_divide_is_replicated_and_said():
+    params = {"w": placed((8, 8), "x", "y")}
+    with pytest.warns(UserWarning, match=r"its axis 0 of 3 .* by the 4 parts of 'x'"):
+        lora_params = lora_jax.lorafy(params, 2, targets="w[0:3, :]")
+    f = lora_params.adapter.factors["w[0:3, :]"]
+    assert (spec_of(f.a, 2), spec_of(f.b, 2)) == ((None, None), (None, "y"))
