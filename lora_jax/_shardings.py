@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ from lora_jax._quantized import is_quantized
 from lora_jax._ranges import entry
 
 
-def shardings(lora_params: LoraParams, base_shardings: PyTree = None) -> LoraParams:
+def shardings(
+    lora_params: LoraParams, base_shardings: PyTree = None, *, replicate: Collection[str] = ()
+) -> LoraParams:
     """Shardings of a LoraParams, derived from those of its base.
 
     Of a weight of layout ``"io"`` that is sharded ``P(x, y)``::
@@ -34,13 +36,18 @@ def shardings(lora_params: LoraParams, base_shardings: PyTree = None) -> LoraPar
             ``nn.get_sharding(boxed, mesh)``, ``nn.logical_to_mesh_sharding(...)`` or
             ``nnx.get_named_sharding(state, mesh)`` return. None: those of the base's arrays;
             what is on one device only counts as replicated.
+        replicate: axes of the mesh along which factors are whole, and leaves that train whole:
+            those that the batch is spread over, where the base is sharded along them as well
+            (FSDP). The adapter is small; so no step has to gather it, and its gradient is reduced
+            once.
 
     Returns:
         A LoraParams of ``NamedSharding``s.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: there is no mesh, or more than one; a leaf has no sharding.
+        ValueError: there is no mesh, or more than one; a leaf has no sharding; the mesh has no
+            axis of a name in ``replicate``.
         UserWarning: a part of a weight has an axis that the mesh does not divide, and which is
             replicated.
 
@@ -64,14 +71,29 @@ def shardings(lora_params: LoraParams, base_shardings: PyTree = None) -> LoraPar
             "put it on a mesh by jax.device_put(params, ...), or pass base_shardings"
         )
     (mesh,) = meshes
+    if isinstance(replicate, str) or not set(replicate) <= set(mesh.axis_names):
+        raise ValueError(
+            f"shardings: replicate={replicate!r}: expected a collection of axes of the mesh, "
+            f"{mesh.axis_names}"
+        )
     whole = NamedSharding(mesh, PartitionSpec())
+    of_adapter = {path: _without(replicate, s) for path, s in of_base.items()}
     factors = {
-        key: _of_factors(key, f, leaves, of_base, whole)
+        key: _of_factors(key, f, leaves, of_adapter, whole)
         for key, f in lora_params.adapter.factors.items()
     }
     every, tree = flatten(lora_params.base)
     base = jax.tree.unflatten(tree, [of_base.get(path, whole) for path in every])
-    return LoraParams(base, Adapter(factors, {p: of_base[p] for p in lora_params.adapter.full}))
+    return LoraParams(base, Adapter(factors, {p: of_adapter[p] for p in lora_params.adapter.full}))
+
+
+def _without(axes: Collection[str], s: NamedSharding) -> NamedSharding:
+    """The sharding without these axes of the mesh."""
+    if not axes:
+        return s
+    kept = [tuple(name for name in _names(spec) if name not in axes) for spec in s.spec]
+    spec = [names[0] if len(names) == 1 else names or None for names in kept]
+    return NamedSharding(s.mesh, PartitionSpec(*spec), memory_kind=s.memory_kind)
 
 
 def _of_arrays(leaves: dict[str, Any]) -> dict[str, NamedSharding]:
@@ -141,8 +163,11 @@ def _of_factors(
 
 def _parts(mesh: Mesh | AbstractMesh, axes: str | Sequence[str] | None) -> int:
     """How many parts an axis is in."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(axes))
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> PyTree:

@@ -176,19 +176,19 @@ def test_the_configuration_says_how_tensors_are_named(tmp_path):
         hf.load(tmp_path / "model", params)
     assert_close(hf.load(tmp_path / "model", params, "llama"), params)
     config = tmp_path / "model" / "config.json"
-    config.write_text('{"model_type": "mine"}')
+    config.write_text('{"model_type": "novel"}')
     with pytest.raises(
-        ValueError, match=r"model_type 'mine' .* llama, .* hf\.FAMILIES\['mine'\] ="
+        ValueError, match=r"model_type 'novel' .* llama, .* hf\.FAMILIES\['novel'\] ="
     ):
         hf.load(tmp_path / "model", params)
-    hf.FAMILIES["mine"] = hf.FAMILIES["llama"]
+    hf.FAMILIES["novel"] = hf.FAMILIES["llama"]
     try:
         assert_close(hf.load(tmp_path / "model", params), params)
     finally:
-        del hf.FAMILIES["mine"]
+        del hf.FAMILIES["novel"]
     assert_close(hf.load(tmp_path / "model", params, names=hf.FAMILIES["llama"].names), params)
-    with pytest.raises(ValueError, match=r"family='mine': known are bert"):
-        hf.load(tmp_path / "model", params, "mine")
+    with pytest.raises(ValueError, match=r"family='novel': known are bert"):
+        hf.load(tmp_path / "model", params, "novel")
     with pytest.raises(TypeError, match=r"family=3: expected an hf\.Family"):
         hf.load(tmp_path / "model", params, 3)
     config.write_text("[]")

@@ -29,9 +29,10 @@ def model_and_params(**changes):
     return model, model.init(jax.random.key(0), IDS)["params"]
 
 
-def test_a_scanned_model_is_the_unrolled_one():
-    unrolled, params = model_and_params()
-    scanned, _ = model_and_params(scan_layers=True)
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scanned_model_is_the_unrolled_one(remat):
+    unrolled, params = model_and_params(remat=remat)
+    scanned, _ = model_and_params(scan_layers=True, remat=remat)
     layers = [params.pop(f"layers_{k}") for k in range(2)]
     stacked = params | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
     params |= {f"layers_{k}": layer for k, layer in enumerate(layers)}

@@ -202,3 +202,17 @@ def test_a_part_that_the_mesh_does_not_divide_is_replicated_and_said():
         lora_params = lora_jax.lorafy(params, 2, targets="w[0:3, :]")
     f = lora_params.adapter.factors["w[0:3, :]"]
     assert (spec_of(f.a, 2), spec_of(f.b, 2)) == ((None, None), (None, "y"))
+
+
+def test_factors_may_be_whole_along_the_axes_of_the_batch():
+    params = {"w": placed((16, 4), ("x", "y"), None), "u": placed((8, 4), "x", "y")}
+    params["v"] = placed((4,), "x")
+    lora_params = lora_jax.lorafy(params, 2, targets=["w", "u"], full="v", dora=True)
+    found = lora_jax.shardings(lora_params, replicate=("x",))
+    w, u = (found.adapter.factors[path] for path in "wu")
+    assert (spec_of(w.a), spec_of(u.a), spec_of(u.b)) == (("y", None), (None, None), (None, "y"))
+    assert (spec_of(u.magnitude), spec_of(found.adapter.full["v"], 1)) == (("y",), (None,))
+    assert spec_of(found.base["u"]) == ("x", "y")
+    for wrong in ("x", ("z",)):
+        with pytest.raises(ValueError, match=r"replicate=.*: expected a collection of axes"):
+            lora_jax.shardings(lora_params, replicate=wrong)

@@ -72,7 +72,7 @@ class Layer(nn.Module):
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
         x = x + Attention(m, name="self_attn")(y)
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="post_attention_layernorm")(x)
-        return x + Mlp(m, name="mlp")(y), None
+        return m.spread(x + Mlp(m, name="mlp")(y)), None
 
 
 class Llama(nn.Module):
@@ -83,7 +83,10 @@ class Llama(nn.Module):
         output_bias: of what follows attention.
         qk_norm: whether queries and keys are normalized, as Qwen3's are.
         scan_layers: whether the layers are one stacked block, compiled once.
+        remat: whether the backward pass computes each layer anew, for memory.
         dtype: of the activations; the parameters are float32.
+        activations: a sharding of ``[batch, length, width]`` between the layers, for meshes where
+            the weights are sharded too and the compiler must not choose.
     """
 
     vocab_size: int
@@ -102,17 +105,26 @@ class Llama(nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     scan_layers: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
+    activations: jax.sharding.Sharding | None = None
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Activations where they belong."""
+        if self.activations is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.activations)
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """The logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``."""
         shape = self.clone(parent=None, name=None)  # what the layers know of all this
         table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
-        x = table(ids)
+        x = self.spread(table(ids))
+        layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
         if self.scan_layers:
             stack = nn.scan(
-                Layer,
+                layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.num_hidden_layers,
@@ -120,7 +132,7 @@ class Llama(nn.Module):
             x, _ = stack(shape, name="layers")(x)
         else:
             for i in range(self.num_hidden_layers):
-                x, _ = Layer(shape, name=f"layers_{i}")(x)
+                x, _ = layer(shape, name=f"layers_{i}")(x)
         x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
         if self.tie_word_embeddings:
             return table.attend(x)

@@ -24,7 +24,8 @@ from lora_jax.io._families import Family as Family
 from lora_jax.io._families import family_of
 from lora_jax.io._hf_merge import merge as merge
 from lora_jax.io._hf_names import Names
-from lora_jax.io._hf_source import Source, open_source
+from lora_jax.io._hf_source import Source as Source
+from lora_jax.io._hf_source import open_source as open_source
 from lora_jax.io._hf_write import Progress, dtype_of, narrowed, write
 from lora_jax.io._rotary import rotary_halves as rotary_halves
 from lora_jax.io._rotary import rotary_pairs as rotary_pairs
@@ -126,7 +127,11 @@ def _kept(path: str, leaf: Any) -> Any:
 def _on_device(x: np.ndarray, leaf: Any) -> jax.Array:
     x = x.astype(leaf.dtype)
     sharding = getattr(leaf, "sharding", None)
-    return jnp.asarray(x) if sharding is None else jax.device_put(x, sharding)
+    if sharding is None:
+        return jnp.asarray(x)
+    if not sharding.is_fully_addressable:  # every process has read all of it: no need to compare
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+    return jax.device_put(x, sharding)
 
 
 def save(

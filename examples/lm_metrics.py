@@ -1,0 +1,179 @@
+"""What a training prints and writes down: a line now and then, a CSV file, TensorBoard."""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+COLUMNS = ("step", "loss", "grad_norm", "rate", "validation", "tokens_per_second", "mfu")
+
+# Dense matrix products in bfloat16, FLOP/s a device of JAX, by the beginning of its kind: the first
+# that fits. A TPU7x has two devices a chip. What is not here has no MFU.
+PEAK = {
+    "TPU v4 lite": 137e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Log:
+    """The metrics of a run: fetched from the devices a few steps at a time, written by one process.
+
+    A row of ``metrics.csv`` a step; the file goes on where the run does, and steps that were
+    written before a process was killed and are done again are written once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        *,
+        tokens: int,
+        flops: float,
+        rate: Callable[[int], Any],
+        tensorboard: bool = False,
+    ):
+        """Open the log of a run.
+
+        Args:
+            folder: to write in.
+            start: the step that the run goes on from.
+            tokens: a step.
+            flops: a token, of all devices.
+            rate: the learning rate of a step.
+            tensorboard: whether to write events for it, too, with ``tensorboardX``.
+        """
+        self.tokens, self.flops, self.rate = tokens, flops, jax.jit(rate)
+        self.is_writer = jax.process_index() == 0
+        self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
+        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self._begin: float | None = None  # of the steps that are pending; None where one compiles
+        self._file = self._events = None
+        if self.is_writer:
+            self._events = _events(folder / "tensorboard", start) if tensorboard else None
+            self._file = _continued(folder / "metrics.csv", start)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+
+    def say(self, text: str) -> None:
+        """Print a line, on one process."""
+        self.console.print(text, markup=False)
+
+    def add(self, step: int, found: Mapping[str, jax.Array]) -> None:
+        """Note the metrics of a step, without waiting for it."""
+        self._pending.append((step, found))
+
+    def flush(self, step: int, validate: Callable[[], float] | None = None) -> None:
+        """Wait for the steps that were added; write them, and print the last.
+
+        Args:
+            step: the last.
+            validate: what computes the validation loss, whose time does not count.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite.
+        """
+        rows = [{"step": k} | jax.device_get(found) for k, found in self._pending] or [{}]
+        last = rows[-1]
+        if self._begin is not None:
+            speed = len(self._pending) * self.tokens / (time.perf_counter() - self._begin)
+            last |= {"tokens_per_second": speed, "mfu": speed * self.flops / peak()}
+        is_compiled, self._pending = bool(self._pending), []
+        for row in rows:
+            for name in row.keys() & {"loss", "grad_norm"}:
+                if not math.isfinite(row[name]):
+                    raise ValueError(
+                        f"step {row['step']}: {name} is {row[name]}. Pass a lower --rate, now "
+                        f"{float(self.rate(row['step'] - 1)):.3g} at this step, or --clip 1"
+                    )
+        last |= {"step": step} | ({"validation": validate()} if validate else {})
+        if self.is_writer:
+            self._write(rows)
+        self._begin = None
+        if is_compiled:
+            self.restart()
+
+    def restart(self) -> None:
+        """Begin to count time anew, after what is no step."""
+        self._begin = time.perf_counter()
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row |= {"rate": self.rate(row["step"] - 1)} if "loss" in row else {}
+            row = {name: float(x) for name, x in row.items() if not math.isnan(x)}
+            step = row["step"] = int(row["step"])
+            self._file.write(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n")
+            for name in row.keys() - {"step"} if self._events else ():
+                self._events.add_scalar(name, row[name], step)
+        self._file.flush()
+        words = [f"step {step:5d}"]
+        words += [f"{name} {row[name]:.4f}" for name in ("loss", "validation") if name in row]
+        if "tokens_per_second" in row:
+            words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+            words.append(f"MFU {row['mfu']:.1%}" if "mfu" in row else "MFU -")
+        self.say("  ".join(words))
+
+
+def flops_per_token(model: Any, lora_params: Any, length: int) -> float:
+    """What training takes, counted from the shapes.
+
+    Two a weight forward and two backward, but not the two of its gradient, which a frozen base has
+    not; six an entry of A and B; and the two products of attention, of which causality leaves half.
+    What is computed again for the memory's sake does not count.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(lora_params.base)
+    names = ("kernel", "embedding") if model.tie_word_embeddings else ("kernel",)
+    weights = sum(
+        x.size for path, x in leaves if jax.tree_util.keystr(path[-1:], simple=True) in names
+    )
+    factors = sum(f.size for f in lora_params.adapter.factors.values())
+    heads = model.num_hidden_layers * model.num_attention_heads * model.head_dim
+    return 4 * weights + 6 * factors + 6 * heads * length
+
+
+def peak() -> float:
+    """The FLOP/s of all devices together; NaN where they are not known, as of CPUs."""
+    kind = jax.devices()[0].device_kind
+    return jax.device_count() * next((x for k, x in PEAK.items() if kind.startswith(k)), math.nan)
+
+
+def _continued(path: Path, start: int) -> Any:
+    """The file, open behind the row of step ``start``: what a killed process wrote later goes."""
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        kept = [row for row in rows if row and len(row) == len(COLUMNS) and int(row[0]) <= start]
+    partial = path.with_suffix(".partial")
+    lines = [",".join(row) for row in (COLUMNS, *(kept if start else ()))]
+    partial.write_text("\n".join(lines) + "\n")
+    os.replace(partial, path)
+    return path.open("a")
+
+
+def _events(folder: Path, start: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard: tensorboardX is missing: pip install it") from error
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -1,0 +1,134 @@
+"""What a training step sends between devices, read out of the compiled program: the adapter's
+gradient, and for the rest what the model without adapters does."""
+
+import functools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import llama
+import lm_mesh
+import numpy as np
+import optax
+import pytest
+from helpers import randomize_b
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+RANK = 4
+IDS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+MESHES = {
+    "data": "data=8",
+    "fsdp": "fsdp=8",
+    "tensor": "data=2,tensor=4",
+    "fsdp and tensor": "data=2,fsdp=2,tensor=2",
+}
+MOVED = ("all-gather", "all-to-all", "collective-permute")
+REDUCED = ("all-reduce", "reduce-scatter")
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def sent(compiled, kinds):
+    """Bytes of these kinds of collectives, loops multiplied."""
+    return sum(c.bytes * c.times for c in hlo.collectives(compiled.as_text()) if c.kind in kinds)
+
+
+def loss_of(logits, ids):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+    return losses.mean()
+
+
+def programs(name, scan_layers):
+    """A training step, the model's own forward and backward pass, and what the step trains."""
+    mesh = lm_mesh.mesh_of(MESHES[name])
+    rows = NamedSharding(mesh, P(lm_mesh.ROWS))
+    model = llama.Llama(**SIZES, scan_layers=scan_layers, activations=rows)
+    ids = jax.device_put(IDS, rows)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    like = lm_mesh.placed(shapes, mesh, jnp.float32)
+    init = lambda key: model.init(key, IDS)["params"]  # noqa: E731
+    params = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))(
+        jax.random.key(0)
+    )
+    layout = lora_jax.layout_of(model.apply, {"params": like}, ids)
+    lora_params = lora_jax.lorafy(
+        params, RANK, targets="all-linear", full="norm/scale", layout=layout
+    )
+    places = lora_jax.shardings(lora_params, replicate=lm_mesh.ROWS)
+    lora_params = jax.device_put(lora_params, places)
+    trainable, frozen = lora_jax.split(lora_params)
+    of_trainable, tx = lora_jax.split(places)[0], optax.adamw(1e-3)
+    state = jax.eval_shape(tx.init, trainable)
+    of_state = lora_jax.state_shardings(state, trainable, of_trainable)
+    opt_state = jax.jit(tx.init, out_shardings=of_state)(trainable)
+
+    def step(trainable, opt_state, frozen, ids):
+        def loss(lora_params):
+            return loss_of(lora_jax.lora(model.apply)({"params": lora_params}, ids), ids)
+
+        value, grads = lora_jax.value_and_grad(loss)(lora_jax.combine(trainable, frozen))
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value
+
+    out = (of_trainable, of_state, NamedSharding(mesh, P()))
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+    step = step.lower(trainable, opt_state, frozen, ids).compile()
+
+    first = ("layers", "layers_0")[not scan_layers]
+    scale = params[first]["input_layernorm"]["scale"]
+
+    def floor(scale, params, ids):  # forward, and backward down to the first layer
+        norm = params[first] | {"input_layernorm": {"scale": scale}}
+        return loss_of(model.apply({"params": params | {first: norm}}, ids), ids)
+
+    floor = jax.jit(jax.value_and_grad(floor)).lower(scale, params, ids).compile()
+    return step, floor, trainable, scale
+
+
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [("data", False), ("fsdp", False), *((name, True) for name in MESHES if name != "data")],
+)
+def test_a_step_sends_the_gradient_and_what_the_model_sends(name, scan_layers):
+    step, floor, trainable, scale = programs(name, scan_layers)
+    assert sent(step, MOVED) == sent(floor, MOVED)  # no factor moves, and of the base no more
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trainable))
+    more = sent(step, REDUCED) - (sent(floor, REDUCED) - scale.nbytes)
+    if "tensor" not in name:
+        assert own <= more <= own + 64
+    else:  # and the low-rank products along sharded axes: of every weight, once forth or back
+        tokens = IDS.size // (8 // lm_mesh.mesh_of(MESHES[name]).shape["tensor"])
+        assert more <= own + 14 * tokens * RANK * 4 + 64
+
+
+def test_pmap_sends_the_gradient_alone():
+    model = llama.Llama(**SIZES)
+    params = model.init(jax.random.key(0), IDS)["params"]
+    lora_params = randomize_b(lora_jax.lorafy(params, RANK, full="norm/scale"))
+    trainable, frozen = lora_jax.split(lora_params)
+
+    @functools.partial(jax.pmap, axis_name="data", in_axes=(None, None, 0), out_axes=None)
+    def step(trainable, frozen, ids):
+        def loss(lora_params):
+            return loss_of(lora_jax.lora(model.apply)({"params": lora_params}, ids), ids)
+
+        found = lora_jax.value_and_grad(loss)(lora_jax.combine(trainable, frozen))
+        return jax.lax.pmean(found, "data")
+
+    compiled = step.lower(trainable, frozen, IDS[:, None]).compile()
+    own = sum(x.nbytes for x in jax.tree.leaves(trainable))
+    crossing = hlo.collectives(compiled.as_text())
+    assert {c.kind for c in crossing} == {"all-reduce"}
+    assert own <= sum(c.bytes * c.times for c in crossing) <= own + 64

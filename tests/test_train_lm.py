@@ -1,0 +1,524 @@
+"""The trainer of the examples: on every mesh the same losses, killed and resumed the same bits."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import lm_data
+import lm_mesh
+import lm_metrics
+import lm_step
+import numpy as np
+import optax
+import pytest
+import train_lm
+from helpers import assert_close
+from models import llama
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+import lora_jax
+from lora_jax.io import hf, orbax, peft
+
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    # Orbax's own, at load and save.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 63,
+}
+STEPS, MESH = 20, "data=2,fsdp=2,tensor=2"
+SMALL = "--batch 16 --length 8 --rank 2 --warmup 2 --rate 0.03 --every 10 --validation 16".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder of a random Llama whose tokens are the words ``w0`` to ``w63``."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    network = llama.from_config(CONFIG, scan_layers=True)
+    params = network.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    hf.save(folder, params, "llama", config=CONFIG)
+    tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(64)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Words that mostly follow from those before them."""
+    rng = np.random.default_rng(0)
+    after, words = rng.permutation(64), [0]
+    for _ in range(4000):
+        words.append(int(after[words[-1]]) if rng.random() < 0.8 else int(rng.integers(64)))
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(" ".join(f"w{k}" for k in words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(model, text, tmp_path_factory):
+    """The folder of a run on eight devices that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(model, text, out, "--mesh", MESH, "--export")
+    return out
+
+
+def arguments(model, text, out, *extra):
+    paths = ["--model", str(model), "--data", str(text), "--out", str(out)]
+    return [*paths, "--steps", str(STEPS), *SMALL, *extra]
+
+
+def train(model, text, out, *extra):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        train_lm.main(arguments(model, text, out, *extra))
+    return losses(out)
+
+
+def losses(out):
+    """The losses of the steps, which are there once each and in order."""
+    rows = [row for row in metrics(out) if row["loss"]]
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return [float(row["loss"]) for row in rows]
+
+
+def metrics(out):
+    with (out / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+# --- on every mesh -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(model, text):
+    """The losses on one device, of the same training written in the other style."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        network, params = loaded(model)
+
+        def apply(params, ids):
+            return network.apply({"params": params}, ids)
+
+        layout = lora_jax.layout_of(apply, params, np.zeros((1, 8), np.int32))
+        lora_params = lora_jax.lorafy(params, 2, layout=layout)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 0.03, 2, STEPS)
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+        tx = lora_jax.optimizer(tx)
+        opt_state, found = tx.init(lora_params), []
+        tokens = np.array([int(word[1:]) for word in text.read_text().split()])
+        windows = np.stack([tokens[k : k + 9] for k in range(0, len(tokens) - 8, 8)])
+        training = windows[: -(len(windows) // 20)]
+        order = np.random.RandomState([0, 0]).permutation(len(training))
+
+        def loss(lora_params, batch):
+            logits = lora_jax.lora(apply)(lora_params, batch[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+            return losses.mean()
+
+        @jax.jit
+        def step(lora_params, opt_state, batch):
+            value, grads = jax.value_and_grad(loss)(lora_params, batch)
+            updates, opt_state = tx.update(grads, opt_state, lora_params)
+            return optax.apply_updates(lora_params, updates), opt_state, value
+
+        for k in range(STEPS):
+            batch = training[order[16 * k : 16 * k + 16]]
+            lora_params, opt_state, value = step(lora_params, opt_state, batch)
+            found.append(float(value))
+        return found
+
+
+def loaded(folder):
+    """The network of a folder and its parameters."""
+    network = llama.from_config(CONFIG, scan_layers=True)
+    like = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    return network, hf.load(folder, like)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--mesh", "data=8"],
+        ["--mesh", "fsdp=-1"],
+        ["--mesh", "tensor=8", "--accumulate", "4", "--remat"],
+        ["--pmap", "--accumulate", "2"],
+    ],
+    ids=" ".join,
+)
+def test_meshes_and_parts_of_batches_change_no_loss(model, text, alone, tmp_path, extra):
+    close(train(model, text, tmp_path / "out", *extra), alone)
+
+
+def test_all_axes_at_once_change_no_loss_and_the_model_learns(whole, alone):
+    close(losses(whole), alone)
+    assert len(alone) == STEPS
+    assert np.mean(alone[-3:]) < np.mean(alone[:3]) - 0.2
+    rows = metrics(whole)
+    validated = {int(row["step"]): float(row["validation"]) for row in rows if row["validation"]}
+    assert list(validated) == [0, 10, 20]
+    assert validated[20] < validated[0]
+
+
+def test_what_is_exported_computes_what_was_trained(model, whole):
+    network, params = loaded(model)
+    ids = np.random.default_rng(0).integers(0, 64, (2, 8))
+    with orbax.Checkpointer(whole / "checkpoints") as checkpointer:
+        lora_params = checkpointer.load(params).lora_params
+
+    def plain(params, ids):
+        return network.apply({"params": params}, ids)
+
+    apply, adapted = jax.jit(plain), jax.jit(lora_jax.lora(plain))
+    expected = adapted(lora_params, ids)
+    assert np.abs(expected - apply(params, ids)).max() > 0.1
+    adapter = peft.load(whole / "adapter", params, names=hf.FAMILIES["llama"].names)
+    assert_close(adapted(adapter, ids), expected, 1e-5)
+    assert_close(apply(loaded(whole / "merged")[1], ids), expected, 1e-5)
+    assert (whole / "merged" / "tokenizer.json").exists()
+
+
+# --- killed and resumed ------------------------------------------------------------------------
+
+
+def start(model, text, out, *extra, kill, devices=8):
+    """A process that kills itself behind step 12 or later, when step 10 is saved."""
+    argv = arguments(model, text, out, *extra)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, __file__, str(kill), *argv]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def run_until_killed(kill, argv):
+    add = train_lm.Log.add
+
+    def added(self, step, found):
+        add(self, step, found)
+        saved = Path(argv[argv.index("--out") + 1], "checkpoints", "10")
+        if kill and step == 12:
+            jax.block_until_ready(found)
+            while not saved.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_lm.Log.add = added
+    train_lm.main(argv)
+
+
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(model, text, whole, tmp_path):
+    out = tmp_path / "out"
+    assert start(model, text, out, "--mesh", MESH, kill=True).wait() == -signal.SIGKILL
+    assert losses(out) == losses(whole)[:10]
+    with (out / "metrics.csv").open("a") as file:
+        file.write("11,3.5,1.0\n12,3.")  # written, and killed in the middle
+    train(model, text, out, "--mesh", MESH, "--resume")
+    assert losses(out) == losses(whole)
+
+
+def test_two_processes_train_save_die_and_go_on_as_one_on_another_mesh(
+    model, text, whole, tmp_path
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    group = [
+        start(
+            model,
+            text,
+            out,
+            *("--mesh", MESH, "--coordinator", f"127.0.0.1:{port}"),
+            *("--processes", "2", "--process", str(k)),
+            kill=k == 1,
+            devices=4,
+        )
+        for k in range(2)
+    ]
+    try:
+        assert group[1].wait() == -signal.SIGKILL
+    finally:
+        for process in group:  # the other waits for it, or has given up
+            process.kill()
+            process.wait()
+    close(losses(out), losses(whole)[:10])
+    close(train(model, text, out, "--mesh", "data=2,fsdp=-1", "--resume"), losses(whole))
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_each_token_is_a_target_once_and_the_end_is_held_out(model, text):
+    tokenizer = lm_data.tokenizer_of(hf.open_source(model))
+    training, validation, note = lm_data.read(text, tokenizer, 8, None)
+    words = np.array([int(word[1:]) for word in text.read_text().split()])
+    rows = np.concatenate([training.targets, validation.targets])
+    assert (rows.ravel() == words[1 : rows.size + 1]).all()
+    assert len(words) - 1 - rows.size < 8
+    assert len(validation.ids) == len(rows) // 20
+    assert note == "text.txt, text"
+
+
+def test_every_epoch_has_all_rows_in_an_order_of_its_own():
+    rows = lm_data.Rows(np.arange(10)[:, None], np.arange(10)[:, None])
+    order = np.concatenate([rows.batch(4, step, seed=3).ids[:, 0] for step in range(5)])
+    first, second = order[:10], order[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert (first != second).any()
+    assert (rows.batch(4, 2, seed=3).ids[:, 0] == order[8:12]).all()
+    assert (rows.batch(4, 2, seed=4).ids[:, 0] != order[8:12]).any()
+
+
+def pairs(folder, *lines):
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return path
+
+
+def pair(prompt="w1 w2 w3", completion="w4 w5"):
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_only_the_completion_is_learned(model, tmp_path):
+    long = "w9 " * 8 + "w1 w2"
+    path = pairs(tmp_path, pair(), "", pair(long), *[pair("w7", "w8")] * 38)
+    tokenizer = lm_data.tokenizer_of(hf.open_source(model))
+    training, validation, note = lm_data.read(path, tokenizer, 6, 63)
+    assert [len(training.ids), len(validation.ids)] == [38, 2]
+    assert "of 1 the prompt's beginning is cut off" in note
+    assert training.ids[:2].tolist() == [[1, 2, 3, 4, 5, 0], [9, 9, 1, 2, 4, 5]]
+    assert training.targets[:2].tolist() == [[-1, -1, 4, 5, 63, -1], [-1, -1, -1, 4, 5, 63]]
+
+    logits = np.random.default_rng(0).normal(size=(38, 6, 64)).astype(np.float32)
+    expected = -jax.nn.log_softmax(logits[0, 2:5])[np.arange(3), [4, 5, 63]].sum()
+    found = lm_step.summed_loss(jnp.asarray(logits[:1]), training.targets[:1])
+    assert_close(found, expected, 1e-6)
+    logits[0, [0, 1, 5]] += 1.0 + np.arange(64)  # what comes before and after is not looked at
+    assert lm_step.summed_loss(jnp.asarray(logits[:1]), training.targets[:1]) == found
+
+
+def test_pairs_train_in_half_precision_and_with_dropout(model, tmp_path):
+    path, out = pairs(tmp_path, *[pair("w1 w2", "w3 w4")] * 40), tmp_path / "out"
+    options = ["--dtype", "bfloat16", "--dropout", "0.1", "--targets", ".*/(q|down)_proj/kernel"]
+    found = train(model, path, out, *options, "--export")
+    assert found[-1] < found[0] - 0.5
+    before = load_file(model / "model.safetensors")
+    after = load_file(out / "merged" / "model.safetensors")
+    assert {x.dtype for x in after.values()} == {np.dtype(np.float32)}  # as the model's files
+    assert sum((x != after[name]).any() for name, x in before.items()) == 2 * 2
+
+
+BAD_DATA = [
+    (pair(), '{"prompt": "w1"', "line 2: not JSON"),
+    (pair(), '["w1"]', "line 2: expected one object a line"),
+    (pair(), {"prompt": "w1"}, r"line 2: expected one object a line, .* got {\"prompt\": \"w1\"}"),
+    (pair(), pair(completion=3), "line 2, key 'completion': expected a text, got 3"),
+    (pair(), pair(prompt=" "), "line 2, key 'prompt': expected a text, got ' '"),
+    (pair(), pair(completion="w1 " * 9), "line 2: the completion has 9 tokens, and a row 8: pass"),
+    (pair(), "pairs.jsonl: one row, and one is to train on"),
+    ("", "pairs.jsonl: no pairs in it"),
+]
+
+
+@pytest.mark.parametrize("case", BAD_DATA, ids=lambda case: case[-1][:30])
+def test_bad_lines_are_named(model, tmp_path, case):
+    *lines, message = case
+    tokenizer = lm_data.tokenizer_of(hf.open_source(model))
+    with pytest.raises(ValueError, match=message):
+        lm_data.read(pairs(tmp_path, *lines), tokenizer, 8, None)
+
+
+def test_other_bad_data_is_named(model, tmp_path):
+    tokenizer = lm_data.tokenizer_of(hf.open_source(model))
+    path = tmp_path / "a.txt"
+    with pytest.raises(FileNotFoundError, match=r"a.txt: no such file"):
+        lm_data.read(path, tokenizer, 8, None)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a.txt: not UTF-8 text"):
+        lm_data.read(path, tokenizer, 8, None)
+    path.write_text("w1 w2")
+    with pytest.raises(ValueError, match=r"a.txt: 2 tokens, too few for one row of --length 8"):
+        lm_data.read(path, tokenizer, 8, None)
+    with pytest.raises(ValueError, match=r"a.csv: expected a .txt, or a .jsonl"):
+        lm_data.read(tmp_path / "a.csv", tokenizer, 8, None)
+    (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    try:
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+            lm_data.tokenizer_of(hf.open_source(model))
+    finally:
+        (tmp_path / "tokenizer.json").rename(model / "tokenizer.json")
+
+
+# --- arguments that do not fit -----------------------------------------------------------------
+
+BAD_ARGUMENTS = [
+    (["--mesh", "model=8"], "'model' is not one of data, fsdp, tensor"),
+    (["--mesh", "data=2,data=4"], "'data' is not one of data, fsdp, tensor, once each"),
+    (["--mesh", "data=x"], "data=x, expected a number >= 1, or -1"),
+    (["--mesh", "data=0"], "data=0, expected a number >= 1, or -1"),
+    (["--mesh", "data=-1,fsdp=-1"], "both data and fsdp are -1"),
+    (["--mesh", "data=2,fsdp=2"], "the sizes make 4, and there are 8 devices"),
+    (["--mesh", "data=3,fsdp=-1"], "the sizes make 3, and there are 8 devices"),
+    (["--mesh", "data=8", "--pmap"], "--pmap: it is a mesh of its own, without --mesh data=8"),
+    (["--batch", "12"], "--batch 12: expected a multiple of 8, for 8 devices"),
+    (["--accumulate", "4"], "--batch 16: expected a multiple of 32"),
+    (["--warmup", "20"], "--warmup 20: expected less than --steps 20"),
+    (["--process", "0"], "--coordinator, --processes and --process go together"),
+    (["--resume"], "--resume: .* has no checkpoint"),
+    (["--dropout", "1"], "dropout"),
+    (["--targets", "oops"], "targets='oops' selects nothing"),
+    (["--model", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"), BAD_ARGUMENTS, ids=lambda x: "" if isinstance(x, str) else " ".join(x)
+)
+def test_arguments_that_do_not_fit_are_one_message(model, text, tmp_path, extra, message):
+    with pytest.raises(SystemExit, match=message):
+        train(model, text, tmp_path / "out", *extra)
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("extra", [["--batch", "0"], ["--rate", "nan"], ["--clip", "0"]])
+def test_numbers_out_of_range_are_refused_by_the_parser(extra, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_lm.main(extra)
+    assert f"argument {extra[0]}: {extra[1]}: expected a finite number >" in capsys.readouterr().err
+
+
+def test_axes_that_the_mesh_does_not_divide_are_named():
+    network = llama.from_config(CONFIG | {"intermediate_size": 36}, scan_layers=True)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    message = r"tensor=8 does not divide 36, an axis of 'layers/mlp/\w+_proj/kernel' of shape"
+    with pytest.raises(ValueError, match=message):
+        lm_mesh.placed(shapes, lm_mesh.mesh_of("tensor=8"), "float32")
+    places = lm_mesh.placed(shapes, lm_mesh.mesh_of("fsdp=4,tensor=2"), "float32")
+    kernel = places["layers"]["self_attn"]["o_proj"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
+    assert places["norm"]["scale"].sharding.is_fully_replicated
+
+
+def test_a_run_goes_on_with_its_own_settings_only(model, text, whole):
+    with pytest.raises(SystemExit, match=r"--rate: .* was begun with 0.03, and now it is 0.01"):
+        train(model, text, whole, "--mesh", MESH, "--rate", "0.01")
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text()[::-1])
+    with pytest.raises(SystemExit, match=r"--data: .* was begun with \w+, and now it is \w+"):
+        train(model, other, whole, "--mesh", MESH)
+
+
+def test_models_that_do_not_fit_are_named(model, text, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(model, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["more"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(SystemExit, match=r"its tokenizer has 65 tokens, and config\.json says"):
+        train(folder, text, tmp_path / "out")
+    (folder / "config.json").unlink()
+    with pytest.raises(SystemExit, match=r"other: no config\.json in it"):
+        train(folder, text, tmp_path / "out")
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+
+def test_lines_and_events_say_how_it_goes(monkeypatch, tmp_path, capsys):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            events.append((Path(folder).name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            events.append((name, value, step))
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(lm_metrics, "peak", lambda: 1e12)
+    options = {"tokens": 64, "flops": 1e6, "rate": lambda step: 0.5 * step, "tensorboard": True}
+    with lm_metrics.Log(tmp_path, 0, **options) as log:
+        log.add(1, {"loss": jnp.float32(2.5)})
+        log.flush(1)
+        log.add(2, {"loss": jnp.float32(2.25)})
+        log.flush(2, lambda: 3.0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step     1  loss 2.5000"
+    assert re.fullmatch(
+        r"step     2  loss 2.2500  validation 3.0000  [\d,]+ tokens/s  MFU .*%", second
+    )
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[:2] == [",".join(lm_metrics.COLUMNS), "1,2.5,,0.0,,,"]
+    assert lines[2].startswith("2,2.25,,0.5,3.0,")
+    assert events[0] == ("tensorboard", 1)
+    assert ("validation", 3.0, 2) in events
+    assert events[-1] == "closed"
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="--tensorboard: tensorboardX is missing"):
+        lm_metrics.Log(tmp_path, 0, **options)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_numbers_that_are_not_finite_end_the_run(name, tmp_path):
+    options = {"tokens": 64, "flops": 1e6, "rate": lambda step: 0.5 * step}
+    with lm_metrics.Log(tmp_path, 0, **options) as log:
+        log.add(1, {"loss": jnp.float32(2.5), "grad_norm": jnp.float32(1)})
+        log.add(
+            2, {"loss": jnp.float32(2.5), "grad_norm": jnp.float32(1), name: jnp.float32("nan")}
+        )
+        message = f"step 2: {name} is nan. Pass a lower --rate, now 0.5 at this step, or --clip 1"
+        with pytest.raises(ValueError, match=message):
+            log.flush(2)
+
+
+def test_flops_are_those_that_the_compiler_counts():
+    wide = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
+    network = llama.from_config(CONFIG | wide)  # of a scan the compiler counts one layer
+    ids = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    params = jax.eval_shape(network.init, jax.random.key(0), ids)["params"]
+    lora_params = jax.eval_shape(lambda params: lora_jax.lorafy(params, 2), params)
+
+    def loss(lora_params, ids):
+        apply = lora_jax.lora(lambda params, ids: network.apply({"params": params}, ids))
+        return apply(lora_params, ids).sum()
+
+    compiled = jax.jit(lora_jax.value_and_grad(loss)).lower(lora_params, ids).compile()
+    counted = compiled.cost_analysis()["flops"] / 32
+    assert 0.95 < lm_metrics.flops_per_token(network, lora_params, 32) / counted < 1.05
+
+
+if __name__ == "__main__":
+    run_until_killed(sys.argv[1] == "True", sys.argv[2:])
