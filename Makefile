@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 
 PEERS ?= .venv-peers
 PEFT ?= .venv-peft
+TPU ?= .venv-tpu
 
-.PHONY: demo test check peers peft format clean
+.PHONY: demo test check peers peft tpu format clean
 
 demo: $(VENV)/.examples  ## fine-tune MiniLM on movie reviews; ARGS="--help" for its options
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -33,6 +34,11 @@ peft: ## PEFT itself, on the same weights; its PyTorch for the CPU wants Python 
 		tests/test_peft.py tests/test_io_peft_models.py tests/test_io_hf_models.py \
 		tests/test_io_gguf.py tests/test_example_models.py tests/test_real_models.py $(ARGS)
 
+tpu: ## what TPUs would run, by their compiler; needs none
+	$(MAKE) $(TPU)/.test VENV=$(TPU)
+	$(MAKE) $(TPU)/.tpu-aot VENV=$(TPU)
+	$(TPU)/bin/python -m pytest tests/test_tpu.py $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -44,4 +50,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PEFT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(PEFT) $(TPU) .pytest_cache .ruff_cache .hypothesis

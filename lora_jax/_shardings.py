@@ -83,8 +83,23 @@ def shardings(
         for key, f in lora_params.adapter.factors.items()
     }
     every, tree = flatten(lora_params.base)
-    base = jax.tree.unflatten(tree, [of_base.get(path, whole) for path in every])
+    base = jax.tree.unflatten(
+        tree, [_of_parts(x, of_base.get(path, whole)) for path, x in every.items()]
+    )
     return LoraParams(base, Adapter(factors, {p: of_adapter[p] for p in lora_params.adapter.full}))
+
+
+def _of_parts(leaf: Any, s: NamedSharding) -> Any:
+    """The sharding of a leaf; of a quantized one, of each of its arrays, where these divide."""
+    if not is_quantized(leaf):
+        return s
+
+    def fitting(x: Any) -> NamedSharding:
+        axes = zip(s.spec, x.shape, strict=False) if x.ndim == len(leaf.shape) else ()
+        spec = [names if size % _parts(s.mesh, names) == 0 else None for names, size in axes]
+        return NamedSharding(s.mesh, PartitionSpec(*spec), memory_kind=s.memory_kind)
+
+    return jax.tree.map(fitting, leaf)
 
 
 def _without(axes: Collection[str], s: NamedSharding) -> NamedSharding:

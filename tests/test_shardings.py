@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close
+from helpers import assert_close, randomize_b
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -216,3 +216,18 @@ def test_factors_may_be_whole_along_the_axes_of_the_batch():
     for wrong in ("x", ("z",)):
         with pytest.raises(ValueError, match=r"replicate=.*: expected a collection of axes"):
             lora_jax.shardings(lora_params, replicate=wrong)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_the_arrays_of_a_quantized_weight_are_sharded_as_far_as_they_divide(dtype):
+    params = {"w": jax.random.normal(jax.random.key(0), (256, 8))}
+    base = lora_jax.quantize(params, dtype, targets="w")
+    places = {"w": NamedSharding(mesh_of(), P("x", "y"))}
+    lora_params = randomize_b(lora_jax.lorafy(base, 2, targets="w"))
+    there = jax.device_put(lora_params, lora_jax.shardings(lora_params, places))
+    whole = [x for x in jax.tree.leaves(there.base) if x.shape == (256, 8)]
+    assert whole
+    assert all(spec_of(x, 2) == ("x", "y") for x in whole)
+    x = jax.random.normal(jax.random.key(1), (4, 256))
+    fn = lora_jax.lora(lambda params, x: x @ params["w"])
+    assert_close(np.asarray(jax.jit(fn)(there, x)), np.asarray(fn(lora_params, x)), 1e-5)
