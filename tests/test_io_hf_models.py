@@ -43,6 +43,7 @@ CLIP = {
 MODELS = {
     "BERT": ("Bert", "ForMaskedLM", WORDS, ["query", "value"], None),
     "RoBERTa": ("Roberta", "ForSequenceClassification", WORDS, ["query", "dense"], None),
+    "XLM-R": ("XLMRoberta", "ForMaskedLM", WORDS, ["query", "dense"], None),
     "GPT-2": ("GPT2", "LMHeadModel", GPT2, ["c_attn", "c_fc"], None),
     "Llama": ("Llama", "ForCausalLM", GROUPED, ["q_proj", "down_proj"], None),
     "Llama, tied": ("Llama", "ForCausalLM", TIED, ["q_proj", "down_proj"], None),
