@@ -82,8 +82,27 @@ def test_low_precision_products_accumulate_in_float32():
     dots = [
         e for e in all_eqns(jax.make_jaxpr(fn)(lora_params, x)) if e.primitive.name == "dot_general"
     ]
-    assert [e.outvars[0].aval.dtype for e in dots] == [jnp.bfloat16, jnp.float32, jnp.bfloat16]
+    assert [e.outvars[0].aval.dtype for e in dots] == [jnp.bfloat16, jnp.float32, jnp.float32]
     assert all(v.aval.dtype == jnp.bfloat16 for e in dots for v in e.invars)
+
+
+def test_gradients_of_low_precision_products_leave_them_in_float32():
+    """What is summed over devices is what a product returns."""
+    x, lora_params = setup("bd,do->bo", "io", jnp.bfloat16)
+    trainable, frozen = lora_jax.split(lora_params)
+
+    def loss(trainable):
+        out = lora_jax.lora(lambda p, x: x @ p["w"])(lora_jax.combine(trainable, frozen), x)
+        return out.astype(jnp.float32).sum()
+
+    dots = [
+        e.outvars[0].aval
+        for e in all_eqns(jax.make_jaxpr(jax.grad(loss))(trainable))
+        if e.primitive.name == "dot_general"
+    ]
+    for x in jax.tree.leaves(trainable):
+        sizes = [sorted(x.shape), jnp.float32]
+        assert sizes in [[sorted(dot.shape), dot.dtype] for dot in dots]
 
 
 def test_integer_activations_meet_the_weight():

@@ -98,7 +98,10 @@ def lora_dot(
         small = ctx.through(delta, read, x, first)
     small = (small * delta.scale.astype(small.dtype)).astype(compute)
     then = then.astype(compute)
-    product = contract(small, middle, then, then_labels, out, precision=precision, dtype=dtype)
+    # in float32, so that its gradient is summed over devices in float32, as the first one's is
+    product = contract(
+        small, middle, then, then_labels, out, precision=precision, dtype=wide(dtype)
+    ).astype(dtype)
     return place(product, out, delta.ranges, dict(zip(out, shape, strict=True)))
 
 
