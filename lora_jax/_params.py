@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,43 @@ class Factors:
         return f"Factors({', '.join(shown)})"
 
 
+class _Arithmetic:
+    """``x + y``, ``x - y``, ``-x``, ``c * x``, ``x / c``: of the updates, not of the factors."""
+
+    __array_ufunc__ = None  # NumPy's numbers leave ``c * x`` to us
+
+    def __add__(self, other: Any) -> Self:
+        from lora_jax._arithmetic import add  # which is made of what is below
+
+        return add(self, other)
+
+    def __mul__(self, number: Any) -> Self:
+        from lora_jax._arithmetic import times
+
+        return times(self, number)
+
+    __radd__, __rmul__ = __add__, __mul__  # sum() begins with 0
+
+    def __neg__(self) -> Self:
+        return -1 * self
+
+    def __sub__(self, other: Any) -> Self:
+        return self + -other
+
+    def __truediv__(self, number: Any) -> Self:
+        return self * (1 / number)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(_Arithmetic):
     """All that training changes: what you save, stack, average and send.
+
+    It adds up as its update ``dW = scale * a b`` does: ``0.7 * math + 0.3 * code - toxic`` is the
+    adapter of ``0.7 dW_math + 0.3 dW_code - dW_toxic``, exactly, of the sum of their ranks;
+    ``lora_jax.resize`` makes it smaller. A weight that one of them does not adapt gets nothing
+    from it. With leaves trained whole, add up :class:`LoraParams` of one base. DoRA does not add
+    up.
 
     Attributes:
         factors: :class:`Factors` by the path of their weight, such as
@@ -100,11 +133,14 @@ class Adapter:
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
-class LoraParams:
+class LoraParams(_Arithmetic):
     """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
 
     It unpacks: ``base, adapter = lora_params``. The base is the tree that was given, with the
     very same arrays: calling the unadapted function on it is calling the model without LoRA.
+
+    Those of the very same base add up as their adapters do, leaves trained whole by what they
+    differ from the base.
 
     Attributes:
         base: the frozen parameters.
@@ -222,8 +258,9 @@ def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
     if jnp.ndim(f.scale) != 0:
         raise ValueError(
             f"adapter.factors[{path!r}].scale has shape {jnp.shape(f.scale)}, expected a 0-d "
-            "array. For a stack of adapters call through jax.vmap with "
-            "in_axes=LoraParams(base=None, adapter=0)"
+            "array. Of a stack of adapters, give each row of a batch its own by "
+            "lora_jax.lora_rows, call all by jax.vmap with in_axes=LoraParams(base=None, "
+            "adapter=0), or take them apart by lora_jax.unstack"
         )
     if unknown := set(f.frozen) - {"a", "b", "magnitude"}:
         raise ValueError(

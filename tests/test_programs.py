@@ -27,8 +27,11 @@ from jax import lax
 
 import lora_jax
 from lora_jax._layout import max_rank
+from lora_jax._transform._call import Among, enter
+from lora_jax._transform._context import Context
+from lora_jax._transform._lora import run_lora
 
-WAYS = ("DoRA", "dropout", "quantized")
+WAYS = ("DoRA", "dropout", "quantized", "stack")
 PROGRAMS = os.environ.get("LORA_JAX_PROGRAMS")
 LARGEST = 150  # entries of a weight under way
 # Programs this small take all their time in the compiler.
@@ -746,10 +749,24 @@ def adapted(program: Program) -> Callable[..., jax.Array]:
     """The program over split weights."""
     # The norm of a sum of weights, say, has no low-rank form: there DoRA is exact by the whole.
     policy = "allow" if "DoRA" in program.ways else "error"
+    if "stack" in program.ways:
+        return functools.partial(in_stack, program, policy)
     if "dropout" not in program.ways:
         return lora_jax.lora(program, on_materialize=policy)
     fn = lora_jax.lora(program, on_materialize=policy, dropout=DROPOUT)
     return functools.partial(fn, lora_key=jax.random.key(0))
+
+
+def in_stack(program: Program, policy, lora_params, x, ids) -> jax.Array:
+    """The program by the second of three adapters, of which the others are not numbers."""
+    key = jax.random.key(0) if "dropout" in program.ways else None
+    stacked = jax.tree.map(
+        lambda a: jnp.stack([jnp.full_like(a, jnp.nan), a, jnp.full_like(a, jnp.nan)]),
+        lora_params.adapter,
+    )
+    args = lora_jax.LoraParams(lora_params.base, stacked), x, ids
+    how = functools.partial(enter, key=key, among=Among(jnp.ones_like(ids[0])))
+    return run_lora(Context(policy, DROPOUT if key is not None else 0.0), program, args, {}, how)
 
 
 def check(program: Program) -> None:
@@ -925,6 +942,11 @@ TABLE = {
     "dropout in a checkpoint in a scan": one(
         STACK, control=("scan stack", "checkpoint"), ways=WAYS[1:]
     ),
+    **{f"of a stack, in {c}": one(STACK, control=(c,), ways=("stack",)) for c in CONTROL},
+    "of a stack, reshaped": one(HEADS, ("merge axes", 1), ways=("stack",)),
+    "of a stack, a lookup": one(DENSE, use="lookup", ways=("stack",)),
+    "of a stack, a convolution": conv(IMAGE, "HWIO", ways=("stack", "DoRA")),
+    "of a stack, a ragged dot": one(STACK, use="ragged dot", ways=("stack",)),
     **{f"moved before {c}": one(STACK, ("flip", 2), control=(c,), outside=1) for c in CONTROL},
     **{f"moved in {c}": one(STACK, ("flip", 1), control=(c,)) for c in CONTROL},
 }

@@ -1,10 +1,12 @@
 """``Call``: the arguments of one call, flattened, with the weights among them as they enter."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -16,7 +18,7 @@ from lora_jax._ranges import entry, rows_of
 from lora_jax._transform._dora import delta_of
 from lora_jax._transform._lazy import Lazy
 from lora_jax._transform._past import Leaf
-from lora_jax._transform._value import LoraArray
+from lora_jax._transform._value import Delta, LoraArray, N
 from lora_jax.init._target import fold_in_path
 
 
@@ -30,16 +32,38 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, kinds)
 
 
+class Among(NamedTuple):
+    """Which adapters of a stack count.
+
+    Attributes:
+        slot: the one that does; -1: none.
+        router: or directions by which inputs choose, for each key of the factors.
+        routing: how they do: see ``Delta.routing``.
+    """
+
+    slot: Any = None
+    router: Mapping[str, Any] | None = None
+    routing: tuple[int, float] | None = None
+
+
 def enter(
-    lora_params: LoraParams, owner: int, leaves: dict[str, Any], key: Any = None
+    lora_params: LoraParams,
+    owner: int,
+    leaves: dict[str, Any],
+    key: Any = None,
+    among: Among | None = None,
 ) -> dict[str, Any]:
-    """The base's leaves as they enter the function: frozen, adapted or trained whole."""
-    check(lora_params, leaves)
+    """The base's leaves as they enter the function: frozen, adapted or trained whole.
+
+    With ``among`` the adapter is a stack.
+    """
+    check(lora_params if among is None else _one_of(lora_params), leaves)
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
     entered = {}
     for path, leaf in leaves.items():
         if path in full:
-            leaf = _cast(full[path], leaf.dtype)
+            new = full[path] if among is None else _picked(full[path], leaf, among.slot)
+            leaf = _cast(new, leaf.dtype)
         elif isinstance(leaf, jax.Array):
             leaf = lax.stop_gradient(leaf)
         elif is_quantized(leaf):
@@ -52,11 +76,38 @@ def enter(
         w = leaf.w if isinstance(leaf, LoraArray) else leaf
         if f.frozen:
             f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
-        delta = delta_of(f, Leaf(owner, path), ranges, w)
+        of = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
+        delta = of(f) if among is None else _in_stack(jax.vmap(of)(f), name, among)
         if key is not None and rows_of(name) is None:  # rows that train whole are never dropped
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
+
+
+def _in_stack(delta: Delta, name: str, among: Among) -> Delta:
+    """The delta of all adapters of a stack, of which one counts, or as inputs choose."""
+    delta = delta.map(lambda x, labels: (x, (N, *labels)))
+    if among.router is None:
+        return replace(delta, slot=among.slot)
+    labels = (*delta.a_labels[1:-1], N)
+    return replace(delta, router=among.router[name], router_labels=labels, routing=among.routing)
+
+
+def _one_of(stacked: LoraParams) -> LoraParams:
+    """The shapes of one adapter of a stack."""
+
+    def one(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if jnp.ndim(x) else x
+
+    return LoraParams(stacked.base, jax.tree.map(one, stacked.adapter))
+
+
+def _picked(full: Any, leaf: Any, slot: Any) -> Any:
+    """A leaf that the adapters of a stack train whole, of one of them; the base's own at -1."""
+    k = jnp.clip(slot, 0, full.shape[0] - 1)
+    one = full.at[k].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    other = jnp.where(slot == -1, lax.stop_gradient(leaf).astype(full.dtype), jnp.nan)
+    return jnp.where(slot == k, one, other.astype(full.dtype))
 
 
 def _put_off(x: Any) -> Any:

@@ -176,12 +176,12 @@ def scan(ctx: Context, eqn, values):
         rest = iter(carry)
         return [v if f else next(rest) for v, f in zip(carried, is_fixed, strict=True)]
 
-    counts = any(isinstance(v, LoraArray) and v.has_keys for v in values)
+    counts = any(isinstance(v, LoraArray) and (v.has_keys or v.has_slots) for v in values)
     moving.append(jnp.arange(eqn.params["length"]) if counts else None)
 
     def body(carry, xs):
         *xs, count = xs
-        xs = [f(x) for f, x in zip(rebuild, xs, strict=True)]
+        xs = [f(x, count) for f, x in zip(rebuild, xs, strict=True)]
         inputs = ctx.again([*consts, *whole(carry), *xs], count)
         with ctx.repeated(eqn.params["length"]):
             outputs = run(ctx, eqn.params["jaxpr"], inputs)
@@ -217,7 +217,7 @@ def _stack(ctx: Context, v: Any) -> tuple[Any, Callable[[Any], Any]]:
     # a step has a scale of its own, perhaps; it goes into b
     deltas = [
         d if d.is_probe else dataclasses.replace(d, b=d.b * d.scale.astype(d.b.dtype), scale=None)
-        for d in v.deltas
+        for d in (delta.picked() for delta in v.deltas)
     ]
     ndim = len(v.shape)
 
@@ -235,23 +235,24 @@ def _stack(ctx: Context, v: Any) -> tuple[Any, Callable[[Any], Any]]:
     return LoraArray(v.w, tuple(deltas)), together
 
 
-def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What of ``v`` moves along its first axis, and how to put one step of it together.
+def _split_leading(v: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """What of ``v`` moves along its first axis, and how to put a step of it together, by number.
 
     A factor that has the axis moves with it; one that has not is the same in every step.
     """
     if not isinstance(v, LoraArray):
-        return v, lambda x: x
+        return v, lambda x, _: x
 
     def front(x, labels):
         axis = labels.index(0)
         return jnp.moveaxis(x, axis, 0), (0, *labels[:axis], *labels[axis + 1 :])
 
+    deltas = [delta.whole([0], v.shape) for delta in v.deltas]
     deltas = [
-        delta.whole([0], v.shape).map(
-            lambda x, labels: front(x, labels) if 0 in labels else (x, labels)
-        )
-        for delta in v.deltas
+        delta.stepping()
+        if delta.slot is not None
+        else delta.map(lambda x, labels: front(x, labels) if 0 in labels else (x, labels))
+        for delta in deltas
     ]
     moving = [{name: d.part(name)[0] for name in d.parts if 0 in d.part(name)[1]} for d in deltas]
 
@@ -260,10 +261,12 @@ def _split_leading(v: Any) -> tuple[Any, Callable[[Any], Any]]:
         w = force(w) if (front := w.front()) is None else front
         remake = (lambda w: w) if front is None else Lazy.of
 
-    def rebuild(parts):
+    def rebuild(parts, count):
         w, steps = parts
 
         def step(delta, moved):
+            if delta.slot is not None:
+                moved = {"step": count}
             delta = dataclasses.replace(delta, **moved)
             delta = delta.map(lambda x, labels: (x, tuple(lab for lab in labels if lab != 0)))
             return delta.move({i: i - 1 for i in range(1, len(v.shape))}, len(v.shape) - 1)
@@ -295,7 +298,7 @@ def _spread(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
         return v, spec
     axes = [*spec, *[None] * (len(v.shape) - len(spec))]
     spread = [i for i, name in enumerate(axes) if name is not None]
-    v = v.map(v.w, lambda delta: delta.whole(spread, v.shape))
+    v = v.map(v.w, lambda delta: delta.picked().whole(spread, v.shape))
 
     def specs(delta: Delta) -> Delta:
         if delta.is_probe:

@@ -50,7 +50,7 @@ def conv(ctx: Context, eqn, values):
 def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, result):
     numbers = params["dimension_numbers"]
     out_axis, in_axis, *window = numbers.rhs_spec
-    delta = delta.whole(range(len(v.shape)), v.shape)
+    delta = delta.picked().whole(range(len(v.shape)), v.shape)
     (first, first_labels), (then, then_labels) = delta.factors
     if in_axis in then_labels or out_axis in first_labels:
         first, first_labels, then, then_labels = then, then_labels, first, first_labels

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax._params import wide
 from lora_jax._transform._arith import scale_axes
@@ -15,7 +16,7 @@ from lora_jax._transform._contract import contract, place, spread_like, times
 from lora_jax._transform._lazy import bind, force
 from lora_jax._transform._rules import rule
 from lora_jax._transform._slice import take_range
-from lora_jax._transform._value import Delta, LoraArray, R, gains_around
+from lora_jax._transform._value import Delta, LoraArray, N, R, gains_around
 
 
 def product_cost(
@@ -69,6 +70,7 @@ def lora_dot(
     compute = compute_dtype(x.w.dtype if isinstance(x, LoraArray) else x.dtype, dtype)
     compute = wide(compute) if ctx.observe else compute
     x = x if isinstance(x, LoraArray) else x.astype(compute)
+    delta = delta if delta.router is not None else delta.picked()
     for r in delta.ranges:
         if r.axis in x_labels:
             x = take_range(x, x_labels.index(r.axis), r.start, r.stop)
@@ -78,6 +80,7 @@ def lora_dot(
     cost, order = min(
         (product_cost(x_labels, pair[0][1], pair[1][1], out, sizes), i)
         for i, pair in enumerate((delta.factors, delta.factors[::-1]))
+        if not (i and delta.router is not None)
     )
     ctx.spend(delta, cost)
     (first, first_labels), (then, then_labels) = delta.factors[:: -1 if order else 1]
@@ -96,13 +99,38 @@ def lora_dot(
         small = read(x, first)
     else:
         small = ctx.through(delta, read, x, first)
-    small = (small * delta.scale.astype(small.dtype)).astype(compute)
-    then = then.astype(compute)
+    if delta.router is None:
+        small = small * delta.scale.astype(small.dtype)
+    else:
+        small = times(small, *_shares(delta, x, x_labels, middle))
+    small, then = small.astype(compute), then.astype(compute)
     # in float32, so that its gradient is summed over devices in float32, as the first one's is
     product = contract(
         small, middle, then, then_labels, out, precision=precision, dtype=wide(dtype)
     ).astype(dtype)
     return place(product, out, delta.ranges, dict(zip(out, shape, strict=True)))
+
+
+def _shares(
+    delta: Delta, x: jax.Array | LoraArray, x_labels: Sequence[Any], middle: Sequence[Any]
+) -> tuple[jax.Array, list[int]]:
+    """How much of each adapter an input gets, times its scale; and its axes among ``middle``."""
+    directions, labels = delta.part("router")
+    inputs = {label for label in labels if label != N}
+    if delta.routing is None or isinstance(x, LoraArray) or not inputs.issubset(x_labels):
+        raise delta.misrouted()
+    free = [label for label in x_labels if label in middle]
+    kind: Any = {"precision": lax.Precision.HIGHEST, "dtype": jnp.float32}
+    x, directions = x.astype(jnp.float32), directions.astype(jnp.float32)
+    found = jnp.abs(contract(x, x_labels, directions, labels, [*free, N], **kind))
+    count, temperature = delta.routing
+    best = lax.top_k(found, min(count, found.shape[-1]))[0]
+    # an adapter that does nothing has no direction, and what has none gets nothing of it
+    powers = jnp.exp((found - best[..., :1]) / temperature)
+    powers = jnp.where((found >= best[..., -1:]) & (found > 0), powers, 0)
+    shares = powers / jnp.maximum(powers.sum(-1, keepdims=True), jnp.finfo(powers.dtype).tiny)
+    scale = jnp.broadcast_to(delta.scale.astype(shares.dtype), shares.shape)
+    return shares * scale, [middle.index(label) for label in [*free, N]]
 
 
 def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):

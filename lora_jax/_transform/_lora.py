@@ -79,34 +79,39 @@ def lora(
         >>> lora_jax.lora(lambda p, x: x @ p["query"]["kernel"])(lora_params, jnp.ones((1, 3)))
         Array([[3., 3., 3.]], dtype=float32)
     """
-    if not callable(fn):
-        raise TypeError(f"lora: expected a function, got {type(fn).__name__} {fn!r}")
-    if on_materialize not in get_args(OnMaterialize):
-        raise ValueError(
-            f"on_materialize={on_materialize!r}: expected one of {get_args(OnMaterialize)}"
-        )
-
+    check_function(fn, "lora", "lora_key", on_materialize)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r}: expected a share, 0 <= dropout < 1")
-    if "lora_key" in _parameters(fn):
-        raise ValueError(
-            "lora: the function has an argument 'lora_key', which the adapted function keeps for "
-            "the key of its dropout. Rename it: lambda ..., key: fn(..., lora_key=key)"
-        )
 
     @functools.wraps(fn)
     def lora_fn(*args, lora_key=None, **kwargs):
         key = None if lora_key is None else _dropout_key(lora_key, dropout)
-        return run_lora(Context(on_materialize, dropout), fn, args, kwargs, key)
+        how = functools.partial(enter, key=key)
+        return run_lora(Context(on_materialize, dropout), fn, args, kwargs, how)
 
     return lora_fn
 
 
+def check_function(fn: Any, name: str, reserved: str, on_materialize: Any) -> None:
+    """Raise unless ``name`` can wrap this function, and keep an argument for itself."""
+    if not callable(fn):
+        raise TypeError(f"{name}: expected a function, got {type(fn).__name__} {fn!r}")
+    if on_materialize not in get_args(OnMaterialize):
+        raise ValueError(
+            f"on_materialize={on_materialize!r}: expected one of {get_args(OnMaterialize)}"
+        )
+    if reserved in _parameters(fn):
+        raise ValueError(
+            f"{name}: the function has an argument {reserved!r}, which the adapted function keeps "
+            f"for itself. Rename it: lambda ..., other: fn(..., {reserved}=other)"
+        )
+
+
 def run_lora(
-    ctx: Context, fn: Callable[..., Any], args: Any, kwargs: Any, key: jax.Array | None = None
+    ctx: Context, fn: Callable[..., Any], args: Any, kwargs: Any, how: Callable[..., Any] = enter
 ) -> Any:
-    """One call of the adapted function, as ``ctx`` says."""
-    call = Call.of(args, kwargs, functools.partial(enter, key=key))
+    """One call of the adapted function, as ``ctx`` says; ``how`` weights enter: see ``Call.of``."""
+    call = Call.of(args, kwargs, how)
     jaxpr, whole, consts, out = call.trace(fn)
     values = [*consts, *call.values]
     try:

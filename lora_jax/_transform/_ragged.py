@@ -36,7 +36,7 @@ def ragged_dot_general(ctx: Context, eqn, values):
         for delta in v.deltas:
             if delta.is_probe:
                 continue
-            delta = delta.whole(range(len(v.shape)), v.shape)
+            delta = delta.picked().whole(range(len(v.shape)), v.shape)
             factors = _in_order(delta, form)
             if factors is None:
                 return NotImplemented  # a factor that both reads and writes

@@ -102,7 +102,7 @@ def _regroup_factor(x: jax.Array, labels: Labels, groups, shape) -> tuple[jax.Ar
     if order != sorted(order):
         x = x.transpose(order)
     new_labels = tuple(j for _, new in owned for j in new)
-    return x.reshape(*sizes, *x.shape[-1:] * len(rank)), (*new_labels, *rank)
+    return x.reshape(*sizes, *x.shape[x.ndim - len(rank) :]), (*new_labels, *rank)
 
 
 def settle(v: Any) -> Any:

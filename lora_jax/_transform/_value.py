@@ -7,6 +7,10 @@ label that both factors have. A label that neither has is an axis along which th
 same. A delta may cover a part of ``W`` only, a range of some of its axes: that is what
 concatenating weights, and adapting a slice of a fused one, come to.
 
+The factors may be those of a stack of adapters, with an axis ``N`` for them, of which ``slot`` says
+the one that counts. It is picked where the delta meets its input, not before: under a ``vmap`` over
+rows with a slot each, picking makes an array of every row's factors.
+
 A delta without arrays is a probe: it goes where a delta would go, and shows what becomes of the
 weight it is on.
 """
@@ -28,13 +32,17 @@ from lora_jax._transform._lazy import Lazy, force
 from lora_jax._transform._past import Leaf, Past
 
 R = -1
+N = -3  # the adapters of a stack
+M = -4  # the steps of the loop that the delta is in, where it has not been picked from yet
 Labels = tuple[Any, ...]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("a", "b", "scale", "gain", "key"),
-    meta_fields=("a_labels", "b_labels", "past", "ranges", "gain_labels"),
+    data_fields=("a", "b", "scale", "gain", "key", "slot", "step", "router"),
+    meta_fields=(
+        *("a_labels", "b_labels", "past", "ranges", "gain_labels", "router_labels", "routing"),
+    ),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
@@ -51,6 +59,13 @@ class Delta:
         gain: None; or what ``W`` and the update, where it is, are multiplied by, less one.
         gain_labels: of ``gain``'s axes.
         key: None; or the PRNG key that what it reads is dropped by.
+        slot: None; or which of the adapters along ``N`` counts: -1 for none of them. Another that
+            is not there makes all that it meets NaN. ``scale`` has the axis ``N``, and no other.
+        step: None; or which of the entries along ``M`` counts.
+        router: None; or directions of the inputs, one for each adapter along ``N``.
+        router_labels: of ``router``'s axes.
+        routing: how many of the adapters count at most, those whose directions an input has most
+            of; and what it has of them is divided by, before the softmax that says how much.
     """
 
     a: Any
@@ -63,6 +78,11 @@ class Delta:
     gain: Any = None
     gain_labels: Labels = ()
     key: Any = None
+    slot: Any = None
+    step: Any = None
+    router: Any = None
+    router_labels: Labels = ()
+    routing: tuple[int, float] | None = None
 
     @classmethod
     def of(cls, factors: Factors, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
@@ -82,6 +102,50 @@ class Delta:
         """A delta without arrays."""
         return cls(None, None, None, (), (), Past.of(leaf, ndim))
 
+    def picked(self) -> "Delta":
+        """The delta of the adapter that counts.
+
+        Raises:
+            NotImplementedError: inputs are to choose, and there are none.
+        """
+        if self.router is not None:
+            raise self.misrouted()
+        if self.slot is None:
+            return self
+        count = self.scale.shape[0]
+        is_none = self.slot == -1
+        k = jnp.clip(self.slot, 0, count - 1)
+        scale = jnp.where(self.slot == k, self.scale[k], jnp.where(is_none, 0.0, jnp.nan))
+
+        def pick(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+            places = {N: k, M: self.step}
+            at = x.at[tuple(places.get(label, slice(None)) for label in labels)]
+            one = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
+            # of none, zeros: whatever the first one holds
+            return jnp.where(is_none, jnp.zeros_like(one), one), _without(labels, N, M)
+
+        scale = scale.astype(self.scale.dtype)
+        return dataclasses.replace(self.map(pick), scale=scale, slot=None, step=None)
+
+    def misrouted(self) -> NotImplementedError:
+        """The error of a weight that no input meets."""
+        return NotImplementedError(
+            f"lora_routed: the weight {self.leaf.path!r} is used otherwise than by a product with "
+            "inputs, which choose the adapters. Leave it out of them: lorafy(..., "
+            f"exclude={self.leaf.path!r})"
+        )
+
+    def stepping(self) -> "Delta":
+        """The delta of a stack where the first axis of ``W`` is one of steps, for ``step`` to say.
+
+        Its factors stay where they are: moved, they would be copied, with all that is not picked.
+        """
+        delta = self
+        if delta.step is not None:  # that of the loop around
+            delta = delta.along(M, lambda x, i: lax.dynamic_index_in_dim(x, self.step, i, False))
+            delta = delta.map(lambda x, labels: (x, _without(labels, M)))
+        return delta.map(lambda x, labels: (x, tuple(M if lab == 0 else lab for lab in labels)))
+
     @property
     def leaf(self) -> Leaf:
         """The weight it belongs to."""
@@ -100,7 +164,7 @@ class Delta:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of what has labels."""
-        return ("a", "b") if self.gain is None else ("a", "b", "gain")
+        return tuple(x for x in ("a", "b", "gain", "router") if getattr(self, x) is not None)
 
     def part(self, name: str) -> tuple[Any, Labels]:
         """An array by its name, with its labels."""
@@ -128,12 +192,13 @@ class Delta:
 
     def rename(self, new: Mapping[Any, Any], rank: Any = R) -> "Delta":
         """The factors and ranges under other labels, ``new[old]``; the rank axis is ``rank``."""
-        new = {**new, R: rank}
+        new = {**new, R: rank, N: N, M: M}
         return dataclasses.replace(
             self,
-            a_labels=tuple(new[label] for label in self.a_labels),
-            b_labels=tuple(new[label] for label in self.b_labels),
-            gain_labels=tuple(new[label] for label in self.gain_labels),
+            **{
+                f"{name}_labels": tuple(new[label] for label in self.part(name)[1])
+                for name in self.parts
+            },
             ranges=tuple(Range(new[r.axis], r.start, r.stop) for r in self.ranges),
         )
 
@@ -186,7 +251,7 @@ class Delta:
         """``1 + gain`` and its labels, 1 where the delta is not; None without."""
         if self.gain is None:
             return None
-        delta = self
+        delta = self.picked()
         for r in self.ranges:
             delta = delta._expand_gain(r)
         return 1 + place(delta.gain, delta.gain_labels, self.ranges, shape), delta.gain_labels
@@ -214,12 +279,15 @@ class Delta:
 
     def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
         """``scale * a b`` as an array with ``W``'s axes: what this library exists to avoid."""
-        a, b = self.a.astype(dtype), self.b.astype(dtype)
-        out = tuple(range(len(shape)))
-        product = contract(
-            a, self.a_labels, b, self.b_labels, out, precision=lax.Precision.HIGHEST, dtype=dtype
-        )
-        return place(product * self.scale.astype(dtype), out, self.ranges, shape)
+        one = self.picked()
+        a, b, out = one.a.astype(dtype), one.b.astype(dtype), tuple(range(len(shape)))
+        kind: dict[str, Any] = {"precision": lax.Precision.HIGHEST, "dtype": dtype}
+        product = contract(a, one.a_labels, b, one.b_labels, out, **kind)
+        return place(product * one.scale.astype(dtype), out, self.ranges, shape)
+
+
+def _without(labels: Labels, *gone: int) -> Labels:
+    return tuple(label for label in labels if label not in gone)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "deltas"), meta_fields=("unfolded",))
@@ -266,6 +334,11 @@ class LoraArray:
     def has_keys(self) -> bool:
         """Whether some of what it reads is dropped."""
         return any(delta.key is not None for delta in self.deltas)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether some of its deltas are of stacks."""
+        return any(delta.slot is not None for delta in self.deltas)
 
     @property
     def is_read(self) -> bool:

@@ -27,8 +27,9 @@ def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax
     if niter is None:
         u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     else:
-        u, s, vt = _svd_lowrank(key, w, target.rank, niter)
-    return take_out(target, *(x[..., : target.rank] for x in (u, s)), vt[..., : target.rank, :])
+        u, s, vt = svd_lowrank(key, w, target.rank, niter)
+    r = target.rank
+    return take_out(target, u[..., :r], s[..., :r], vt[..., :r, :])
 
 
 def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, ...]:
@@ -38,7 +39,9 @@ def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple
     return a, b, target.matrix() - target.scale * (a @ b)
 
 
-def _svd_lowrank(key: jax.Array, w: jax.Array, rank: int, niter: int):
+def svd_lowrank(
+    key: jax.Array, w: jax.Array, rank: int, niter: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular values by subspace iteration (Halko et al., arXiv:0909.4061)."""
     size = min(rank + 6, *w.shape[-2:])
     q = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), w.dtype)

@@ -1,0 +1,315 @@
+"""One adapter as a row of a stack: what it lacks there is filled in, what differs is refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._layout import is_array
+from lora_jax._lorafy import master
+from lora_jax._norm import with_norms
+from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
+from lora_jax._paths import PyTree, flatten
+from lora_jax._ranges import Range, entry, overlap, resolve, rows_of, split_range
+from lora_jax._transform._contract import pad_axis
+
+_REMEDIES = {
+    "layout": "make them with the same layout=",
+    "frozen": "make them with the same freeze=, or set it: dataclasses.replace(factors, frozen=())",
+    "residual": "the base of a residual adapter, such as PiSSA's, is its own. Make a plain one of "
+    "it, lora_jax.to_plain",
+    "dtype": "a cast might lose digits. Cast one of them: jax.tree.map(lambda x: "
+    "x.astype(...), adapter)",
+    "magnitude": "stack DoRA with DoRA",
+}
+
+
+class Slot(NamedTuple):
+    """What every row has at one key of the factors.
+
+    Attributes:
+        name: of the adapter that ``f`` is of, for messages.
+        f: factors as the row's are to be, but for the rank.
+        rank: of the row's.
+    """
+
+    name: str
+    f: Factors
+    rank: int
+
+
+class Slots(NamedTuple):
+    """What every row has.
+
+    Attributes:
+        factors: by key.
+        full: of leaves trained whole, by path, who trains it and its like.
+        base: the parameters; None if they are not known.
+        leaves: of the base, by path; None if they are not known.
+    """
+
+    factors: Mapping[str, Slot]
+    full: Mapping[str, tuple[str, Any]]
+    base: PyTree
+    leaves: Mapping[str, Any] | None
+
+
+def check_single(x: Any, name: str) -> Adapter:
+    """The adapter of a LoraParams, or an Adapter; ``name`` begins the messages.
+
+    Raises:
+        TypeError: it is neither of the two.
+        ValueError: it is a stack, or does not fit.
+    """
+    adapter = x.adapter if isinstance(x, LoraParams) else x
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"{name} is {type(adapter).__name__}, expected a LoraParams as lora_jax.lorafy "
+            "returns, or its .adapter"
+        )
+    for key, f in adapter.factors.items():
+        if is_array(f.scale) and len(f.scale.shape) == 1:
+            raise ValueError(
+                f"{name} is a stack: scale of {key!r} has shape {tuple(f.scale.shape)}, expected a "
+                "0-d array. lora_jax.unstack makes single adapters of it"
+            )
+    if isinstance(x, LoraParams):
+        check(x)
+    else:  # every key as a leaf of its own
+        weights = {key: jax.ShapeDtypeStruct(weight_shape(f), "b") for key, f in x.factors.items()}
+        check(LoraParams(None, x), {**x.full, **weights})
+    return adapter
+
+
+def with_adapter(x: Any, adapter: Adapter) -> Any:
+    """An adapter as ``x`` has it: with a base, or alone."""
+    return replace(x, adapter=adapter) if isinstance(x, LoraParams) else adapter
+
+
+def check_finite(adapter: Adapter, name: str, remedy: str) -> jax.Array | None:
+    """Whether all that is traced is finite; None if nothing is traced.
+
+    Raises:
+        ValueError: something that has values is not.
+    """
+    fields = {
+        (key, field): getattr(f, field)
+        for key, f in adapter.factors.items()
+        for field in ("a", "b", "scale", "magnitude", "norm")
+        if getattr(f, field) is not None
+    } | {(path, "full"): x for path, x in adapter.full.items()}
+    with jax.ensure_compile_time_eval():  # inside of a trace, too
+        known = {at: jnp.isfinite(x).all() for at, x in fields.items() if is_concrete(x)}
+        known = jax.device_get(known)
+    for (key, field), is_finite in known.items():
+        if not is_finite:
+            raise ValueError(f"{name} has NaNs or infinities in {field} of {key!r}: {remedy}")
+    traced = [jnp.isfinite(x).all() for at, x in fields.items() if at not in known]
+    return jnp.stack(traced).all() if traced else None
+
+
+def weight_shape(f: Factors) -> tuple[int, ...]:
+    """The shape of the weight that factors are of; () if there is none."""
+    n = f.layout.count("b")
+    a, b = (tuple(x.shape) if is_array(x) else () for x in (f.a, f.b))
+    sizes = {"b": a[:n], "i": a[n:-1], "o": b[n + 1 :]}
+    if any(f.layout.count(role) != len(sizes[role]) for role in "bio"):
+        return ()
+    left = {role: iter(sizes[role]) for role in "bio"}
+    return tuple(next(left[letter]) for letter in f.layout)
+
+
+def check_same_base(one: PyTree, other: PyTree, names: str, is_residual: bool) -> None:
+    """Raise unless two bases are the same arrays."""
+    (leaves, tree), (others, other_tree) = flatten(one), flatten(other)
+    if tree != other_tree:
+        where = sorted(leaves.keys() ^ others.keys())[:5] or "their containers"
+        raise ValueError(f"{names} are over different bases: they differ in {where}")
+    for path, x in leaves.items():
+        pairs = zip(jax.tree.leaves(x), jax.tree.leaves(others[path]), strict=False)
+        if all(x is y or (not is_array(x) and x == y) for x, y in pairs):
+            continue
+        hint = (
+            "One is residual, as PiSSA's: its factors are taken out of its own base. "
+            "lora_jax.to_plain makes a plain one of it, on the base as it was"
+            if is_residual
+            else "Equal values are not enough: give both one base, LoraParams(base, adapter), and "
+            "under jit let that be one argument; or stack the Adapters alone"
+        )
+        raise ValueError(f"{names} are over different bases: {path!r} is not one array. {hint}")
+
+
+def check_parts(
+    adapters: Sequence[Adapter], names: Sequence[str], leaves: Mapping[str, Any] | None
+) -> None:
+    """Raise if parts of a weight overlap that are not one and the same."""
+    seen: dict[str, dict[tuple[str, str], tuple[str, tuple[Range, ...]]]] = {}
+    for name, adapter in zip(names, adapters, strict=True):
+        parts = [(key, "", *_part(key, leaves)) for key in adapter.factors]
+        parts += [(path, ", whole,", path, ()) for path in adapter.full]
+        for key, whole, path, ranges in parts:
+            there = seen.setdefault(path, {})
+            for (other, other_whole), (owner, other_ranges) in there.items():
+                if (other, other_whole) != (key, whole) and overlap(ranges, other_ranges):
+                    raise ValueError(
+                        f"stack: {owner} trains {other!r}{other_whole} and {name} {key!r}{whole} "
+                        "and these overlap: an entry of a weight has one update. Train the same "
+                        "parts in all of them, or make two stacks"
+                    )
+            there.setdefault((key, whole), (name, ranges))
+
+
+def _part(key: str, leaves: Mapping[str, Any] | None) -> tuple[str, tuple[Range, ...]]:
+    """The path and ranges of a key; without a base, by its spelling alone."""
+    if leaves is not None:
+        return entry(key, leaves)
+    if rows_of(key):
+        return key[: key.rindex("[[")], ()
+    path, ranges = split_range(key)
+    if ranges is None:
+        return key, ()
+    return path, resolve(ranges, path, [2**62] * (1 + ranges.count(",")))
+
+
+def fitted(adapter: Adapter, name: str, slots: Slots) -> Adapter:
+    """The adapter as a row: all that the slots have, zero where it lacks it.
+
+    Raises:
+        ValueError: it has something otherwise, is not finite, or cannot be filled in.
+    """
+    remedy = "in a product over all adapters 0 * NaN would be NaN for the others. Leave it out"
+    is_finite = check_finite(adapter, name, remedy)
+    factors = {}
+    for key, slot in slots.factors.items():
+        f = adapter.factors.get(key)
+        if f is None:
+            f = _absent(key, slot, name, slots)
+        else:
+            _check_agree(key, slot, f, name)
+            f = replace(padded(f, slot.rank), norm=_norm(key, f, slot, name, slots))
+        like = slot.f.scale if is_array(slot.f.scale) else jnp.float32(0)
+        scale = jnp.asarray(f.scale, like.dtype)
+        if is_finite is not None:
+            a, b = (jnp.where(is_finite, x, jnp.zeros_like(x)) for x in (f.a, f.b))
+            f = replace(f, a=a, b=b)
+            scale = jnp.where(is_finite, scale, jnp.full_like(scale, jnp.nan))
+        factors[key] = replace(f, scale=scale)
+    full = {
+        path: _whole(path, adapter.full.get(path), name, owner, like, slots)
+        for path, (owner, like) in slots.full.items()
+    }
+    return Adapter(factors, full)
+
+
+def _check_agree(key: str, slot: Slot, f: Factors, name: str) -> None:
+    """Raise if two adapters have different things at one key."""
+
+    def differ(field, mine, theirs, remedy):
+        return ValueError(
+            f"{name} and {slot.name} differ at {key!r}: {field} is {mine!r} here and {theirs!r} "
+            f"there; {_REMEDIES.get(remedy, remedy)}"
+        )
+
+    for field in ("layout", "frozen", "residual"):
+        mine, theirs = getattr(f, field), getattr(slot.f, field)
+        if mine != theirs:
+            raise differ(field, mine, theirs, field)
+    if (mine := weight_shape(f)) != (theirs := weight_shape(slot.f)):
+        raise differ("the weight's shape", mine, theirs, "they are of different models")
+    if (mine := f.magnitude is not None) != (theirs := slot.f.magnitude is not None):
+        raise differ("whether there is a magnitude", mine, theirs, "magnitude")
+    for field in ("a", "b", "scale", "magnitude"):
+        x, y = getattr(f, field), getattr(slot.f, field)
+        if is_array(x) and is_array(y) and x.dtype != y.dtype:
+            raise differ(f"the dtype of {field}", str(x.dtype), str(y.dtype), "dtype")
+    if f.rank > slot.rank:
+        raise ValueError(
+            f"{name} has rank {f.rank} at {key!r}, and {slot.name} {slot.rank}: shrink it, "
+            f"lora_jax.resize(adapter, {slot.rank}), or leave room, lora_jax.stack(..., "
+            f"rank={f.rank})"
+        )
+
+
+def padded(f: Factors, rank: int) -> Factors:
+    """The factors at a larger rank: zeros in both."""
+    if f.rank == rank:
+        return f
+    a, b = jnp.asarray(f.a), jnp.asarray(f.b)
+    return replace(
+        f, a=pad_axis(a, a.ndim - 1, 0, rank), b=pad_axis(b, f.layout.count("b"), 0, rank)
+    )
+
+
+def _absent(key: str, slot: Slot, name: str, slots: Slots) -> Factors:
+    """Factors that are not there: zero, with the norms of the base's columns."""
+    like, n = slot.f, slot.f.layout.count("b")
+    if like.residual and slots.leaves is None:
+        raise ValueError(
+            f"{name} has no factors of {key!r}, and those of {slot.name} are residual, as PiSSA's: "
+            "whether both are over one base is not known. Pass LoraParams, which hold the base"
+        )
+    if rows_of(key) is None:
+        a = jnp.zeros((*like.a.shape[:-1], slot.rank), like.a.dtype)
+        b = jnp.zeros((*like.b.shape[:n], slot.rank, *like.b.shape[n + 1 :]), like.b.dtype)
+    else:
+        a, b = jnp.zeros(like.a.shape, like.a.dtype), jnp.zeros(like.b.shape, like.b.dtype)
+    f = replace(like, a=a, b=b, scale=0.0)
+    if like.magnitude is None:
+        return f
+    if slots.leaves is None:
+        raise ValueError(
+            f"{name} has no factors of {key!r}, and {slot.name} has DoRA there: the norms of the "
+            "base's columns, which fill in its magnitude, are not known. Pass LoraParams, which "
+            "hold the base"
+        )
+    norm = _norm_of_base(key, f, slots)
+    magnitude = jnp.sqrt(norm).astype(like.magnitude.dtype)
+    return replace(f, magnitude=magnitude, norm=None if like.norm is None else norm)
+
+
+def _norm(key: str, f: Factors, slot: Slot, name: str, slots: Slots) -> Any:
+    """The norm of a row, where the slot has one: never another row's, which may be NaN."""
+    if slot.f.norm is None or f.norm is not None:
+        return None if slot.f.norm is None else f.norm
+    if slots.leaves is None:
+        raise ValueError(
+            f"{name} has no norms of the base's columns at {key!r}, as {slot.name} has. Pass "
+            "LoraParams, which hold the base"
+        )
+    return _norm_of_base(key, f, slots)
+
+
+def _norm_of_base(key: str, f: Factors, slots: Slots) -> Any:
+    return with_norms(LoraParams(slots.base, Adapter({key: f}))).adapter.factors[key].norm
+
+
+def _whole(path: str, x: Any, name: str, owner: str, like: Any, slots: Slots) -> Any:
+    """A leaf trained whole; if it is not there, the base's."""
+    if x is not None:
+        if tuple(x.shape) != tuple(like.shape):
+            raise ValueError(
+                f"{name} and {owner} differ at {path!r}: its shape is {tuple(x.shape)} here and "
+                f"{tuple(like.shape)} there; they are of different models"
+            )
+        if x.dtype != like.dtype:
+            raise ValueError(
+                f"{name} and {owner} differ at {path!r}: its dtype is {x.dtype} here and "
+                f"{like.dtype} there; {_REMEDIES['dtype']}"
+            )
+        return x
+    if slots.leaves is None:
+        raise ValueError(
+            f"{name} does not train {path!r} whole, as {owner} does, and what the base has there "
+            "is not known. Pass LoraParams, which hold the base"
+        )
+    leaf = slots.leaves[path]
+    with jax.numpy_dtype_promotion("standard"):
+        is_exact = jnp.promote_types(leaf.dtype, like.dtype) == like.dtype
+    if not is_exact:
+        raise ValueError(
+            f"{name} does not train {path!r} whole, as {owner} does in {like.dtype}, and the base "
+            f"has {leaf.dtype} there; {_REMEDIES['dtype']}"
+        )
+    return master(leaf).astype(like.dtype)

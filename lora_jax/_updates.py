@@ -1,0 +1,163 @@
+"""Adapters as updates of one model: what can be added up, and what cannot.
+
+An update is ``scale * a b``, or what a leaf that is trained whole differs from the base.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _jax
+from lora_jax._params import Adapter, Factors, LoraParams, check, wide
+from lora_jax._paths import flatten
+from lora_jax._ranges import Range, overlap, resolve, rows_of, split_range
+from lora_jax._rows import check_single, weight_shape
+
+_ANY = 2**62  # the size of an axis that nobody says
+
+
+def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
+    """The adapters of the operands.
+
+    Raises:
+        TypeError: they are not all Adapters, or all LoraParams.
+        ValueError: they have no updates to add up, or not of the same weights.
+    """
+    if not xs:
+        raise ValueError(f"{verb}: there are no adapters, expected at least one")
+    adapters = [check_single(x, f"{verb}: an operand") for x in xs]
+    if len({type(x) for x in xs}) > 1:
+        raise TypeError(
+            f"{verb}: Adapters and LoraParams together, expected one kind: LoraParams(base, x)"
+        )
+    if isinstance(xs[0], LoraParams):
+        _check_same_base(verb, xs)
+    for adapter in adapters:
+        if adapter.full and not isinstance(xs[0], LoraParams):
+            raise ValueError(
+                f"{verb}: {next(iter(adapter.full))!r} is trained whole, and what it differs from "
+                "the base is not in an Adapter: use the LoraParams, of the very same base"
+            )
+        for key, f in adapter.factors.items():
+            check_linear(verb, key, f)
+    _check_alike(verb, adapters)
+    return adapters
+
+
+def differences(x: Any) -> dict[str, jax.Array]:
+    """What the leaves of a LoraParams that are trained whole differ from its base."""
+    leaves = flatten(x.base)[0] if adapter_of(x).full else {}
+    return {
+        path: leaf - leaves[path].astype(leaf.dtype) for path, leaf in adapter_of(x).full.items()
+    }
+
+
+def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Factors]]:
+    """The factors of each weight, by the number of the adapter, of those that adapt it."""
+    found: dict[str, dict[int, Factors]] = {}
+    for k, adapter in enumerate(adapters):
+        for key, f in adapter.factors.items():
+            found.setdefault(key, {})[k] = f
+    return found
+
+
+def terms(fs: Sequence[Factors]) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """``a``, ``b`` and ``scale`` of each, in one dtype, of at least float32."""
+    dtypes = [wide(x.dtype) for f in fs for x in (f.a, f.b)]
+    dtype = max(dtypes, key=lambda d: jnp.dtype(d).itemsize)
+    return [(f.a.astype(dtype), f.b.astype(dtype), jnp.asarray(f.scale, dtype)) for f in fs]
+
+
+def matrices(fs: Sequence[Factors]) -> list[tuple[jax.Array, jax.Array]]:
+    """``a`` and ``scale * b`` of each: ``[layers, in, rank]`` and ``[layers, rank, out]``."""
+    n = fs[0].layout.count("b")
+    layers = math.prod(fs[0].a.shape[:n])
+    return [
+        (whole(a).reshape(layers, -1, a.shape[-1]), whole(b * s).reshape(layers, b.shape[n], -1))
+        for a, b, s in terms(fs)
+    ]
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Factors on every device of a mesh of Explicit axes, along which QR and SVD do not go."""
+    spec = _jax.explicit_spec(x)
+    return x if spec is None or not any(spec) else _jax.reshard(x, [None] * x.ndim)
+
+
+def plain(fs: Sequence[Factors], a: Any, b: Any) -> Factors:
+    """Factors in the place of ``fs``, of scale 1; frozen is what is frozen in all of them."""
+    frozen = tuple(name for name in fs[0].frozen if all(name in f.frozen for f in fs))
+    return Factors(a, b, jnp.ones((), jnp.float32), fs[0].layout, frozen=frozen)
+
+
+def like(x: Any, adapter: Adapter) -> Any:
+    """The adapter, with the base of ``x`` if it has one."""
+    if not isinstance(x, LoraParams):
+        return adapter
+    result = LoraParams(x.base, adapter)
+    check(result)  # a leaf may be adapted in one and trained whole in another
+    return result
+
+
+def adapter_of(x: Any) -> Adapter:
+    """The adapter of a LoraParams, or itself."""
+    return x.adapter if isinstance(x, LoraParams) else x
+
+
+def _check_same_base(verb: str, xs: Sequence[LoraParams]) -> None:
+    first, *others = [jax.tree.leaves(x.base) for x in xs]
+    for other in others:
+        if len(first) != len(other) or any(p is not q for p, q in zip(first, other, strict=True)):
+            raise ValueError(
+                f"{verb}: the LoraParams have different bases, expected the very same arrays. If "
+                "they are equal, say so, LoraParams(x.base, y.adapter) in place of y; under jit, "
+                "let the base be an argument of its own"
+            )
+
+
+def check_linear(verb: str, key: str, f: Factors) -> None:
+    """Raise unless the update is ``scale * a b`` of the base as it was."""
+    if f.magnitude is not None:
+        raise ValueError(
+            f"{verb}: {key!r} has a DoRA magnitude, and normalizing is not linear. As plain LoRA: "
+            "lora_jax.extract(base, lora_jax.merge(lora_params), rank)"
+        )
+    if f.residual:
+        raise ValueError(
+            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA of "
+            "the base as it was: lora_jax.to_plain"
+        )
+
+
+def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
+    """Raise unless what is of one weight is of one shape and layout, and the rest is apart."""
+    places: dict[str, list[tuple[str, tuple[Range, ...]]]] = {}
+    for key, fs in by_key(adapters).items():
+        forms = dict.fromkeys((f.layout, weight_shape(f)) for f in fs.values())
+        if len(forms) > 1:
+            one, other, *_ = forms
+            raise ValueError(
+                f"{verb}: the adapters are of different models: {key!r} has shape {one[1]} (layout "
+                f"{one[0]!r}) in one and {other[1]} (layout {other[0]!r}) in another"
+            )
+        path, ranges = _place(key)
+        for other, other_ranges in places.setdefault(path, []):
+            if overlap(ranges, other_ranges):
+                raise ValueError(
+                    f"{verb}: {other!r} and {key!r} overlap and are not the same part. Take it "
+                    "from what they make of the base: lora_jax.extract(base, merged, rank)"
+                )
+        places[path].append((key, ranges))
+
+
+def _place(key: str) -> tuple[str, tuple[Range, ...]]:
+    """The path and ranges of an entry, where no base says which paths there are."""
+    if rows_of(key) is not None:
+        return key[: key.rindex("[[")], ()
+    path, ranges = split_range(key)
+    if ranges is None:
+        return key, ()
+    return path, resolve(ranges, path, [_ANY] * (ranges.count(",") + 1))

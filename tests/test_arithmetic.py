@@ -1,0 +1,576 @@
+"""Arithmetic of adapters, TIES, DARE and pruning: against dense updates in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import all_eqns
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_jax
+from lora_jax import Adapter, LoraParams
+from lora_jax._sparse import Rule, of_factors
+
+SHAPES = {
+    "dense": ((6, 8), "io"),
+    "transposed": ((5, 7), "oi"),
+    "query": ((6, 2, 4), "ioo"),
+    "conv": ((3, 4, 6), "iio"),
+    "stack": ((3, 6, 5), "bio"),
+    "experts": ((5, 2, 4, 2), "obib"),
+    "one": ((4, 4), "io"),
+}
+LAYOUT = {name: letters for name, (_, letters) in SHAPES.items()}
+BASE = {
+    name: jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)
+    for i, (name, (shape, _)) in enumerate(SHAPES.items())
+} | {"bias": jnp.arange(4.0), "norm": jnp.ones(3, jnp.bfloat16)}
+
+
+def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
+    """LoraParams with everything that trains drawn at random."""
+    options = {"targets": list(targets), "layout": LAYOUT, **options}
+    lora_params = lora_jax.lorafy(base, rank, key=jax.random.key(seed), **options)
+    rng = np.random.default_rng(seed)
+
+    def drawn(name, x):
+        return jnp.asarray(rng.normal(size=x.shape), x.dtype) if name == "b" else x
+
+    factors = {key: f.mapped(drawn) for key, f in lora_params.adapter.factors.items()}
+    full = {
+        path: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        for path, x in lora_params.adapter.full.items()
+    }
+    return LoraParams(base, Adapter(factors, full))
+
+
+def dense(x):
+    """The updates in float64, in the weights' axes, from the definition."""
+    adapter = x.adapter if isinstance(x, LoraParams) else x
+    found = {}
+    for key, f in adapter.factors.items():
+        axes = {
+            role: "".join("abcd"[i] for i, c in enumerate(f.layout) if c == role) for role in "bio"
+        }
+        equation = f"{axes['b']}{axes['i']}z,{axes['b']}z{axes['o']}->{'abcd'[: len(f.layout)]}"
+        a, b = (np.asarray(y, np.float64) for y in (f.a, f.b))
+        found[key] = float(f.scale) * np.einsum(equation, a, b)
+    for path, leaf in adapter.full.items():
+        found[path] = np.asarray(leaf, np.float64) - np.asarray(x.base[path], np.float64)
+    return found
+
+
+def assert_updates(actual, expected, tolerance=1e-5):
+    """The updates of an adapter are those; where it has none, they are zero."""
+    actual = dense(actual)
+    assert actual.keys() <= expected.keys()
+    for key, e in expected.items():
+        gap = np.abs(actual.get(key, 0.0) - e).max()
+        assert gap <= tolerance * (np.abs(e).max() + 1), (key, gap)
+
+
+def weighted(*pairs):
+    """``sum_k c_k dW_k``."""
+    total = {}
+    for c, x in pairs:
+        for key, d in dense(x).items():
+            total[key] = total.get(key, 0.0) + c * d
+    return total
+
+
+# Ranks, scales and targets of their own; rsLoRA's scale is alpha / sqrt(rank).
+X = split(1, 2, targets=[name for name in SHAPES if name != "conv"], alpha=4)
+Y = split(2, 3, targets=[name for name in SHAPES if name != "one"], alpha=5, rslora=True)
+Z = split(3, {"dense": 1, ".*": 2}, alpha={"dense": 0.5, ".*": 7})
+
+
+def test_sums_are_sums_of_updates():
+    x, y, z = X.adapter, Y.adapter, Z.adapter
+    result = 0.7 * x + 0.3 * y - z
+    assert_updates(result, weighted((0.7, X), (0.3, Y), (-1, Z)))
+    ranks = {key: f.rank for key, f in result.factors.items()}
+    assert ranks == dict.fromkeys(SHAPES, 7) | {"dense": 6, "conv": 5, "one": 4}
+    assert all(f.scale.shape == () and f.layout == LAYOUT[key] for key, f in result.factors.items())
+
+
+def test_merged_sums_are_merges_of_sums():
+    merged = lora_jax.merge(X - 2 * Y)
+    expected = weighted((1, X), (-2, Y))
+    for key, d in expected.items():
+        want = np.asarray(BASE[key], np.float64) + d
+        np.testing.assert_allclose(merged[key], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("number", [0.5, -3, np.float32(1.5), np.int64(2), jnp.float32(0.1), True])
+def test_numbers_go_into_the_scale(number):
+    for result in (number * X.adapter, X.adapter * number):
+        assert_updates(result, weighted((float(number), X)), 1e-6)
+        for key, f in result.factors.items():
+            assert f.a is X.adapter.factors[key].a
+            assert f.b is X.adapter.factors[key].b
+            assert f.scale.shape == ()
+    assert_updates(X.adapter / 4, weighted((0.25, X)), 1e-6)
+
+
+def test_negation_is_undone_exactly():
+    negative = -X.adapter
+    back = -negative
+    for key, f in X.adapter.factors.items():
+        assert negative.factors[key].scale == -f.scale
+        assert back.factors[key].scale == f.scale
+        assert back.factors[key].b is f.b
+
+
+def test_sum_starts_from_nothing():
+    assert_updates(sum([X.adapter, Y.adapter, Z.adapter]), weighted((1, X), (1, Y), (1, Z)))
+    assert_updates(sum([X, Y]), weighted((1, X), (1, Y)))
+    assert X.adapter + 0 is X.adapter
+    assert_updates(X.adapter - 0, weighted((1, X)))
+
+
+def test_what_only_one_adapts_keeps_its_arrays():
+    result = X.adapter + Y.adapter
+    assert result.factors["conv"] is Y.adapter.factors["conv"]
+    assert result.factors["one"] is X.adapter.factors["one"]
+
+
+numbers = st.floats(-3, 3, width=32)
+
+
+@given(numbers, numbers)
+def test_the_algebra_holds(c, d):
+    x, y, z = X.adapter, Y.adapter, Z.adapter
+    assert_updates((x + y) - y, dense(x) | {"conv": np.zeros(SHAPES["conv"][0])})
+    assert_updates(c * (x + y), weighted((c, x), (c, y)))
+    assert_updates(c * x + c * y, weighted((c, x), (c, y)))
+    assert_updates((c + d) * x, weighted((c, x), (d, x)))
+    assert_updates(c * (d * x), weighted((c * d, x)))
+    assert_updates((x + y) + z, dense(x + (y + z)))
+    assert_updates(y + x, dense(x + y))
+
+
+def test_sums_work_under_jit_and_grad():
+    x, y = X.adapter, Y.adapter
+    result = jax.jit(lambda x, y, c: c * x - y / 2)(x, y, jnp.float32(0.3))
+    assert_updates(result, weighted((0.3, X), (-0.5, Y)))
+
+    def loss(c):
+        merged = lora_jax.merge(LoraParams(BASE, c[0] * x + c[1] * y))
+        return merged["dense"].sum()
+
+    slopes = jax.grad(loss)(jnp.array([0.2, 0.4]))
+    wanted = [dense(X)["dense"].sum(), dense(Y)["dense"].sum()]
+    np.testing.assert_allclose(slopes, wanted, rtol=1e-4)
+
+
+def test_narrow_factors_add_up_in_float32():
+    x = split(1, targets=["dense"], dtype=jnp.bfloat16)
+    y = split(2, 3, targets=["dense"], alpha=5)
+    for result, pairs in (
+        (x.adapter + x.adapter, ((2, x),)),
+        (x.adapter + y.adapter, ((1, x), (1, y))),
+    ):
+        f = result.factors["dense"]
+        assert f.a.dtype == f.b.dtype == jnp.float32
+        assert_updates(result, weighted(*pairs), 1e-6)
+
+
+def test_no_array_of_the_weight_is_formed():
+    base = {"w": jnp.zeros((30, 40))}
+    x, y = split(1, 2, base, ["w"], layout=None), split(2, 3, base, ["w"], layout=None)
+
+    def everything(x, y):
+        z = 0.5 * x - y
+        return (
+            z,
+            lora_jax.linear_in_factors([x, x]),
+            lora_jax.similarity([x, y, z]),
+            lora_jax.distance(x, y),
+        )
+
+    sizes = [
+        out.aval.size
+        for eqn in all_eqns(jax.make_jaxpr(everything)(x.adapter, y.adapter))
+        for out in eqn.outvars
+    ]
+    assert max(sizes) < 30 * 40
+
+
+def test_leaves_trained_whole_add_up_as_differences():
+    x = split(1, full=["bias", "norm"])
+    y = split(2, full="bias")
+    result = 0.5 * x - 3 * y
+    assert result.base is BASE
+    assert_updates(result, weighted((0.5, x), (-3, y)))
+    assert result.adapter.full["norm"].dtype == jnp.float32
+    assert (x + Y).adapter.full["bias"] is x.adapter.full["bias"]
+    assert (Y + x).adapter.full["bias"] is x.adapter.full["bias"]
+    assert np.array_equal((1 * x).adapter.full["bias"], x.adapter.full["bias"])
+
+
+def test_parts_of_weights_add_up():
+    base = {"w": jnp.zeros((6, 8)), "table": jnp.zeros((9, 4))}
+    left = split(1, 2, base, ["w[:, 0:3]"], layout=None)
+    right = split(2, 3, base, ["w[:, 3:8]"], layout=None)
+    result = left + 2 * right
+    assert list(result.adapter.factors) == ["w[:, 0:3]", "w[:, 3:8]"]
+    assert_updates(result, weighted((1, left), (2, right)))
+    assert_updates(left + left, weighted((2, left)))
+    overlapping = split(3, 2, base, ["w[:, 2:5]"], layout=None)
+    whole = split(3, 2, base, ["w"], layout=None)
+    for other in (overlapping, whole):
+        for x, y in ((left, other), (left.adapter, other.adapter), (other.adapter, left.adapter)):
+            with pytest.raises(ValueError, match=r"x \+ y: 'w.*' and 'w.*' overlap.*extract"):
+                x + y
+
+
+def test_rows_of_tables_stay_rows():
+    base = {"embedding": jnp.zeros((9, 4))}
+
+    def rows(seed, *ids):
+        return split(seed, base=base, targets=[], layout=None, rows={"embedding": ids})
+
+    x, y = rows(1, 2, 5), rows(2, 2, 5)
+    for result, c, d in (
+        (x - 3 * y, 1, -3),
+        (lora_jax.linear_in_factors([x, y], [0.2, 2]), 0.2, 2),
+        (lora_jax.prune([x, y], density=1.0, rank=1)[0], 1, 1),
+    ):
+        f = result.adapter.factors["embedding[[2, 5]]"]
+        assert f.rank == 2
+        assert f.frozen == ("a",)
+        assert_updates(result, weighted((c, x), (d, y)))
+    with pytest.raises(
+        ValueError, match=r"'embedding\[\[2, 5\]\]' and 'embedding\[\[2, 6\]\]' over"
+    ):
+        x + rows(3, 2, 6)
+
+
+def test_frozen_is_what_is_frozen_in_both():
+    x, y = split(1, freeze=("a",)), split(2, freeze=("a",))
+    assert (x + y).adapter.factors["dense"].frozen == ("a",)
+    assert (x + Y).adapter.factors["dense"].frozen == ()
+    assert (-x).adapter.factors["dense"].frozen == ("a",)
+
+
+def test_linear_in_factors_is_what_it_says():
+    x, y = split(1, 2, alpha=4), split(2, 2, alpha=6)
+    result = lora_jax.linear_in_factors([x.adapter, -1 * y.adapter, x.adapter], [0.5, 2, -3])
+    for key, f in result.factors.items():
+        fs = [x.adapter.factors[key], y.adapter.factors[key]]
+        roots = [np.sqrt(float(f.scale)) for f in fs]
+        a = -2.5 * roots[0] * np.asarray(fs[0].a) + 2 * roots[1] * np.asarray(fs[1].a)
+        b = -2.5 * roots[0] * np.asarray(fs[0].b) - 2 * roots[1] * np.asarray(fs[1].b)
+        np.testing.assert_allclose(f.a, a, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(f.b, b, rtol=1e-5, atol=1e-5)
+        assert f.scale == 1
+
+
+def test_linear_in_factors_is_a_mean_of_one_and_of_shared_a():
+    x = split(1, 2, alpha=4)
+    assert_updates(lora_jax.linear_in_factors([x, x, x]), weighted((1, x)))
+    factors = {key: dataclasses.replace(f, b=-2 * f.b) for key, f in x.adapter.factors.items()}
+    y = LoraParams(BASE, Adapter(factors))
+    assert_updates(lora_jax.linear_in_factors([x, y], [0.3, 0.7]), weighted((0.3, x), (0.7, y)))
+
+
+def test_linear_in_factors_of_leaves_trained_whole():
+    x, y = split(1, full="bias"), split(2, targets=["dense"])
+    result = lora_jax.linear_in_factors([x, y])
+    gap = np.asarray(x.adapter.full["bias"]) - np.asarray(BASE["bias"])
+    np.testing.assert_allclose(result.adapter.full["bias"], BASE["bias"] + gap / 2, rtol=1e-6)
+
+
+# --- TIES, DARE, pruning -----------------------------------------------------------------------
+
+
+# Fewer shapes: of each, a program is compiled.
+FEW = ("dense", "transposed", "stack", "experts")
+P, Q, R = (
+    LoraParams(BASE, Adapter({key: x.adapter.factors[key] for key in names}))
+    for x, names in ((X, FEW), (Y, FEW[:3]), (Z, FEW[1:]))
+)
+
+
+def layers(d, letters):
+    """``[layers, entries]``."""
+    axes = [i for i, c in enumerate(letters) if c == "b"]
+    d = np.moveaxis(d, axes, range(len(axes)))
+    return d.reshape(int(np.prod(d.shape[: len(axes)])), -1), d.shape, axes
+
+
+def unlayered(x, shape, axes):
+    return np.moveaxis(x.reshape(shape), range(len(axes)), axes)
+
+
+def trimmed(d, letters, density):
+    flat, shape, axes = layers(d, letters)
+    kept = max(1, round(density * flat.shape[-1]))
+    least = np.sort(np.abs(flat), -1)[:, -kept, None]
+    return unlayered(np.where(np.abs(flat) >= least, flat, 0), shape, axes)
+
+
+def elected(ds):
+    sign = np.sign(sum(ds))
+    agree = [(np.sign(d) == sign) & (d != 0) for d in ds]
+    return sum(d * k for d, k in zip(ds, agree, strict=True)) / np.maximum(sum(agree), 1)
+
+
+def letters_of(key):
+    return LAYOUT.get(key, "io")
+
+
+def oracle(xs, density, elect):
+    found = {}
+    for key in dict.fromkeys(key for x in xs for key in dense(x)):
+        ds = [trimmed(dense(x)[key], letters_of(key), density) for x in xs if key in dense(x)]
+        found[key] = elected(ds) if elect else sum(ds)
+    return found
+
+
+def best(d, letters, rank):
+    """The best update of a rank, in float64, and what it misses of it all."""
+    batch, inputs, outputs = ([i for i, c in enumerate(letters) if c == r] for r in "bio")
+    order = [*batch, *inputs, *outputs]
+    moved = d.transpose(order)
+    ins = int(np.prod([d.shape[i] for i in inputs]))
+    layers = int(np.prod([d.shape[i] for i in batch], initial=1))
+    u, s, vt = np.linalg.svd(moved.reshape(layers, ins, -1), full_matrices=False)
+    low = (u[..., :rank] * s[:, None, :rank]) @ vt[:, :rank]
+    error = np.sqrt((s[:, rank:] ** 2).sum() / (s**2).sum())
+    return low.reshape(moved.shape).transpose(np.argsort(order)), error
+
+
+@pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("verb", ["ties", "prune"])
+def test_ties_and_pruning_are_exact_at_full_rank(verb, density):
+    xs = [P.adapter, -2 * Q.adapter, R.adapter / 3]
+    result, error = getattr(lora_jax, verb)(xs, density=density, rank=None)
+    assert_updates(result, oracle(xs, density, verb == "ties"))
+    assert error.keys() == result.factors.keys()
+    assert not any(error.values())
+
+
+@pytest.mark.parametrize("niter", [None, 6])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_factors_are_the_best_of_their_rank(rank, niter):
+    xs = [P, 0.5 * Q, R]
+    result, error = lora_jax.ties(xs, density=0.4, rank=rank, niter=niter)
+    assert isinstance(result, LoraParams)
+    exact = oracle(xs, 0.4, True)
+    want = {key: best(d, letters_of(key), rank) for key, d in exact.items()}
+    assert_updates(result, {key: low for key, (low, _) in want.items()}, 1e-3 if niter else 1e-4)
+    for key, (_, missed) in want.items():
+        assert float(error[key]) == pytest.approx(missed, abs=1e-4)
+        f = result.adapter.factors[key]
+        assert f.rank == rank
+        assert f.scale == 1
+    assert max(map(float, error.values())) > 0.1
+
+
+def test_a_rank_above_the_weights_is_the_weights():
+    result, error = lora_jax.prune(P.adapter, density=0.5, rank=100)
+    assert_updates(result, oracle([P], 0.5, False))
+    assert result.factors["dense"].rank == 6
+    assert max(map(float, error.values())) < 1e-5
+
+
+def test_leaves_trained_whole_go_through_ties():
+    x, y = (
+        split(1, targets=["dense"], full="bias"),
+        split(2, targets=["dense"], full=["bias", "norm"]),
+    )
+    result, error = lora_jax.ties([x, -1 * y], density=0.5, rank=2)
+    exact = oracle([x, -1 * y], 0.5, True)
+    got = dense(result)
+    for path in ("bias", "norm"):
+        np.testing.assert_allclose(got[path], exact[path], atol=1e-6)
+        assert path not in error
+
+
+def test_ties_is_odd_and_cancels_to_zero():
+    x, y = P.adapter, Q.adapter
+    options = {"density": 0.5, "rank": None}
+    assert_updates(
+        lora_jax.ties([-x, -y], **options)[0], weighted((-1, lora_jax.ties([x, y], **options)[0]))
+    )
+    assert not any(d.any() for d in dense(lora_jax.ties([x, -x], **options)[0]).values())
+
+
+@pytest.mark.parametrize("elect", [False, True])
+def test_dare_drops_and_enlarges(elect):
+    key = jax.random.key(5)
+    options = {"density": 0.4, "rank": None, "key": key}
+    alone = [lora_jax.dare(x, **options)[0] for x in (P.adapter, R.adapter)]
+    share = []
+    for x, result in zip((P, R), alone, strict=True):
+        for name, d in dense(result).items():
+            whole = dense(x)[name]
+            kept = d != 0
+            np.testing.assert_allclose(d[kept], whole[kept] / 0.4, rtol=1e-4, atol=1e-5)
+            share.append(kept.reshape(-1))
+    share = np.concatenate(share)
+    assert abs(share.mean() - 0.4) < 4 * np.sqrt(0.24 / share.size)
+    both = lora_jax.dare([P.adapter, P.adapter], **options, elect=elect)[0]
+    again = lora_jax.dare([P.adapter, P.adapter], **options, elect=elect)[0]
+    assert_updates(both, dense(again), 0)
+    ratios = np.unique((dense(both)["dense"] / dense(P)["dense"]).round(3))
+    # each has a mask of its own: none, one or both; a mean of agreeing ones is one of them
+    assert list(ratios) == ([0, 2.5] if elect else [0, 2.5, 5])
+    other = lora_jax.dare(P.adapter, density=0.4, rank=None, key=jax.random.key(6))[0]
+    assert not np.array_equal(dense(other)["dense"] == 0, dense(alone[0])["dense"] == 0)
+
+
+def test_dare_is_right_in_the_mean():
+    base = {"w": jnp.zeros((4, 5))}
+    x = split(1, 2, base, ["w"], layout=None)
+    draw = jax.jit(jax.vmap(lambda k: lora_jax.dare(x.adapter, density=0.5, rank=None, key=k)[0]))
+    drawn = draw(jax.random.split(jax.random.key(0), 4000)).factors["w"]
+    mean = np.einsum("nir,nro->io", drawn.a, drawn.b) / 4000
+    exact = dense(x)["w"]
+    assert np.abs(mean - exact).max() < 5 * np.abs(exact).max() / np.sqrt(4000)
+
+
+def test_layers_of_a_stack_are_drawn_apart():
+    drawn = lora_jax.dare(P.adapter, density=0.5, rank=None, key=jax.random.key(0))[0]
+    masks = dense(drawn)["stack"] != 0
+    assert not np.array_equal(masks[0], masks[1])
+
+
+def test_ties_works_under_jit():
+    xs = [P.adapter, Q.adapter]
+    one = jax.jit(lambda xs: lora_jax.ties(xs, density=0.3, rank=2))(xs)
+    other = lora_jax.ties(xs, density=0.3, rank=2)
+    assert_updates(one[0], dense(other[0]), 1e-4)
+    for key, error in other[1].items():
+        assert float(one[1][key]) == pytest.approx(float(error), abs=1e-5)
+
+
+@pytest.mark.parametrize(("random", "arrays"), [(False, 6.5), (True, 10.5)])
+def test_memory_does_not_grow_with_the_number_of_adapters(random, arrays):
+    rows, columns = 512, 1024
+
+    def temporary(count):
+        form = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+        fs = [lora_jax.Factors(form(rows, 4), form(4, columns), form(), "io")] * count
+        args = (fs, jax.random.key(0), Rule(0.2, random, True), 4, 2)
+        return of_factors.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    one = 4 * rows * columns
+    few, many = temporary(2), temporary(8)
+    assert few < many < arrays * one
+    assert many - few < one / 4
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_adapters_combine(kind):
+    kinds = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=kinds)
+    spread, everywhere = (
+        jax.sharding.NamedSharding(mesh, spec)
+        for spec in (jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec())
+    )
+    base = {"w": jnp.zeros((16, 24)), "v": jnp.ones((16, 2))}
+    there = {name: jax.device_put(x, spread) for name, x in base.items()}
+    xs = [split(k, k, base, ["w"], layout=None, full="v") for k in (2, 3)]
+
+    def placed(x):
+        f = x.adapter.factors["w"]
+        f = f.mapped(lambda name, y: jax.device_put(y, spread if name == "a" else everywhere))
+        return LoraParams(there, Adapter({"w": f}, jax.device_put(x.adapter.full, spread)))
+
+    with jax.set_mesh(mesh):
+        ys = [placed(x) for x in xs]
+        total = ys[0] - ys[1]
+        assert total.adapter.factors["w"].a.sharding.is_equivalent_to(spread, 2)
+        assert total.adapter.full["v"].sharding.is_equivalent_to(spread, 2)
+        combined = lora_jax.ties(ys, density=0.3, rank=3)[0]
+        nearly = lora_jax.ties(ys, density=0.3, rank=3, niter=6)[0]
+        measured = lora_jax.similarity(ys), lora_jax.distance(*ys)
+        directions = lora_jax.subspace_similarity(*ys)["w"]
+    assert_updates(total, dense(xs[0] - xs[1]), 1e-6)
+    exact = lora_jax.ties(xs, density=0.3, rank=3)[0]
+    assert_updates(combined, dense(exact), 1e-4)
+    assert_updates(nearly, dense(exact), 1e-2)
+    np.testing.assert_allclose(measured[0], lora_jax.similarity(xs), atol=1e-6)
+    np.testing.assert_allclose(measured[1], lora_jax.distance(*xs), rtol=1e-5)
+    np.testing.assert_allclose(directions, lora_jax.subspace_similarity(*xs)["w"], atol=1e-5)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_operands_that_have_no_sum_are_explained():
+    x = X.adapter
+
+    def refused(error, message, f, *args):
+        with pytest.raises(error, match=message):
+            f(*args)
+
+    plus = lambda x, y: x + y  # noqa: E731
+    refused(TypeError, "unsupported operand", plus, x, 3)
+    refused(TypeError, "unsupported operand", plus, x, X)
+    refused(TypeError, "unsupported operand", lambda: x * x)
+    refused(TypeError, "unsupported operand", lambda: x * None)
+    refused(
+        ValueError, r"number \* x: the number has shape \(2,\).*jax.vmap", lambda: jnp.ones(2) * x
+    )
+    full = split(1, full="bias")
+    refused(
+        ValueError, r"number \* x: 'bias' is trained whole.*LoraParams", lambda: 2 * full.adapter
+    )
+    refused(ValueError, r"x \+ y: 'bias' is trained whole", plus, x, full.adapter)
+    dora = split(1, targets=["dense"], dora=True)
+    refused(ValueError, r"'dense' has a DoRA magnitude.*lora_jax.extract", lambda: 0.5 * dora)
+    refused(ValueError, r"x \+ y: 'dense' has a DoRA", plus, x, dora.adapter)
+    pissa = lora_jax.lorafy(BASE, 2, init="pissa", targets="dense")
+    refused(ValueError, r"'dense' belongs to what its init.*to_plain", plus, pissa, pissa)
+    copied = split(1, base=jax.tree.map(jnp.array, BASE))
+    refused(ValueError, r"different bases.*LoraParams\(x.base, y.adapter\)", plus, X, copied)
+    refused(
+        ValueError,
+        r"different bases",
+        plus,
+        X,
+        split(1, base={"dense": BASE["dense"]}, targets=["dense"], layout=None),
+    )
+    stacked = lora_jax.stack([x, x])
+    refused(ValueError, r"scale of 'dense' has shape \(2,\).*unstack", plus, stacked, stacked)
+    half = lora_jax.split(X)[0]
+    refused(TypeError, r"\.scale is NoneType.*lora_jax.combine", lambda: 2 * half)
+    other = split(1, 2, {"dense": jnp.zeros((7, 8))}, ["dense"], layout=None).adapter
+    refused(
+        ValueError,
+        r"'dense' has shape \(6, 8\) \(layout 'io'\) in one and \(7, 8\)",
+        plus,
+        x,
+        other,
+    )
+    turned = split(1, 2, BASE, ["dense"], layout={"dense": "oi"}).adapter
+    refused(ValueError, r"\(layout 'io'\) in one and \(6, 8\) \(layout 'oi'\)", plus, x, turned)
+    whole = split(1, targets=["dense"], full="one")
+    refused(ValueError, r"'one' is both in adapter.factors and in adapter.full", plus, X, whole)
+    means = lora_jax.linear_in_factors
+    refused(ValueError, r"'dense' has the ranks \[2, 3\], expected equal", means, [x, Y.adapter])
+    refused(ValueError, r"1 weights for 2 adapters", means, [x, x], [1])
+    refused(ValueError, r"linear_in_factors: there are no adapters", means, [])
+    refused(TypeError, r"Adapters and LoraParams together", means, [x, X])
+    refused(TypeError, r"linear_in_factors: an operand is dict", means, [{}])
+
+
+def test_arguments_out_of_range_are_explained():
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=message):
+            lora_jax.ties([X.adapter], **{"density": 0.5, "rank": 2, **options})
+
+    refused(r"ties: density=0: expected a share", density=0)
+    refused(r"density=1\.5: expected a share", density=1.5)
+    refused(r"rank=0: expected None or an int from 1 on", rank=0)
+    refused(r"rank=2\.0: expected None or an int", rank=2.0)
+    refused(r"niter=-1: expected None or an int from 0 on", niter=-1)
+    refused(r"rank=True: expected", rank=True)
+    with pytest.raises(ValueError, match="dare: there are no adapters"):
+        lora_jax.dare([], density=0.5, rank=2, key=jax.random.key(0))

@@ -1,0 +1,208 @@
+"""Routing by directions, against a plain float64 loop over tokens and adapters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, dict_case, randomize_b, scan_case
+from jax.test_util import check_grads
+
+import lora_jax
+from lora_jax import Adapter, Factors, LoraParams
+
+
+def adapters_of(params, count=4, ranks=(2, 3, 1, 2), **options):
+    made = []
+    for k in range(count):
+        one = lora_jax.lorafy(params, ranks[k], key=jax.random.key(k), alpha=k + 1.0, **options)
+        made.append(randomize_b(one, k + 9))
+    return made
+
+
+def mixed(x, w, adapters, key, top_k, temperature):
+    """``x W`` plus the mixture for each row of ``x``, by SVD of whole updates."""
+    updates, directions = [], []
+    for one in adapters:
+        f = one.adapter.factors[key]
+        updates.append(float(f.scale) * np.asarray(f.a, float) @ np.asarray(f.b, float))
+        directions.append(np.linalg.svd(updates[-1])[0][:, 0])
+    rows = []
+    for row in np.asarray(x, float):
+        logits = np.abs([row @ v for v in directions])
+        best = np.argsort(-logits)[:top_k]
+        shares = np.exp(logits[best] / temperature - logits[best].max() / temperature)
+        shares /= shares.sum()
+        rows.append(row @ np.asarray(w, float))
+        rows[-1] += sum(g * row @ updates[n] for g, n in zip(shares, best, strict=True))
+    return np.stack(rows).astype(np.float32)
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.3), (9, 1.0)])
+def test_every_token_gets_the_adapters_that_answer_to_it(top_k, temperature):
+    w = jax.random.normal(jax.random.key(1), (6, 5))
+    adapters = adapters_of({"query": {"kernel": w}})
+    x = jax.random.normal(jax.random.key(2), (3, 4, 6))
+    stacked = lora_jax.stack(adapters)
+    apply = lora_jax.lora_routed(
+        lambda p, x: x @ p["query"]["kernel"], top_k=top_k, temperature=temperature
+    )
+    found = jax.jit(apply)(stacked, x, lora_router=lora_jax.arrow(stacked))
+    expected = mixed(x.reshape(-1, 6), w, adapters, "query/kernel", top_k, temperature)
+    assert_close(found, jnp.asarray(expected).reshape(3, 4, 5), 1e-5)
+
+
+@pytest.mark.parametrize("equation", ["bd,dhe->bhe", "lbd,lde->lbe", "bhe,hed->bd"])
+def test_directions_have_the_axes_that_a_weight_reads(equation):
+    layout = {"bd,dhe->bhe": "ioo", "lbd,lde->lbe": "bio", "bhe,hed->bd": "iio"}[equation]
+    shape = {"ioo": (6, 2, 3), "bio": (2, 6, 3), "iio": (2, 3, 6)}[layout]
+    x_shape = {"ioo": (4, 6), "bio": (2, 4, 6), "iio": (4, 2, 3)}[layout]
+    w, x = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate((shape, x_shape)))
+    adapters = adapters_of({"w": w}, targets="w", layout={"w": layout})
+    stacked = lora_jax.stack(adapters)
+    router = lora_jax.arrow(stacked)
+    inputs = tuple(n for n, letter in zip(shape, layout, strict=True) if letter in "bi")
+    assert router["w"].shape == (*inputs, 4)
+    norm = jnp.square(router["w"]).sum(
+        [i for i, c in enumerate(layout.replace("o", "")) if c == "i"]
+    )
+    assert_close(norm, jnp.ones_like(norm), 1e-5)
+    found = lora_jax.lora_routed(lambda p, x: jnp.einsum(equation, x, p["w"]), top_k=2)(
+        stacked, x, lora_router=router
+    )
+    for layer in range(2) if layout == "bio" else [None]:
+        own = [
+            LoraParams(
+                None,
+                Adapter(
+                    {
+                        "w": Factors(
+                            *(
+                                y[layer] if layer is not None else y
+                                for y in (one.adapter.factors["w"].a, one.adapter.factors["w"].b)
+                            ),
+                            one.adapter.factors["w"].scale,
+                            "io",
+                        )
+                    }
+                ),
+            )
+            for one in adapters
+        ]
+        flat = [
+            dataclasses.replace(
+                p.adapter.factors["w"],
+                a=p.adapter.factors["w"].a.reshape(-1, p.adapter.factors["w"].rank),
+                b=p.adapter.factors["w"].b.reshape(p.adapter.factors["w"].rank, -1),
+            )
+            for p in own
+        ]
+        parts = x if layer is None else x[layer], w if layer is None else w[layer]
+        plain = [LoraParams(None, Adapter({"w": f})) for f in flat]
+        width = flat[0].a.shape[0]
+        expected = mixed(parts[0].reshape(-1, width), parts[1].reshape(width, -1), plain, "w", 2, 1)
+        actual = found if layer is None else found[layer]
+        assert_close(actual.reshape(expected.shape), jnp.asarray(expected), 1e-5)
+
+
+def test_one_adapter_is_that_adapter_everywhere(standard_promotion):
+    case = scan_case()
+    one = case.lorafy()
+    stacked = lora_jax.stack([one])
+    found = jax.jit(lora_jax.lora_routed(case.fn))(
+        stacked, case.x, lora_router=lora_jax.arrow(stacked)
+    )
+    assert_close(found, lora_jax.lora(case.fn)(one, case.x), 1e-5)
+
+
+def test_nothing_goes_to_an_adapter_that_does_nothing_nor_from_it():
+    case = dict_case()
+    one, other = adapters_of(case.params, 2, targets=case.targets)
+    fresh = lora_jax.lorafy(case.params, 2, targets=case.targets)
+    kept = {k: f for k, f in other.adapter.factors.items() if k != "w1"}
+    stacked = lora_jax.stack([one, fresh, LoraParams(case.params, Adapter(kept))])
+    router = lora_jax.arrow(stacked)
+    assert not np.any(router["w1"][:, 1:])
+    apply = lora_jax.lora_routed(case.fn, top_k=3)
+    found = apply(stacked, case.x, lora_router=router)
+    assert_close(found, apply(lora_jax.take(stacked, [0, 2]), case.x, lora_router={
+        k: v[..., np.array([0, 2])] for k, v in router.items()
+    }), 1e-6)  # fmt: skip
+    nothing = jax.tree.map(jnp.zeros_like, router)
+    assert_close(apply(stacked, case.x, lora_router=nothing), case.fn(case.params, case.x), 1e-6)
+
+
+def test_gradients_are_those_of_finite_differences():
+    case = dict_case()
+    stacked = lora_jax.stack(adapters_of(case.params, 3, targets=case.targets))
+    router = lora_jax.arrow(stacked)
+
+    def loss(adapter, router):
+        stacked = LoraParams(case.params, adapter)
+        return (lora_jax.lora_routed(case.fn)(stacked, case.x, lora_router=router) ** 2).mean()
+
+    trainable = {k: (f.a, f.b) for k, f in stacked.adapter.factors.items()}
+
+    def by_factors(trainable, router):
+        factors = {
+            k: dataclasses.replace(stacked.adapter.factors[k], a=a, b=b)
+            for k, (a, b) in trainable.items()
+        }
+        return loss(Adapter(factors), router)
+
+    check_grads(by_factors, (trainable, router), 1, ["rev"], eps=1e-3, rtol=2e-2)
+
+
+def test_what_cannot_be_routed_is_refused():
+    case = dict_case()
+    adapters = adapters_of(case.params, 2, targets=case.targets)
+    stacked = lora_jax.stack(adapters)
+    router, apply = lora_jax.arrow(stacked), lora_jax.lora_routed(case.fn)
+    with pytest.raises(TypeError, match="lora_routed: expected a function"):
+        lora_jax.lora_routed(None)
+    for top_k in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"top_k=.*expected an integer >= 1"):
+            lora_jax.lora_routed(case.fn, top_k=top_k)
+    with pytest.raises(ValueError, match="temperature=0: expected a number > 0"):
+        lora_jax.lora_routed(case.fn, temperature=0)
+    with pytest.raises(ValueError, match="has an argument 'lora_router'"):
+        lora_jax.lora_routed(lambda p, lora_router: p)
+    with pytest.raises(TypeError, match="lora_router is int, expected directions"):
+        apply(stacked, case.x, lora_router=1)
+    with pytest.raises(TypeError, match="adapter is int, expected an Adapter that is a stack"):
+        apply(LoraParams(case.params, 0), case.x, lora_router=router)
+    with pytest.raises(ValueError, match="of other weights than the stack: 'w1'"):
+        apply(stacked, case.x, lora_router={k: v for k, v in router.items() if k != "w1"})
+    with pytest.raises(ValueError, match=r"scale \(\), expected a stack's"):
+        apply(adapters[0], case.x, lora_router=router)
+    with pytest.raises(ValueError, match=r"router has shape .* expected a stack's"):
+        apply(lora_jax.take(stacked, [0]), case.x, lora_router=router)
+    whole = lora_jax.stack(adapters_of(case.params, 2, targets=case.targets, full="b1"))
+    with pytest.raises(ValueError, match="'b1' is trained whole"):
+        apply(whole, case.x, lora_router=router)
+    dora = lora_jax.stack(adapters_of(case.params, 2, targets=case.targets, dora=True))
+    with pytest.raises(ValueError, match="has DoRA magnitudes"):
+        apply(dora, case.x, lora_router=router)
+    with pytest.raises(TypeError, match="stacked is int"):
+        lora_jax.arrow(0)
+    with pytest.raises(ValueError, match="this is no stack"):
+        lora_jax.arrow(adapters[0])
+
+
+@pytest.mark.parametrize("use", ["lookup", "head", "convolution", "whole"])
+def test_a_weight_that_no_input_meets_is_refused(use):
+    w = jax.random.normal(jax.random.key(0), (3, 5, 5))
+    fns = {
+        "lookup": lambda p, x: p["w"][0][jnp.array([1, 2])],
+        "head": lambda p, x: x @ p["w"][0].T,
+        "convolution": lambda p, x: jax.lax.conv(
+            x.T[None], p["w"].transpose(2, 1, 0), (1,), "SAME"
+        ),
+        "whole": lambda p, x: jnp.exp(p["w"]),
+    }
+    layout = {"w": "iio" if use == "convolution" else "bio"}
+    stacked = lora_jax.stack(adapters_of({"w": w}, 2, ranks=(1, 1), targets="w", layout=layout))
+    router = lora_jax.arrow(stacked)
+    with pytest.raises(NotImplementedError, match="'w'"):
+        lora_jax.lora_routed(fns[use])(stacked, jnp.ones((4, 5)), lora_router=router)

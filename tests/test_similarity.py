@@ -1,0 +1,137 @@
+"""Cosines, distances and common subspaces of adapters: against dense updates in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_arithmetic import BASE, LAYOUT, dense, split
+
+import lora_jax
+from lora_jax import Adapter, Factors
+
+X = split(1, 2, alpha=4)
+Y = split(2, 3, targets=["dense", "stack", "query"], alpha=5, rslora=True)
+Z = split(3, {"dense": 1, ".*": 2}, targets=["dense", "experts"], alpha=7)
+
+
+def vector(x, key=None):
+    """The update of all weights, or of one, as one vector."""
+    found = dense(x)
+    keys = [*LAYOUT, "bias", "norm"] if key is None else [key]
+    shape = lambda key: np.shape(BASE[key])  # noqa: E731
+    return np.concatenate([np.reshape(found.get(k, np.zeros(shape(k))), -1) for k in keys])
+
+
+def cosines(xs, key=None):
+    vectors = np.stack([vector(x, key) for x in xs])
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.where(norms > 0, norms, 1)
+    return unit @ unit.T
+
+
+def test_similarities_are_cosines_of_updates():
+    xs = [X, Y, Z, -2 * X, X + 3 * Y]
+    expected = cosines(xs)
+    for given in (xs, [x.adapter for x in xs]):
+        actual = lora_jax.similarity(given)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+        assert jnp.abs(actual).max() <= 1
+    assert expected[0, 3] == pytest.approx(-1)
+    assert 0.1 < abs(expected[0, 4]) < 0.9
+    jitted = jax.jit(lora_jax.similarity)([x.adapter for x in xs])
+    np.testing.assert_allclose(jitted, expected, atol=1e-6)
+
+
+def test_similarities_of_each_weight():
+    xs = [X, Y, Z]
+    found = lora_jax.similarity(xs, per_weight=True)
+    assert found.keys() == LAYOUT.keys()
+    for key, actual in found.items():
+        np.testing.assert_allclose(actual, cosines(xs, key), atol=1e-6)
+    assert found["experts"][1, 1] == 0  # does not adapt them
+    assert found["experts"][0, 1] == 0
+
+
+def test_leaves_trained_whole_count():
+    x = split(1, full=["bias", "norm"], targets=["dense"])
+    y = split(2, full="bias", targets=["query"])
+    xs = [x, y, 2 * x]
+    np.testing.assert_allclose(lora_jax.similarity(xs), cosines(xs), atol=1e-6)
+    found = lora_jax.similarity(xs, per_weight=True)
+    np.testing.assert_allclose(found["bias"], cosines(xs, "bias"), atol=1e-6)
+    gap = np.linalg.norm(vector(x) - vector(y))
+    assert float(lora_jax.distance(x, y)) == pytest.approx(gap, rel=1e-5)
+
+
+def test_what_is_zero_is_like_nothing():
+    fresh = lora_jax.lorafy(BASE, 2, targets="dense")
+    actual = np.asarray(lora_jax.similarity([fresh, X]))
+    assert not actual[0].any()
+    assert not actual[:, 0].any()
+    assert actual[1, 1] == pytest.approx(1)
+    empty = lora_jax.LoraParams(BASE, Adapter({}))
+    assert np.array_equal(lora_jax.similarity([empty, empty]), np.zeros((2, 2)))
+    assert lora_jax.distance(empty, empty) == 0
+
+
+def test_distances_are_norms_of_differences():
+    for x, y in ((X, Y), (Y, Z), (X.adapter, Z.adapter), (X, 0 * X)):
+        gap = np.linalg.norm(vector(x) - vector(y))
+        assert float(lora_jax.distance(x, y)) == pytest.approx(gap, rel=1e-5)
+    assert lora_jax.distance(X, X) < 1e-5 * np.linalg.norm(vector(X))
+    near = 1.001 * X  # of a gram matrix the difference would be lost in rounding
+    assert float(lora_jax.distance(X, near)) == pytest.approx(
+        1e-3 * np.linalg.norm(vector(X)), rel=1e-2
+    )
+
+
+def test_parts_apart_are_orthogonal():
+    base = {"w": jnp.zeros((6, 8))}
+    left = split(1, 2, base, ["w[:, 0:3]"], layout=None)
+    right = split(2, 3, base, ["w[:, 3:8]"], layout=None)
+    np.testing.assert_allclose(lora_jax.similarity([left, right]), np.eye(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_subspaces_are_compared_as_in_the_paper(factor):
+    found = lora_jax.subspace_similarity(X, Y, factor=factor)
+    assert found.keys() == Y.adapter.factors.keys()
+    for key, phi in found.items():
+        batch = 3 if key == "stack" else 1
+        sides = []
+        for x in (X, Y):
+            f = x.adapter.factors[key]
+            m = np.asarray(getattr(f, factor), np.float64)
+            m = m.reshape(batch, -1, f.rank) if factor == "a" else m.reshape(batch, f.rank, -1).mT
+            sides.append(np.linalg.svd(m, full_matrices=False)[0])
+        u, v = sides
+        assert phi.shape == ((3,) if key == "stack" else ()) + (2, 3)
+        for i in range(2):
+            for j in range(3):
+                product = u[..., : i + 1].mT @ v[..., : j + 1]
+                want = (product**2).sum((-2, -1)) / (min(i, j) + 1)
+                np.testing.assert_allclose(phi[..., i, j].reshape(-1), want, atol=1e-5)
+    same = lora_jax.subspace_similarity(X, -3 * X, factor=factor)["dense"]
+    np.testing.assert_allclose(jnp.diagonal(same), 1, atol=1e-5)
+
+
+def test_orthogonal_subspaces_have_nothing_in_common():
+    one, other = np.eye(6, dtype="float32")[:, :2], np.eye(6, dtype="float32")[:, 3:]
+    x, y = (
+        Adapter({"w": Factors(jnp.asarray(a), jnp.ones((a.shape[1], 2)), 1.0, "io")})
+        for a in (one, other)
+    )
+    assert not lora_jax.subspace_similarity(x, y)["w"].any()
+
+
+def test_misuse_is_explained():
+    with pytest.raises(ValueError, match="similarity: there are no adapters"):
+        lora_jax.similarity([])
+    with pytest.raises(TypeError, match="similarity: Adapters and LoraParams together"):
+        lora_jax.similarity([X, X.adapter])
+    with pytest.raises(TypeError, match="distance: an operand is int"):
+        lora_jax.distance(X, 0)
+    with pytest.raises(ValueError, match="factor='c': expected 'a' or 'b'"):
+        lora_jax.subspace_similarity(X, Y, factor="c")
+    with pytest.raises(ValueError, match="subspace_similarity: 'dense' has a DoRA magnitude"):
+        lora_jax.subspace_similarity(X, split(1, targets=["dense"], dora=True))

@@ -1,0 +1,885 @@
+"""Stacks of adapters: each row is the adapter on its own, in results and in training."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import all_eqns, assert_close, dict_case, loss_of, randomize_b, scan_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lora_jax
+from lora_jax import Adapter, LoraParams
+from lora_jax._paths import flatten
+
+AXES = LoraParams(base=None, adapter=0)
+SUBSETS = {  # of targets, in a model of each kind; and a leaf to train whole
+    dict_case: (["w1", "layers/0/w2"], ["w1"], ["layers/0/w2"], "b1"),
+    scan_case: (
+        "all-linear",
+        "layers/.*Attention.*/kernel",
+        "layers/Dense_1/kernel",
+        ".*LayerNorm_0/bias",
+    ),
+}
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert [x.dtype for x in jax.tree.leaves(actual)] == [
+        x.dtype for x in jax.tree.leaves(expected)
+    ]
+    assert bits(actual) == bits(expected)
+
+
+def several(make):
+    """Adapters of one base, of different ranks, alphas, targets and leaves trained whole."""
+    case = make()
+    every, some, others, whole = SUBSETS[make]
+    options = [
+        {"rank": 3, "targets": every},
+        {"rank": 1, "alpha": 3.0, "targets": some},
+        {"rank": 5, "alpha": 1.0, "targets": others, "full": whole},
+        {"rank": 2, "rslora": True, "targets": every},
+    ]
+    made = []
+    for n, o in enumerate(options):
+        lora_params = lora_jax.lorafy(case.params, key=jax.random.key(n), **o)
+        lora_params = randomize_b(lora_params, seed=10 + n)
+        full = {path: x + 0.1 for path, x in lora_params.adapter.full.items()}
+        adapter = dataclasses.replace(lora_params.adapter, full=full)
+        made.append(LoraParams(lora_params.base, adapter))
+    return case, made
+
+
+def inputs(case, n):
+    return jnp.stack([case.x * (1 + 0.1 * k) for k in range(n)])
+
+
+def unpadded(row, like):
+    """A row of gradients in the shapes of ``like``; all the rest of it is zero."""
+    factors = {}
+    for path, f in row.factors.items():
+        if path not in like.factors:
+            assert not any(np.any(x) for x in jax.tree.leaves(f)), path
+            continue
+        r, n = like.factors[path].rank, f.layout.count("b")
+        b = np.moveaxis(f.b, n, 0)
+        assert not np.any(f.a[..., r:])
+        assert not np.any(b[r:])
+        factors[path] = dataclasses.replace(f, a=f.a[..., :r], b=np.moveaxis(b[:r], 0, n))
+    return Adapter(factors, {path: row.full[path] for path in like.full})
+
+
+def row(tree, n):
+    return jax.tree.map(lambda x: np.asarray(x)[n], tree)
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [dict_case, scan_case])
+def test_each_row_computes_what_its_adapter_does(make):
+    case, adapters = several(make)
+    stacked = lora_jax.stack(adapters)
+    assert stacked.base is case.params
+    x = inputs(case, len(adapters))
+    apply = lora_jax.lora(case.fn)
+
+    def loss(lora_params, x):
+        outputs = apply(lora_params, x)
+        return loss_of(lambda _, y: y)(None, outputs), outputs
+
+    both = lora_jax.value_and_grad(loss, has_aux=True)
+    plain = jax.jit(case.fn)
+    (values, outputs), grads = jax.jit(jax.vmap(both, in_axes=(AXES, 0)))(stacked, x)
+    for n, lora_params in enumerate(adapters):
+        (value, expected), grad = jax.jit(both)(lora_params, x[n])
+        assert_close(outputs[n], expected, 1e-6)
+        assert_close(outputs[n], plain(lora_jax.merge(lora_params), x[n]), 1e-5)
+        assert_close(values[n], value, 2e-6)
+        assert_close(unpadded(row(grads, n), grad), grad, 2e-6)
+
+
+def test_one_input_goes_to_all():
+    case, adapters = several(dict_case)
+    apply = lora_jax.lora(case.fn)
+    outputs = jax.vmap(apply, in_axes=(AXES, None))(lora_jax.stack(adapters), case.x)
+    assert_close(outputs, jnp.stack([apply(p, case.x) for p in adapters]), 1e-6)
+
+
+def test_adapters_alone_stack():
+    _, adapters = several(dict_case)
+    alone = [p.adapter for p in adapters if not p.adapter.full]
+    stacked = lora_jax.stack(alone)
+    assert isinstance(stacked, Adapter)
+    whole = lora_jax.stack([p for p in adapters if not p.adapter.full])
+    assert_same(stacked, whole.adapter)
+    assert_same(lora_jax.unstack(stacked), alone)
+
+
+def test_tracers_and_shapes_stack_as_arrays_do():
+    case, adapters = several(dict_case)
+    alone = [p.adapter for p in adapters]
+
+    def make(base, alone):
+        return lora_jax.stack([LoraParams(base, x) for x in alone], rank=6).adapter
+
+    expected = lora_jax.stack(adapters, rank=6).adapter
+    assert_same(jax.jit(make)(case.params, alone), expected)
+    shapes = jax.eval_shape(make, case.params, alone)
+    assert (
+        jax.tree.map(lambda x: (x.shape, x.dtype), shapes).factors.keys() == expected.factors.keys()
+    )
+    for shape, x in zip(jax.tree.leaves(shapes), jax.tree.leaves(expected), strict=True):
+        assert (shape.shape, shape.dtype) == (x.shape, x.dtype)
+    closed = jax.jit(lambda: lora_jax.stack(adapters, rank=6).adapter)()  # constants of a trace
+    assert_same(closed, expected)
+
+
+def test_the_layout_of_a_stack():
+    case, adapters = several(scan_case)
+    stacked = lora_jax.stack(adapters, rank=7)
+    for path, f in stacked.adapter.factors.items():
+        n = f.layout.count("b")
+        assert f.a.shape[: 1 + n] == f.b.shape[: 1 + n] == (4, 3)[: 1 + n]
+        assert f.a.shape[-1] == f.b.shape[1 + n] == f.rank == 7
+        assert f.scale.shape == (4,)
+        for n, p in enumerate(adapters):
+            has = p.adapter.factors.get(path)
+            assert f.scale[n] == (0 if has is None else has.scale)
+    for path, x in stacked.adapter.full.items():
+        leaf = flatten(case.params)[0][path]
+        assert x.shape == (4, *leaf.shape)
+        np.testing.assert_array_equal(x[0], leaf)
+        np.testing.assert_array_equal(x[2], leaf + 0.1)
+
+
+def test_a_base_of_low_precision_fills_in_masters():
+    case = dict_case(jnp.bfloat16)
+    one = lora_jax.lorafy(case.params, 2, targets="w1", full="b1")
+    two = lora_jax.lorafy(case.params, 2, targets="w1")
+    assert lora_jax.stack([two, one]).adapter.full["b1"].dtype == jnp.float32
+    narrow = dataclasses.replace(
+        one, adapter=jax.tree.map(lambda x: x.astype(jnp.bfloat16), one.adapter)
+    )
+    other = dataclasses.replace(
+        two, adapter=jax.tree.map(lambda x: x.astype(jnp.bfloat16), two.adapter)
+    )
+    assert lora_jax.stack([narrow, other]).adapter.full["b1"].dtype == jnp.bfloat16
+
+
+@settings(max_examples=10)
+@given(
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    more=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+    fresh=st.booleans(),
+)
+def test_unstack_is_the_inverse(ranks, more, seed, fresh):
+    rng = np.random.default_rng(seed)
+    params = {"q": jnp.ones((4, 5)), "e": jnp.ones((2, 4, 6)), "bias": jnp.ones(5)}
+    adapters = []
+    for r in ranks:
+        chosen = rng.choice(["q", "e", r"e[0:1]", "bias"], rng.integers(1, 3), replace=False)
+        targets = [x for x in chosen if x in "qe"]
+        made = lora_jax.lorafy(
+            params,
+            r,
+            alpha=float(rng.uniform(1, 9)),
+            targets=targets,
+            full="bias" if "bias" in chosen or not targets else None,
+            layout={"e": "bio", "q": "io"}
+            if "e" in targets and "q" in targets
+            else {"e": "bio"}
+            if "e" in targets
+            else None,
+            key=jax.random.key(seed),
+        )
+        adapters.append(made if fresh else randomize_b(made, seed))
+    stacked = lora_jax.stack(adapters, rank=max(ranks) + more)
+    filled = {path for p in adapters for path in p.adapter.full}
+    for single, back in zip(adapters, lora_jax.unstack(stacked), strict=True):
+        assert back.base is params
+        assert_same(Adapter(back.adapter.factors), Adapter(single.adapter.factors))
+        assert back.adapter.full.keys() == filled
+        for path, x in back.adapter.full.items():
+            np.testing.assert_array_equal(x, single.adapter.full.get(path, params[path]))
+    loose = lora_jax.unstack(stacked, trim=False)
+    assert_same(lora_jax.stack(loose), stacked)
+
+
+def test_unstack_under_jit_does_not_look_at_values():
+    _, adapters = several(dict_case)
+    stacked = lora_jax.stack([p.adapter for p in adapters[:2]])
+    rows = jax.jit(lambda x: lora_jax.unstack(x, trim=False))(stacked)
+    assert_same(rows, lora_jax.unstack(stacked, trim=False))
+    inside = jax.jit(lambda: lora_jax.unstack(stacked))()  # of a constant the values are known
+    assert_same(inside, lora_jax.unstack(stacked))
+    with pytest.raises(ValueError, match=r"unstack: the stack is traced.*trim=False"):
+        jax.jit(lora_jax.unstack)(stacked)
+
+
+def test_a_stack_is_sharded_along_its_adapters_or_its_weights():
+    case, adapters = several(dict_case)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("n", "t"))
+    stacked = lora_jax.stack(adapters)
+    apply = jax.jit(jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None)))
+    expected = apply(stacked, case.x)
+    spread = jax.device_put(stacked.adapter, NamedSharding(mesh, PartitionSpec("n")))
+    assert_close(apply(LoraParams(stacked.base, spread), case.x), expected, 1e-6)
+    rows = lora_jax.unstack(spread)
+    assert_same(rows, lora_jax.unstack(stacked.adapter))
+    again = lora_jax.replace_at(spread, 2, rows[0])
+    assert_close(again, lora_jax.replace_at(stacked.adapter, 2, rows[0]), 0.0)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+N, STEPS = 8, 10
+
+
+@pytest.fixture
+def in_float64():
+    """Where Adam's division by small moments does not hide what is wrong among roundings."""
+    with jax.enable_x64(True):
+        yield
+
+
+def transformation():
+    return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.1)
+
+
+def step_of(case, tx):
+    apply = lora_jax.lora(case.fn)
+
+    def step(trainable, frozen, opt_state, x, y):
+        def loss(lora_params):
+            return ((apply(lora_params, x) - y) ** 2).mean()
+
+        value, grads = lora_jax.value_and_grad(loss)(lora_jax.combine(trainable, frozen))
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value
+
+    return step
+
+
+def with_rates(opt_state, rates):
+    return opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": rates})
+
+
+def batches(n):
+    keys = jax.random.split(jax.random.key(n), 2)
+    x = jax.random.normal(keys[0], (STEPS, 6, 24), jnp.float64)
+    return x, jnp.tanh(jax.random.normal(keys[1], (STEPS, 6, 16), jnp.float64))
+
+
+def sweep():
+    case = dict_case(jnp.float64)
+    every = ["w1", "layers/0/w2"]
+    runs = [
+        lora_jax.lorafy(
+            case.params,
+            1 + n % 5,
+            alpha=2.0 + n,
+            targets=every[: 1 + n % 2],
+            key=jax.random.key(n),
+            dtype=jnp.float64,
+        )
+        for n in range(N)
+    ]
+    return case, runs, jnp.linspace(1e-3, 2e-2, N)
+
+
+def alone(case, lora_params, rate, data):
+    """One run: its trained half, and its losses."""
+    tx = transformation()
+    step = jax.jit(step_of(case, tx))
+    trainable, frozen = lora_jax.split(lora_params)
+    opt_state = with_rates(tx.init(trainable), rate)
+    values = []
+    for x, y in zip(*data, strict=True):
+        trainable, opt_state, value = step(trainable, frozen, opt_state, x, y)
+        values.append(value)
+    return trainable, jnp.stack(values)
+
+
+@functools.cache
+def separate_runs():
+    case, runs, rates = sweep()
+    return [alone(case, p, rates[n], batches(n)) for n, p in enumerate(runs)]
+
+
+def together(case, runs, rates):
+    tx = transformation()
+    step = jax.jit(jax.vmap(step_of(case, tx), in_axes=(0, AXES, 0, 0, 0)))
+    trainable, frozen = lora_jax.split(lora_jax.stack(runs))
+    return step, trainable, frozen, with_rates(jax.vmap(tx.init)(trainable), rates)
+
+
+@pytest.mark.usefixtures("standard_promotion", "in_float64")
+def test_a_stack_trains_as_each_adapter_does_alone():
+    case, runs, rates = sweep()
+    step, trainable, frozen, opt_state = together(case, runs, rates)
+    data = [jnp.stack(x) for x in zip(*map(batches, range(N)), strict=True)]
+    values = []
+    for k in range(STEPS):
+        trainable, opt_state, value = step(
+            trainable, frozen, opt_state, data[0][:, k], data[1][:, k]
+        )
+        values.append(value)
+    assert step._cache_size() == 1
+    values = jnp.stack(values, 1)
+    before = lora_jax.split(lora_jax.stack(runs))[0]
+    for n, (expected, expected_values) in enumerate(separate_runs()):
+        assert_close(values[n], expected_values, 1e-11)
+        assert_close(unpadded(row(trainable, n), expected), expected, 1e-10)  # padding: zero
+        moved = unpadded(row(before, n), expected).factors["w1"].b - expected.factors["w1"].b
+        assert np.abs(moved).max() > 1e-3
+    back = lora_jax.unstack(lora_jax.combine(trainable, frozen))
+    for single, p in zip(back, runs, strict=True):
+        ranks = [{path: f.rank for path, f in x.adapter.factors.items()} for x in (single, p)]
+        assert ranks[0] == ranks[1]
+
+
+@pytest.mark.usefixtures("standard_promotion", "in_float64")
+def test_rows_that_are_kept_go_on_as_they_would_have():
+    case, runs, rates = sweep()
+    step, trainable, frozen, opt_state = together(case, runs, rates)
+    rows, value = np.arange(N), jnp.zeros(N)
+    for k in range(STEPS):
+        if k in (2, 5):  # successive halving
+            best = jnp.argsort(value)[: len(rows) // 2]
+            dropped = jax.tree.map(lambda x, best=best: x[best], (trainable, opt_state))
+            trainable, frozen, opt_state = lora_jax.take((trainable, frozen, opt_state), best)
+            assert_same((trainable, opt_state), dropped)
+            rows = rows[np.asarray(best)]
+        x, y = (jnp.stack([batches(int(n))[i][k] for n in rows]) for i in (0, 1))
+        trainable, opt_state, value = step(trainable, frozen, opt_state, x, y)
+    assert frozen.base is case.params
+    assert len(rows) == 2
+    for i, n in enumerate(rows):
+        expected, values = separate_runs()[n]
+        assert_close(value[i], values[-1], 1e-11)
+        assert_close(unpadded(row(trainable, i), expected), expected, 1e-10)
+
+
+# --- what it costs -----------------------------------------------------------------------------
+
+
+def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
+    case, adapters = several(dict_case)
+    adapters = adapters[:2] + adapters[3:]
+    stacked, n, rows = lora_jax.stack(adapters), 3, 7
+    x = jax.random.normal(jax.random.key(0), (n, rows, 24))
+    apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, 0))
+    weights = {"w1": (24, 40), "layers/0/w2": (40, 16)}
+    eqns = list(all_eqns(jax.make_jaxpr(apply)(stacked, x)))
+    shapes = [v.aval.shape for e in eqns for v in e.outvars if hasattr(v.aval, "shape")]
+    for shape in weights.values():
+        assert (n, *shape) not in shapes
+        dots = [
+            e
+            for e in eqns
+            if e.primitive.name == "dot_general" and shape in [v.aval.shape for v in e.invars]
+        ]
+        assert len(dots) == 1
+        assert dots[0].outvars[0].aval.size == n * rows * shape[1]
+    compiled = jax.jit(apply).lower(stacked, x).compile()
+    text = compiled.as_text()
+    for i, o in weights.values():
+        assert f"f32[{i},{o}]" in text
+        assert f"f32[{n},{i},{o}]" not in text
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    base = flops(case.fn, case.params, x.reshape(-1, 24))
+    extra = 0
+    for path, (i, o) in weights.items():
+        r = stacked.adapter.factors[path].rank
+        extra += n * rows * (2 * r * (i + o) + r + o)  # two products, the scale, the sum
+    assert 0.9 * extra <= compiled.cost_analysis()["flops"] - base <= extra
+
+
+def test_scanned_layers_of_a_stack_have_no_copy_of_the_base():
+    case, adapters = several(scan_case)
+    stacked = lora_jax.stack(adapters)
+    x = inputs(case, 4)
+    apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, 0))
+    shapes = {
+        v.aval.shape
+        for e in all_eqns(jax.make_jaxpr(apply)(stacked, x))
+        for v in e.outvars
+        if hasattr(v.aval, "shape")
+    }
+    for leaf in jax.tree.leaves(case.params):
+        if leaf.ndim > 2:
+            assert (4, *leaf.shape) not in shapes
+            assert (4, *leaf.shape[1:]) not in shapes
+            assert (leaf.shape[0], 4, *leaf.shape[1:]) not in shapes
+
+
+# --- one row for another -----------------------------------------------------------------------
+
+
+def test_a_row_is_replaced_without_compiling_anything():
+    case, adapters = several(dict_case)
+    adapters = [*adapters[:2], adapters[3]]
+    stacked = lora_jax.stack(adapters, rank=6)
+    new = case.lorafy(4, alpha=5.0, key=jax.random.key(99))
+    traces = []
+
+    @jax.jit
+    def run(p, x):
+        traces.append(1)
+        return jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(p, x)
+
+    before = run(stacked, case.x)
+    expected = lora_jax.lora(case.fn)(new, case.x)
+    put = jax.jit(lora_jax.replace_at)
+    for i in range(3):
+        adapter = put(stacked.adapter, jnp.int32(i), new.adapter)
+        assert_same(adapter, lora_jax.replace_at(stacked, i, new).adapter)
+        assert_same(adapter, lora_jax.replace_at(stacked, np.int64(i), new.adapter).adapter)
+        after = run(LoraParams(case.params, adapter), case.x)
+        assert_close(after[i], expected, 1e-6)
+        others = [n for n in range(3) if n != i]
+        assert bits([after[n] for n in others]) == bits([before[n] for n in others])
+        swapped = [new if n == i else p for n, p in enumerate(adapters)]
+        assert_same(adapter, lora_jax.stack(swapped, rank=6).adapter)
+    assert put._cache_size() == 1
+    assert len(traces) == 1
+
+
+def test_what_a_new_row_lacks_is_filled_in():
+    case, adapters = several(dict_case)
+    stacked, new = lora_jax.stack(adapters), case.lorafy(2, targets="w1")
+    expected = row(lora_jax.stack([new, *adapters]).adapter, 0)
+    for x in (new, new.adapter):
+        again = lora_jax.replace_at(stacked, 2, x).adapter
+        assert_same(row(again, 2), expected)
+        for n in (0, 1, 3):
+            assert_same(row(again, n), row(stacked.adapter, n))
+
+
+@pytest.mark.parametrize("i", [3, -1, 255, 2**31 - 1, -(2**31)])
+def test_a_traced_row_out_of_range_writes_nothing(i):
+    _, adapters = several(dict_case)
+    stacked = lora_jax.stack([p.adapter for p in (*adapters[:2], adapters[3])])
+    put = jax.jit(lora_jax.replace_at)
+    assert_same(put(stacked, jnp.int32(i), adapters[0].adapter), stacked)
+    if i == 255:
+        assert_same(put(stacked, jnp.uint8(i), adapters[0].adapter), stacked)
+
+
+def test_taking_rows():
+    _, adapters = several(dict_case)
+    stacked = lora_jax.stack(adapters)
+    some = lora_jax.take(stacked, [3, 1, 1])
+    assert some.base is stacked.base
+    assert_same(some.adapter, row(stacked.adapter, np.array([3, 1, 1])))
+    traced = jax.jit(lora_jax.take)
+    assert_same(traced(stacked.adapter, jnp.array([3, 1])), row(stacked.adapter, np.array([3, 1])))
+    count = traced({"x": jnp.ones((2, 3)), "n": jnp.zeros(2, jnp.int32)}, jnp.array([1, 2, -1]))
+    np.testing.assert_array_equal(np.isnan(count["x"]).all(1), [False, True, True])
+    assert count["n"].tolist() == [0, -(2**31), -(2**31)]
+
+
+# --- values that are not finite ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("field", ["a", "b", "scale"])
+def test_an_adapter_that_is_not_finite(field, bad):
+    case, adapters = several(dict_case)
+    broken = spoilt(adapters[1], "w1", field, bad)
+    message = rf"adapters\[1\] has NaNs or infinities in {field} of 'w1'.*0 \* NaN"
+    with pytest.raises(ValueError, match=message):
+        lora_jax.stack([adapters[0], broken])
+    stacked = lora_jax.stack([adapters[0], adapters[1], adapters[3]])
+    with pytest.raises(ValueError, match=rf"adapter has NaNs or infinities in {field} of 'w1'"):
+        lora_jax.replace_at(stacked, 1, broken)
+    traced = jax.jit(lambda base, xs: lora_jax.stack([LoraParams(base, x) for x in xs]).adapter)
+    made = traced(case.params, [adapters[0].adapter, broken.adapter, adapters[3].adapter])
+    put = jax.jit(lora_jax.replace_at)(stacked.adapter, jnp.int32(1), broken.adapter)
+    apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))
+    good = apply(stacked, case.x)
+    for adapter in (made, put):
+        for f in adapter.factors.values():
+            assert np.isnan(f.scale[1])
+            assert not np.any(f.a[1])
+            assert not np.any(f.b[1])
+            assert np.isfinite(np.concatenate([f.a.ravel(), f.b.ravel()])).all()
+        outputs = apply(LoraParams(case.params, adapter), case.x)
+        assert np.isnan(outputs[1]).all()
+        assert bits(outputs[::2]) == bits(good[::2])
+        assert len(lora_jax.unstack(adapter)[1].factors) == 2  # it is not taken for padding
+
+
+def spoilt(lora_params, path, field, value):
+    f = lora_params.adapter.factors[path]
+    x = jnp.asarray(getattr(f, field))
+    f = dataclasses.replace(f, **{field: x.at[(0,) * x.ndim].set(value)})
+    adapter = dataclasses.replace(
+        lora_params.adapter, factors=lora_params.adapter.factors | {path: f}
+    )
+    return dataclasses.replace(lora_params, adapter=adapter)
+
+
+def test_a_leaf_trained_whole_that_is_not_finite():
+    case, adapters = several(dict_case)
+    full = {"b1": jnp.full(40, jnp.nan)}
+    broken = LoraParams(case.params, dataclasses.replace(adapters[2].adapter, full=full))
+    with pytest.raises(ValueError, match=r"adapters\[0\] has NaNs or infinities in full of 'b1'"):
+        lora_jax.stack([broken])
+
+
+# --- DoRA, parts, rows, residuals --------------------------------------------------------------
+
+
+def dora(params, **options):
+    lora_params = randomize_b(lora_jax.lorafy(params, dora=True, **options))
+    factors = {
+        path: dataclasses.replace(f, magnitude=f.magnitude * 1.1)
+        for path, f in lora_params.adapter.factors.items()
+    }
+    return LoraParams(lora_params.base, Adapter(factors))
+
+
+@pytest.mark.parametrize("keep_norms", [True, False])
+def test_dora_beside_adapters_without_its_targets(keep_norms):
+    case = dict_case()
+    one = dora(case.params, rank=3, targets=["w1", "layers/0/w2"])
+    two = dora(case.params, rank=2, targets="w1")
+
+    def without(p):
+        factors = {k: dataclasses.replace(f, norm=None) for k, f in p.adapter.factors.items()}
+        return LoraParams(p.base, Adapter(factors))
+
+    if not keep_norms:
+        one, two = without(one), without(two)
+    stacked = lora_jax.stack([one, two])
+    f = stacked.adapter.factors["layers/0/w2"]
+    norms = jnp.linalg.norm(case.params["layers"][0]["w2"], axis=0)
+    np.testing.assert_allclose(f.magnitude[1], norms, rtol=1e-6)
+    assert (f.norm is not None) == keep_norms
+    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(stacked, case.x)
+    for n, p in enumerate((one, two)):
+        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 1e-6)
+        assert_close(outputs[n], case.fn(lora_jax.merge(p), case.x), 1e-5)
+    back = lora_jax.unstack(stacked)
+    assert_same(back[0].adapter, one.adapter)
+    assert ("layers/0/w2" in back[1].adapter.factors) != keep_norms
+    again = lora_jax.replace_at(stacked, 0, two)
+    assert_close(row(again.adapter, 0), row(stacked.adapter, 1), 0.0)
+    with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'layers/0/w2'.*DoRA"):
+        lora_jax.stack([one.adapter, two.adapter])
+    if keep_norms:
+        mixed = lora_jax.stack([without(one), one])  # where one has them, all do
+        assert_close(mixed.adapter, lora_jax.stack([one, one]).adapter, 1e-6)
+        pair = lora_jax.stack([one.adapter, one.adapter])
+        assert_same(pair, lora_jax.stack([one, one]).adapter)
+        mixed = lora_jax.stack([without(one).adapter, one.adapter])
+        assert mixed.factors["w1"].norm is None  # it is found at every call
+        with pytest.raises(ValueError, match=r"adapter has no norms .* at '.*', as the stack has"):
+            lora_jax.replace_at(pair, 0, without(one).adapter)
+        trained = dataclasses.replace(f, magnitude=f.magnitude.at[1, 0].mul(2))
+        trained = Adapter(stacked.adapter.factors | {"layers/0/w2": trained})
+        assert "layers/0/w2" in lora_jax.unstack(trained)[1].factors
+
+
+def test_parts_and_rows_of_weights():
+    params = {"c": jax.random.normal(jax.random.key(0), (6, 9)), "embedding": jnp.ones((8, 6))}
+
+    def fn(p, x):
+        return p["embedding"][x] @ p["c"]
+
+    one = lora_jax.lorafy(params, 3, targets="c[:, 0:3]", rows={"embedding": [1, 2, 5]})
+    two = lora_jax.lorafy(params, 1, targets=["c[:, 0:3]", "c[:, 6:9]"])
+    adapters = [randomize_b(p, n) for n, p in enumerate((one, two))]
+    stacked = lora_jax.stack(adapters, rank=4)
+    ranks = {path: f.rank for path, f in stacked.adapter.factors.items()}
+    assert ranks == {"c[:, 0:3]": 4, "c[:, 6:9]": 4, "embedding[[1, 2, 5]]": 3}
+    x = jnp.arange(8)
+    outputs = jax.vmap(lora_jax.lora(fn), in_axes=(AXES, None))(stacked, x)
+    for n, p in enumerate(adapters):
+        assert_close(outputs[n], lora_jax.lora(fn)(p, x), 1e-6)
+        assert_close(outputs[n], fn(lora_jax.merge(p), x), 1e-5)
+    assert_same([p.adapter for p in lora_jax.unstack(stacked)], [p.adapter for p in adapters])
+    assert_same(lora_jax.stack([p.adapter for p in adapters], rank=4), stacked.adapter)
+
+
+def test_residual_adapters_of_one_base():
+    case = dict_case()
+    start = lora_jax.lorafy(case.params, 3, targets="w1", init="pissa")
+    other = LoraParams(start.base, jax.tree.map(lambda x: x * 1.1, start.adapter))
+    plain = lora_jax.lorafy(start.base, 2, targets="layers/0/w2")
+    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(
+        lora_jax.stack([start, other, plain]), case.x
+    )
+    for n, p in enumerate((start, other, plain)):
+        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 1e-6)
+    with pytest.raises(ValueError, match=r"'w1' is not one array\. One is residual.*to_plain"):
+        lora_jax.stack([start, lora_jax.lorafy(case.params, 3, targets="w1")])
+    with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'w1'.*residual"):
+        lora_jax.stack([start.adapter, plain.adapter])
+    with pytest.raises(ValueError, match=r"residual is False here and True there.*to_plain"):
+        lora_jax.stack([start.adapter, lora_jax.lorafy(case.params, 3, targets="w1").adapter])
+    with pytest.raises(ValueError, match=r"the stack are over different bases.*to_plain"):
+        lora_jax.replace_at(lora_jax.stack([case.lorafy(3)]), 0, start)
+
+
+def test_a_quantized_base_is_one_base():
+    case = dict_case()
+    base = lora_jax.quantize(case.params, "int8", targets="w1")
+    one, two = lora_jax.lorafy(base, 2, targets="w1"), dora(base, rank=3, targets="w1")
+    again = LoraParams(jax.tree.map(lambda x: x, base), one.adapter)  # other boxes, same arrays
+    assert lora_jax.stack([one, again]).adapter.factors["w1"].a.shape == (2, 24, 2)
+    three = dora(base, rank=1, targets="layers/0/w2")
+    stacked = lora_jax.stack([two, three])
+    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(stacked, case.x)
+    for n, p in enumerate((two, three)):
+        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 2e-6)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_misuse_of_stack_is_explained():
+    case, adapters = several(dict_case)
+    one, _, whole, _ = adapters
+
+    def refused(error, message, *xs, **options):
+        with pytest.raises(error, match=message):
+            lora_jax.stack(*xs, **options)
+
+    refused(TypeError, r"adapters is LoraParams, expected a sequence", one)
+    refused(TypeError, r"adapters is int, expected a sequence", 3)
+    refused(ValueError, r"there are no adapters", [])
+    refused(TypeError, r"adapters\[1\] is int, expected a LoraParams", [one, 3])
+    refused(TypeError, r"adapters\[0\] is LoraParams and adapters\[1\] Adapter", [one, one.adapter])
+    refused(TypeError, r"rank=2\.0: expected an int", [one], rank=2.0)
+    refused(TypeError, r"rank=True: expected an int", [one], rank=True)
+    refused(ValueError, r"rank=2, and adapters\[0\] has rank 3 at '.*': .*resize", [one], rank=2)
+    many = lora_jax.stack([one, one])
+    refused(ValueError, r"adapters\[1\] is a stack: scale of '.*' has shape \(2,\)", [one, many])
+    refused(TypeError, r"lora_jax\.combine", [lora_jax.split(one)[0]])
+    copy = LoraParams(jax.tree.map(jnp.copy, case.params), one.adapter)
+    refused(
+        ValueError, r"adapters\[0\] and adapters\[1\] are over .*: 'b1' is not one", [one, copy]
+    )
+    more = LoraParams(case.params | {"extra": jnp.ones(2)}, one.adapter)
+    refused(ValueError, r"different bases: they differ in \['extra'\]", [one, more])
+    tupled = LoraParams(case.params | {"layers": tuple(case.params["layers"])}, one.adapter)
+    refused(ValueError, r"different bases: they differ in their containers", [one, tupled])
+    with pytest.raises(ValueError, match=r"under jit let that be one argument"):
+        jax.jit(lora_jax.stack)([one, one])
+    refused(
+        ValueError,
+        r"adapters\[0\] does not train 'b1' whole.*Pass LoraParams",
+        [one.adapter, whole.adapter],
+    )
+
+
+def changed(lora_params, path, **fields):
+    f = dataclasses.replace(lora_params.adapter.factors[path], **fields)
+    return Adapter({path: f})
+
+
+def test_what_differs_is_named():
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 6))}
+    one = lora_jax.lorafy(params, 2, targets="w")
+
+    def refused(message, *adapters):
+        with pytest.raises(ValueError, match=message):
+            lora_jax.stack([one.adapter, *adapters])
+
+    refused(
+        r"adapters\[1\] and adapters\[0\] differ at 'w': layout is 'oi' here and 'io' .*layout=",
+        changed(one, "w", layout="oi"),
+    )
+    refused(r"frozen is \('a',\) here and \(\) there; .*freeze=", changed(one, "w", frozen=("a",)))
+    f = one.adapter.factors["w"]
+    half = {"a": f.a.astype(jnp.bfloat16)}
+    refused(
+        r"the dtype of a is 'bfloat16' here and 'float32' there.*astype", changed(one, "w", **half)
+    )
+    refused(
+        r"the weight's shape is \(6, 4\) here and \(4, 4\) there.*different models",
+        changed(one, "w", a=jnp.ones((6, 2))),
+    )
+    double = lora_jax.lorafy(params, 2, targets="w", dora=True).adapter
+    refused(r"whether there is a magnitude is True here and False there", double)
+    refused(r"do not fit its weight of shape \(\)", changed(one, "w", a=jnp.ones((3, 4, 2))))
+    part = lora_jax.lorafy(params, 2, targets="w[0:2]")
+    refused(
+        r"adapters\[0\] trains 'w' and adapters\[1\] 'w\[0:2, :\]' and these overlap", part.adapter
+    )
+    whole = lora_jax.lorafy(params, 2, targets="v", full="w")
+    refused(
+        r"adapters\[0\] trains 'w' and adapters\[1\] 'w', whole, and these overlap", whole.adapter
+    )
+    with pytest.raises(ValueError, match=r"trains 'w' and adapters\[1\] 'w\[0:2, :\]'.*overlap"):
+        lora_jax.stack([one, part])
+    tables = {"embedding": jnp.ones((8, 4))}
+    ids = [lora_jax.lorafy(tables, targets=[], rows={"embedding": x}) for x in ([1], [2])]
+    for xs in (ids, [p.adapter for p in ids]):
+        with pytest.raises(ValueError, match=r"\[\[1\]\]' and adapters\[1\] 'embedding\[\[2\]\]'"):
+            lora_jax.stack(xs)
+
+    def with_full(x):
+        return Adapter(one.adapter.factors, {"v": x})
+
+    first = with_full(jnp.ones((4, 6)))
+    for x, message in (
+        (jnp.ones((4, 5)), r"differ at 'v': its shape is \(4, 5\) here and \(4, 6\) there"),
+        (jnp.ones((4, 6), jnp.bfloat16), r"differ at 'v': its dtype is bfloat16 here and float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora_jax.stack([first, with_full(x)])
+    narrow = LoraParams(params, with_full(jnp.ones((4, 6), jnp.bfloat16)))
+    with pytest.raises(
+        ValueError, match=r"adapters\[1\] does not train 'v' whole, .*bfloat16, and"
+    ):
+        lora_jax.stack([narrow, one])
+
+
+def test_misuse_of_the_other_three_is_explained():
+    case, adapters = several(dict_case)
+    stacked = lora_jax.stack([adapters[0], adapters[1]])
+    one = adapters[1]
+
+    def refused(error, message, f, *args, **options):
+        with pytest.raises(error, match=message):
+            f(*args, **options)
+
+    for f, rest in ((lora_jax.unstack, ()), (lora_jax.replace_at, (0, one))):
+        name = f.__name__
+        refused(TypeError, rf"{name}: stacked is dict, expected what", f, {}, *rest)
+        refused(
+            ValueError,
+            rf"{name}: this is no stack: scale of 'layers/0/w2' is of shape \(\)",
+            f,
+            adapters[0],
+            *rest,
+        )
+        half = lora_jax.split(stacked)[0]
+        refused(ValueError, rf"{name}: this is no stack: .* is None.*combine", f, half, *rest)
+        uneven = Adapter(stacked.adapter.factors, {"b1": jnp.ones((3, 40))})
+        refused(ValueError, rf"{name}: .*leading axes \[\(2,\), \(3,\)\]", f, uneven, *rest)
+        refused(
+            ValueError,
+            rf"{name}: .*leading axes \[\(\)\]",
+            f,
+            Adapter({}, {"b1": jnp.ones(())}),
+            *rest,
+        )
+        refused(ValueError, rf"{name}: .*leading axes \[\]", f, Adapter({}), *rest)
+        refused(
+            ValueError,
+            r"the base has no such leaf",
+            f,
+            LoraParams({"x": jnp.ones(3)}, stacked.adapter),
+            *rest,
+        )
+
+    for i in (2, -1, np.int32(7), jnp.int32(-3)):
+        refused(
+            IndexError,
+            rf"i={int(i)}: the stack has rows 0 to 1",
+            lora_jax.replace_at,
+            stacked,
+            i,
+            one,
+        )
+    for i in (1.0, True, None, jnp.arange(2), jnp.float32(1)):
+        refused(TypeError, r"i=.*: expected an integer", lora_jax.replace_at, stacked, i, one)
+    replace_at = functools.partial(lora_jax.replace_at, stacked, 0)
+    refused(TypeError, r"adapter is int, expected a LoraParams", replace_at, 3)
+    refused(ValueError, r"adapter is a stack", replace_at, stacked)
+    refused(
+        ValueError,
+        r"rank 5 at '.*', and the stack 3: .*resize\(adapter, 3\).*rank=5",
+        replace_at,
+        case.lorafy(5, targets="w1"),
+    )
+    whole = case.lorafy(2, full="b1")
+    refused(ValueError, r"nothing in full for b1, which the adapter has\. Stack", replace_at, whole)
+    few = lora_jax.stack([one])
+    refused(
+        ValueError,
+        r"nothing in factors for layers/0/w2, which",
+        lora_jax.replace_at,
+        few,
+        0,
+        adapters[0],
+    )
+    refused(
+        TypeError,
+        r"the stack is an Adapter and adapter a LoraParams",
+        lora_jax.replace_at,
+        stacked.adapter,
+        0,
+        one,
+    )
+    fulls = lora_jax.stack([whole]).adapter
+    refused(
+        ValueError,
+        r"does not train 'b1' whole, as the stack does",
+        lora_jax.replace_at,
+        fulls,
+        0,
+        case.lorafy(2).adapter,
+    )
+    other = changed(case.lorafy(2), "w1", frozen=("a",))
+    refused(ValueError, r"adapter and the stack differ at 'w1': frozen", replace_at, other)
+    copy = LoraParams(jax.tree.map(jnp.copy, case.params), one.adapter)
+    refused(ValueError, r"adapter and the stack are over different bases", replace_at, copy)
+
+    take = lora_jax.take
+    refused(IndexError, r"row 2 is out of range: there are 0 to 1", take, stacked, [0, 2])
+    refused(IndexError, r"row -1 is out of range", take, stacked, jnp.array([-1]))
+    refused(
+        TypeError,
+        r"dtype bool, expected integers; of a mask: numpy\.flatnonzero",
+        take,
+        stacked,
+        [True, False],
+    )
+    refused(ValueError, r"indices have shape \(\), expected a vector", take, stacked, 1)
+    refused(
+        ValueError,
+        r"is a scalar, and has no rows.*vmap\(tx\.init\)",
+        take,
+        (stacked, {"count": jnp.ones(())}),
+        [0],
+    )
+    refused(
+        ValueError,
+        r"leaves of equally many rows, got \{2: .*, 3: .*\}",
+        take,
+        (stacked, jnp.ones(3)),
+        [0],
+    )
+    refused(ValueError, r"leaves of equally many rows, got no leaves", take, {}, [0])
+
+
+def test_a_stack_is_not_merged():
+    _, adapters = several(dict_case)
+    stacked = lora_jax.stack(adapters)
+    with pytest.raises(ValueError, match=r"a stack of adapters.*lora_jax\.unstack"):
+        lora_jax.merge(stacked)
+    merged = [lora_jax.merge(p) for p in lora_jax.unstack(stacked)]
+    assert_same(merged, [lora_jax.merge(p) for p in adapters])
+    assert math.prod(stacked.adapter.factors["w1"].scale.shape) == 4

@@ -1,0 +1,137 @@
+"""``switch``: one adapter for another in merged weights, and the drift of doing so often."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_arithmetic import BASE, dense, split
+
+import lora_jax
+from lora_jax import Adapter, Factors, LoraParams
+
+
+def narrow(dtype):
+    return BASE | {name: x.astype(dtype) for name, x in BASE.items() if x.ndim > 1}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_switching_takes_one_out_and_puts_the_other_in(dtype):
+    base = narrow(dtype)
+    x = split(1, 2, base, ["dense", "stack", "query"], alpha=4)
+    y = split(2, 3, base, ["dense", "stack", "conv"], alpha=5, rslora=True)
+    params = lora_jax.merge(x)
+    switched = lora_jax.switch(params, x.adapter, y.adapter)
+    before, after = dense(x), dense(y)
+    assert jax.tree.structure(switched) == jax.tree.structure(params)
+    for key in ("dense", "stack", "query", "conv"):
+        w = np.asarray(params[key], np.float64)
+        without = w - before.get(key, 0.0)
+        exact = without + after.get(key, 0.0)
+        assert switched[key].dtype == dtype
+        # half a unit in the last place of each sum, and what float32 itself adds
+        eps = float(jnp.finfo(dtype).eps)
+        largest = np.abs(w).max() + np.abs(before.get(key, 0)).max() + np.abs(exact).max()
+        room = eps / 2 * (np.abs(without) + (1 + eps) * np.abs(exact) + eps * largest)
+        gap = np.abs(np.asarray(switched[key], np.float64) - exact)
+        assert (gap <= room + 8 * 2.0**-24 * largest).all()
+    back = lora_jax.unmerge(params, x.adapter)
+    assert np.array_equal(switched["query"], back["query"])
+    assert switched["experts"] is params["experts"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adapters_of_other_parts_of_a_weight(dtype):
+    base = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), dtype)}
+    x = split(1, 2, base, ["w[:, 0:4]"], layout=None)
+    y = split(2, 2, base, ["w[2:5, 3:8]"], layout=None)
+    switched = lora_jax.switch(lora_jax.merge(x), x.adapter, y.adapter)["w"]
+    want = lora_jax.merge(y)["w"]
+    np.testing.assert_allclose(
+        np.asarray(switched, np.float64), np.asarray(want, np.float64), atol=0.1
+    )
+    assert np.abs(np.asarray(want - base["w"], np.float64)).max() > 1
+
+
+def test_donation_and_jit():
+    x, y = split(1, targets=["dense", "stack"]), split(2, targets=["dense"])
+    params = lora_jax.merge(x)
+    want = lora_jax.switch(params, x.adapter, y.adapter)
+    jitted = jax.jit(lora_jax.switch)(params, x.adapter, y.adapter)
+    for key in ("dense", "stack"):
+        np.testing.assert_allclose(jitted[key], want[key], atol=1e-6)
+    donated = lora_jax.switch(params, x.adapter, y.adapter, donate=True)
+    assert params["dense"].is_deleted()
+    assert not params["experts"].is_deleted()
+    assert np.array_equal(donated["dense"], want["dense"])
+
+
+def drift(dtype, order, size=96):
+    """The relative error after 1, 10, 100 and 1,000 switches between four adapters."""
+    rng = np.random.default_rng(0)
+    base = {"w": jnp.asarray(rng.normal(size=(size, size)) / np.sqrt(size), dtype)}
+    adapters = []
+    for _ in range(4):  # updates of a tenth of the weight
+        a, b = rng.normal(size=(size, 4)) / np.sqrt(size), rng.normal(size=(4, size)) * 0.05
+        a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+        adapters.append(Adapter({"w": Factors(a, b, jnp.float32(1), "io")}))
+    exact = [np.asarray(base["w"], np.float64) + dense(x)["w"] for x in adapters]
+    params = lora_jax.merge(LoraParams(base, adapters[order[0]]))
+    swap = jax.jit(lora_jax.switch, donate_argnums=0)
+    found = {}
+    for n, (old, new) in enumerate(itertools.pairwise(order), 1):
+        params = swap(params, adapters[old], adapters[new])
+        if n in (1, 10, 100, 1000):
+            gap = np.asarray(params["w"], np.float64) - exact[new]
+            found[n] = np.linalg.norm(gap) / np.linalg.norm(exact[new])
+    assert len(found) == 4
+    return found
+
+
+ORDERS = {
+    "around": [n % 4 for n in range(1001)],
+    "two": [n % 2 for n in range(1001)],
+    "any": np.cumsum(np.random.default_rng(0).integers(1, 4, 1001)) % 4,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_drift_of_a_thousand_switches(order):
+    found = drift(jnp.bfloat16, ORDERS[order])
+    once = 2.0**-9  # of the relative errors of rounding once, about the root of their mean square
+    assert found[1] < 2 * once
+    assert max(found.values()) < 8 * once, found  # with one rounding a switch: 0.2
+    assert max(drift(jnp.float32, ORDERS[order]).values()) < 1e-5
+
+
+def test_keeping_the_base_does_not_drift():
+    base = narrow(jnp.bfloat16)
+    x, y = (split(k, 2, base, ["dense"]) for k in (1, 2))
+    once = lora_jax.merge(y)["dense"]
+    for z in (x, y, x, y):
+        merged = lora_jax.merge(z)["dense"]
+    assert np.array_equal(merged, once)
+
+
+def test_what_cannot_be_switched_is_explained():
+    x = split(1, targets=["dense"])
+    params = lora_jax.merge(x)
+
+    def refused(error, message, *args):
+        with pytest.raises(error, match=message):
+            lora_jax.switch(*args)
+
+    refused(TypeError, "switch: params is a LoraParams: nothing is merged", x, x.adapter, x.adapter)
+    refused(TypeError, "switch: old is LoraParams, expected an Adapter", params, x, x.adapter)
+    refused(TypeError, "switch: new is NoneType, expected an Adapter", params, x.adapter, None)
+    full = split(1, targets=["dense"], full="bias").adapter
+    for pair in ((full, x.adapter), (x.adapter, full)):
+        message = r"holds leaves trained whole \(bias\).*Keep the base: merge\(LoraParams\(base"
+        refused(ValueError, message, params, *pair)
+    dora = split(1, targets=["dense"], dora=True).adapter
+    refused(ValueError, "switch: 'dense' has a DoRA magnitude", params, x.adapter, dora)
+    pissa = lora_jax.lorafy(BASE, 2, init="pissa", targets="dense").adapter
+    refused(ValueError, "switch: 'dense' belongs to what its init", params, pissa, x.adapter)
+    other = split(1, base={"v": jnp.zeros((3, 4))}, targets=["v"], layout=None).adapter
+    refused(ValueError, "entry for 'v', and the base has no such leaf", params, x.adapter, other)
