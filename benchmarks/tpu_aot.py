@@ -37,8 +37,10 @@ batch; **alias** is the part of them that is donated and becomes the **output**;
 compiler's estimate of the most that is live at once. **TFLOP** counts the matrix products of one
 chip, each as often as its loops run it; **once** is `cost_analysis()`, which counts the body of a
 loop once. Collectives are *instructions* → *runs in a step*: *GiB*, of the larger of what goes in
-and what comes out of one chip; what runs beside other work is counted once. Where a program does
-not fit, the compiler's error says what it would need. The compiler estimates: nothing was run.
+and what comes out of one chip; what runs beside other work is counted once. Of a quantized base
+FSDP gathers weights that are made already, so fewer bits save memory there, and no traffic. Where a
+program does not fit, the compiler's error says what it would need. The compiler estimates: nothing
+was run.
 """
 HEADER = (
     *("topology", "spread", "program", "method", "args", "output", "alias", "temp", "peak"),

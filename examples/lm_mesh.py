@@ -23,17 +23,19 @@ RULES = {
 }
 
 
-def mesh_of(text: str) -> Mesh:
-    """A mesh of all devices of all processes.
+def mesh_of(text: str, explicit: bool = False, count: int | None = None) -> Mesh:
+    """A mesh of all devices of all processes, or of the first ones.
 
     Args:
         text: axes and sizes, such as ``data=2,tensor=4``; one may be -1, for the devices that are
             left. Axes that are not named have size 1.
+        explicit: whether shardings are in the types of arrays, rather than the compiler's choice.
+        count: how many of the devices.
 
     Raises:
         ValueError: it is not that, or the sizes do not multiply to the number of devices.
     """
-    sizes, devices = {}, jax.device_count()
+    sizes, devices = {}, count or jax.device_count()
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES or name in sizes:
@@ -53,7 +55,9 @@ def mesh_of(text: str) -> Mesh:
             "sizes whose product that is, or one of -1 for the rest"
         )
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    kinds = (kind,) * len(AXES)
+    return jax.make_mesh(shape, AXES, kinds, devices=jax.devices()[:devices])
 
 
 def placed(shapes: Any, mesh: Mesh, dtype: Any) -> Any:

@@ -25,8 +25,11 @@ PEAK = {
     "TPU7x": 1153e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 
 
@@ -64,7 +67,8 @@ class Log:
         self._begin: float | None = None  # of the steps that are pending; None where one compiles
         self._file = self._events = None
         if self.is_writer:
-            self._events = _events(folder / "tensorboard", start) if tensorboard else None
+            if tensorboard:
+                self._events = event_writer()(str(folder / "tensorboard"), purge_step=start + 1)
             self._file = _continued(folder / "metrics.csv", start)
 
     def __enter__(self) -> "Log":
@@ -157,6 +161,19 @@ def peak() -> float:
     return jax.device_count() * next((x for k, x in PEAK.items() if kind.startswith(k)), math.nan)
 
 
+def event_writer() -> Any:
+    """The class that writes events for TensorBoard.
+
+    Raises:
+        ValueError: its package is missing.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard: tensorboardX is missing: pip install it") from error
+    return SummaryWriter
+
+
 def _continued(path: Path, start: int) -> Any:
     """The file, open behind the row of step ``start``: what a killed process wrote later goes."""
     kept = []
@@ -169,11 +186,3 @@ def _continued(path: Path, start: int) -> Any:
     partial.write_text("\n".join(lines) + "\n")
     os.replace(partial, path)
     return path.open("a")
-
-
-def _events(folder: Path, start: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard: tensorboardX is missing: pip install it") from error
-    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -248,6 +248,16 @@ def test_a_sharding_that_does_not_fit_is_told(tmp_path):
     orbax.save(tmp_path / "a", lora_params)
     with pytest.raises(ValueError, match=r"down.2.a of float32\[8,2\] cannot have the sharding"):
         orbax.load(tmp_path / "a", shardings=NamedSharding(mesh_of(4, 2), P(None, "x")))
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("x", "y"))
+    message = r"down.2.a of float32\[8,2\] cannot have .*: axis 0 of 8 entries is not divided by "
+    cases = [
+        (P("x"), message + "mesh axis 'x' of size 3. Give it one of its own"),
+        (P(("y", "x")), "'y' of size 2 x mesh axis 'x' of size 3"),
+        (P(None, None, "x"), r"it has 2 axes, and P\w*\(None, None, 'x'.* is for 3"),
+    ]
+    for spec, message in cases:
+        with pytest.raises(ValueError, match=message):
+            orbax.load(tmp_path / "a", shardings=NamedSharding(mesh, spec))
     with pytest.raises(TypeError, match=r"is 'x', expected a jax.sharding.Sharding"):
         orbax.load(tmp_path / "a", shardings=lambda name, shape: "x")
 

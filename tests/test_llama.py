@@ -60,6 +60,67 @@ def test_it_takes_an_adapter_everywhere(scan_layers):
     assert_close(logits, model.apply({"params": lora_jax.merge(lora_params)}, IDS), 1e-5)
 
 
+def read_on(apply, cache, ids, lengths):
+    """The logits from the last token of each row's beginning on: read at once, then by one."""
+    logits, cache = apply(ids[:, : max(lengths)], cache)  # the shorter rows' rest does not count
+    found = [jnp.stack([logits[n, k - 1] for n, k in enumerate(lengths)])]
+    cache = cache._replace(lengths=jnp.array(lengths))
+    for step in range(ids.shape[1] - max(lengths)):
+        tokens = jnp.stack([ids[n, k + step : k + step + 1] for n, k in enumerate(lengths)])
+        logits, cache = apply(tokens, cache)
+        found.append(logits[:, 0])
+    return jnp.stack(found, 1)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_with_a_cache_it_says_what_it_says_without(scan_layers, window):
+    model, params = model_and_params(scan_layers=scan_layers, sliding_window=window)
+    lengths = [4, 2, 3]
+    ids = np.random.default_rng(1).integers(0, 31, (3, 9)).astype(np.int32)
+    apply = jax.jit(lambda ids, cache: model.apply({"params": params}, ids, cache))
+    found = read_on(apply, model.empty(3, 9), ids, lengths)
+    whole = model.apply({"params": params}, ids)
+    expected = [whole[n, k - 1 : k + found.shape[1] - 1] for n, k in enumerate(lengths)]
+    assert_close(found, jnp.stack(expected), 1e-5)
+
+
+def test_beyond_the_cache_are_no_numbers():
+    model, params = model_and_params()
+    logits, cache = model.apply({"params": params}, IDS, model.empty(2, 5))
+    assert np.isfinite(logits[:, :5]).all()
+    assert np.isnan(logits[:, 5:]).all()
+    assert cache.lengths.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_with_a_cache_every_row_has_its_own_adapter(scan_layers):
+    model, params = model_and_params(scan_layers=scan_layers)
+
+    def plain(p, ids, cache=None):
+        return model.apply({"params": p}, ids, cache)
+
+    layout = lora_jax.layout_of(plain, params, IDS)
+    adapters = [
+        randomize_b(
+            lora_jax.lorafy(params, rank, targets="all-linear", layout=layout), rank, std=0.5
+        )
+        for rank in (2, 3)
+    ]
+    stacked = lora_jax.stack(adapters)
+    axes = llama.Cache(keys=1, values=1, lengths=0)
+    rows = lora_jax.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
+    ids = np.random.default_rng(1).integers(0, 31, (3, 8)).astype(np.int32)
+    which, lengths = jnp.array([1, -1, 0]), [4, 2, 3]
+    step = jax.jit(lambda ids, cache: rows(stacked, ids, cache, lora_ids=which))
+    found = read_on(step, model.empty(3, 8), ids, lengths)
+    for n, k in enumerate(which.tolist()):
+        merged = params if k < 0 else lora_jax.merge(adapters[k])
+        start = lengths[n] - 1
+        expected = plain(merged, ids[n : n + 1])[0, start : start + found.shape[1]]
+        assert_close(found[n], expected, 1e-5)
+
+
 def test_it_generates_until_the_end_or_the_stop():
     def apply(params, ids):  # the next token is the last one plus one
         return jax.nn.one_hot(ids + params, 31)

@@ -11,9 +11,10 @@ import lm_mesh
 import numpy as np
 import optax
 import pytest
-from helpers import randomize_b
+from helpers import assert_close, randomize_b
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from lm_step import summed_loss
 
 import lora_jax
 
@@ -111,6 +112,38 @@ def test_a_step_sends_the_gradient_and_what_the_model_sends(name, scan_layers):
     else:  # and the low-rank products along sharded axes: of every weight, once forth or back
         tokens = IDS.size // (8 // lm_mesh.mesh_of(MESHES[name]).shape["tensor"])
         assert more <= own + 14 * tokens * RANK * 4 + 64
+
+
+def test_on_explicit_axes_gradients_are_the_same_and_no_more_is_sent():
+    sizes = SIZES | {"num_hidden_layers": 1}
+    params = jax.jit(llama.Llama(**sizes).init)(jax.random.key(0), IDS)
+    whole = randomize_b(lora_jax.lorafy(params, RANK, targets="all-linear"))
+
+    def gradients(mesh):
+        rows = mesh and NamedSharding(mesh, P(lm_mesh.ROWS))
+        model, lora_params, ids = llama.Llama(**sizes, activations=rows), whole, IDS
+        if mesh:
+            like = {"params": lm_mesh.placed(params["params"], mesh, jnp.float32)}
+            of_base = jax.tree.map(lambda x: x.sharding, like)
+            places = lora_jax.shardings(lora_params, of_base, replicate=lm_mesh.ROWS)
+            lora_params, ids = jax.device_put((lora_params, ids), (places, rows))
+
+        def loss(lora_params, ids):  # dropout, too, on a mesh that the arrays alone know
+            apply = lora_jax.lora(model.apply, dropout=0.2)
+            logits = apply(lora_params, ids, lora_key=jax.random.key(1))
+            return summed_loss(logits[:, :-1], ids[:, 1:]) / ids.size
+
+        compiled = jax.jit(lora_jax.value_and_grad(loss)).lower(lora_params, ids).compile()
+        return jax.device_get(compiled(lora_params, ids)), sent(compiled, (*MOVED, *REDUCED))
+
+    expected, _ = gradients(None)
+    name = MESHES["fsdp and tensor"]
+    (auto, sent_auto), (explicit, sent_explicit) = (
+        gradients(lm_mesh.mesh_of(name, is_explicit)) for is_explicit in (False, True)
+    )
+    assert_close(auto, expected, 1e-5)
+    assert_close(explicit, expected, 1e-5)
+    assert sent_explicit <= sent_auto
 
 
 def test_pmap_sends_the_gradient_alone():

@@ -1,6 +1,7 @@
 """The trainer of the examples: on every mesh the same losses, killed and resumed the same bits."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -169,6 +170,10 @@ def loaded(folder):
         ["--mesh", "fsdp=-1"],
         ["--mesh", "tensor=8", "--accumulate", "4", "--remat"],
         ["--pmap", "--accumulate", "2"],
+        ["--explicit", "--mesh", "data=8"],
+        ["--explicit", "--mesh", "fsdp=-1"],
+        ["--explicit", "--mesh", "tensor=8", "--accumulate", "4", "--remat"],
+        ["--explicit", "--mesh", MESH],
     ],
     ids=" ".join,
 )
@@ -207,25 +212,29 @@ def test_what_is_exported_computes_what_was_trained(model, whole):
 # --- killed and resumed ------------------------------------------------------------------------
 
 
-def start(model, text, out, *extra, kill, devices=8):
-    """A process that kills itself behind step 12 or later, when step 10 is saved."""
-    argv = arguments(model, text, out, *extra)
+def start(model, text, out, *extra, kill=None, devices=8):
+    """A process that kills itself two steps behind step ``kill``, when that is saved."""
+    return child("run_until_killed", devices, str(kill), *arguments(model, text, out, *extra))
+
+
+def child(name, devices, *argv, **options):
+    """A process that calls a function of this module."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, __file__, str(kill), *argv]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    command = [sys.executable, __file__, name, *argv]
+    return subprocess.Popen(command, env=environment, **{"stdout": subprocess.DEVNULL} | options)
 
 
-def run_until_killed(kill, argv):
+def run_until_killed(kill, *argv):
     add = train_lm.Log.add
 
     def added(self, step, found):
         add(self, step, found)
-        saved = Path(argv[argv.index("--out") + 1], "checkpoints", "10")
-        if kill and step == 12:
+        saved = Path(argv[argv.index("--out") + 1], "checkpoints", kill)
+        if kill != "None" and step == int(kill) + 2:
             jax.block_until_ready(found)
             while not saved.exists():
                 time.sleep(0.01)
@@ -237,7 +246,7 @@ def run_until_killed(kill, argv):
 
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(model, text, whole, tmp_path):
     out = tmp_path / "out"
-    assert start(model, text, out, "--mesh", MESH, kill=True).wait() == -signal.SIGKILL
+    assert start(model, text, out, "--mesh", MESH, kill=10).wait() == -signal.SIGKILL
     assert losses(out) == losses(whole)[:10]
     with (out / "metrics.csv").open("a") as file:
         file.write("11,3.5,1.0\n12,3.")  # written, and killed in the middle
@@ -245,24 +254,43 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(model, text, whole, tmp
     assert losses(out) == losses(whole)
 
 
-def test_two_processes_train_save_die_and_go_on_as_one_on_another_mesh(
-    model, text, whole, tmp_path
-):
+def test_a_run_goes_on_with_fewer_devices(model, text, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "20")  # of eight devices, the last step is 10
+    few = start(model, text, out, "--mesh", "fsdp=2,tensor=2", "--every", "4", kill=12, devices=4)
+    assert few.wait() == -signal.SIGKILL
+    assert start(model, text, out, "--resume", devices=1).wait() == 0
+    close(losses(out), losses(whole))
+    assert losses(out)[:10] == losses(whole)[:10]
+
+
+def test_what_fewer_devices_do_not_divide_is_told_first(model, text, whole, monkeypatch):
+    monkeypatch.setattr(train_lm.hf, "load", None)  # nothing is loaded
+    monkeypatch.setattr(train_lm, "mesh_of", functools.partial(lm_mesh.mesh_of, count=6))
+    message = "--batch 16: expected a multiple of 6, .*: pass such a --batch, or a --mesh with less"
+    with pytest.raises(SystemExit, match=message):
+        train(model, text, whole)
+    with pytest.raises(SystemExit, match=r"--mesh: tensor=3 does not divide \d+, an axis of"):
+        train(model, text, whole, "--mesh", "fsdp=2,tensor=3")
+
+
+def pair_of_processes():
+    """The flags of either."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    flags = "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"
+    return [(*flags, "0"), (*flags, "1")]
+
+
+def test_two_processes_train_save_die_and_go_on_as_one_on_another_mesh(
+    model, text, whole, tmp_path
+):
     out = tmp_path / "out"
     group = [
-        start(
-            model,
-            text,
-            out,
-            *("--mesh", MESH, "--coordinator", f"127.0.0.1:{port}"),
-            *("--processes", "2", "--process", str(k)),
-            kill=k == 1,
-            devices=4,
-        )
-        for k in range(2)
+        start(model, text, out, "--mesh", MESH, *flags, kill=(None, 10)[k], devices=4)
+        for k, flags in enumerate(pair_of_processes())
     ]
     try:
         assert group[1].wait() == -signal.SIGKILL
@@ -272,6 +300,65 @@ def test_two_processes_train_save_die_and_go_on_as_one_on_another_mesh(
             process.wait()
     close(losses(out), losses(whole)[:10])
     close(train(model, text, out, "--mesh", "data=2,fsdp=-1", "--resume"), losses(whole))
+
+
+def test_processes_that_do_not_agree_all_say_on_what(model, text, whole, tmp_path):
+    wide = tmp_path / "wide"
+    config = CONFIG | {"hidden_size": 32}
+    network = llama.from_config(config, scan_layers=True)
+    params = network.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    hf.save(wide, params, "llama", config=config)
+    shutil.copy(model / "tokenizer.json", wide)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+
+    new = str(tmp_path / "out")
+    # What the second says in the place of the first's flags.
+    runs = [
+        ["--rank", "4", "--targets", "all-linear"],
+        ["--data", str(other)],
+        ["--model", str(wide)],
+        ["--out", str(whole)],
+    ]
+    pairs = [
+        child(
+            "run_each",
+            *(1, json.dumps([flags, *([[]] * len(runs) if k == 0 else runs)])),
+            *arguments(model, text, new),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for k, flags in enumerate(pair_of_processes())
+    ]
+    try:
+        texts = [process.communicate(timeout=300)[0] for process in pairs]
+    finally:
+        for process in pairs:
+            process.kill()
+            process.wait()
+    said = [re.findall("^train_lm: the processes do not agree: .*", t, re.MULTILINE) for t in texts]
+    assert said[0] == said[1]
+    expected = [
+        r'--rank is 2 on 0 and 4 on 1; --targets is null on 0 and "all-linear" on 1\. Start all',
+        r'the rows of --data is "\w+" on 0 and "\w+" on 1\. Start',
+        r"the adapter of layers/self_attn/q_proj/kernel is \"bio, a float32\(2, 16, 2\), .* on 1",
+        r"the last step in --out is null on 0 and 20 on 1\.",
+    ]
+    assert len(said[0]) == len(expected)
+    for line, pattern in zip(said[0], expected, strict=True):
+        assert re.search(pattern, line), line
+
+
+def run_each(runs, *argv):
+    """Runs of the trainer in one process, of which the first flags are for all; what they say."""
+    flags, *runs = json.loads(runs)
+    train_lm.connect(train_lm.parse_args(flags))
+    train_lm.connect = lambda args: None
+    for extra in runs:
+        try:
+            train_lm.main([*argv, *flags, *extra])
+        except SystemExit as error:
+            print(error, flush=True)
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -393,7 +480,8 @@ BAD_ARGUMENTS = [
     (["--accumulate", "4"], "--batch 16: expected a multiple of 32"),
     (["--warmup", "20"], "--warmup 20: expected less than --steps 20"),
     (["--process", "0"], "--coordinator, --processes and --process go together"),
-    (["--resume"], "--resume: .* has no checkpoint"),
+    (["--mesh", "data=8", "--resume"], "--resume: .* has no checkpoint"),
+    (["--explicit", "--pmap"], "--pmap: it is a mesh of its own, without --explicit"),
     (["--dropout", "1"], "dropout"),
     (["--targets", "oops"], "targets='oops' selects nothing"),
     (["--model", "nowhere"], "nowhere"),
@@ -407,6 +495,77 @@ def test_arguments_that_do_not_fit_are_one_message(model, text, tmp_path, extra,
     with pytest.raises(SystemExit, match=message):
         train(model, text, tmp_path / "out", *extra)
     assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--tensorboard"])
+def test_what_is_missing_is_told_before_the_model_is_opened(
+    model, text, tmp_path, monkeypatch, flag
+):
+    monkeypatch.setattr(train_lm.hf, "open_source", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    message = "--tensorboard: tensorboardX is missing|--resume: .*out has no checkpoint"
+    with pytest.raises(SystemExit, match=message):
+        train(model, text, tmp_path / "out", flag)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cluster_is_one_message():
+    command = [sys.executable, train_lm.__file__, "--distributed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert re.match(
+        r"train_lm: --distributed: JAX knows no cluster here \(.*\): neither Slurm nor .* started "
+        r"this process\. Pass --coordinator HOST:PORT --processes N --process K, or neither",
+        done.stderr,
+    )
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_is_one_message_with_what_to_change(model, tmp_path):
+    path = pairs(tmp_path, *[pair("w1", "w2")] * 17)  # padded to the length
+    message = (
+        r"memory of the devices is too small: Out of memory allocating .* GiB\. Pass --remat, "
+    )
+    with pytest.raises(SystemExit, match=message + ".* or --length below 300000, or --mesh fsdp"):
+        train(model, path, tmp_path / "out", "--length", "300000")  # attention takes its square
+
+
+OUT_OF_MEMORY = [
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", [], "allocating 16.00 GiB"),
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.81G of 15.48G hbm.\n\n"
+        "Total hbm usage >= 25.81G",
+        ["--remat", "--mesh", "fsdp=8", "--dtype", "bfloat16", "--batch", "4", "--accumulate", "4"],
+        "Used 25.81G of 15.48G hbm. Pass --batch below 4, or --length below 64$",
+    ),
+    (
+        "RESOURCE_EXHAUSTED: ",
+        ["--accumulate", "2"],
+        "small: XLA does not say for what. Pass --remat",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "flags", "message"), OUT_OF_MEMORY)
+def test_advice_on_memory_is_what_was_not_followed_yet(monkeypatch, error, flags, message):
+    monkeypatch.setattr(train_lm, "run", raising(error))
+    with pytest.raises(SystemExit, match=message):
+        train_lm.main(flags)
+
+
+def test_other_errors_of_the_runtime_pass_through(monkeypatch):
+    monkeypatch.setattr(train_lm, "run", raising("INTERNAL: a kernel failed"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: a kernel failed"):
+        train_lm.main([])
+
+
+def raising(message):
+    def run(args):
+        raise jax.errors.JaxRuntimeError(message)
+
+    return run
 
 
 @pytest.mark.parametrize("extra", [["--batch", "0"], ["--rate", "nan"], ["--clip", "0"]])
@@ -521,4 +680,4 @@ def test_flops_are_those_that_the_compiler_counts():
 
 
 if __name__ == "__main__":
-    run_until_killed(sys.argv[1] == "True", sys.argv[2:])
+    {f.__name__: f for f in (run_until_killed, run_each)}[sys.argv[1]](*sys.argv[2:])

@@ -9,12 +9,29 @@ Modules have the names that Hugging Face's files give them, so that ``hf.load`` 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+
+class Cache(NamedTuple):
+    """The keys and values of what was read, for what comes next; a row of a batch on its own.
+
+    Attributes:
+        keys: ``[layers, batch, size, key_value_heads, head_dim]``, already rotated.
+        values: alike.
+        lengths: ``[batch]``, how much of ``size`` is read. What lies beyond counts for nothing: of
+            a padded row, set it to the true length.
+    """
+
+    keys: Any
+    values: Any
+    lengths: Any
 
 
 class Attention(nn.Module):
@@ -23,13 +40,18 @@ class Attention(nn.Module):
     model: "Llama"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Attend from each of ``x[batch, length, width]`` to itself and those before."""
+    def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+        """Attend from each of ``x[batch, length, width]`` to itself and those before.
+
+        Those of the ``past`` of this layer, too, which is returned with the present.
+        """
         m = self.model
 
         def heads(name: str, count: int) -> jax.Array:
             y = nn.Dense(count * m.head_dim, m.attention_bias, m.dtype, name=name)(x)
-            return y.reshape(*x.shape[:-1], count, m.head_dim)  # [batch, length, heads, head_dim]
+            return m.whole_heads(y).reshape(
+                *x.shape[:-1], count, m.head_dim
+            )  # [batch, length, heads, head_dim]
 
         query = heads("q_proj", m.num_attention_heads)
         key = heads("k_proj", m.num_key_value_heads)
@@ -37,13 +59,21 @@ class Attention(nn.Module):
         if m.qk_norm:
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
-        window = m.sliding_window and (m.sliding_window - 1, 0)
-        query, key = rotated(query, m.rope_theta), rotated(key, m.rope_theta)
-        y = jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, local_window_size=window
-        )
+        start = past.lengths[:, None] if past else jnp.zeros((1, 1), jnp.int32)
+        positions = start + jnp.arange(x.shape[1])[None]
+        query, key = (rotated(y, m.rope_theta, positions) for y in (query, key))
+        if past:
+            past = written(past, key, value, positions)
+            mask = m.visible(positions, past.keys.shape[1])
+            y = jax.nn.dot_product_attention(query, past.keys, past.values, mask=mask)
+        else:
+            window = m.sliding_window and (m.sliding_window - 1, 0)
+            options = {"is_causal": True, "local_window_size": window}
+            y = jax.nn.dot_product_attention(query, key, value, **options)
         y = y.reshape(*x.shape[:-1], -1)  # [batch, length, heads * head_dim]
-        return nn.Dense(m.hidden_size, m.output_bias, m.dtype, name="o_proj")(y)
+        width, product = m.hidden_size, m.product
+        y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
+        return y, past
 
 
 class Mlp(nn.Module):
@@ -57,22 +87,25 @@ class Mlp(nn.Module):
         m = self.model
         gate = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="gate_proj")(x)
         up = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="up_proj")(x)
-        return nn.Dense(m.hidden_size, m.mlp_bias, m.dtype, name="down_proj")(nn.silu(gate) * up)
+        width, product = m.hidden_size, m.product
+        down = nn.Dense(width, m.mlp_bias, m.dtype, dot_general=product, name="down_proj")
+        return down(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    """A block, as ``scan`` wants it: from the residual stream to itself, and nothing."""
+    """A block, as ``scan`` wants it: from the residual stream to itself, and the cache of it."""
 
     model: "Llama"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """Apply it to ``x[batch, length, width]``."""
         m = self.model
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
-        x = x + Attention(m, name="self_attn")(y)
+        y, past = Attention(m, name="self_attn")(y, past)
+        x = x + y
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="post_attention_layernorm")(x)
-        return m.spread(x + Mlp(m, name="mlp")(y)), None
+        return m.spread(x + Mlp(m, name="mlp")(y)), past
 
 
 class Llama(nn.Module):
@@ -107,20 +140,64 @@ class Llama(nn.Module):
     scan_layers: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
-    activations: jax.sharding.Sharding | None = None
+    activations: NamedSharding | None = None
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Activations where they belong."""
         if self.activations is None:
             return x
-        return jax.lax.with_sharding_constraint(x, self.activations)
+        move = jax.sharding.reshard if self.explicit else jax.lax.with_sharding_constraint
+        return move(x, self.activations)
+
+    @property
+    def explicit(self) -> NamedSharding | None:
+        """``activations`` on Explicit axes, where JAX wants to be told what it would have to guess.
+
+        None elsewhere, as the ``out_sharding`` of what decides it alone.
+        """
+        is_typed = self.activations and AxisType.Explicit in self.activations.mesh.axis_types
+        return self.activations if is_typed else None
+
+    @property
+    def product(self) -> Callable[..., jax.Array]:
+        """What adds to the residual stream, by a sum that may be over an axis that is spread."""
+        return partial(jax.lax.dot_general, out_sharding=self.explicit)
+
+    def whole_heads(self, x: jax.Array) -> jax.Array:
+        """Queries, keys and values, on Explicit axes whole where no part would have whole heads."""
+        if self.explicit is None:
+            return x
+        (axis,) = jax.typeof(x).sharding.spec[-1:]
+        parts = self.explicit.mesh.shape[axis] if axis else 1
+        return jax.sharding.reshard(x, self.explicit) if self.num_key_value_heads % parts else x
+
+    def empty(self, batch: int, size: int) -> Cache:
+        """A cache for rows of up to ``size`` tokens; more of them come out as NaN."""
+        shape = self.num_hidden_layers, batch, size, self.num_key_value_heads, self.head_dim
+        keys, values = (jnp.zeros(shape, self.dtype) for _ in range(2))
+        return Cache(keys, values, jnp.zeros(batch, jnp.int32))
+
+    def visible(self, positions: jax.Array, size: int) -> jax.Array:
+        """What of a cache each position may see: ``[batch, 1, length, size]``."""
+        keys, queries = jnp.arange(size)[None, None], positions[..., None]
+        seen = keys <= queries
+        if self.sliding_window:
+            seen &= keys > queries - self.sliding_window
+        return seen[:, None]
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """The logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``."""
+    def __call__(self, ids: jax.Array, cache: Cache | None = None) -> Any:
+        """The logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``.
+
+        With a ``cache``, what ``ids`` follow is in it; returned are the logits, and the cache with
+        the ``ids`` as well.
+        """
         shape = self.clone(parent=None, name=None)  # what the layers know of all this
         table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
-        x = self.spread(table(ids))
+        if self.explicit is None:
+            x = self.spread(table(ids))
+        else:
+            x = table.embedding.astype(self.dtype).at[ids].get(out_sharding=self.explicit)
         layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
         if self.scan_layers:
             stack = nn.scan(
@@ -128,23 +205,42 @@ class Llama(nn.Module):
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.num_hidden_layers,
+                in_axes=(Cache(0, 0, nn.broadcast) if cache else 0,),
             )
-            x, _ = stack(shape, name="layers")(x)
+            x, past = stack(shape, name="layers")(x, cache)
         else:
+            pasts = []
             for i in range(self.num_hidden_layers):
-                x, _ = layer(shape, name=f"layers_{i}")(x)
+                past = Cache(cache.keys[i], cache.values[i], cache.lengths) if cache else None
+                x, past = layer(shape, name=f"layers_{i}")(x, past)
+                pasts.append(past)
+            past = Cache(*(jnp.stack(y) for y in zip(*pasts, strict=True))) if cache else None
         x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
         if self.tie_word_embeddings:
-            return table.attend(x)
-        return nn.Dense(self.vocab_size, False, self.dtype, name="lm_head")(x)
+            logits = table.attend(x)
+        else:
+            logits = nn.Dense(self.vocab_size, False, self.dtype, name="lm_head")(x)
+        if cache is None:
+            return logits
+        end = cache.lengths + ids.shape[1]
+        fits = cache.lengths[:, None] + jnp.arange(ids.shape[1])[None] < cache.keys.shape[2]
+        return jnp.where(fits[..., None], logits, jnp.nan), past._replace(lengths=end)
 
 
-def rotated(x: jax.Array, theta: float) -> jax.Array:
+def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
+    """The cache of one layer with keys and values at their positions; none beyond its size."""
+    rows = jnp.arange(len(positions))[:, None]
+    keys = past.keys.at[rows, positions].set(key.astype(past.keys.dtype), mode="drop")
+    values = past.values.at[rows, positions].set(value.astype(past.values.dtype), mode="drop")
+    return past._replace(keys=keys, values=values)
+
+
+def rotated(x: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
     """Turn ``x[batch, length, heads, head_dim]`` by its positions, the first half to the second."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.outer(jnp.arange(x.shape[1], dtype=jnp.float32), frequencies)[None, :, None]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)  # [1, length, 1, half]
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)  # [batch or 1, length, 1, half]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -80,7 +80,8 @@ def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
     spec = _jax.explicit_spec(y)
     if spec is None:
         return x
-    return _jax.reshard(x, [s if n != 1 else None for s, n in zip(spec, x.shape, strict=True)])
+    spec = [s if n != 1 else None for s, n in zip(spec, x.shape, strict=True)]
+    return jax.sharding.reshard(x, _jax.explicit_sharding(y, spec))  # x may be on no mesh yet
 
 
 def aligned(x: jax.Array, labels: Sequence[Any], out: Sequence[Any]) -> jax.Array:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -135,10 +136,26 @@ def _fitting(place: Any, kind: str, label: str) -> Place:
             place.shard_shape(shape_of(kind))
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"{label} of {kind} cannot have the sharding {place}: {error}. Give it one of its own, "
-            "by a function of name and shape or by the target's leaf"
+            f"{label} of {kind} cannot have the sharding {place}: "
+            f"{_misfit(place, shape_of(kind)) or error}. Give it one of its own, by a function of "
+            "name and shape or by the target's leaf, or take a mesh of other sizes"
         ) from error
     return place
+
+
+def _misfit(place: Place, shape: tuple[int, ...]) -> str | None:
+    """Which axis of an array is not divided by which of the mesh, in words."""
+    if not isinstance(place, NamedSharding):
+        return None
+    if len(place.spec) > len(shape):
+        return f"it has {len(shape)} axes, and {place.spec} is for {len(place.spec)}"
+    for k, (size, axes) in enumerate(zip(shape, place.spec, strict=False)):
+        names = (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
+        sizes = {name: place.mesh.shape[name] for name in names}
+        if size % math.prod(sizes.values()):
+            by = " x ".join(f"mesh axis {name!r} of size {n}" for name, n in sizes.items())
+            return f"axis {k} of {size} entries is not divided by {by}"
+    return None
 
 
 def agreed(leaves: Leaves, notes: Any, part: str, default: Place, where: str) -> dict[str, Place]:
