@@ -11,6 +11,7 @@
 from lora_jax import init as init
 from lora_jax._arithmetic import linear_in_factors as linear_in_factors
 from lora_jax._arrow import arrow as arrow
+from lora_jax._bank import AdapterBank as AdapterBank
 from lora_jax._convert import to_plain as to_plain
 from lora_jax._extract import extract as extract
 from lora_jax._layout import Layouts as Layouts

@@ -1,0 +1,176 @@
+"""Many adapters over one base: what it costs to train them together, and to serve them together.
+
+A Llama of the shape of Llama-3-8B with random bfloat16 weights, rank 16 on all seven projections.
+Training is one step of AdamW on N adapters, each with its part of the same number of tokens.
+Serving is the base alone, one adapter for all rows, and a row's own of a stack of 64: of prompts,
+and of one token a row with a cache of what came before. All in one run, medians of several::
+
+    python benchmarks/many.py            # one GPU of 80 GB or more
+    python benchmarks/many.py --quick    # a tiny model, anywhere
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import jax
+import jax.numpy as jnp
+import optax
+from models import llama
+from scaling import LLAMA_8B, TINY
+
+import lora_jax
+from lora_jax import LoraParams
+
+ADAPTERS = (1, 4, 16)  # to train at once
+AXES = llama.Cache(keys=1, values=1, lengths=0)
+
+
+def random_like(shapes: Any, seed: int, std: float = 0.02) -> Any:
+    """Arrays of these shapes, all at random: ``b`` too, or there would be nothing to compute."""
+
+    def made(key: jax.Array) -> Any:
+        leaves, tree = jax.tree.flatten(shapes)
+        keys = jax.random.split(key, len(leaves))
+        pairs = zip(keys, leaves, strict=True)
+        return tree.unflatten([std * jax.random.normal(k, x.shape, x.dtype) for k, x in pairs])
+
+    return jax.jit(made)(jax.random.key(seed))
+
+
+def seconds(step: Callable[[Any], Any], carry: Any, repeats: int) -> float:
+    """The median time of ``carry = step(carry)``, compiled and warm."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        carry = jax.block_until_ready(step(carry))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def training(model: llama.Llama, base: Any, rank: int, count: int, args: Any) -> dict[str, Any]:
+    """One step on ``count`` adapters, each with its part of the rows."""
+    apply, tx = lora_jax.lora(model.apply), optax.adamw(1e-4)
+
+    def loss(trainable, frozen, ids):
+        logits = apply({"params": lora_jax.combine(trainable, frozen)}, ids)[:, :-1]
+        logits = logits.astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    def one(trainable, opt_state, frozen, ids):
+        value, grads = jax.value_and_grad(loss)(trainable, frozen, ids)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, value
+
+    together = jax.vmap(one, in_axes=(0, 0, LoraParams(base=None, adapter=0), 0))
+    fresh = lora_jax.lorafy(base, rank, targets="all-linear").adapter
+    stacked = lora_jax.stack([fresh] * count)
+    trainable, frozen = lora_jax.split(LoraParams(base, stacked))
+    ids = jax.random.randint(
+        jax.random.key(0), (count, args.rows // count, args.length), 0, model.vocab_size
+    )
+    step = jax.jit(together, donate_argnums=(0, 1))
+    carry = trainable, jax.vmap(tx.init)(trainable)
+    compiled = step.lower(*carry, frozen, ids).compile()
+    found = seconds(lambda c: compiled(*c[:2], frozen, ids), (*carry, None), args.repeats)
+    memory = compiled.memory_analysis()
+    return {
+        "what": "a training step",
+        "how": f"{count} adapters" if count > 1 else "1 adapter",
+        "ms": 1000 * found,
+        "temp_gb": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def serving(model: llama.Llama, base: Any, rank: int, args: Any) -> list[dict[str, Any]]:
+    """Prompts, and then tokens, by the base, by one adapter and by a row's own of many."""
+
+    def plain(p, ids, cache):
+        return model.apply({"params": p}, ids, cache)
+
+    shapes = jax.eval_shape(
+        lambda p: lora_jax.lorafy(p, rank, targets="all-linear", dtype=model.dtype).adapter, base
+    )
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((args.stack, *x.shape), x.dtype), shapes)
+    many = LoraParams(base, random_like(stack, 2))
+    one = LoraParams(base, random_like(shapes, 2))
+    rows = lora_jax.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
+
+    def by_rows(p, ids, cache):
+        which = jnp.arange(len(ids), dtype=jnp.int32) * 7 % args.stack
+        return rows(p, ids, cache, lora_ids=which)
+
+    ways = {
+        "the base alone": (plain, base),
+        "one adapter": (lora_jax.lora(plain), one),
+        f"rows of {args.stack} adapters": (by_rows, many),
+    }
+    found = []
+    for what, count, length in (
+        ("a prompt", args.prompts, args.length),
+        ("a token", args.streams, 1),
+    ):
+        ids = jnp.ones((count, length), jnp.int32)
+        for how, (apply, params) in ways.items():
+
+            def next_tokens(params, ids, cache, apply=apply):
+                logits, cache = apply(params, ids, cache)
+                return logits[:, -1].argmax(-1), cache._replace(lengths=cache.lengths % args.length)
+
+            step = jax.jit(next_tokens, donate_argnums=2)
+            cache = model.empty(count, 2 * args.length)
+            compiled = step.lower(params, ids, cache).compile()
+            time = seconds(lambda c: compiled(params, ids, c[1]), (None, cache), args.repeats)  # noqa: B023
+            temp = compiled.memory_analysis().temp_size_in_bytes / 1e9
+            what_of = f"{what} of {length} for {count}" if length > 1 else f"{what} for {count}"
+            found.append({"what": what_of, "how": how, "ms": 1000 * time, "temp_gb": temp})
+    return found
+
+
+def main() -> None:
+    """Measure all, and print a table."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--rows", type=int, default=16, help="of a training step, in all")
+    options.add_argument("--length", type=int, default=512, help="tokens of a row")
+    options.add_argument("--prompts", type=int, default=16, help="rows of prompts")
+    options.add_argument("--streams", type=int, default=64, help="rows of one token")
+    options.add_argument("--stack", type=int, default=64, help="adapters to serve")
+    options.add_argument("--layers", type=int, help="other than 32")
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--repeats", type=int, default=10)
+    options.add_argument("--quick", action="store_true", help="a tiny model")
+    options.add_argument("--json", type=Path, help="file to write")
+    args = options.parse_args()
+    sizes = dict(TINY if args.quick else LLAMA_8B)
+    sizes |= {"num_hidden_layers": args.layers} if args.layers else {}
+    args.length = min(args.length, 32) if args.quick else args.length
+    model = llama.from_config(sizes, dtype=jnp.bfloat16, scan_layers=True, remat=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
+    base = random_like(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes), 1
+    )
+    found = [training(model, base, args.rank, n, args) for n in ADAPTERS]
+    found += serving(model, base, args.rank, args)
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {model.num_hidden_layers} layers"
+    )
+    first: dict[str, float] = {}
+    for row in found:
+        ratio = row["ms"] / first.setdefault(row["what"], row["ms"])
+        print(
+            f"{row['what']:24}{row['how']:22}{row['ms']:9.2f} ms{ratio:7.3f}"
+            f"{row['temp_gb']:9.2f} GB temp"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""``AdapterBank``: a few adapters on the device, many more in the host's memory, for serving."""
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._host_rows import empty_row, host_row, places_of
+from lora_jax._params import Adapter, LoraParams
+from lora_jax._paths import nearest
+
+
+class Stats(NamedTuple):
+    """What a bank has done.
+
+    Attributes:
+        hits: how often an adapter that was wanted was in a slot.
+        misses: how often it had to be loaded.
+        evictions: how often another one made way for it.
+        dropped: how many adapters the host's memory had no room for any more.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    dropped: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """An adapter: its row, in NumPy; when its last use ended; its slot, if any; its users."""
+
+    row: Adapter
+    used: int
+    slot: int | None = None
+    pins: int = 0
+
+
+class AdapterBank:
+    """Adapters of one base: all in the host's memory, those in use in slots of the device.
+
+    The slots are one stack, for :func:`lora_rows`. It keeps its shapes, so that adapters come, go
+    and change, of any ranks up to the bank's, and nothing compiles: what loads an adapter is
+    compiled when the bank is made, and an adapter is checked, padded and cast in NumPy when it is
+    added. Loading it is one transfer then, of arrays known to be good.
+
+    An adapter in use has its slot to itself. Of the others, the least recently used makes way. A
+    slot that is empty, or whose adapter was removed, holds zeros: the base.
+
+    Every method may be called from any thread.
+
+    Args:
+        like: a LoraParams: the base, and which weights adapters of it may change, with layouts,
+            ranks and dtypes. Its values do not matter, nor whether it has any: without memory it
+            is ``LoraParams(params, jax.eval_shape(lora_jax.lorafy, params).adapter)``.
+        slots: how many adapters the device holds; at least as many as a batch may mix.
+        rank: of all factors; None: like's. Rows that train on their own keep theirs.
+        dtype: of the factors and of leaves trained whole; adapters of any dtype are cast to it.
+            None: like's, and adapters have to have it.
+        host: how many adapters the host's memory holds, more than slots; one more, and the least
+            recently used is dropped. None: all.
+        donate: whether loading overwrites the stack where it is, instead of copying it beside the
+            old one. What :attr:`lora_params` gave before is deleted then, but for what
+            :meth:`using` gave while any of its blocks is open. A stack that nobody has seen is
+            overwritten in any case.
+
+    Raises:
+        TypeError: ``like`` is no LoraParams, or an argument is of the wrong kind.
+        ValueError: ``like`` is a stack or changes nothing; or a number is too small.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((8, 6))}}
+        >>> bank = lora_jax.AdapterBank(lora_jax.lorafy(params, rank=4), slots=2)
+        >>> for name, rank in {"math": 4, "poetry": 2, "law": 1}.items():
+        ...     bank.add(name, lora_jax.lorafy(params, rank))
+        >>> apply = jax.jit(lora_jax.lora_rows(lambda p, x: x @ p["query"]["kernel"]))
+        >>> with bank.using(["law", None, "math"]) as (lora_params, ids):
+        ...     y = apply(lora_params, jnp.ones((3, 8)), lora_ids=ids)
+        >>> ids, bank.slots
+        (array([ 0, -1,  1], dtype=int32), ('law', 'math'))
+        >>> bank
+        AdapterBank(2 slots: 0 in use, 2 idle, 0 empty; 3 adapters)
+
+        Adapters come from anywhere, while the bank serves, files of ours and of PEFT's included:
+
+        >>> import tempfile
+        >>> from lora_jax.io import peft
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save(f"{folder}/code", lora_jax.lorafy(params, rank=3))
+        ...     bank.add("code", peft.load(f"{folder}/code", params))
+        >>> list(bank)
+        ['math', 'poetry', 'law', 'code']
+
+    References:
+        Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, arXiv:2311.03285.
+    """
+
+    def __init__(
+        self,
+        like: LoraParams,
+        slots: int = 8,
+        *,
+        rank: int | None = None,
+        dtype: Any = None,
+        host: int | None = None,
+        donate: bool = False,
+    ):
+        if not isinstance(like, LoraParams):
+            raise TypeError(
+                f"AdapterBank: like is {type(like).__name__}, expected a LoraParams as "
+                "lora_jax.lorafy returns: it says which base and which weights"
+            )
+        slots = _at_least("slots", slots, 1)
+        rank = None if rank is None else _at_least("rank", rank, 1)
+        self._host = None if host is None else _at_least("host", host, slots + 1)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"AdapterBank: dtype={dtype!r}: expected one of floating numbers")
+        self._base, self._is_cast, self._donate = like.base, dtype is not None, donate
+        self._empty = empty_row(like, rank, dtype)
+        self._lock = threading.Lock()
+        self._clock = itertools.count()
+        self._entries: dict[str, _Entry] = {}
+        self._slots: list[str | None] = [None] * slots
+        self._stats = Stats()
+        self._open = 0  # blocks of using()
+        self._is_seen = False  # the stack, by anyone but us
+
+        places, of_row = places_of(self._base, self._empty)
+        spread = lambda x: jnp.broadcast_to(x, (slots, *x.shape))  # noqa: E731
+        make = jax.jit(lambda row: jax.tree.map(spread, row), out_shardings=places)
+        kind = {"in_shardings": (places, of_row, None), "out_shardings": places} if places else {}
+        self._copy = jax.jit(_put, **kind)
+        self._overwrite = jax.jit(_put, donate_argnums=0, **kind)
+        self._stack: Adapter = make(self._empty)
+        for put in (self._copy, self._overwrite):  # compiled now, not while it serves
+            self._stack = put(self._stack, self._empty, np.int32(0))
+
+    def add(self, name: str, adapter: LoraParams | Adapter, *, replace: bool = False) -> None:
+        """Add an adapter, which is copied to the host's memory. Nothing is loaded yet.
+
+        What it lacks beside ``like`` is filled in as :func:`stack` does it. If it does not fit, or
+        is broken, that is said here, and the bank is as it was.
+
+        Args:
+            name: by which it is asked for.
+            adapter: a LoraParams over the bank's very base, or an Adapter for it; of ranks up to
+                the bank's.
+            replace: whether the name may be there already. An adapter in use is not replaced, as
+                what uses it would go on with another.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: the name is there; or the adapter is of another base or layout, has a
+                larger rank or dtype, has what ``like`` lacks, is traced, or is not finite.
+            RuntimeError: the adapter to be replaced is in use.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"AdapterBank.add: name={name!r}: expected a str")
+        what = f"AdapterBank.add: {name!r}"
+        row = host_row(adapter, what, self._base, self._empty, is_cast=self._is_cast)
+        with self._lock:
+            old = self._entries.get(name)
+            if old is None:
+                if self._host is not None and len(self._entries) >= self._host:
+                    idle = [key for key, entry in self._entries.items() if not entry.pins]
+                    self._remove(min(idle, key=lambda key: self._entries[key].used))
+                    self._count(dropped=1)
+                self._entries[name] = _Entry(row, next(self._clock))
+                return
+            if not replace:
+                raise ValueError(
+                    f"AdapterBank.add: there is an adapter {name!r}: remove it, give another "
+                    "name, or replace it by add(..., replace=True)"
+                )
+            self._check_idle(name, "add")
+            if old.slot is not None:
+                self._put(row, old.slot)
+            old.row = row
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its slot is empty then.
+
+        Raises:
+            KeyError: there is none of this name.
+            RuntimeError: it is in use.
+        """
+        with self._lock:
+            self._check_idle(name, "remove")
+            self._remove(name)
+
+    __delitem__ = remove
+
+    def acquire(self, name: str) -> int:
+        """Give an adapter a slot, loading it if need be, and keep it there until it is released.
+
+        Requests that come and go on their own, as of continuous batching, acquire and release
+        theirs, each as often; the stack of a step is :attr:`lora_params`.
+
+        Returns:
+            The slot, for ``lora_ids``.
+
+        Raises:
+            KeyError: there is no adapter of this name.
+            RuntimeError: all slots are in use.
+        """
+        with self._lock:
+            return self._acquire([name], "acquire")[name]
+
+    def release(self, name: str) -> None:
+        """Take back one :meth:`acquire`. The adapter stays in its slot until that is needed.
+
+        Raises:
+            KeyError: there is no adapter of this name.
+            ValueError: it is not in use.
+        """
+        with self._lock:
+            self._release(name)
+
+    @contextlib.contextmanager
+    def using(self, names: Iterable[str | None]) -> Iterator[tuple[LoraParams, np.ndarray]]:
+        """Acquire the adapters of a batch for as long as the block is open.
+
+        Args:
+            names: of the adapter of each row, perhaps repeated; None for the base alone.
+
+        Yields:
+            The stack, and ``lora_ids``: int32 ``[rows]``.
+
+        Raises:
+            TypeError: ``names`` is one name.
+            KeyError: there is no adapter of a name.
+            RuntimeError: there are too few slots that are not in use; none is taken then.
+        """
+        if isinstance(names, str):
+            raise TypeError(f"AdapterBank.using: names={names!r}: expected one for each row")
+        names = list(names)
+        with self._lock:
+            slots = self._acquire([name for name in names if name is not None], "using")
+            self._open += 1
+            self._is_seen = True
+            lora_params = LoraParams(self._base, self._stack)
+        ids = [-1 if name is None else slots[name] for name in names]
+        try:
+            yield lora_params, np.array(ids, np.int32)
+        finally:
+            with self._lock:
+                self._open -= 1
+                for name in slots:
+                    self._release(name)
+
+    @property
+    def lora_params(self) -> LoraParams:
+        """The base, and the stack of what is in the slots: a value, which no load changes.
+
+        With ``donate`` the next load deletes it: ask for it at each step.
+        """
+        with self._lock:
+            self._is_seen = True
+            return LoraParams(self._base, self._stack)
+
+    @property
+    def slots(self) -> tuple[str | None, ...]:
+        """The name of what is in each slot; None where it is empty."""
+        with self._lock:
+            return tuple(self._slots)
+
+    @property
+    def stats(self) -> Stats:
+        """Hits, misses and evictions so far."""
+        with self._lock:
+            return self._stats
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return name in self._entries
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __getitem__(self, name: str) -> LoraParams:
+        """An adapter as the bank has it, padded and cast, in NumPy arrays that are read-only."""
+        with self._lock:
+            return LoraParams(self._base, self._entry(name, "[...]").row)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            held = [self._entries[name].pins for name in self._slots if name is not None]
+            used, empty = sum(map(bool, held)), len(self._slots) - len(held)
+            return (
+                f"AdapterBank({len(self._slots)} slots: {used} in use, {len(held) - used} idle, "
+                f"{empty} empty; {len(self._entries)} adapters)"
+            )
+
+    # What follows is called with the lock held.
+
+    def _entry(self, name: str, verb: str) -> _Entry:
+        if name not in self._entries:
+            raise KeyError(
+                f"AdapterBank.{verb}: there is no adapter {name!r}: add it. Nearest: "
+                f"{nearest(str(name), self._entries)}"
+            )
+        return self._entries[name]
+
+    def _check_idle(self, name: str, verb: str) -> None:
+        if pins := self._entry(name, verb).pins:
+            raise RuntimeError(
+                f"AdapterBank.{verb}: {name!r} is in use, {pins} times: release it first. What "
+                "comes meanwhile may use another one, added by another name"
+            )
+
+    def _acquire(self, names: list[str], verb: str) -> dict[str, int]:
+        """The slots of all these adapters, each of them once in use more; or none of them."""
+        wanted = {name: self._entry(name, verb) for name in names}
+        missing = [name for name, entry in wanted.items() if entry.slot is None]
+        free = {  # since when
+            slot: -1 if name is None else self._entries[name].used
+            for slot, name in enumerate(self._slots)
+            if name is None or not (name in wanted or self._entries[name].pins)
+        }
+        if len(missing) > len(free):
+            others = {name: self._entries[name].pins for name in self._slots if name is not None}
+            in_use = ", ".join(f"{name!r} ({pins})" for name, pins in others.items() if pins)
+            raise RuntimeError(
+                f"AdapterBank.{verb}: {', '.join(map(repr, missing))} would need {len(missing)} "
+                f"more of {len(self._slots)} slots, and {len(free)} are free. In use, and how "
+                f"often: {in_use or 'none'}. Release some, mix fewer adapters in a batch, or make "
+                "a bank of more slots="
+            )
+        for name, slot in zip(missing, sorted(free, key=free.__getitem__), strict=False):
+            self._put(wanted[name].row, slot)
+            old, self._slots[slot], wanted[name].slot = self._slots[slot], name, slot
+            if old is not None:
+                self._entries[old].slot = None
+            self._count(misses=1, evictions=int(old is not None))
+        for entry in wanted.values():
+            entry.pins += 1
+        self._count(hits=len(wanted) - len(missing))
+        return {name: slot for name, e in wanted.items() if (slot := e.slot) is not None}
+
+    def _release(self, name: str) -> None:
+        entry = self._entry(name, "release")
+        if not entry.pins:
+            raise ValueError(
+                f"AdapterBank.release: {name!r} is not in use: each acquire is released once"
+            )
+        entry.pins -= 1
+        entry.used = next(self._clock)
+
+    def _remove(self, name: str) -> None:
+        slot = self._entries[name].slot
+        if slot is not None:
+            self._put(self._empty, slot)
+            self._slots[slot] = None
+        del self._entries[name]
+
+    def _put(self, row: Adapter, slot: int) -> None:
+        is_ours = not self._is_seen or (self._donate and not self._open)
+        put = self._overwrite if is_ours else self._copy
+        self._stack = put(self._stack, row, np.int32(slot))
+        self._is_seen = False
+
+    def _count(self, **more: int) -> None:
+        counts = {key: getattr(self._stats, key) + n for key, n in more.items()}
+        self._stats = self._stats._replace(**counts)
+
+
+def _put(stack: Adapter, row: Adapter, slot: jax.Array) -> Adapter:
+    return jax.tree.map(lambda rows, x: rows.at[slot].set(x), stack, row)
+
+
+def _at_least(name: str, n: Any, least: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"AdapterBank: {name}={n!r}: expected an int")
+    if n < least:
+        raise ValueError(f"AdapterBank: {name}={n}: expected at least {least}")
+    return int(n)
