@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._choose import Bias, choose, is_table, letters_of
+from lora_jax._in_place import in_place
 from lora_jax._layout import (
     Layouts,
     check_layout,
@@ -25,7 +26,6 @@ from lora_jax._paths import PyTree, flatten
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import entry, overlap, part_shape, rows_of, spell_rows
 from lora_jax._select import Selector, check_patterns, lookup
-from lora_jax._shardings import in_place
 from lora_jax.init import Initializer, Target
 from lora_jax.init._start import check_started, resolve_init, start
 from lora_jax.init._target import fold_in_path

@@ -2,21 +2,25 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax._layout import is_array, role_axes
-from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
+from lora_jax._layout import Layouts, factor_shapes, is_array, role_axes
+from lora_jax._params import Adapter, Factors, LoraParams, check
 from lora_jax._paths import PyTree, flatten, nearest
 from lora_jax._quantized import is_quantized
 from lora_jax._ranges import entry
 
 
 def shardings(
-    lora_params: LoraParams, base_shardings: PyTree = None, *, replicate: Collection[str] = ()
+    lora_params: LoraParams | Layouts,
+    base_shardings: PyTree = None,
+    *,
+    replicate: Collection[str] = (),
 ) -> LoraParams:
     """Shardings of a LoraParams, derived from those of its base.
 
@@ -31,7 +35,8 @@ def shardings(
     of ``jax.jit``, and through :func:`state_shardings` for the state of the optimizer.
 
     Args:
-        lora_params: from ``lorafy``, or its shapes: ``jax.eval_shape(lorafy, params)``.
+        lora_params: from ``lorafy``, or its shapes: ``jax.eval_shape(lorafy, params)``. Of the
+            layouts that :func:`layout_of` returns: for an adapter of all those weights.
         base_shardings: a tree of the base's structure of ``NamedSharding``s on one mesh, such as
             ``nn.get_sharding(boxed, mesh)``, ``nn.logical_to_mesh_sharding(...)`` or
             ``nnx.get_named_sharding(state, mesh)`` return. None: those of the base's arrays;
@@ -61,6 +66,8 @@ def shardings(
         >>> tuple(found.adapter.factors["query/kernel"].a.spec)
         ('x', None)
     """
+    if isinstance(lora_params, Layouts):
+        lora_params = _of_layouts(lora_params, base_shardings)
     leaves = check(lora_params)
     of_base = _of_arrays(leaves) if base_shardings is None else _of_tree(base_shardings, leaves)
     meshes = dict.fromkeys(s.mesh for s in of_base.values())
@@ -89,6 +96,29 @@ def shardings(
     return LoraParams(base, Adapter(factors, {p: of_adapter[p] for p in lora_params.adapter.full}))
 
 
+def _of_layouts(layouts: Layouts, base_shardings: PyTree) -> LoraParams:
+    """The shapes of an adapter of all weights that can take one, of rank 1."""
+    if base_shardings is None:
+        raise ValueError(
+            "shardings: layouts have no arrays, whose shardings could be taken: pass base_shardings"
+        )
+    paths, tree = flatten(base_shardings)
+    if missing := [path for path in layouts.weights if path not in paths]:
+        raise ValueError(
+            f"base_shardings has no leaf {missing[0]!r}. Nearest: {nearest(missing[0], paths)}. "
+            "It is to be a tree of the base's structure"
+        )
+    known = {p: jax.ShapeDtypeStruct(w.shape, w.dtype) for p, w in layouts.weights.items()}
+    base = jax.tree.unflatten(tree, [known.get(path) for path in paths])
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    factors = {}
+    for path, letters in layouts.items():
+        shapes = factor_shapes(letters, layouts.weights[path].shape, 1)
+        a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        factors[path] = Factors(a, b, number, letters)
+    return LoraParams(base, Adapter(factors))
+
+
 def _of_parts(leaf: Any, s: NamedSharding) -> Any:
     """The sharding of a leaf; of a quantized one, of each of its arrays, where these divide."""
     if not is_quantized(leaf):
@@ -113,14 +143,14 @@ def _without(axes: Collection[str], s: NamedSharding) -> NamedSharding:
 
 def _of_arrays(leaves: dict[str, Any]) -> dict[str, NamedSharding]:
     """The shardings that arrays have; those without are replicated over the mesh of the others."""
-    own = {path: _named(_array(x)) for path, x in leaves.items() if is_array(x)}
-    named = {path: s for path, s in own.items() if s is not None}
-    meshes = {s.mesh for s in named.values()}
+    own = {path: named(array_of(x)) for path, x in leaves.items() if is_array(x)}
+    spread = {path: s for path, s in own.items() if s is not None}
+    meshes = {s.mesh for s in spread.values()}
     rest = [NamedSharding(mesh, PartitionSpec()) for mesh in meshes]
-    return {path: named.get(path, rest[0]) for path in own if rest}
+    return {path: spread.get(path, rest[0]) for path in own if rest}
 
 
-def _array(leaf: Any) -> Any:
+def array_of(leaf: Any) -> Any:
     """An array with the leaf's sharding: of a quantized one, its entries."""
     return jax.tree.leaves(leaf)[0] if is_quantized(leaf) else leaf
 
@@ -240,36 +270,7 @@ def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> 
     return jax.tree_util.tree_map_with_path(place_of, state)
 
 
-def in_place(
-    made: Callable[[dict[str, Any], jax.Array], tuple[dict[str, Any], Adapter]],
-    leaves: dict[str, Any],
-    key: jax.Array,
-) -> tuple[dict[str, Any], Adapter]:
-    """``made(leaves, key)``, the leaves that it changes and an adapter, where the leaves are.
-
-    Of leaves spread over devices all is compiled at once and made on those devices, every process
-    its part.
-    """
-    arrays = (x for x in map(_array, leaves.values()) if is_concrete(x) and _named(x))
-    spread = [x for x in arrays if x.sharding.mesh.size > 1]
-    if not spread:
-        return made(leaves, key)
-    # On Explicit axes decompositions would ask for shardings of their own: Auto ones meanwhile.
-    whole = next(NamedSharding(x.sharding.mesh, PartitionSpec()) for x in spread)
-    inside = jax.tree.map(lambda x: jax.device_put(x, _auto(_named(x) or whole)), leaves)
-    new, adapter = jax.eval_shape(made, inside, key)
-    places = shardings(LoraParams(leaves, adapter))
-    places = {path: places.base[path] for path in new}, places.adapter
-    found = jax.jit(made, out_shardings=jax.tree.map(_auto, places))(inside, key)
-    return jax.device_put(found, places)
-
-
-def _auto(s: NamedSharding) -> NamedSharding:
-    """The same on a mesh of Auto axes."""
-    mesh: Any = s.mesh
-    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), s.spec, memory_kind=s.memory_kind)
-
-
-def _named(x: Any) -> NamedSharding | None:
+def named(x: Any) -> NamedSharding | None:
+    """The sharding of an array, if it is one by the names of a mesh's axes."""
     s = getattr(x, "sharding", None)
     return s if isinstance(s, NamedSharding) else None

@@ -69,7 +69,7 @@ def test_scores_stay_what_they_are(options):
 
 def test_the_halves_are_those_of_the_llama():
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6)).astype(np.float32)
-    found = np.asarray(llama.rotated(jnp.asarray(x), 100.0))[0]
+    found = np.asarray(llama.rotated(jnp.asarray(x), 100.0, jnp.arange(5)[None]))[0]
     assert_close(found, turned(x[0], "halves").astype(np.float32), 1e-5)
 
 

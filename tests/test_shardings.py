@@ -231,3 +231,27 @@ def test_the_arrays_of_a_quantized_weight_are_sharded_as_far_as_they_divide(dtyp
     x = jax.random.normal(jax.random.key(1), (4, 256))
     fn = lora_jax.lora(lambda params, x: x @ params["w"])
     assert_close(np.asarray(jax.jit(fn)(there, x)), np.asarray(fn(lora_params, x)), 1e-5)
+
+
+def test_layouts_are_enough_to_say_where_an_adapter_goes():
+    params = {"w": placed((8, 4), "x", "y"), "norm": {"scale": placed((4,), "y")}}
+
+    def fn(p, x):
+        return (x @ p["w"]) * p["norm"]["scale"][None]
+
+    layouts = lora_jax.layout_of(fn, params, jnp.ones((2, 8)))
+    of_base = jax.tree.map(lambda x: x.sharding, params)
+    found = lora_jax.shardings(layouts, of_base)
+    made = jax.jit(
+        lambda p: lora_jax.lorafy(p, 2, targets=".*", layout=layouts), out_shardings=found
+    )(params)
+    assert jax.tree.structure(found) == jax.tree.structure(made)
+    assert [*found.adapter.factors] == ["w"]
+    expected = lora_jax.shardings(made, of_base)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
+    whole = lora_jax.shardings(layouts, of_base, replicate=["x"]).adapter.factors["w"]
+    assert (spec_of(whole.a, 2), spec_of(whole.b, 2)) == ((None, None), (None, "y"))
+    with pytest.raises(ValueError, match=r"layouts have no arrays.*pass base_shardings"):
+        lora_jax.shardings(layouts)
+    with pytest.raises(ValueError, match=r"base_shardings has no leaf 'norm/scale'"):
+        lora_jax.shardings(layouts, {"w": of_base["w"]})
