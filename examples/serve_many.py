@@ -1,0 +1,431 @@
+"""Serve many adapters of one language model at once, each prompt with its own.
+
+    python examples/serve_many.py                 # SmolLM2, 24 prompts, 16 random adapters
+    python examples/serve_many.py --requests 200 --adapters 64 --slots 8 --check 200
+    python examples/serve_many.py --adapter poet=runs/lm/adapter --prompts prompts.jsonl
+
+A queue of prompts is decoded with continuous batching (``serving.py``): a row of the batch that is
+done takes the next prompt, with whichever adapter, or none. A few adapters are on the device, in
+the slots of a bank, and the others in the host's memory. Adapters are PEFT's folders, such as
+``train_lm.py --export`` writes, and files of ``lora_jax.io.safetensors``. Where none are given,
+some are made up, with B at random: what they write means nothing, but each writes its own.
+``--prompts`` has a line a prompt::
+
+    {"prompt": "To be, or", "adapter": "poet", "max_new": 24}
+
+without ``adapter`` for the base alone, and without ``max_new`` for ``--max-new`` tokens.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_data import tokenizer_of
+from lm_flags import number
+from models import llama
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from serving import Completion, Request, Server
+
+import lora_jax
+from lora_jax import LoraParams
+from lora_jax.io import hf, peft, safetensors
+
+PROMPTS = (
+    "The capital of Italy is",
+    "Once upon a time, there was a",
+    "Water boils when",
+    "To be, or not to be, that is",
+    "The three primary colors are",
+    "A good recipe for bread starts with",
+    "The largest planet of the solar system is",
+    "Dear Sir or Madam,",
+    "In mathematics, a matrix is",
+    "The opposite of hot is",
+)
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a logit: what rounding alone may come to
+
+
+class Asked(NamedTuple):
+    """A prompt as a text, and where it is from, for messages."""
+
+    text: str
+    adapter: str | None
+    max_new: int
+    where: str
+
+
+def run(args: argparse.Namespace) -> None:
+    """From the files of the model to the completions, and what they took."""
+    console = Console(highlight=False)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    files = named_files(args.adapter or [])
+    names = list(files) or [f"random{k}" for k in range(args.adapters)]
+    asked = list(read_prompts(args.prompts, args.max_new) if args.prompts else made_up(args, names))
+    check_names(asked, names)
+    path = args.model or data.smollm2()
+    source = hf.open_source(path)
+    if source.config is None:
+        raise FileNotFoundError(f"--model {path}: no config.json in it")
+    dtype = jnp.dtype(args.dtype)
+    model = llama.from_config(source.config, scan_layers=True, dtype=dtype)
+    tokenizer = tokenizer_of(source)
+
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    base = hf.load(path, like)
+    layout = lora_jax.layout_of(plain_of(model), base, ids)
+    if files:
+        known = hf.FAMILIES[source.config["model_type"]].names
+        adapters = {name: opened(file, base, known, layout) for name, file in files.items()}
+        say(f"{path}, {len(adapters)} adapters: {', '.join(adapters)}")
+    else:
+        like = lora_jax.lorafy(base, args.rank, layout=layout)
+        adapters = {name: random(like, [args.seed, k]) for k, name in enumerate(names)}
+        say(f"{path}, {len(adapters)} adapters of rank {args.rank} with random B")
+    bank = bank_of(adapters, base, layout, args.slots, dtype)
+
+    longest = max(args.lengths)
+    server = Server(
+        model,
+        bank,
+        rows=args.rows,
+        size=longest + max(ask.max_new for ask in asked),
+        lengths=args.lengths,
+        stop=stops(source.config),
+    )
+    for ask in asked:
+        prompt = tokenizer.encode(ask.text).ids
+        try:
+            server.submit(Request(prompt, ask.adapter, ask.max_new))
+        except ValueError as error:
+            hint = f" (--lengths, now up to {longest})" if len(prompt) > longest else ""
+            raise ValueError(f"{ask.where}: {error}{hint}") from error
+    start = time.perf_counter()
+    server.warm_up()
+    say(f"compiled in {time.perf_counter() - start:.1f} s")
+
+    start = time.perf_counter()
+    with compilations() as compiled:
+        done = list(server.run())
+    seconds = time.perf_counter() - start
+
+    if args.show:
+        console.print(shown(done[: args.show], tokenizer))
+    for text in summary(server, bank, done, seconds, len(compiled)):
+        say(text)
+    for one in done:
+        if one.error:
+            say(f"{asked[one.number].where}: {one.error}")
+    if args.check:
+        say(check(model, bank, base, done[: args.check]))
+
+
+# Prompts
+
+
+def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
+    """The lines of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the message names the file, the line and what was expected.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path}: no such file")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: not UTF-8 text: {error}; save it as UTF-8") from error
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"--prompts {path}: no prompts in it")
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--prompts {path}, line {n}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        known = {"prompt": (str,), "adapter": (str, type(None)), "max_new": (int,)}
+        if not isinstance(row, dict) or "prompt" not in row or row.keys() - known.keys():
+            raise ValueError(
+                f'{where}: expected one object a line, {{"prompt": "...", "adapter": "...", '
+                f'"max_new": 16}}, got {line.strip()[:60]}'
+            )
+        for key, value in row.items():
+            if type(value) not in known[key]:
+                raise ValueError(
+                    f"{where}, key {key!r}: expected {known[key][0].__name__}, got {value!r}"
+                )
+        yield Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
+
+
+def made_up(args: argparse.Namespace, names: Sequence[str]) -> Iterator[Asked]:
+    """The prompts of this file again and again, every eighth for the base.
+
+    Some adapters are asked for more often than others, as it is in life.
+    """
+    # RandomState, because NumPy promises never to change its stream.
+    weights = 1 / np.arange(1, len(names) + 1)
+    chosen = np.random.RandomState(args.seed).choice(
+        len(names), args.requests, p=weights / weights.sum()
+    )
+    for k, n in enumerate(chosen):
+        adapter = None if k % 8 == 7 else names[int(n)]
+        yield Asked(PROMPTS[k % len(PROMPTS)], adapter, args.max_new, f"prompt {k}")
+
+
+def check_names(asked: Sequence[Asked], names: Sequence[str]) -> None:
+    """Raise for an adapter that there is not."""
+    for ask in asked:
+        if ask.adapter is not None and ask.adapter not in names:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(
+                f"{ask.where}: there is no adapter {ask.adapter!r} among {some}: pass "
+                f"--adapter {ask.adapter}=PATH"
+            )
+
+
+def stops(config: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text."""
+    end = config.get("eos_token_id")
+    return end if isinstance(end, list) else [] if end is None else [end]
+
+
+# Adapters
+
+
+def named_files(said: Sequence[str]) -> dict[str, Path]:
+    """The arguments of ``--adapter``, each ``NAME=PATH``."""
+    files = {}
+    for text in said:
+        name, mark, path = text.partition("=")
+        if not (name and mark and path) or name in files:
+            raise ValueError(f"--adapter {text}: expected NAME=PATH, each name once")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--adapter {text}: no such file or folder")
+        files[name] = Path(path)
+    return files
+
+
+def opened(path: Path, base: Any, names: Any, layout: Mapping[str, str]) -> LoraParams:
+    """An adapter: of a folder of PEFT's, or of a file of ours."""
+    if path.suffix == ".safetensors":
+        return safetensors.load(path, base)
+    return peft.load(path, base, names=names, layout=layout)
+
+
+def random(like: LoraParams, seed: Sequence[int]) -> LoraParams:
+    """An adapter of the same A, with a B of its own."""
+    rng = np.random.default_rng(seed)
+
+    def own(f: lora_jax.Factors) -> lora_jax.Factors:
+        b = rng.normal(0, 0.05, f.b.shape).astype(np.float32)
+        return dataclasses.replace(f, b=b.astype(f.b.dtype))
+
+    factors = {path: own(f) for path, f in like.adapter.factors.items()}
+    return LoraParams(like.base, lora_jax.Adapter(factors))
+
+
+def bank_of(
+    adapters: Mapping[str, LoraParams], base: Any, layout: Mapping[str, str], slots: int, dtype: Any
+) -> lora_jax.AdapterBank:
+    """A bank with room for all that any of the adapters changes."""
+    parts = [lora_params.adapter for lora_params in adapters.values()]
+    factors = {path: f for part in parts for path, f in part.factors.items()}
+    rank = max((f.rank for part in parts for f in part.factors.values()), default=1)
+    options = {
+        "targets": sorted(factors),
+        "full": sorted({path for part in parts for path in part.full}),
+        "dora": any(f.magnitude is not None for f in factors.values()),
+    }
+    make = lambda base: lora_jax.lorafy(base, rank, layout=layout, **options).adapter  # noqa: E731
+    like = LoraParams(base, jax.eval_shape(make, base))
+    bank = lora_jax.AdapterBank(like, slots, dtype=dtype, donate=True)
+    for name, lora_params in adapters.items():
+        bank.add(name, lora_params)
+    return bank
+
+
+# What came of it
+
+
+def shown(done: Sequence[Completion], tokenizer: Any) -> Table:
+    """Some of the completions, a line each."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("adapter", "prompt", "completion"):
+        table.add_column(name, no_wrap=name == "adapter")
+    for one in done:
+        texts = [tokenizer.decode(ids) for ids in (one.request.prompt, one.tokens)]
+        cells = [one.request.adapter or "none", *(" ".join(text.split()) for text in texts)]
+        table.add_row(*map(Text, cells))  # not markup, whatever is in it
+    return table
+
+
+def summary(
+    server: Server,
+    bank: lora_jax.AdapterBank,
+    done: Sequence[Completion],
+    seconds: float,
+    compiled: int,
+) -> Iterator[str]:
+    """Lines that say what the run took."""
+    failed = sum(one.error is not None for one in done)
+    read = sum(len(one.request.prompt) for one in done)
+    stats = bank.stats
+    asked = stats.hits + stats.misses
+    rate = f", {stats.hits / asked:.0%} hits" if asked else ""
+    yield f"requests      {len(done)}" + (f", {failed} failed" if failed else "")
+    yield f"tokens        {server.tokens:,} new, {read:,} of prompts, {server.steps} steps"
+    yield f"speed         {server.tokens / seconds:.1f} new tokens/s, in {seconds:.1f} s"
+    yield f"rows at work  {server.peak} at most"
+    yield (
+        f"slots         {stats.hits} hits, {stats.misses} misses, {stats.evictions} evictions{rate}"
+    )
+    yield f"compilations  {compiled} after the warm-up"
+
+
+def check(
+    model: llama.Llama, bank: lora_jax.AdapterBank, base: Any, done: Sequence[Completion]
+) -> str:
+    """Compare with what each adapter gives alone, by ``lora_jax.lora``, without a cache.
+
+    All tokens are read at once: if each is the likeliest after those before it, then token by
+    token the same ones had come out.
+
+    Returns:
+        A line that says so.
+
+    Raises:
+        ValueError: a token is another one, by more than rounding.
+    """
+    plain = plain_of(model)
+    alone, adapted = jax.jit(plain), jax.jit(lora_jax.lora(plain))
+    size = max(len(one.request.prompt) + len(one.tokens) for one in done)
+    tokens, ties, worst = 0, 0, 0.0
+    for one in done:
+        prompt, name, _ = one.request
+        ids = np.zeros((1, size), np.int32)
+        ids[0, : len(prompt) + len(one.tokens)] = [*prompt, *one.tokens]
+        logits = alone(base, ids) if name is None else adapted(bank[name], ids)
+        logits = np.asarray(logits, np.float64)[
+            0, len(prompt) - 1 :
+        ]  # [tokens or more, vocabulary]
+        for k, (row, token) in enumerate(zip(logits, one.tokens, strict=False)):
+            likeliest, gap = int(row.argmax()), float(row.max() - row[token])
+            if not gap <= TOLERANCE[model.dtype.name]:
+                raise ValueError(
+                    f"--check: new token {k} of request {one.number} is {token}, and alone "
+                    f"{name or 'the base'} gives {likeliest}, likelier by {gap:.2g}"
+                )
+            logprob = row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
+            worst = max(worst, abs(logprob - one.logprobs[k]))
+            tokens, ties = tokens + 1, ties + (likeliest != token)
+    rest = f" but for {ties} that are as likely, to rounding" if ties else ""
+    return (
+        f"checked       {len(done)} requests, {tokens} tokens: equal to those of each adapter "
+        f"alone{rest}; logprobs within {worst:.1g}"
+    )
+
+
+def plain_of(model: llama.Llama) -> Any:
+    """The model as a function of parameters and ids."""
+    return lambda params, ids: model.apply({"params": params}, ids)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What XLA compiles meanwhile, on any thread."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(kwargs.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# The command line
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
+    description = "Serve many adapters of one language model at once, each prompt with its own."
+    parser = argparse.ArgumentParser(description=description)
+    count, natural = number(int, 1), number(int, 0)
+
+    def group(name: str, **flags: dict[str, Any]) -> None:
+        members = parser.add_argument_group(name)
+        for flag, options in flags.items():
+            options["help"] += f" ({options['default']})" if "default" in options else ""
+            members.add_argument(f"--{flag.replace('_', '-')}", **options)
+
+    group(
+        "model and adapters",
+        model={"type": Path, "help": "a folder or a GGUF file (SmolLM2-135M)"},
+        adapter={
+            "action": "append",
+            "metavar": "NAME=PATH",
+            "help": "a PEFT folder or a .safetensors file of ours; as often as there are adapters",
+        },
+        adapters={"type": count, "default": 16, "help": "without those: how many to make up"},
+        rank={"type": count, "default": 8, "help": "of those"},
+        dtype={"choices": tuple(TOLERANCE), "default": "float32", "help": "of all"},
+    )
+    group(
+        "prompts",
+        prompts={"type": Path, "help": "a .jsonl of prompt, adapter and max_new"},
+        requests={"type": count, "default": 24, "help": "without it: how many to make up"},
+        max_new={"type": count, "default": 16, "help": "tokens to add, where a prompt says none"},
+        seed={"type": natural, "default": 0, "help": "of what is made up"},
+    )
+    group(
+        "serving",
+        rows={"type": count, "default": 8, "help": "prompts at work at once"},
+        slots={"type": count, "default": 6, "help": "adapters on the device at once"},
+        lengths={
+            "type": count,
+            "nargs": "+",
+            "default": [16, 32],
+            "metavar": "TOKENS",
+            "help": "prompts are padded to the next of these; a program for each",
+        },
+        show={"type": natural, "default": 8, "help": "completions to print"},
+        check={
+            "type": natural,
+            "default": 0,
+            "help": "how many completions to compare with those of the adapter alone",
+        },
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run, and turn errors that a user can mend into one message."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ImportError, OSError, TypeError, ValueError, NotImplementedError) as error:
+        raise SystemExit(f"serve_many: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
