@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,7 +96,7 @@ def train(
     opt_state = tx.init(trainable)
     run = Run(lora_params, optimizer_bytes=nbytes(opt_state))
     seconds = []
-    for i, rows in enumerate(_batches(len(data["labels"]), batch_size, steps, seed)):
+    for i, rows in enumerate(batches(len(data["labels"]), batch_size, steps, seed)):
         batch = {name: column[rows] for name, column in data.items()}
         start = time.perf_counter()
         trainable, opt_state, loss = step(trainable, opt_state, frozen, batch)
@@ -138,7 +138,7 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _batches(n: int, batch_size: int, steps: int, seed: int):
+def batches(n: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
     """The rows of each step's batch: epoch after epoch, each in an order of its own."""
     rng = np.random.default_rng(seed)
     per_epoch = n // batch_size
