@@ -11,7 +11,6 @@ loaded again.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ import data
 import jax
 import numpy as np
 import report
-from folders import written_at_once
+from folders import check_output, written_at_once
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import Run, Tokens, accuracy, predict, train
@@ -69,7 +68,7 @@ def methods(rank: int, alpha: float, targets: str | None, lr: float) -> dict[str
 def run(args: argparse.Namespace) -> None:
     """The demo, from the data to the reloaded model."""
     begin = time.perf_counter()
-    check_output(args.out, args.model, args.data)
+    check_output(args.out, MADE_BY, args.model, args.data)
     splits = data.read(args.data) if args.data else data.movie_reviews()
     source = args.model or data.minilm()
     model, params = bert.load(source, len(splits.labels))
@@ -218,24 +217,6 @@ def compare(what: str, logits: np.ndarray, expected: np.ndarray) -> float:
         f"max |difference of logits| {difference:.1e}"
     )
     return difference
-
-
-def check_output(out: Path, *inputs: Path | None) -> None:
-    """Raise unless ``out`` can be made, or is an earlier run's folder that no input lies in."""
-    for path in inputs:
-        if path and path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out}: the input {path} lies in it; pass another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"--out {out}: cannot write to {out.parent}; pass another --out")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        ours = json.loads((out / "results.json").read_text("utf-8"))["made_by"] == MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"--out {out}: there, but not by an earlier run; pass another --out")
 
 
 def positive(kind: type) -> Callable[[str], Any]:

@@ -1,5 +1,6 @@
 """Folders that are there as a whole or not at all."""
 
+import json
 import os
 import secrets
 import shutil
@@ -30,3 +31,21 @@ def written_at_once(folder: str | Path) -> Iterator[Path]:
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(out: Path, made_by: str, *inputs: Path | None) -> None:
+    """Raise unless ``out`` can be made, or is an earlier run's folder that no input lies in."""
+    for path in inputs:
+        if path and path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out}: the input {path} lies in it; pass another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"--out {out}: cannot write to {out.parent}; pass another --out")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        ours = json.loads((out / "results.json").read_text("utf-8"))["made_by"] == made_by
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"--out {out}: there, but not by an earlier run; pass another --out")

@@ -11,7 +11,6 @@ then it meets the test sentences, once.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 import sweep_report
 from finetune_sentiment import HEAD, LENGTH, positive, progress_bar
-from folders import written_at_once
+from folders import check_output, written_at_once
 from rich.console import Console
 from sweep_report import Trial, best_first
 from training import Tokens, accuracy, batches, make_step, predict
@@ -206,7 +205,7 @@ def one_alone(
 def run(args: argparse.Namespace) -> None:
     """The sweep, from the data to the winner's files."""
     begin = time.perf_counter()
-    check_output(args.out, args.model, args.data)
+    check_output(args.out, MADE_BY, args.model, args.data)
     trials = grid(args)
     rows = [(trial, args.seed + k) for trial in trials for k in range(args.seeds)]
     splits = data.read(args.data) if args.data else data.movie_reviews()
@@ -330,24 +329,6 @@ def grid(args: argparse.Namespace) -> list[Trial]:
         for alpha in args.alphas
         for init in args.inits
     ]
-
-
-def check_output(out: Path, *inputs: Path | None) -> None:
-    """Raise unless ``out`` can be made, or is an earlier sweep's folder that no input lies in."""
-    for path in inputs:
-        if path and path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out}: the input {path} lies in it; pass another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"--out {out}: cannot write to {out.parent}; pass another --out")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        ours = json.loads((out / "results.json").read_text("utf-8"))["made_by"] == MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"--out {out}: there, but not by an earlier sweep; pass another")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

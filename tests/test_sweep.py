@@ -378,7 +378,7 @@ def test_a_rate_must_be_a_positive_number(capsys):
 def test_an_output_folder_of_somebody_else_is_refused(model_dir, reviews, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(SystemExit, match="not by an earlier sweep; pass another"):
+    with pytest.raises(SystemExit, match="not by an earlier run; pass another"):
         command(model_dir, reviews, tmp_path / "out")
     with pytest.raises(SystemExit, match="lies in it; pass another --out"):
         command(model_dir, reviews, model_dir)
