@@ -29,7 +29,8 @@ def lora_routed(
 
     Args:
         fn: a pure function of arrays in pytrees.
-        top_k: how many adapters an input is routed to, at most.
+        top_k: how many adapters an input is routed to, at most; those that tie with the last as
+            well.
         temperature: the larger, the more alike their shares.
 
     Raises:
