@@ -17,14 +17,12 @@ without ``adapter`` for the base alone, and without ``max_new`` for ``--max-new`
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import data
 import jax
@@ -37,34 +35,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from serve_check import TOLERANCE, check, compilations, plain_of
+from serve_prompts import check_names, made_up, read_prompts
 from serving import Completion, Request, Server
 
 import lora_jax
 from lora_jax import LoraParams
 from lora_jax.io import hf, peft, safetensors
-
-PROMPTS = (
-    "The capital of Italy is",
-    "Once upon a time, there was a",
-    "Water boils when",
-    "To be, or not to be, that is",
-    "The three primary colors are",
-    "A good recipe for bread starts with",
-    "The largest planet of the solar system is",
-    "Dear Sir or Madam,",
-    "In mathematics, a matrix is",
-    "The opposite of hot is",
-)
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a logit: what rounding alone may come to
-
-
-class Asked(NamedTuple):
-    """A prompt as a text, and where it is from, for messages."""
-
-    text: str
-    adapter: str | None
-    max_new: int
-    where: str
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,7 +50,10 @@ def run(args: argparse.Namespace) -> None:
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     files = named_files(args.adapter or [])
     names = list(files) or [f"random{k}" for k in range(args.adapters)]
-    asked = list(read_prompts(args.prompts, args.max_new) if args.prompts else made_up(args, names))
+    if args.prompts:
+        asked = list(read_prompts(args.prompts, args.max_new))
+    else:
+        asked = list(made_up(names, args.requests, args.max_new, args.seed))
     check_names(asked, names)
     path = args.model or data.smollm2()
     source = hf.open_source(path)
@@ -134,78 +114,6 @@ def run(args: argparse.Namespace) -> None:
         say(check(model, bank, base, done[: args.check]))
 
 
-# Prompts
-
-
-def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
-    """The lines of a file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the message names the file, the line and what was expected.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts {path}: no such file")
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: not UTF-8 text: {error}; save it as UTF-8") from error
-    if not any(map(str.strip, lines)):
-        raise ValueError(f"--prompts {path}: no prompts in it")
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--prompts {path}, line {n}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from error
-        known = {"prompt": (str,), "adapter": (str, type(None)), "max_new": (int,)}
-        if not isinstance(row, dict) or "prompt" not in row or row.keys() - known.keys():
-            raise ValueError(
-                f'{where}: expected one object a line, {{"prompt": "...", "adapter": "...", '
-                f'"max_new": 16}}, got {line.strip()[:60]}'
-            )
-        for key, value in row.items():
-            if type(value) not in known[key]:
-                raise ValueError(
-                    f"{where}, key {key!r}: expected {known[key][0].__name__}, got {value!r}"
-                )
-        yield Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
-
-
-def made_up(args: argparse.Namespace, names: Sequence[str]) -> Iterator[Asked]:
-    """The prompts of this file again and again, every eighth for the base.
-
-    Some adapters are asked for more often than others, as it is in life.
-    """
-    # RandomState, because NumPy promises never to change its stream.
-    weights = 1 / np.arange(1, len(names) + 1)
-    chosen = np.random.RandomState(args.seed).choice(
-        len(names), args.requests, p=weights / weights.sum()
-    )
-    for k, n in enumerate(chosen):
-        adapter = None if k % 8 == 7 else names[int(n)]
-        yield Asked(PROMPTS[k % len(PROMPTS)], adapter, args.max_new, f"prompt {k}")
-
-
-def check_names(asked: Sequence[Asked], names: Sequence[str]) -> None:
-    """Raise for an adapter that there is not."""
-    for ask in asked:
-        if ask.adapter is not None and ask.adapter not in names:
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(
-                f"{ask.where}: there is no adapter {ask.adapter!r} among {some}: pass "
-                f"--adapter {ask.adapter}=PATH"
-            )
-
-
-def stops(config: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text."""
-    end = config.get("eos_token_id")
-    return end if isinstance(end, list) else [] if end is None else [end]
-
-
 # Adapters
 
 
@@ -261,6 +169,12 @@ def bank_of(
     return bank
 
 
+def stops(config: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text."""
+    end = config.get("eos_token_id")
+    return end if isinstance(end, list) else [] if end is None else [end]
+
+
 # What came of it
 
 
@@ -297,70 +211,6 @@ def summary(
         f"slots         {stats.hits} hits, {stats.misses} misses, {stats.evictions} evictions{rate}"
     )
     yield f"compilations  {compiled} after the warm-up"
-
-
-def check(
-    model: llama.Llama, bank: lora_jax.AdapterBank, base: Any, done: Sequence[Completion]
-) -> str:
-    """Compare with what each adapter gives alone, by ``lora_jax.lora``, without a cache.
-
-    All tokens are read at once: if each is the likeliest after those before it, then token by
-    token the same ones had come out.
-
-    Returns:
-        A line that says so.
-
-    Raises:
-        ValueError: a token is another one, by more than rounding.
-    """
-    plain = plain_of(model)
-    alone, adapted = jax.jit(plain), jax.jit(lora_jax.lora(plain))
-    size = max(len(one.request.prompt) + len(one.tokens) for one in done)
-    tokens, ties, worst = 0, 0, 0.0
-    for one in done:
-        prompt, name, _ = one.request
-        ids = np.zeros((1, size), np.int32)
-        ids[0, : len(prompt) + len(one.tokens)] = [*prompt, *one.tokens]
-        logits = alone(base, ids) if name is None else adapted(bank[name], ids)
-        logits = np.asarray(logits, np.float64)[
-            0, len(prompt) - 1 :
-        ]  # [tokens or more, vocabulary]
-        for k, (row, token) in enumerate(zip(logits, one.tokens, strict=False)):
-            likeliest, gap = int(row.argmax()), float(row.max() - row[token])
-            if not gap <= TOLERANCE[model.dtype.name]:
-                raise ValueError(
-                    f"--check: new token {k} of request {one.number} is {token}, and alone "
-                    f"{name or 'the base'} gives {likeliest}, likelier by {gap:.2g}"
-                )
-            logprob = row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
-            worst = max(worst, abs(logprob - one.logprobs[k]))
-            tokens, ties = tokens + 1, ties + (likeliest != token)
-    rest = f" but for {ties} that are as likely, to rounding" if ties else ""
-    return (
-        f"checked       {len(done)} requests, {tokens} tokens: equal to those of each adapter "
-        f"alone{rest}; logprobs within {worst:.1g}"
-    )
-
-
-def plain_of(model: llama.Llama) -> Any:
-    """The model as a function of parameters and ids."""
-    return lambda params, ids: model.apply({"params": params}, ids)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What XLA compiles meanwhile, on any thread."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # The command line

@@ -39,10 +39,9 @@ from lora_jax._shardings import state_shardings as state_shardings
 from lora_jax._similarity import distance as distance
 from lora_jax._similarity import similarity as similarity
 from lora_jax._similarity import subspace_similarity as subspace_similarity
-from lora_jax._stack import replace_at as replace_at
 from lora_jax._stack import stack as stack
-from lora_jax._stack import take as take
-from lora_jax._stack import unstack as unstack
+from lora_jax._take import replace_at as replace_at
+from lora_jax._take import take as take
 from lora_jax._ties import dare as dare
 from lora_jax._ties import prune as prune
 from lora_jax._ties import ties as ties
@@ -53,5 +52,6 @@ from lora_jax._transform._lora import lora as lora
 from lora_jax._transform._lora_routed import lora_routed as lora_routed
 from lora_jax._transform._lora_rows import lora_rows as lora_rows
 from lora_jax._transform._moments import input_moments as input_moments
+from lora_jax._unstack import unstack as unstack
 
 __version__ = "0.1.0"

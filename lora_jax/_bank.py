@@ -1,45 +1,17 @@
 """``AdapterBank``: a few adapters on the device, many more in the host's memory, for serving."""
 
 import contextlib
-import dataclasses
-import itertools
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._host_rows import empty_row, host_row, places_of
+from lora_jax._host_rows import empty_row, host_row, placed, places_of
+from lora_jax._lru import Lru, Stats
 from lora_jax._params import Adapter, LoraParams
-from lora_jax._paths import nearest
-
-
-class Stats(NamedTuple):
-    """What a bank has done.
-
-    Attributes:
-        hits: how often an adapter that was wanted was in a slot.
-        misses: how often it had to be loaded.
-        evictions: how often another one made way for it.
-        dropped: how many adapters the host's memory had no room for any more.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    dropped: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """An adapter: its row, in NumPy; when its last use ended; its slot, if any; its users."""
-
-    row: Adapter
-    used: int
-    slot: int | None = None
-    pins: int = 0
 
 
 class AdapterBank:
@@ -53,7 +25,9 @@ class AdapterBank:
     An adapter in use has its slot to itself. Of the others, the least recently used makes way. A
     slot that is empty, or whose adapter was removed, holds zeros: the base.
 
-    Every method may be called from any thread.
+    Every method may be called from any thread. Of a base that several processes share, each has a
+    bank of its own: all of them add, acquire and release the same adapters in the same order, from
+    one thread, as they run the same programs.
 
     Args:
         like: a LoraParams: the base, and which weights adapters of it may change, with layouts,
@@ -69,10 +43,12 @@ class AdapterBank:
             old one. What :attr:`lora_params` gave before is deleted then, but for what
             :meth:`using` gave while any of its blocks is open. A stack that nobody has seen is
             overwritten in any case.
+        replicate: axes of the base's mesh along which factors are whole, as of :func:`shardings`.
 
     Raises:
         TypeError: ``like`` is no LoraParams, or an argument is of the wrong kind.
-        ValueError: ``like`` is a stack or changes nothing; or a number is too small.
+        ValueError: ``like`` is a stack or changes nothing; a number is too small; or the base's
+            mesh has no axis that ``replicate`` says.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -111,6 +87,7 @@ class AdapterBank:
         dtype: Any = None,
         host: int | None = None,
         donate: bool = False,
+        replicate: Collection[str] = (),
     ):
         if not isinstance(like, LoraParams):
             raise TypeError(
@@ -119,28 +96,25 @@ class AdapterBank:
             )
         slots = _at_least("slots", slots, 1)
         rank = None if rank is None else _at_least("rank", rank, 1)
-        self._host = None if host is None else _at_least("host", host, slots + 1)
+        host = None if host is None else _at_least("host", host, slots + 1)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"AdapterBank: dtype={dtype!r}: expected one of floating numbers")
         self._base, self._is_cast, self._donate = like.base, dtype is not None, donate
         self._empty = empty_row(like, rank, dtype)
         self._lock = threading.Lock()
-        self._clock = itertools.count()
-        self._entries: dict[str, _Entry] = {}
-        self._slots: list[str | None] = [None] * slots
-        self._stats = Stats()
+        self._names = Lru(slots, host, self._put)  # all that follows with the lock held
         self._open = 0  # blocks of using()
         self._is_seen = False  # the stack, by anyone but us
 
-        places, of_row = places_of(self._base, self._empty)
+        places, self._places = places_of(self._base, self._empty, replicate)
         spread = lambda x: jnp.broadcast_to(x, (slots, *x.shape))  # noqa: E731
         make = jax.jit(lambda row: jax.tree.map(spread, row), out_shardings=places)
-        kind = {"in_shardings": (places, of_row, None), "out_shardings": places} if places else {}
-        self._copy = jax.jit(_put, **kind)
-        self._overwrite = jax.jit(_put, donate_argnums=0, **kind)
-        self._stack: Adapter = make(self._empty)
+        self._copy = jax.jit(_put, out_shardings=places)
+        self._overwrite = jax.jit(_put, donate_argnums=0, out_shardings=places)
+        empty = placed(self._empty, self._places)
+        self._stack: Adapter = make(empty)
         for put in (self._copy, self._overwrite):  # compiled now, not while it serves
-            self._stack = put(self._stack, self._empty, np.int32(0))
+            self._stack = put(self._stack, empty, np.int32(0))
 
     def add(self, name: str, adapter: LoraParams | Adapter, *, replace: bool = False) -> None:
         """Add an adapter, which is copied to the host's memory. Nothing is loaded yet.
@@ -166,23 +140,7 @@ class AdapterBank:
         what = f"AdapterBank.add: {name!r}"
         row = host_row(adapter, what, self._base, self._empty, is_cast=self._is_cast)
         with self._lock:
-            old = self._entries.get(name)
-            if old is None:
-                if self._host is not None and len(self._entries) >= self._host:
-                    idle = [key for key, entry in self._entries.items() if not entry.pins]
-                    self._remove(min(idle, key=lambda key: self._entries[key].used))
-                    self._count(dropped=1)
-                self._entries[name] = _Entry(row, next(self._clock))
-                return
-            if not replace:
-                raise ValueError(
-                    f"AdapterBank.add: there is an adapter {name!r}: remove it, give another "
-                    "name, or replace it by add(..., replace=True)"
-                )
-            self._check_idle(name, "add")
-            if old.slot is not None:
-                self._put(row, old.slot)
-            old.row = row
+            self._names.add(name, row, replace=replace)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its slot is empty then.
@@ -192,8 +150,7 @@ class AdapterBank:
             RuntimeError: it is in use.
         """
         with self._lock:
-            self._check_idle(name, "remove")
-            self._remove(name)
+            self._names.remove(name)
 
     __delitem__ = remove
 
@@ -211,7 +168,7 @@ class AdapterBank:
             RuntimeError: all slots are in use.
         """
         with self._lock:
-            return self._acquire([name], "acquire")[name]
+            return self._names.acquire([name], "acquire")[name]
 
     def release(self, name: str) -> None:
         """Take back one :meth:`acquire`. The adapter stays in its slot until that is needed.
@@ -221,7 +178,7 @@ class AdapterBank:
             ValueError: it is not in use.
         """
         with self._lock:
-            self._release(name)
+            self._names.release(name)
 
     @contextlib.contextmanager
     def using(self, names: Iterable[str | None]) -> Iterator[tuple[LoraParams, np.ndarray]]:
@@ -242,7 +199,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank.using: names={names!r}: expected one for each row")
         names = list(names)
         with self._lock:
-            slots = self._acquire([name for name in names if name is not None], "using")
+            slots = self._names.acquire([name for name in names if name is not None], "using")
             self._open += 1
             self._is_seen = True
             lora_params = LoraParams(self._base, self._stack)
@@ -253,7 +210,7 @@ class AdapterBank:
             with self._lock:
                 self._open -= 1
                 for name in slots:
-                    self._release(name)
+                    self._names.release(name)
 
     @property
     def lora_params(self) -> LoraParams:
@@ -269,111 +226,47 @@ class AdapterBank:
     def slots(self) -> tuple[str | None, ...]:
         """The name of what is in each slot; None where it is empty."""
         with self._lock:
-            return tuple(self._slots)
+            return tuple(self._names.slots)
 
     @property
     def stats(self) -> Stats:
         """Hits, misses and evictions so far."""
         with self._lock:
-            return self._stats
+            return self._names.stats
 
     def __contains__(self, name: object) -> bool:
         with self._lock:
-            return name in self._entries
+            return name in self._names.entries
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._entries)
+            return len(self._names.entries)
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
-            return iter(list(self._entries))
+            return iter(list(self._names.entries))
 
     def __getitem__(self, name: str) -> LoraParams:
         """An adapter as the bank has it, padded and cast, in NumPy arrays that are read-only."""
         with self._lock:
-            return LoraParams(self._base, self._entry(name, "[...]").row)
+            return LoraParams(self._base, self._names.entry(name, "[...]").row)
 
     def __repr__(self) -> str:
         with self._lock:
-            held = [self._entries[name].pins for name in self._slots if name is not None]
-            used, empty = sum(map(bool, held)), len(self._slots) - len(held)
+            slots, entries = self._names.slots, self._names.entries
+            held = [entries[name].pins for name in slots if name is not None]
+            used, empty = sum(map(bool, held)), len(slots) - len(held)
             return (
-                f"AdapterBank({len(self._slots)} slots: {used} in use, {len(held) - used} idle, "
-                f"{empty} empty; {len(self._entries)} adapters)"
+                f"AdapterBank({len(slots)} slots: {used} in use, {len(held) - used} idle, "
+                f"{empty} empty; {len(entries)} adapters)"
             )
 
-    # What follows is called with the lock held.
-
-    def _entry(self, name: str, verb: str) -> _Entry:
-        if name not in self._entries:
-            raise KeyError(
-                f"AdapterBank.{verb}: there is no adapter {name!r}: add it. Nearest: "
-                f"{nearest(str(name), self._entries)}"
-            )
-        return self._entries[name]
-
-    def _check_idle(self, name: str, verb: str) -> None:
-        if pins := self._entry(name, verb).pins:
-            raise RuntimeError(
-                f"AdapterBank.{verb}: {name!r} is in use, {pins} times: release it first. What "
-                "comes meanwhile may use another one, added by another name"
-            )
-
-    def _acquire(self, names: list[str], verb: str) -> dict[str, int]:
-        """The slots of all these adapters, each of them once in use more; or none of them."""
-        wanted = {name: self._entry(name, verb) for name in names}
-        missing = [name for name, entry in wanted.items() if entry.slot is None]
-        free = {  # since when
-            slot: -1 if name is None else self._entries[name].used
-            for slot, name in enumerate(self._slots)
-            if name is None or not (name in wanted or self._entries[name].pins)
-        }
-        if len(missing) > len(free):
-            others = {name: self._entries[name].pins for name in self._slots if name is not None}
-            in_use = ", ".join(f"{name!r} ({pins})" for name, pins in others.items() if pins)
-            raise RuntimeError(
-                f"AdapterBank.{verb}: {', '.join(map(repr, missing))} would need {len(missing)} "
-                f"more of {len(self._slots)} slots, and {len(free)} are free. In use, and how "
-                f"often: {in_use or 'none'}. Release some, mix fewer adapters in a batch, or make "
-                "a bank of more slots="
-            )
-        for name, slot in zip(missing, sorted(free, key=free.__getitem__), strict=False):
-            self._put(wanted[name].row, slot)
-            old, self._slots[slot], wanted[name].slot = self._slots[slot], name, slot
-            if old is not None:
-                self._entries[old].slot = None
-            self._count(misses=1, evictions=int(old is not None))
-        for entry in wanted.values():
-            entry.pins += 1
-        self._count(hits=len(wanted) - len(missing))
-        return {name: slot for name, e in wanted.items() if (slot := e.slot) is not None}
-
-    def _release(self, name: str) -> None:
-        entry = self._entry(name, "release")
-        if not entry.pins:
-            raise ValueError(
-                f"AdapterBank.release: {name!r} is not in use: each acquire is released once"
-            )
-        entry.pins -= 1
-        entry.used = next(self._clock)
-
-    def _remove(self, name: str) -> None:
-        slot = self._entries[name].slot
-        if slot is not None:
-            self._put(self._empty, slot)
-            self._slots[slot] = None
-        del self._entries[name]
-
-    def _put(self, row: Adapter, slot: int) -> None:
+    def _put(self, row: Adapter | None, slot: int) -> None:
         is_ours = not self._is_seen or (self._donate and not self._open)
         put = self._overwrite if is_ours else self._copy
+        row = placed(self._empty if row is None else row, self._places)
         self._stack = put(self._stack, row, np.int32(slot))
         self._is_seen = False
-
-    def _count(self, **more: int) -> None:
-        counts = {key: getattr(self._stats, key) + n for key, n in more.items()}
-        self._stats = self._stats._replace(**counts)
 
 
 def _put(stack: Adapter, row: Adapter, slot: jax.Array) -> Adapter:

@@ -3,19 +3,21 @@
 As :mod:`lora_jax._rows` does it on the device, but nothing runs or compiles there meanwhile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lora_jax._layout import is_array
 from lora_jax._params import Adapter, Factors, LoraParams, is_concrete
 from lora_jax._paths import PyTree, flatten
 from lora_jax._ranges import rows_of
-from lora_jax._rows import Slot, Slots, check_same_base, check_single, fitted
+from lora_jax._rows import Slot, Slots, fitted
 from lora_jax._shardings import shardings
+from lora_jax._together import check_same_base, check_single
 
 _CAST = ("a", "b", "full")  # what dtype= is of; the rest is small
 
@@ -34,7 +36,7 @@ def empty_row(like: LoraParams, rank: int | None, dtype: Any) -> Adapter:
         like.base,
         flatten(like.base)[0],
     )
-    row = jax.device_get(fitted(Adapter({}), "AdapterBank: an empty slot", slots))
+    row = jax.tree.map(_fetched, fitted(Adapter({}), "AdapterBank: an empty slot", slots))
     dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
 
     def own(key: str, field: str, x: np.ndarray) -> np.ndarray:
@@ -61,8 +63,7 @@ def host_row(adapter: Any, what: str, base: PyTree, empty: Adapter, *, is_cast: 
     if isinstance(adapter, Adapter):
         adapter = LoraParams(base, adapter)
     single = check_single(adapter, what)
-    is_residual = any(f.residual for f in single.factors.values())
-    check_same_base(base, adapter.base, f"{what} and the bank", is_residual)
+    check_same_base(f"{what} and the bank", adapter, LoraParams(base, Adapter({})))
     if not all(map(is_concrete, jax.tree.leaves(single))):
         raise ValueError(f"{what} is traced, or shapes alone: expected values. Add it outside jit")
     for kind in ("factors", "full"):
@@ -72,6 +73,11 @@ def host_row(adapter: Any, what: str, base: PyTree, empty: Adapter, *, is_cast: 
                 f"{what} has {len(more)} {kind} for which the bank has no room: "
                 f"{', '.join(more[:5])}. Make a bank of a like= that has them all"
             )
+    if not all(map(_is_here, jax.tree.leaves(single))):
+        raise ValueError(
+            f"{what} is spread over several processes: give each all of it, "
+            "multihost_utils.process_allgather(adapter, tiled=True)"
+        )
     for key, f in single.factors.items():
         _check_agree(key, f, empty.factors[key], what)
     single = jax.device_get(single)
@@ -85,19 +91,34 @@ def host_row(adapter: Any, what: str, base: PyTree, empty: Adapter, *, is_cast: 
     return _mapped(own, empty)
 
 
-def places_of(base: PyTree, row: Adapter) -> tuple[Any, Any]:
-    """Shardings of a stack and of a row, as the base's; None: where JAX puts what is new."""
+def places_of(base: PyTree, row: Adapter, replicate: Collection[str]) -> tuple[Any, Any]:
+    """Shardings of a stack and of a row, as the base's; None: where JAX puts what is new.
+
+    Raises:
+        ValueError: the base's mesh has no axis that ``replicate`` says.
+    """
     leaves = [x for x in jax.tree.leaves(base) if isinstance(x, jax.Array)]
     if any(isinstance(x.sharding, NamedSharding) for x in leaves):
-        places = shardings(LoraParams(base, row)).adapter
+        places = shardings(LoraParams(base, row), replicate=replicate).adapter
 
         def of_stack(s: NamedSharding) -> NamedSharding:
             return NamedSharding(s.mesh, PartitionSpec(None, *s.spec), memory_kind=s.memory_kind)
 
         return jax.tree.map(of_stack, places), places
+    if replicate:
+        raise ValueError(f"AdapterBank: replicate={replicate!r}, and the base is on no mesh")
     devices = {d for x in leaves if getattr(x, "committed", False) for d in x.devices()}
     place = SingleDeviceSharding(devices.pop()) if len(devices) == 1 else None
     return place, place
+
+
+def placed(row: Adapter, places: Any) -> Adapter:
+    """A row on its devices, every process its part; as it is where there is no mesh."""
+    if not isinstance(places, Adapter):
+        return row
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), row, places
+    )
 
 
 def _mapped(f: Callable[[str, str, Any], Any], row: Adapter) -> Adapter:
@@ -136,6 +157,16 @@ def _check_agree(key: str, f: Factors, like: Factors, what: str) -> None:
             f"{what} has rank {f.rank} at {key!r}, and the bank {like.rank}: shrink it, "
             f"lora_jax.resize(adapter, {like.rank}), or make a bank of rank={f.rank}"
         )
+
+
+def _is_here(x: Any) -> bool:
+    """Whether this process has all of an array."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def _fetched(x: Any) -> np.ndarray:
+    """In NumPy; all processes together, where it is spread over them."""
+    return jax.device_get(x) if _is_here(x) else process_allgather(x, tiled=True)
 
 
 def _host(x: Any, like: Any, at: str, *, is_cast: bool) -> np.ndarray:

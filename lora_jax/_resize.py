@@ -13,8 +13,9 @@ from lora_jax._choose import is_table
 from lora_jax._layout import factor_shapes, max_rank, role_shape
 from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._ranges import rows_of, split_range
-from lora_jax._rows import check_finite, check_single, padded, weight_shape, with_adapter
+from lora_jax._rows import padded
 from lora_jax._select import check_patterns, lookup
+from lora_jax._together import check_finite, check_single, weight_shape, with_adapter
 from lora_jax.init._random import gaussian
 from lora_jax.init._target import Target, fold_in_path
 

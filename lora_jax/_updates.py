@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _jax
-from lora_jax._params import Adapter, Factors, LoraParams, check, wide
+from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._paths import flatten
-from lora_jax._ranges import Range, overlap, resolve, rows_of, split_range
-from lora_jax._rows import check_single, weight_shape
-
-_ANY = 2**62  # the size of an axis that nobody says
+from lora_jax._together import check_parts, check_same_base, check_single, weight_shape
 
 
 def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
@@ -28,13 +25,14 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
     """
     if not xs:
         raise ValueError(f"{verb}: there are no adapters, expected at least one")
-    adapters = [check_single(x, f"{verb}: an operand") for x in xs]
+    adapters = [check_single(x, f"{verb}: operand {n}") for n, x in enumerate(xs)]
     if len({type(x) for x in xs}) > 1:
         raise TypeError(
             f"{verb}: Adapters and LoraParams together, expected one kind: LoraParams(base, x)"
         )
     if isinstance(xs[0], LoraParams):
-        _check_same_base(verb, xs)
+        for n, x in enumerate(xs[1:], 1):
+            check_same_base(f"{verb}: operands 0 and {n}", xs[0], x)
     for adapter in adapters:
         if adapter.full and not isinstance(xs[0], LoraParams):
             raise ValueError(
@@ -44,6 +42,9 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
         for key, f in adapter.factors.items():
             check_linear(verb, key, f)
     _check_alike(verb, adapters)
+    remedy = "Take both from what they make of the base: lora_jax.extract(base, merged, rank)"
+    base = flatten(xs[0].base)[0] if isinstance(xs[0], LoraParams) else None
+    check_parts(verb, {f"operand {n}": x for n, x in enumerate(adapters)}, base, remedy)
     return adapters
 
 
@@ -95,27 +96,12 @@ def plain(fs: Sequence[Factors], a: Any, b: Any) -> Factors:
 
 def like(x: Any, adapter: Adapter) -> Any:
     """The adapter, with the base of ``x`` if it has one."""
-    if not isinstance(x, LoraParams):
-        return adapter
-    result = LoraParams(x.base, adapter)
-    check(result)  # a leaf may be adapted in one and trained whole in another
-    return result
+    return LoraParams(x.base, adapter) if isinstance(x, LoraParams) else adapter
 
 
 def adapter_of(x: Any) -> Adapter:
     """The adapter of a LoraParams, or itself."""
     return x.adapter if isinstance(x, LoraParams) else x
-
-
-def _check_same_base(verb: str, xs: Sequence[LoraParams]) -> None:
-    first, *others = [jax.tree.leaves(x.base) for x in xs]
-    for other in others:
-        if len(first) != len(other) or any(p is not q for p, q in zip(first, other, strict=True)):
-            raise ValueError(
-                f"{verb}: the LoraParams have different bases, expected the very same arrays. If "
-                "they are equal, say so, LoraParams(x.base, y.adapter) in place of y; under jit, "
-                "let the base be an argument of its own"
-            )
 
 
 def check_linear(verb: str, key: str, f: Factors) -> None:
@@ -133,8 +119,7 @@ def check_linear(verb: str, key: str, f: Factors) -> None:
 
 
 def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
-    """Raise unless what is of one weight is of one shape and layout, and the rest is apart."""
-    places: dict[str, list[tuple[str, tuple[Range, ...]]]] = {}
+    """Raise unless what is of one weight is of one shape and layout."""
     for key, fs in by_key(adapters).items():
         forms = dict.fromkeys((f.layout, weight_shape(f)) for f in fs.values())
         if len(forms) > 1:
@@ -143,21 +128,3 @@ def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
                 f"{verb}: the adapters are of different models: {key!r} has shape {one[1]} (layout "
                 f"{one[0]!r}) in one and {other[1]} (layout {other[0]!r}) in another"
             )
-        path, ranges = _place(key)
-        for other, other_ranges in places.setdefault(path, []):
-            if overlap(ranges, other_ranges):
-                raise ValueError(
-                    f"{verb}: {other!r} and {key!r} overlap and are not the same part. Take it "
-                    "from what they make of the base: lora_jax.extract(base, merged, rank)"
-                )
-        places[path].append((key, ranges))
-
-
-def _place(key: str) -> tuple[str, tuple[Range, ...]]:
-    """The path and ranges of an entry, where no base says which paths there are."""
-    if rows_of(key) is not None:
-        return key[: key.rindex("[[")], ()
-    path, ranges = split_range(key)
-    if ranges is None:
-        return key, ()
-    return path, resolve(ranges, path, [_ANY] * (ranges.count(",") + 1))

@@ -223,7 +223,7 @@ def test_parts_of_weights_add_up():
     whole = split(3, 2, base, ["w"], layout=None)
     for other in (overlapping, whole):
         for x, y in ((left, other), (left.adapter, other.adapter), (other.adapter, left.adapter)):
-            with pytest.raises(ValueError, match=r"x \+ y: 'w.*' and 'w.*' overlap.*extract"):
+            with pytest.raises(ValueError, match=r"x \+ y: .* 'w.*' and .* 'w.*overlap.*extract"):
                 x + y
 
 
@@ -244,7 +244,8 @@ def test_rows_of_tables_stay_rows():
         assert f.frozen == ("a",)
         assert_updates(result, weighted((c, x), (d, y)))
     with pytest.raises(
-        ValueError, match=r"'embedding\[\[2, 5\]\]' and 'embedding\[\[2, 6\]\]' over"
+        ValueError,
+        match=r"'embedding\[\[2, 5\]\]' and operand 1 'embedding\[\[2, 6\]\]' and these over",
     ):
         x + rows(3, 2, 6)
 
@@ -552,13 +553,15 @@ def test_operands_that_have_no_sum_are_explained():
     turned = split(1, 2, BASE, ["dense"], layout={"dense": "oi"}).adapter
     refused(ValueError, r"\(layout 'io'\) in one and \(6, 8\) \(layout 'oi'\)", plus, x, turned)
     whole = split(1, targets=["dense"], full="one")
-    refused(ValueError, r"'one' is both in adapter.factors and in adapter.full", plus, X, whole)
+    refused(
+        ValueError, r"0 trains 'one' and operand 1 'one', whole, and these overlap", plus, X, whole
+    )
     means = lora_jax.linear_in_factors
     refused(ValueError, r"'dense' has the ranks \[2, 3\], expected equal", means, [x, Y.adapter])
     refused(ValueError, r"1 weights for 2 adapters", means, [x, x], [1])
     refused(ValueError, r"linear_in_factors: there are no adapters", means, [])
     refused(TypeError, r"Adapters and LoraParams together", means, [x, X])
-    refused(TypeError, r"linear_in_factors: an operand is dict", means, [{}])
+    refused(TypeError, r"linear_in_factors: operand 0 is dict", means, [{}])
 
 
 def test_arguments_out_of_range_are_explained():

@@ -1,6 +1,5 @@
 """A bank of adapters: what comes out of its slots is what each adapter computes alone."""
 
-import contextlib
 import dataclasses
 import random
 import threading
@@ -9,33 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, dict_case, randomize_b, scan_case
+from helpers import assert_close, compilations, dict_case, randomize_b, scan_case
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import Adapter, AdapterBank, LoraParams
 from lora_jax.io import orbax, peft, safetensors
 
 EVERY = ["w1", "layers/0/w2"]  # the targets of dict_case
-
-
-@contextlib.contextmanager
-def compilations():
-    """The names of what XLA compiles meanwhile, on any thread."""
-    seen = []
-
-    def listen(event, _, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def bits(tree):
@@ -686,57 +667,6 @@ def test_like_needs_no_memory_of_its_own():
     bank.add("a0", adapters["a0"])
     x = rows(case, 2)
     assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"] * 2, x), 1e-6)
-
-
-# --- devices -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_slots_are_beside_the_shards_of_their_weights(kind):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
-    keys = jax.random.split(jax.random.key(0), 2)
-    plain = {"query": jax.random.normal(keys[0], (8, 4)), "value": jnp.ones((4, 8))}
-    places = {"query": P("x", "y"), "value": P(None, "y")}
-    params = {k: jax.device_put(x, NamedSharding(mesh, places[k])) for k, x in plain.items()}
-    options = {"targets": ".*", "layout": {".*": "io"}}
-    adapters = {
-        f"a{n}": randomize_b(lora_jax.lorafy(plain, 2, key=jax.random.key(n), **options), n)
-        for n in range(3)
-    }
-    start = lora_jax.lorafy(params, 3, **options)
-    with compilations() as compiled:
-        bank = AdapterBank(start, slots=2)
-        f = bank.lora_params.adapter.factors["query"]
-        ready = len(compiled)
-        assert ready  # what counts counts
-        for name, p in adapters.items():
-            bank.add(name, p.adapter)
-            bank.acquire(name)
-            bank.release(name)
-        assert len(compiled) == ready
-    again = bank.lora_params.adapter.factors["query"]
-    for x, spec in ((f.a, (None, "x", None)), (f.b, (None, None, "y")), (f.scale, (None,))):
-        assert x.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), x.ndim)
-    assert [x.sharding for x in jax.tree.leaves(again)] == [x.sharding for x in jax.tree.leaves(f)]
-    # Of Explicit axes a product along sharded ones would want out_sharding= in the function.
-    whole = lambda p, x: jnp.tanh(x @ p["query"]) @ p["value"]  # noqa: E731
-    fn = whole if kind == AxisType.Auto else lambda p, x: jnp.tanh(x[:, :4] @ p["value"])
-    x = jax.random.normal(keys[1], (3, 8))
-    names = ["a2", None, "a0"]
-    with jax.set_mesh(mesh), bank.using(names) as (lora_params, ids):
-        found = jax.jit(lora_jax.lora_rows(fn))(lora_params, x, lora_ids=ids)
-    case = dataclasses.replace(dict_case(), fn=fn, params=plain)
-    assert_close(np.asarray(found), np.asarray(alone(case, adapters, names, x)), 1e-6)
-
-
-def test_slots_are_on_the_device_of_the_base():
-    case, adapters = some(1)
-    device = jax.devices()[3]
-    params = jax.device_put(case.params, device)
-    bank = AdapterBank(LoraParams(params, like(case).adapter), slots=2)
-    bank.add("a0", adapters["a0"].adapter)
-    with bank.using(["a0"]) as (lora_params, _):
-        assert {d for x in jax.tree.leaves(lora_params.adapter) for d in x.devices()} == {device}
 
 
 # --- misuse ------------------------------------------------------------------------------------

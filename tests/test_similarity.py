@@ -129,7 +129,7 @@ def test_misuse_is_explained():
         lora_jax.similarity([])
     with pytest.raises(TypeError, match="similarity: Adapters and LoraParams together"):
         lora_jax.similarity([X, X.adapter])
-    with pytest.raises(TypeError, match="distance: an operand is int"):
+    with pytest.raises(TypeError, match="distance: operand 1 is int"):
         lora_jax.distance(X, 0)
     with pytest.raises(ValueError, match="factor='c': expected 'a' or 'b'"):
         lora_jax.subspace_similarity(X, Y, factor="c")

@@ -24,6 +24,7 @@ import bert
 import finetune_sentiment
 import sweep
 import sweep_report
+import sweeping
 from sweep_report import Trial
 from training import predict, train
 
@@ -103,7 +104,7 @@ def swept(**options):
     apply, params = model()
     rows = [(trial, seed) for trial in (Trial(*x) for x in TRIALS) for seed in (0, 7)]
     adapters = [starting(params, *row) for row in rows]
-    alive, stacked = sweep.sweep(
+    alive, stacked = sweeping.sweep(
         apply, adapters, rows, DATA, VALIDATION, steps=STEPS, batch_size=BATCH, **options
     )
     return rows, alive, stacked
@@ -190,7 +191,7 @@ def test_a_rate_that_diverges_loses_and_leaves_the_others_alone():
     def results(rates):
         rows = [(Trial(2, rate, 16.0, "gaussian"), 0) for rate in rates]
         adapters = [starting(params, *row) for row in rows]
-        return sweep.sweep(
+        return sweeping.sweep(
             apply, adapters, rows, DATA, VALIDATION, steps=4, batch_size=BATCH, halving=False
         )
 

@@ -1,0 +1,91 @@
+"""The prompts of ``serve_many.py``: of a file, or made up."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PROMPTS = (
+    "The capital of Italy is",
+    "Once upon a time, there was a",
+    "Water boils when",
+    "To be, or not to be, that is",
+    "The three primary colors are",
+    "A good recipe for bread starts with",
+    "The largest planet of the solar system is",
+    "Dear Sir or Madam,",
+    "In mathematics, a matrix is",
+    "The opposite of hot is",
+)
+
+
+class Asked(NamedTuple):
+    """A prompt as a text, and where it is from, for messages."""
+
+    text: str
+    adapter: str | None
+    max_new: int
+    where: str
+
+
+def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
+    """The lines of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the message names the file, the line and what was expected.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path}: no such file")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: not UTF-8 text: {error}; save it as UTF-8") from error
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"--prompts {path}: no prompts in it")
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--prompts {path}, line {n}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        known = {"prompt": (str,), "adapter": (str, type(None)), "max_new": (int,)}
+        if not isinstance(row, dict) or "prompt" not in row or row.keys() - known.keys():
+            raise ValueError(
+                f'{where}: expected one object a line, {{"prompt": "...", "adapter": "...", '
+                f'"max_new": 16}}, got {line.strip()[:60]}'
+            )
+        for key, value in row.items():
+            if type(value) not in known[key]:
+                raise ValueError(
+                    f"{where}, key {key!r}: expected {known[key][0].__name__}, got {value!r}"
+                )
+        yield Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
+
+
+def made_up(names: Sequence[str], requests: int, max_new: int, seed: int) -> Iterator[Asked]:
+    """The prompts of this file again and again, every eighth for the base.
+
+    Some adapters are asked for more often than others, as it is in life.
+    """
+    # RandomState, because NumPy promises never to change its stream.
+    weights = 1 / np.arange(1, len(names) + 1)
+    chosen = np.random.RandomState(seed).choice(len(names), requests, p=weights / weights.sum())
+    for k, n in enumerate(chosen):
+        adapter = None if k % 8 == 7 else names[int(n)]
+        yield Asked(PROMPTS[k % len(PROMPTS)], adapter, max_new, f"prompt {k}")
+
+
+def check_names(asked: Sequence[Asked], names: Sequence[str]) -> None:
+    """Raise for an adapter that there is not."""
+    for ask in asked:
+        if ask.adapter is not None and ask.adapter not in names:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(
+                f"{ask.where}: there is no adapter {ask.adapter!r} among {some}: pass "
+                f"--adapter {ask.adapter}=PATH"
+            )

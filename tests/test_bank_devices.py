@@ -1,0 +1,156 @@
+"""A bank over a base on other devices, on a mesh, and on that of several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, compilations, randomize_b
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import AdapterBank, LoraParams
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_slots_are_beside_the_shards_of_their_weights(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    plain = {"query": jax.random.normal(keys[0], (8, 4)), "value": jnp.ones((4, 8))}
+    places = {"query": P("x", "y"), "value": P(None, "y")}
+    params = {k: jax.device_put(x, NamedSharding(mesh, places[k])) for k, x in plain.items()}
+    options = {"targets": ".*", "layout": {".*": "io"}}
+    adapters = {
+        f"a{n}": randomize_b(lora_jax.lorafy(plain, 2, key=jax.random.key(n), **options), n)
+        for n in range(3)
+    }
+    start = lora_jax.lorafy(params, 3, **options)
+    with compilations() as compiled:
+        bank = AdapterBank(start, slots=2)
+        f = bank.lora_params.adapter.factors["query"]
+        ready = len(compiled)
+        assert ready  # what counts counts
+        for name, p in adapters.items():
+            bank.add(name, p.adapter)
+            bank.acquire(name)
+            bank.release(name)
+        assert len(compiled) == ready
+    again = bank.lora_params.adapter.factors["query"]
+    for x, spec in ((f.a, (None, "x", None)), (f.b, (None, None, "y")), (f.scale, (None,))):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), x.ndim)
+    assert [x.sharding for x in jax.tree.leaves(again)] == [x.sharding for x in jax.tree.leaves(f)]
+    # Of Explicit axes a product along sharded ones would want out_sharding= in the function.
+    whole = lambda p, x: jnp.tanh(x @ p["query"]) @ p["value"]  # noqa: E731
+    fn = whole if kind == AxisType.Auto else lambda p, x: jnp.tanh(x[:, :4] @ p["value"])
+    x = jax.random.normal(keys[1], (3, 8))
+    names = ["a2", None, "a0"]
+    with jax.set_mesh(mesh), bank.using(names) as (lora_params, ids):
+        found = jax.jit(lora_jax.lora_rows(fn))(lora_params, x, lora_ids=ids)
+    merged = [lora_jax.merge(adapters[name]) if name else plain for name in names]
+    expected = np.concatenate([fn(p, row[None]) for p, row in zip(merged, x, strict=True)])
+    assert_close(np.asarray(found), expected, 1e-6)
+
+
+def test_slots_are_on_the_device_of_the_base():
+    params = {"query": jnp.ones((8, 4))}
+    device = jax.devices()[3]
+    one = lora_jax.lorafy(params, 2, targets=".*", layout={".*": "io"})
+    bank = AdapterBank(LoraParams(jax.device_put(params, device), one.adapter), slots=2)
+    bank.add("a0", one.adapter)
+    with bank.using(["a0"]) as (lora_params, _):
+        assert {d for x in jax.tree.leaves(lora_params.adapter) for d in x.devices()} == {device}
+
+
+def test_factors_are_whole_along_axes_that_replicate_says():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    query = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("fsdp", "tensor")))
+    start = lora_jax.lorafy({"query": query}, 2, targets=".*", layout={".*": "io"})
+    f = AdapterBank(start, slots=3, replicate=["fsdp"]).lora_params.adapter.factors["query"]
+    for x, spec in ((f.a, (None, None, None)), (f.b, (None, None, "tensor"))):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), x.ndim)
+    with pytest.raises(ValueError, match=r"replicate.*'data'"):
+        AdapterBank(start, replicate=["data"])
+    alone = lora_jax.lorafy({"query": jnp.ones((8, 4))}, 2, targets=".*", layout={".*": "io"})
+    with pytest.raises(ValueError, match=r"replicate=\['fsdp'\], and the base is on no mesh"):
+        AdapterBank(alone, replicate=["fsdp"])
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+def serve(address, process):
+    """What a process of two does; four devices each."""
+    jax.distributed.initialize(address, 2, int(process), coordinator_bind_address=address)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(8, 16)).astype(np.float32)
+    bias = rng.normal(size=(16,)).astype(np.float32)
+    across, along = NamedSharding(mesh, P(None, "x")), NamedSharding(mesh, P("x"))
+    params = {
+        "query": jax.make_array_from_callback(query.shape, across, query.__getitem__),
+        "bias": jax.make_array_from_callback(bias.shape, along, bias.__getitem__),
+    }
+    plain = {"query": query, "bias": bias}
+    options = {"targets": "query", "full": "bias", "dora": True, "layout": {"query": "io"}}
+    adapters = {
+        f"a{n}": randomize_b(lora_jax.lorafy(plain, 2, key=jax.random.key(n), **options), n)
+        for n in range(3)
+    }
+    for n, p in enumerate(adapters.values()):
+        p.adapter.full["bias"] = p.adapter.full["bias"] + n
+    whole = lambda p, x: x @ p["query"] + p["bias"]  # noqa: E731
+    apply = jax.jit(lora_jax.lora_rows(whole), out_shardings=NamedSharding(mesh, P()))
+    with compilations() as compiled:
+        bank = AdapterBank(lora_jax.lorafy(params, 3, **options), slots=2)
+        ready = len(compiled)
+        for name, p in adapters.items():
+            bank.add(name, p.adapter)
+        x = rng.normal(size=(3, 8)).astype(np.float32)
+        for names in (["a0", None, "a1"], ["a2", "a1", "a2"], ["a0", "a2", None]):
+            with bank.using(names) as (lora_params, ids):
+                found = np.asarray(apply(lora_params, x, lora_ids=ids))
+            merged = [lora_jax.merge(adapters[name]) if name else plain for name in names]
+            expected = np.stack([whole(p, row) for p, row in zip(merged, x, strict=True)])
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert ready
+        assert bank.stats.evictions == 2, bank.stats
+    try:
+        bank.add("spread", lora_jax.lorafy(params, 2, **options))
+    except ValueError as error:
+        assert "spread over several processes" in str(error), error  # noqa: PT017
+    else:
+        raise AssertionError("an adapter in parts was added")
+    print("served", len(bank), jax.process_index())
+
+
+def test_two_processes_serve_from_slots_over_one_base():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pair = [
+        subprocess.Popen([sys.executable, __file__, address, str(k)], env=environment, **pipes)
+        for k in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [0, 0], said
+    for k, text in enumerate(said):
+        assert f"served 3 {k}" in text
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
