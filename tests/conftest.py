@@ -1,10 +1,13 @@
-"""Eight virtual devices and strict promotion, set before JAX is imported."""
+"""Eight virtual devices, a fast compiler and strict promotion, set before JAX is imported."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time of these tests is LLVM's; what XLA makes of a program, memory and cost are the
+# same at level 0. What the environment says comes last and holds.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import hypothesis

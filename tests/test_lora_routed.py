@@ -10,7 +10,7 @@ from helpers import assert_close, dict_case, randomize_b, scan_case
 from jax.test_util import check_grads
 
 import lora_jax
-from lora_jax import Adapter, Factors, LoraParams
+from lora_jax import Adapter, LoraParams
 
 
 def adapters_of(params, count=4, ranks=(2, 3, 1, 2), **options):
@@ -21,13 +21,21 @@ def adapters_of(params, count=4, ranks=(2, 3, 1, 2), **options):
     return made
 
 
-def mixed(x, w, adapters, key, top_k, temperature):
-    """``x W`` plus the mixture for each row of ``x``, by SVD of whole updates."""
-    updates, directions = [], []
+def updates_of(adapters, key, shape):
+    """``[layers, adapters, in, out]``, in float64, of weights ``[layers, in, out]``."""
+    found = []
     for one in adapters:
         f = one.adapter.factors[key]
-        updates.append(float(f.scale) * np.asarray(f.a, float) @ np.asarray(f.b, float))
-        directions.append(np.linalg.svd(updates[-1])[0][:, 0])
+        a = np.asarray(f.a, float).reshape(*shape[:2], f.rank)
+        found.append(
+            float(f.scale) * a @ np.asarray(f.b, float).reshape(shape[0], f.rank, shape[2])
+        )
+    return np.stack(found, 1)
+
+
+def mixed(x, w, updates, top_k, temperature):
+    """``x W`` plus the mixture for each row of ``x``, by SVD of whole updates."""
+    directions = [np.linalg.svd(update)[0][:, 0] for update in updates]
     rows = []
     for row in np.asarray(x, float):
         logits = np.abs([row @ v for v in directions])
@@ -49,7 +57,8 @@ def test_every_token_gets_the_adapters_that_answer_to_it(top_k, temperature):
         lambda p, x: x @ p["query"]["kernel"], top_k=top_k, temperature=temperature
     )
     found = jax.jit(apply)(stacked, x, lora_router=lora_jax.arrow(stacked))
-    expected = mixed(x.reshape(-1, 6), w, adapters, "query/kernel", top_k, temperature)
+    updates = updates_of(adapters, "query/kernel", (1, 6, 5))[0]
+    expected = mixed(x.reshape(-1, 6), w, updates, top_k, temperature)
     assert_close(found, jnp.asarray(expected).reshape(3, 4, 5), 1e-5)
 
 
@@ -71,39 +80,13 @@ def test_directions_have_the_axes_that_a_weight_reads(equation):
     found = lora_jax.lora_routed(lambda p, x: jnp.einsum(equation, x, p["w"]), top_k=2)(
         stacked, x, lora_router=router
     )
-    for layer in range(2) if layout == "bio" else [None]:
-        own = [
-            LoraParams(
-                None,
-                Adapter(
-                    {
-                        "w": Factors(
-                            *(
-                                y[layer] if layer is not None else y
-                                for y in (one.adapter.factors["w"].a, one.adapter.factors["w"].b)
-                            ),
-                            one.adapter.factors["w"].scale,
-                            "io",
-                        )
-                    }
-                ),
-            )
-            for one in adapters
-        ]
-        flat = [
-            dataclasses.replace(
-                p.adapter.factors["w"],
-                a=p.adapter.factors["w"].a.reshape(-1, p.adapter.factors["w"].rank),
-                b=p.adapter.factors["w"].b.reshape(p.adapter.factors["w"].rank, -1),
-            )
-            for p in own
-        ]
-        parts = x if layer is None else x[layer], w if layer is None else w[layer]
-        plain = [LoraParams(None, Adapter({"w": f})) for f in flat]
-        width = flat[0].a.shape[0]
-        expected = mixed(parts[0].reshape(-1, width), parts[1].reshape(width, -1), plain, "w", 2, 1)
-        actual = found if layer is None else found[layer]
-        assert_close(actual.reshape(expected.shape), jnp.asarray(expected), 1e-5)
+    layers = 2 if layout == "bio" else 1
+    w, x = w.reshape(layers, 6, -1), x.reshape(layers, 4, 6)
+    updates = updates_of(adapters, "w", w.shape)
+    expected = [
+        mixed(*layer, top_k=2, temperature=1.0) for layer in zip(x, w, updates, strict=True)
+    ]
+    assert_close(found, jnp.asarray(np.stack(expected)).reshape(found.shape), 1e-5)
 
 
 def test_one_adapter_is_that_adapter_everywhere(standard_promotion):

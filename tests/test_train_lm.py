@@ -221,7 +221,7 @@ def child(name, devices, *argv, **options):
     """A process that calls a function of this module."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, __file__, name, *argv]
