@@ -43,7 +43,8 @@ class AdapterBank:
             old one. What :attr:`lora_params` gave before is deleted then, but for what
             :meth:`using` gave while any of its blocks is open. A stack that nobody has seen is
             overwritten in any case.
-        replicate: axes of the base's mesh along which factors are whole, as of :func:`shardings`.
+        replicate: axes of the base's mesh along which factors are whole, as of :func:`shardings`:
+            those of FSDP, or every batch moves the factors of its rows.
 
     Raises:
         TypeError: ``like`` is no LoraParams, or an argument is of the wrong kind.

@@ -1,17 +1,22 @@
 """A bank over a base on other devices, on a mesh, and on that of several processes."""
 
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
 
+import hlo
 import jax
 import jax.numpy as jnp
+import lm_mesh
 import numpy as np
 import pytest
 from helpers import assert_close, compilations, randomize_b
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from models import llama
 
 import lora_jax
 from lora_jax import AdapterBank, LoraParams
@@ -78,6 +83,41 @@ def test_factors_are_whole_along_axes_that_replicate_says():
     alone = lora_jax.lorafy({"query": jnp.ones((8, 4))}, 2, targets=".*", layout={".*": "io"})
     with pytest.raises(ValueError, match=r"replicate=\['fsdp'\], and the base is on no mesh"):
         AdapterBank(alone, replicate=["fsdp"])
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "data=4,tensor=2", "fsdp=2,tensor=4"])
+def test_between_devices_go_rank_numbers_a_row_and_no_factors(mesh):
+    mesh, rows, rank = lm_mesh.mesh_of(mesh), 64, 6
+    axes = llama.Cache(keys=1, values=1, lengths=0)
+    model = llama.Llama(512, 256, 512, 2, 8, 8, 32, scan_layers=True)
+    ids = jnp.ones((rows, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    base = lm_mesh.placed(shapes, mesh, jnp.float32)
+    base = jax.tree.map(lambda s: jax.device_put(np.ones(s.shape, s.dtype), s.sharding), base)
+    start = lora_jax.lorafy(base, rank, targets="all-linear")
+    lora_params = AdapterBank(start, slots=16, replicate=["fsdp"]).lora_params
+
+    def over_rows(x, axis):
+        spec = P(*[None] * axis, lm_mesh.ROWS)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    ids, which = over_rows(ids, 0), over_rows(ids[:, 0], 0)
+    cache = jax.tree.map(over_rows, jax.eval_shape(lambda: model.empty(rows, 32)), axes)
+    plain = lambda p, ids, cache: model.apply({"params": p}, ids, cache)  # noqa: E731
+    by_rows = lora_jax.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
+
+    def crossing(fn, *args):
+        return hlo.collectives(jax.jit(fn).lower(*args).compile().as_text())
+
+    served = lambda p, which, *x: by_rows(p, *x, lora_ids=which)  # noqa: E731
+    found = crossing(served, lora_params, which, ids, cache)
+    types = " ".join(c.types for c in found)
+    shapes = [tuple(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)", types)]
+    own = rows // mesh.shape["data"] // mesh.shape["fsdp"]
+    with_rank = {math.prod(shape) for shape in shapes if rank in shape}
+    assert with_rank == {own * rank}  # no factor
+    alone = crossing(plain, base, ids, cache)
+    assert sum(c.times for c in found) <= sum(c.times for c in alone)
 
 
 # --- processes ---------------------------------------------------------------------------------
