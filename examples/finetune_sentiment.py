@@ -9,7 +9,6 @@ loaded again.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ import data
 import jax
 import numpy as np
 import report
-from folders import check_output, written_at_once
+from folders import check_output, write_results, written_at_once
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import Run, Tokens, accuracy, predict, train
@@ -135,14 +134,12 @@ def run(args: argparse.Namespace) -> None:
         title += f"; mean and range of {args.seeds} seeds" if args.seeds > 1 else ""
         report.draw_curves(folder / "curves.png", runs, title)
         results = {
-            "made_by": MADE_BY,
             "settings": vars(args),
             "labels": splits.labels,
             "methods": rows,
             "largest_logit_difference": differences,
         }
-        text = json.dumps(results, indent=2, default=str)
-        (folder / "results.json").write_text(f"{text}\n", "utf-8")
+        write_results(folder, MADE_BY, results)
 
     tokens = bert.encode(tokenizer, args.sentences)
     for sentence, row in zip(args.sentences, predict(plain, merged, tokens), strict=True):

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+RESULTS = "results.json"
 
 
 @contextmanager
@@ -44,8 +47,22 @@ def check_output(out: Path, made_by: str, *inputs: Path | None) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        ours = json.loads((out / "results.json").read_text("utf-8"))["made_by"] == made_by
+        found = json.loads((out / RESULTS).read_text("utf-8"))
+        ours = set(found["files"]) if found["made_by"] == made_by else set()
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
+        ours = set()
     if not ours:
         raise FileExistsError(f"--out {out}: there, but not by an earlier run; pass another --out")
+    if more := sorted({path.name for path in out.iterdir()} - ours):
+        raise FileExistsError(
+            f"--out {out}: {more[0]} in it is not of an earlier run, and would be lost; pass "
+            "another --out, or move it"
+        )
+
+
+def write_results(folder: Path, made_by: str, results: dict[str, Any]) -> None:
+    """Write results.json, the last of the files, by which :func:`check_output` knows them."""
+    files = sorted([*(path.name for path in folder.iterdir()), RESULTS])
+    results = {"made_by": made_by, "files": files, **results}
+    text = json.dumps(results, indent=2, default=str, allow_nan=False)
+    (folder / RESULTS).write_text(f"{text}\n", "utf-8")

@@ -93,11 +93,16 @@ def tokenizer_of(model: hf.Source) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is none.
     """
     found = model.small().get("tokenizer.json")
     if found is None:
-        raise FileNotFoundError(f"{model.where} has no tokenizer.json, which --data is read by")
-    tokenizer = Tokenizer.from_str(found if isinstance(found, str) else found.read_text("utf-8"))
+        raise FileNotFoundError(f"{model.where} has no tokenizer.json, which texts are read by")
+    text = found if isinstance(found, str) else found.read_text("utf-8")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # of no other class
+        raise ValueError(f"{model.where}: tokenizer.json is no tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

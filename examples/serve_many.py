@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         like = lora_jax.lorafy(base, args.rank, layout=layout)
         adapters = {name: random(like, [args.seed, k]) for k, name in enumerate(names)}
         say(f"{path}, {len(adapters)} adapters of rank {args.rank} with random B")
-    bank = bank_of(adapters, base, layout, args.slots, dtype)
+    bank = bank_of(adapters, base, args.slots, dtype)
 
     longest = max(args.lengths)
     server = Server(
@@ -88,10 +88,11 @@ def run(args: argparse.Namespace) -> None:
         stop=stops(source.config),
     )
     for ask in asked:
-        prompt = tokenizer.encode(ask.text).ids
+        prompt = []
         try:
+            prompt = tokenizer.encode(ask.text).ids
             server.submit(Request(prompt, ask.adapter, ask.max_new))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             hint = f" (--lengths, now up to {longest})" if len(prompt) > longest else ""
             raise ValueError(f"{ask.where}: {error}{hint}") from error
     start = time.perf_counter()
@@ -150,19 +151,17 @@ def random(like: LoraParams, seed: Sequence[int]) -> LoraParams:
 
 
 def bank_of(
-    adapters: Mapping[str, LoraParams], base: Any, layout: Mapping[str, str], slots: int, dtype: Any
+    adapters: Mapping[str, LoraParams], base: Any, slots: int, dtype: Any
 ) -> lora_jax.AdapterBank:
-    """A bank with room for all that any of the adapters changes."""
-    parts = [lora_params.adapter for lora_params in adapters.values()]
-    factors = {path: f for part in parts for path, f in part.factors.items()}
-    rank = max((f.rank for part in parts for f in part.factors.values()), default=1)
-    options = {
-        "targets": sorted(factors),
-        "full": sorted({path for part in parts for path in part.full}),
-        "dora": any(f.magnitude is not None for f in factors.values()),
-    }
-    make = lambda base: lora_jax.lorafy(base, rank, layout=layout, **options).adapter  # noqa: E731
-    like = LoraParams(base, jax.eval_shape(make, base))
+    """A bank with room for all that any of the adapters changes, at its largest rank."""
+    factors: dict[str, lora_jax.Factors] = {}
+    full: dict[str, Any] = {}
+    for lora_params in adapters.values():
+        full |= lora_params.adapter.full
+        for key, f in lora_params.adapter.factors.items():
+            if key not in factors or f.rank > factors[key].rank:
+                factors[key] = f
+    like = LoraParams(base, lora_jax.Adapter(factors, full))
     bank = lora_jax.AdapterBank(like, slots, dtype=dtype, donate=True)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)

@@ -64,7 +64,10 @@ def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
                 raise ValueError(
                     f"{where}, key {key!r}: expected {known[key][0].__name__}, got {value!r}"
                 )
-        yield Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
+        asked = Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
+        if asked.max_new < 1:
+            raise ValueError(f"{where}, key 'max_new': expected at least 1, got {asked.max_new}")
+        yield asked
 
 
 def made_up(names: Sequence[str], requests: int, max_new: int, seed: int) -> Iterator[Asked]:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from models import llama
 from serve_programs import next_tokens, read_prompt
@@ -145,6 +146,7 @@ class Server:
             TypeError: the adapter is no name.
             ValueError: it does not fit into a row, or has tokens that the model does not know.
         """
+        request = request._replace(prompt=tuple(request.prompt))  # whatever becomes of the list
         prompt, adapter, max_new = request
         if not isinstance(adapter, str | None):
             raise TypeError(f"adapter={adapter!r}: expected a name, or None for the base alone")
@@ -194,7 +196,6 @@ class Server:
                 f"Server: {self._queue[0].request.adapter!r} waits for a slot, and no row is at "
                 f"work: all are held by others. {self._bank!r}: release some"
             )
-        self.peak = max(self.peak, sum(map(bool, self._rows)))
         if any(self._rows):
             tokens, logprobs = self._run_token()
             for n, row in enumerate(self._rows):
@@ -221,6 +222,7 @@ class Server:
                 continue
             n = self._rows.index(None)
             row = self._rows[n] = _Row(number, request, slot, self.steps)
+            self.peak = max(self.peak, sum(map(bool, self._rows)))
             ended += self._add(n, row, *self._run_prompt(request.prompt, slot, n))
         return ended
 
@@ -236,6 +238,8 @@ class Server:
                     return waiting, self._bank.acquire(name)
                 except KeyError as error:
                     return waiting, error.args[0]
+                except jax.errors.JaxRuntimeError:  # out of memory, say: not for want of a slot
+                    raise
                 except RuntimeError:
                     present = self._bank.slots
             if waiting.passed >= self._patience:

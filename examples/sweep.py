@@ -9,7 +9,6 @@ then it meets the test sentences, once.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 import sweep_report
 from finetune_sentiment import HEAD, LENGTH, positive, progress_bar
-from folders import check_output, written_at_once
+from folders import check_output, write_results, written_at_once
 from rich.console import Console
 from sweep_report import Trial, best_first
 from sweeping import one_alone, scores, sweep
@@ -64,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
         )
 
     adapters = [start(*row) for row in rows]
+    for (trial, _), one in zip(rows, adapters, strict=True):
+        if any(f.residual for f in one.adapter.factors.values()):
+            raise ValueError(
+                f"--inits {trial.init}: leaves another base behind, and all are to share one. "
+                "Expected those that leave it as it is, such as gaussian or orthogonal"
+            )
     size = {"steps": args.steps, "batch_size": args.batch_size}
     print(
         f"{len(rows)} adapters at once, {len(trials)} settings x {args.seeds} seeds: {args.steps} "
@@ -128,14 +133,12 @@ def run(args: argparse.Namespace) -> None:
         )
         sweep_report.draw(folder / "sweep.png", trials, title)
         results = {
-            "made_by": MADE_BY,
             "settings": vars(args),
-            "trials": [vars(trial) for trial in trials],
-            "winner": vars(winner) | {"seed": alive[mine[0]][1], "test_accuracy": tested},
+            "trials": [trial.record() for trial in trials],
+            "winner": winner.record() | {"seed": alive[mine[0]][1], "test_accuracy": tested},
             "seconds": times,
         }
-        text = json.dumps(results, indent=2, default=str)
-        (folder / "results.json").write_text(f"{text}\n", "utf-8")
+        write_results(folder, MADE_BY, results)
     print(
         f"Winner: {winner}: {winner.scores[-1][1]:.3f} in validation; as loaded again from its "
         f"file, {tested:.3f} on {len(test['ids']):,} test sentences"
@@ -151,6 +154,8 @@ def grid(args: argparse.Namespace) -> list[Trial]:
     args.steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
     args.ranks = args.ranks or list(QUICK_RANKS if args.quick else RANKS)
     args.rates = args.rates or list(QUICK_RATES if args.quick else RATES)
+    if not 0 <= args.seed <= 2**31 - args.seeds:
+        raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - args.seeds}")
     for name in ("ranks", "rates", "alphas", "inits"):
         values = getattr(args, name)
         if twice := [x for i, x in enumerate(values) if x in values[:i]]:

@@ -41,6 +41,11 @@ class Trial:
     init: str
     scores: list[tuple[int, float]] = field(default_factory=list)
 
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON: null for NaN."""
+        scores = [(step, None if math.isnan(x) else x) for step, x in self.scores]
+        return vars(self) | {"scores": scores}
+
     def __str__(self) -> str:
         return f"rank {self.rank}, rate {self.rate:g}, alpha {self.alpha:g}, {self.init}"
 

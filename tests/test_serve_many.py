@@ -1,5 +1,6 @@
 """Continuous batching over a bank: every prompt gets what its adapter alone gives it."""
 
+import dataclasses
 import json
 import random
 import threading
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 import serve_many
 from models import llama
-from serve_many import compilations
+from serve_check import compilations
 from serving import Request, Server
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import lora_jax
-from lora_jax import AdapterBank, LoraParams
+from lora_jax import Adapter, AdapterBank, LoraParams
 from lora_jax.io import hf, peft, safetensors
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -411,7 +412,8 @@ BAD_LINES = [
     ('{"prompt": "w1", "adapter": 3}', "line 2, key 'adapter': expected str, got 3"),
     ('{"prompt": "w1", "adapter": "rendom0"}', "line 2: there is no adapter 'rendom0' among"),
     ('{"prompt": " "}', "line 2: the prompt has 0 tokens"),
-    ('{"prompt": "w1", "max_new": 0}', "line 2: max_new=0, expected 1 to"),
+    ('{"prompt": "w1", "max_new": 0}', "line 2, key 'max_new': expected at least 1, got 0"),
+    (r'{"prompt": "\ud800 w1"}', "line 2: TextInputSequence must be str"),
     (b"\xff", "not UTF-8 text"),
 ]
 
@@ -422,3 +424,45 @@ def test_bad_lines_are_named(folder, tmp_path, line, message):
     path.write_bytes(b"\n" + (line if isinstance(line, bytes) else line.encode()))
     with pytest.raises(SystemExit, match=message):
         serve(folder, "--prompts", str(path), "--adapters", "2")
+
+
+def test_adapters_of_other_ranks_and_rows_are_served_beside_each_other(folder, tiny, tmp_path):
+    """As of a sum, whose rank is more than some weights have."""
+    first, second = (tiny.adapter(k) for k in range(2))
+    total = LoraParams(tiny.params, first + second + first + second)
+    safetensors.save(tmp_path / "sum.safetensors", total)
+    rows = lora_jax.lorafy(tiny.params, targets=[], rows={"embed_tokens/embedding": [3, 7]})
+    factors = {k: dataclasses.replace(f, b=f.b + 0.1) for k, f in rows.adapter.factors.items()}
+    rows = LoraParams(tiny.params, Adapter(factors))
+    safetensors.save(tmp_path / "rows.safetensors", rows)
+    path = tmp_path / "prompts.jsonl"
+    names = ["sum", "rows", "first", None]
+    lines = [{"prompt": "w3 w1 w7", "adapter": name, "max_new": 3} for name in names]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    files = [f"{name}={tmp_path / name}.safetensors" for name in ("sum", "rows")]
+    flags = [x for file in [*files, f"first={folder / 'first'}"] for x in ("--adapter", file)]
+    serve(folder, *flags, "--prompts", str(path), "--check", "4")
+
+
+def test_a_failure_of_the_device_is_not_taken_for_a_wait(tiny, monkeypatch):
+    bank = tiny.bank(1, {"a": tiny.adapter(0)})
+    server = tiny.server(bank)
+    server.submit(Request([1, 2], "a", 3))
+
+    def fails(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(bank, "_copy", fails)
+    monkeypatch.setattr(bank, "_overwrite", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        server.step()
+
+
+def test_prompts_that_end_at_once_were_at_work(tiny):
+    server = tiny.server(tiny.bank(1, {"a": tiny.adapter(0)}))
+    prompt = [1, 2]
+    server.submit(Request(prompt, "a", 1))
+    prompt.extend([3] * 100)  # the caller's own
+    (one,) = server.run()
+    assert len(one.request.prompt) == 2
+    assert server.peak == 1

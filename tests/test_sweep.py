@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from folders import check_output, write_results, written_at_once
 from helpers import assert_close
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -352,7 +353,8 @@ BAD = [
     (["--ranks", "99"], "rank=99"),
     (["--ranks", "2", "4", "2"], "--ranks: 2 is there twice; pass each value once"),
     (["--inits", "gaussian", "gaussian"], "--inits: gaussian is there twice"),
-    (["--inits", "gaussian", "pissa"], "to_plain makes a plain one"),
+    (["--inits", "pissa"], "--inits pissa: leaves another base behind"),
+    (["--seed", "-1"], "--seed -1: expected 0 to 2147483647"),
     (["--inits", "oops"], "oops"),
     (["--alphas", "nan"], "alpha=nan"),
     (["--targets", "oops"], "targets='oops' selects nothing"),
@@ -384,3 +386,24 @@ def test_an_output_folder_of_somebody_else_is_refused(model_dir, reviews, tmp_pa
     with pytest.raises(SystemExit, match="lies in it; pass another --out"):
         command(model_dir, reviews, model_dir)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "x"
+
+
+def test_of_an_earlier_run_no_other_file_is_lost(tmp_path):
+    folder = tmp_path / "out"
+    with written_at_once(folder) as made:
+        (made / "adapter.safetensors").write_text("x")
+        write_results(made, sweep.MADE_BY, {})
+    check_output(folder, sweep.MADE_BY)
+    with pytest.raises(FileExistsError, match="not by an earlier run"):
+        check_output(folder, "another example")
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"notes\.txt in it is not of an earlier run"):
+        check_output(folder, sweep.MADE_BY)
+
+
+def test_what_has_diverged_is_null_in_a_file():
+    trial = sweep_report.Trial(2, 1e-3, 16.0, "gaussian", [(2, 0.5), (4, float("nan"))])
+    assert json.loads(json.dumps(trial.record(), allow_nan=False))["scores"] == [
+        [2, 0.5],
+        [4, None],
+    ]

@@ -264,6 +264,9 @@ def from_config(config: Mapping[str, Any], **changes: Any) -> Llama:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"the rotary positions are {rope!r}; this model does not scale them")
+    for name in ("num_attention_heads", "hidden_size"):
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{name} is {config.get(name)!r}, expected an integer >= 1")
     is_windowed = kind == "mistral" or config.get("use_sliding_window", False)
     heads, width = config["num_attention_heads"], config["hidden_size"]
     fields = {
