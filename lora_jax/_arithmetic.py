@@ -5,7 +5,8 @@ The update of a weight is ``dW = scale * a b``. A sum of updates is again one of
     s1 a1 b1 + s2 a2 b2  =  [a1, a2] [s1 b1; s2 b2]
 
 so nothing of the weight's size is formed, ranks and scales may differ, and the ranks add up. A
-number goes into the scale. The operators of ``_params`` come here.
+number goes into the scale; one that is traced, which may want a gradient, where there is one: into
+the factor that trains. The operators of ``_params`` come here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._layout import is_array
-from lora_jax._params import Adapter, Factors, wide
+from lora_jax._params import Adapter, Factors, is_concrete, wide
 from lora_jax._ranges import rows_of
 from lora_jax._updates import adapter_of, by_key, differences, like, operands, plain, terms
 
@@ -35,17 +36,24 @@ def add(x: Any, y: Any) -> Any:
 
 
 def times(x: Any, number: Any) -> Any:
-    """``number * x``: of the factors, free and exact."""
+    """``number * x``: of the scale, free and exact; of a factor where the number is traced."""
     if is_array(number) and number.shape != ():
         raise ValueError(
             f"number * x: the number has shape {number.shape}, expected one number. For an adapter "
             "by each of them: jax.vmap(lambda number: number * x)(numbers)"
         )
+    if is_array(number) and jnp.issubdtype(number.dtype, jnp.complexfloating):
+        return NotImplemented
     if not is_array(number) and not isinstance(number, Real):
         return NotImplemented
     (adapter,) = operands("number * x", (x,))
     factors = {}
     for key, f in adapter.factors.items():
+        trains = "" if is_concrete(number) else next(filter(f.trainable.__contains__, "ba"), "")
+        if trains:
+            factor = jnp.asarray(getattr(f, trains))
+            factors[key] = replace(f, **{trains: factor * jnp.asarray(number, factor.dtype)})
+            continue
         scale = jnp.asarray(f.scale, wide(jnp.result_type(f.scale)))
         factors[key] = replace(f, scale=scale * jnp.asarray(number, scale.dtype))
     full = {  # base + number (leaf - base), and the leaf itself where the number is 1
@@ -53,6 +61,13 @@ def times(x: Any, number: Any) -> Any:
         for path, d in differences(x).items()
     }
     return like(x, Adapter(factors, full))
+
+
+def over(x: Any, number: Any) -> Any:
+    """``x / number``, whose inverse is of at least float32."""
+    if is_array(number) and not jnp.issubdtype(number.dtype, jnp.complexfloating):
+        number = jnp.asarray(number, wide(number.dtype))
+    return x * (1 / number)
 
 
 def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = None) -> Any:
@@ -117,11 +132,12 @@ def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = N
 
 def _sum(key: str, fs: Sequence[Factors]) -> Factors:
     parts = terms(fs)
-    scaled = [b * s for _, b, s in parts]
     if rows_of(key) is not None:  # all have the same a, which picks the rows
-        return plain(fs, parts[0][0], sum(scaled))
-    a = jnp.concatenate([a for a, _, _ in parts], -1)
-    return plain(fs, a, jnp.concatenate(scaled, fs[0].layout.count("b")))
+        return plain(fs, parts[0][0], sum(b * s for _, b, s in parts))
+    is_b_frozen = all("b" in f.frozen for f in fs)  # then the scales, perhaps traced, are a's
+    a = jnp.concatenate([a * s if is_b_frozen else a for a, _, s in parts], -1)
+    b = [b if is_b_frozen else b * s for _, b, s in parts]
+    return plain(fs, a, jnp.concatenate(b, fs[0].layout.count("b")))
 
 
 def _sum_of_full(xs: Sequence[Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from lora_jax._jax import whole
 from lora_jax._layout import role_axes
 from lora_jax._params import Adapter, Factors, LoraParams, wide
 
@@ -15,7 +16,7 @@ def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
         v = argmax |x a b|,  |x| = 1
 
     from the factors alone, without training and without data. An adapter that does nothing at a
-    weight has no direction there, a vector of zeros, and nothing is routed to it.
+    weight, or is not finite there, has a direction of zeros, and nothing is routed to it.
 
     Args:
         stacked: from :func:`stack`.
@@ -58,11 +59,13 @@ def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
 def _direction(f: Factors) -> jax.Array:
     """Of one adapter: ``[*batch, *in]``."""
     n = len(role_axes(f.layout, "b"))
-    a = f.a.astype(wide(f.a.dtype)).reshape(*f.a.shape[:n], -1, f.rank)
-    b = f.b.astype(wide(f.b.dtype)).reshape(*f.b.shape[:n], f.rank, -1)
+    a, b = whole(f.a), whole(f.b)
+    a = a.astype(wide(f.a.dtype)).reshape(*f.a.shape[:n], -1, f.rank)
+    b = b.astype(wide(f.b.dtype)).reshape(*f.b.shape[:n], f.rank, -1)
     q, r = jnp.linalg.qr(a)
     core = jnp.matmul(r, jnp.linalg.qr(b.mT, mode="r").mT, precision="highest")
     u, s, _ = jnp.linalg.svd(core, full_matrices=False)
     v = jnp.matmul(q, u[..., :1], precision="highest")[..., 0]
-    does = (s[..., 0] * jnp.asarray(f.scale, s.dtype) != 0)[..., None]
-    return jnp.where(does, v, 0).reshape(f.a.shape[:-1]).astype(jnp.float32)
+    norm = s[..., 0] * jnp.asarray(f.scale, s.dtype)
+    does = (norm != 0) & jnp.isfinite(norm)
+    return jnp.where(does[..., None], v, 0).reshape(f.a.shape[:-1]).astype(jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax._host_rows import empty_row, host_row, placed, places_of
 from lora_jax._lru import Lru, Stats
-from lora_jax._params import Adapter, LoraParams
+from lora_jax._params import Adapter, LoraParams, is_concrete
 
 
 class AdapterBank:
@@ -25,9 +25,10 @@ class AdapterBank:
     An adapter in use has its slot to itself. Of the others, the least recently used makes way. A
     slot that is empty, or whose adapter was removed, holds zeros: the base.
 
-    Every method may be called from any thread. Of a base that several processes share, each has a
-    bank of its own: all of them add, acquire and release the same adapters in the same order, from
-    one thread, as they run the same programs.
+    Every method may be called from any thread, outside of ``jax.jit``: a program with a bank inside
+    would go on with what was in the slots when it was compiled. Of a base that several processes
+    share, each has a bank of its own: all of them add, acquire and release the same adapters in the
+    same order, from one thread, as they run the same programs.
 
     Args:
         like: a LoraParams: the base, and which weights adapters of it may change, with layouts,
@@ -35,8 +36,8 @@ class AdapterBank:
             is ``LoraParams(params, jax.eval_shape(lora_jax.lorafy, params).adapter)``.
         slots: how many adapters the device holds; at least as many as a batch may mix.
         rank: of all factors; None: like's. Rows that train on their own keep theirs.
-        dtype: of the factors and of leaves trained whole; adapters of any dtype are cast to it.
-            None: like's, and adapters have to have it.
+        dtype: of the factors. Adapters of any dtype are cast to it, and their leaves that are
+            trained whole to like's. None: like's, and adapters have to have it.
         host: how many adapters the host's memory holds, more than slots; one more, and the least
             recently used is dropped. None: all.
         donate: whether loading overwrites the stack where it is, instead of copying it beside the
@@ -102,7 +103,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank: dtype={dtype!r}: expected one of floating numbers")
         self._base, self._is_cast, self._donate = like.base, dtype is not None, donate
         self._empty = empty_row(like, rank, dtype)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close a block while it is held
         self._names = Lru(slots, host, self._put)  # all that follows with the lock held
         self._open = 0  # blocks of using()
         self._is_seen = False  # the stack, by anyone but us
@@ -140,7 +141,7 @@ class AdapterBank:
             raise TypeError(f"AdapterBank.add: name={name!r}: expected a str")
         what = f"AdapterBank.add: {name!r}"
         row = host_row(adapter, what, self._base, self._empty, is_cast=self._is_cast)
-        with self._lock:
+        with self._locked("add"):
             self._names.add(name, row, replace=replace)
 
     def remove(self, name: str) -> None:
@@ -150,7 +151,7 @@ class AdapterBank:
             KeyError: there is none of this name.
             RuntimeError: it is in use.
         """
-        with self._lock:
+        with self._locked("remove"):
             self._names.remove(name)
 
     __delitem__ = remove
@@ -168,7 +169,7 @@ class AdapterBank:
             KeyError: there is no adapter of this name.
             RuntimeError: all slots are in use.
         """
-        with self._lock:
+        with self._locked("acquire"):
             return self._names.acquire([name], "acquire")[name]
 
     def release(self, name: str) -> None:
@@ -199,19 +200,17 @@ class AdapterBank:
         if isinstance(names, str):
             raise TypeError(f"AdapterBank.using: names={names!r}: expected one for each row")
         names = list(names)
-        with self._lock:
+        with self._locked("using"):
             slots = self._names.acquire([name for name in names if name is not None], "using")
             self._open += 1
-            self._is_seen = True
-            lora_params = LoraParams(self._base, self._stack)
+            lora_params = self._seen()
         ids = [-1 if name is None else slots[name] for name in names]
         try:
             yield lora_params, np.array(ids, np.int32)
         finally:
             with self._lock:
                 self._open -= 1
-                for name in slots:
-                    self._names.release(name)
+                self._names.release(*slots)
 
     @property
     def lora_params(self) -> LoraParams:
@@ -219,9 +218,8 @@ class AdapterBank:
 
         With ``donate`` the next load deletes it: ask for it at each step.
         """
-        with self._lock:
-            self._is_seen = True
-            return LoraParams(self._base, self._stack)
+        with self._locked("lora_params"):
+            return self._seen()
 
     @property
     def slots(self) -> tuple[str | None, ...]:
@@ -250,7 +248,7 @@ class AdapterBank:
     def __getitem__(self, name: str) -> LoraParams:
         """An adapter as the bank has it, padded and cast, in NumPy arrays that are read-only."""
         with self._lock:
-            return LoraParams(self._base, self._names.entry(name, "[...]").row)
+            return LoraParams(self._base, _copied(self._names.entry(name, "[...]").row))
 
     def __repr__(self) -> str:
         with self._lock:
@@ -262,6 +260,21 @@ class AdapterBank:
                 f"{empty} empty; {len(entries)} adapters)"
             )
 
+    @contextlib.contextmanager
+    def _locked(self, verb: str) -> Iterator[None]:
+        if not is_concrete(jnp.zeros(())):
+            raise RuntimeError(
+                f"AdapterBank.{verb} was called inside of jax.jit, where what is in the slots now "
+                "would be compiled in. Call it outside, and pass the stack and the ids on as "
+                "arguments"
+            )
+        with self._lock:
+            yield
+
+    def _seen(self) -> LoraParams:
+        self._is_seen = True
+        return LoraParams(self._base, _copied(self._stack))
+
     def _put(self, row: Adapter | None, slot: int) -> None:
         is_ours = not self._is_seen or (self._donate and not self._open)
         put = self._overwrite if is_ours else self._copy
@@ -272,6 +285,11 @@ class AdapterBank:
 
 def _put(stack: Adapter, row: Adapter, slot: jax.Array) -> Adapter:
     return jax.tree.map(lambda rows, x: rows.at[slot].set(x), stack, row)
+
+
+def _copied(adapter: Adapter) -> Adapter:
+    """The same arrays in dicts that are the caller's."""
+    return Adapter(dict(adapter.factors), dict(adapter.full))
 
 
 def _at_least(name: str, n: Any, least: int) -> int:

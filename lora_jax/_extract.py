@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._choose import choose, letters_of
+from lora_jax._jax import whole
 from lora_jax._layout import check_layout, factor_shapes, is_array, not_trainable
 from lora_jax._lorafy import master
 from lora_jax._params import Adapter, Factors, LoraParams
@@ -156,7 +157,7 @@ def truncated(
     """
     if not jnp.isfinite(delta).all():
         raise ValueError(f"extract: {name!r} is not finite in base or tuned")
-    u, s, vt = jnp.linalg.svd(delta, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(whole(delta), full_matrices=False)
     squares = np.square(np.asarray(s, np.float64))  # [*batch, min(in, out)]
     limit = squares.shape[-1]
     if rank is None:

@@ -19,7 +19,7 @@ from lora_jax._rows import Slot, Slots, fitted
 from lora_jax._shardings import shardings
 from lora_jax._together import check_same_base, check_single
 
-_CAST = ("a", "b", "full")  # what dtype= is of; the rest is small
+_CAST = ("a", "b")  # what dtype= is of; the rest is small, and of leaves trained whole not ours
 
 
 def empty_row(like: LoraParams, rank: int | None, dtype: Any) -> Adapter:

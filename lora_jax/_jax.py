@@ -172,6 +172,12 @@ def reshard(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
     return jax.sharding.reshard(x, explicit_sharding(x, spec))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """An array on every device of a mesh of Explicit axes, along which QR and SVD do not go."""
+    spec = explicit_spec(x)
+    return x if spec is None or not any(spec) else reshard(x, [None] * x.ndim)
+
+
 def explicit_sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
     """A sharding on the mesh of ``x``, whether it is traced or not."""
     own = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding

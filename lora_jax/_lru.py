@@ -114,15 +114,18 @@ class Lru:
         self._count(hits=len(wanted) - len(missing))
         return {name: slot for name, e in wanted.items() if (slot := e.slot) is not None}
 
-    def release(self, name: str) -> None:
-        """Take back one use."""
-        entry = self.entry(name, "release")
-        if not entry.pins:
+    def release(self, *names: str) -> None:
+        """Take back one use of each, also of those behind one that is not in use."""
+        entries = {name: self.entry(name, "release") for name in names}
+        idle = [name for name, entry in entries.items() if not entry.pins]
+        for entry in entries.values():
+            if entry.pins:
+                entry.pins -= 1
+                entry.used = next(self._clock)
+        if idle:
             raise ValueError(
-                f"AdapterBank.release: {name!r} is not in use: each acquire is released once"
+                f"AdapterBank.release: {idle[0]!r} is not in use: each acquire is released once"
             )
-        entry.pins -= 1
-        entry.used = next(self._clock)
 
     def _check_idle(self, name: str, verb: str) -> None:
         if pins := self.entry(name, verb).pins:

@@ -131,6 +131,7 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
             f"unmerge: adapter is {type(adapter).__name__}, expected an Adapter such as "
             "lora_params.adapter"
         )
+    _check_not_quantized("unmerge", params, adapter)
     if adapter.full:
         raise ValueError(
             f"unmerge: the adapter holds leaves trained whole ({', '.join(adapter.full)}), and "
@@ -198,6 +199,7 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
                 f"switch: {name} holds leaves trained whole ({', '.join(adapter.full)}), and "
                 "merging replaces the originals. Keep the base: merge(LoraParams(base, new))"
             )
+        _check_not_quantized("switch", params, adapter)
         for key, f in adapter.factors.items():
             check_linear("switch", key, f)
     leaves = check(LoraParams(params, old))
@@ -209,8 +211,20 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
     again, others = {}, {}
     for key, f in new.factors.items():
         (again if entry(key, leaves)[0] in ours else others)[key] = f
-    result = merge(LoraParams(plain, Adapter(again)), donate=True)  # of what unmerge has made
+    # In place of what unmerge has made; under vmap that is not ours to donate.
+    is_own = all(map(is_concrete, jax.tree.leaves((plain, again))))
+    result = merge(LoraParams(plain, Adapter(again)), donate=is_own)
     return merge(LoraParams(result, Adapter(others)), donate=donate)
+
+
+def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
+    leaves = flatten(params)[0]
+    for path in (entry(key, leaves)[0] for key in adapter.factors):
+        if is_quantized(leaves.get(path)):
+            raise ValueError(
+                f"{verb}: {path!r} is quantized, and would be rounded anew each time: make the "
+                "parameters plain, lora_jax.dequantize(params), or keep the base and merge from it"
+            )
 
 
 def _add(w: Any, parts: list[Part], *, donate: bool) -> jax.Array:

@@ -74,7 +74,7 @@ def lora_fa(
 
     Raises:
         TypeError: ``lora_params`` is not a LoraParams.
-        ValueError: an ``a`` of it trains.
+        ValueError: an ``a`` of it trains, or it is a stack.
 
     Example:
         >>> import jax.numpy as jnp, optax, lora_jax
@@ -94,6 +94,12 @@ def lora_fa(
         raise ValueError(
             f"lora_fa: 'a' of {trains[0]!r} trains. Build the adapter with lorafy(..., "
             "freeze=('a',))"
+        )
+    if stacked := [path for path, f in factors.items() if jnp.ndim(f.scale)]:
+        raise ValueError(
+            f"lora_fa: scale of {stacked[0]!r} has shape {jnp.shape(factors[stacked[0]].scale)}: "
+            "this is a stack, and what is projected on is of one adapter. Make it for each: "
+            "jax.vmap(step) of a step that calls lora_fa(tx, lora_params)"
         )
     tx = optax.with_extra_args_support(tx)
     inverses = {

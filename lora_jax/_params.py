@@ -107,7 +107,9 @@ class _Arithmetic:
         return self + -other
 
     def __truediv__(self, number: Any) -> Self:
-        return self * (1 / number)
+        from lora_jax._arithmetic import over
+
+        return over(self, number)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
@@ -187,7 +189,8 @@ class LoraParams(_Arithmetic):
 
 def wide(dtype: Any) -> Any:
     """The dtype to add up in: at least float32, whatever the promotion mode says."""
-    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return dtype if is_wide else jnp.float32
 
 
 def is_concrete(x: Any) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import _jax
 from lora_jax._choose import is_table
 from lora_jax._layout import factor_shapes, max_rank, role_shape
 from lora_jax._params import Adapter, Factors, LoraParams, wide
@@ -41,10 +42,12 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
 
     Args:
         adapter: a LoraParams or an Adapter.
-        rank: from 1 to ``min(in, out)``; or ``{pattern: rank}``, where the first pattern that
+        rank: from 1 to ``min(in, out)``, or to shrink to, where the rank is larger than that, as of
+            a sum: ``min(in, out)`` then; or ``{pattern: rank}``, where the first pattern that
             matches a path counts. Rows that train on their own keep theirs.
-        key: a PRNG key. With it the new columns of ``a`` are drawn as :func:`lorafy` draws them,
-            and the new directions train. None: they are zero, as in :func:`stack`, and never do.
+        key: a PRNG key. With it the new columns of ``a`` are drawn as :func:`lorafy` draws them by
+            the names of weights, and the new directions train. None: they are zero, as in
+            :func:`stack`, and never do.
 
     Returns:
         What was given, with other factors.
@@ -91,6 +94,7 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
         raise TypeError(f"resize: rank={r!r} for {name!r}: expected an int")
     shape = weight_shape(f)
     limit = max_rank(f.layout, shape)
+    r = min(r, limit) if r < f.rank else r  # no update of this shape has more
     if not 1 <= r <= limit:
         raise ValueError(
             f"resize: rank={r} for {name!r} of shape {shape} (layout {f.layout!r}): expected 1 to "
@@ -104,8 +108,9 @@ def _shrunk(f: Factors, rank: int) -> Factors:
     shape = weight_shape(f)
     batch, inputs, outputs = (role_shape(f.layout, shape, role) for role in "bio")
     dtype = max((wide(x.dtype) for x in (f.a, f.b)), key=lambda x: jnp.dtype(x).itemsize)
-    a = jnp.asarray(f.a, dtype).reshape(*batch, math.prod(inputs), f.rank)
-    b = jnp.asarray(f.b, dtype).reshape(*batch, f.rank, math.prod(outputs))
+    a, b = (_jax.whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
+    a = a.reshape(*batch, math.prod(inputs), f.rank)
+    b = b.reshape(*batch, f.rank, math.prod(outputs))
     with jax.default_matmul_precision("highest"):
         qa, ra = jnp.linalg.qr(a)  # [*batch, in, k], [*batch, k, r]
         qb, rb = jnp.linalg.qr(b.mT)
@@ -126,4 +131,7 @@ def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Factors:
     leaf = jax.ShapeDtypeStruct(shape, f.a.dtype)
     a, _ = gaussian(fold_in_path(key, name), Target(name, leaf, (), f.layout, extra, 1.0, fan_in))
     a = a.reshape(factor_shapes(f.layout, shape, extra)[0]).astype(f.a.dtype)
-    return replace(padded(f, rank), a=jnp.concatenate([jnp.asarray(f.a), a], -1))
+    old = jnp.asarray(f.a)
+    if (spec := _jax.explicit_spec(old)) is not None:
+        a = jax.device_put(a, _jax.explicit_sharding(old, spec))
+    return replace(padded(f, rank), a=jnp.concatenate([old, a], -1))

@@ -73,7 +73,8 @@ def fitted(adapter: Adapter, name: str, slots: Slots) -> Adapter:
             _check_agree(key, slot, f, name)
             f = replace(padded(f, slot.rank), norm=_norm(key, f, slot, name, slots))
         like = slot.f.scale if is_array(slot.f.scale) else jnp.float32(0)
-        scale = jnp.asarray(f.scale, like.dtype)
+        is_float = jnp.issubdtype(like.dtype, jnp.floating)
+        scale = jnp.asarray(f.scale, like.dtype if is_float else jnp.float32)
         if is_finite is not None:
             a, b = (jnp.where(is_finite, x, jnp.zeros_like(x)) for x in (f.a, f.b))
             f = replace(f, a=a, b=b)

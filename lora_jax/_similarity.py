@@ -3,6 +3,8 @@
 All from the factors, without an update: of ``dW_k = scale_k a_k b_k``::
 
     <dW_1, dW_2> = scale_1 scale_2 sum((a_1^T a_2) * (b_1 b_2^T))
+
+where first each ``b`` is made orthonormal.
 """
 
 import functools
@@ -13,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._jax import whole
 from lora_jax._params import Factors, wide
-from lora_jax._updates import adapter_of, by_key, differences, matrices, operands, whole
+from lora_jax._updates import adapter_of, by_key, differences, matrices, operands
 
 Side = Literal["a", "b"]
 
@@ -107,8 +110,9 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
         factor: ``"a"``, or ``"b"`` for the directions that are written.
 
     Returns:
-        ``[*batch, rank of x, rank of y]`` by the key of every weight that both adapt; entry
-        ``[i - 1, j - 1]`` is of the first ``i`` and ``j`` directions. A factor whose rank is less
+        ``[*batch, rank of x, rank of y]`` by the key of every weight that both adapt, or less where
+        a rank is larger than the side that ``factor`` is on; entry ``[i - 1, j - 1]`` is of the
+        first ``i`` and ``j`` directions. A factor whose rank is less
         than it says, such as a ``b`` of zeros, has arbitrary directions from there on.
 
     Raises:
@@ -142,7 +146,7 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
 
 def _gram(found: Mapping[int, Factors], count: int) -> jax.Array:
     """The inner products of updates of one weight: ``[count, count]``."""
-    parts = matrices(list(found.values()))
+    parts = [_orthonormal(a, b) for a, b in matrices(list(found.values()))]
     a = jnp.concatenate([a for a, _ in parts], -1)  # [layers, in, all ranks]
     b = jnp.concatenate([b for _, b in parts], -2)
     kind: Any = {"precision": "highest"}
@@ -150,6 +154,17 @@ def _gram(found: Mapping[int, Factors], count: int) -> jax.Array:
     whose = np.repeat(list(found), [a.shape[-1] for a, _ in parts])
     member = jnp.asarray(whose[:, None] == np.arange(count), product.dtype)
     return jnp.matmul(jnp.matmul(member.T, product, **kind), member, **kind)
+
+
+def _orthonormal(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same product, of a ``b`` with orthonormal rows.
+
+    So what cancels within ``a b``, as in the difference of two checkpoints, has done so, and not
+    only in its square.
+    """
+    (q, r), (p, s) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    core = jnp.matmul(r, s.mT, precision="highest")
+    return jnp.matmul(q, core, precision="highest"), p.mT
 
 
 def _grams_of_full(xs: Sequence[Any]) -> dict[str, jax.Array]:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._jax import whole
 from lora_jax._params import Factors
-from lora_jax._updates import matrices, whole
+from lora_jax._updates import matrices
 from lora_jax.init._svd import svd_lowrank
 
 

@@ -90,11 +90,13 @@ def take(tree: PyTree, indices: Any) -> PyTree:
     Args:
         tree: any tree whose leaves have a leading axis of adapters, with LoraParams inside.
         indices: a vector of integers, from 0, in any order, perhaps repeated. Those that are
-            traced cannot be refused: out of range they give NaN, or the least integer.
+            traced cannot be refused: out of range they give NaN, or of integers the least, or of
+            unsigned ones the largest.
 
     Raises:
         TypeError: ``indices`` are not integers.
-        ValueError: ``indices`` are no vector, or the leaves have no rows, or not equally many.
+        ValueError: ``indices`` are no vector, or none; or the leaves have no rows, or not equally
+            many.
         IndexError: an index is out of range; negative ones are.
 
     Example:
@@ -120,6 +122,8 @@ def take(tree: PyTree, indices: Any) -> PyTree:
         raise ValueError(f"take: expected leaves of equally many rows, got {sizes or 'no leaves'}")
     (size,) = sizes
     index = indices if isinstance(indices, jax.Array) else np.asarray(indices)
+    if not index.size:
+        raise ValueError("take: indices are empty, and a stack has at least one row")
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
             f"take: indices are of dtype {index.dtype}, expected integers; of a mask: "
@@ -131,6 +135,7 @@ def take(tree: PyTree, indices: Any) -> PyTree:
         bad = [int(k) for k in np.asarray(index) if not 0 <= k < size]
         if bad:
             raise IndexError(f"take: row {bad[0]} is out of range: there are 0 to {size - 1}")
+        index = np.asarray(index, np.int32)  # an int8 has no place for the number of rows
         one = lambda x: x[index]  # noqa: E731
     else:
         index = _in_range(index, size)

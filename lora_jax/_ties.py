@@ -7,6 +7,7 @@ time, and its updates are made one after the other: the memory is that of a few 
 however many adapters there are.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from lora_jax._params import Adapter, LoraParams
 from lora_jax._paths import flatten
 from lora_jax._ranges import rows_of
 from lora_jax._sparse import Rule, of_arrays, of_factors
+from lora_jax._together import check_finite
 from lora_jax._updates import by_key, differences, like, operands, plain, terms
 from lora_jax.init._target import fold_in_path
 
@@ -159,6 +161,10 @@ def prune(
 def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: Any) -> Any:
     xs = [adapters] if isinstance(adapters, Adapter | LoraParams) else list(adapters)
     each = operands(verb, xs)
+    remedy = "comparing hides NaNs, and all would come out wrong. Leave it out"
+    checks = [check_finite(x, f"{verb}: operand {n}", remedy) for n, x in enumerate(each)]
+    # What is traced cannot be refused: its scales are NaN.
+    scales = [jnp.where(ok, 1.0, jnp.nan) for ok in checks if ok is not None]
     if not 0 < rule.density <= 1:
         raise ValueError(f"{verb}: density={rule.density}: expected a share, above 0 and up to 1")
     for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
@@ -175,6 +181,8 @@ def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: A
         else:
             a, b, errors[path] = of_factors(fs, own, rule, rank, niter)
             factors[path] = plain(fs, a, b)
+        for scale in scales:
+            factors[path] = replace(factors[path], scale=factors[path].scale * scale)
     return like(xs[0], Adapter(factors, _full(xs, key, rule))), errors
 
 

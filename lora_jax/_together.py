@@ -113,9 +113,15 @@ def check_parts(
             there = seen.setdefault(path, {})
             for (other, other_whole), (owner, other_ranges) in there.items():
                 if (other, other_whole) != (key, whole) and overlap(ranges, other_ranges):
+                    is_rows = rows_of(key) is not None and rows_of(other) is not None
+                    why = (
+                        "of one table all have to train the same rows"
+                        if is_rows
+                        else "these overlap: an entry of a weight has one update"
+                    )
                     raise ValueError(
                         f"{verb}: {owner} trains {other!r}{other_whole} and {name} {key!r}{whole} "
-                        f"and these overlap: an entry of a weight has one update. {remedy}"
+                        f"and {why}. {remedy}"
                     )
             there.setdefault((key, whole), (name, ranges))
 

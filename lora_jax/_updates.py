@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _jax
+from lora_jax._jax import whole
 from lora_jax._params import Adapter, Factors, LoraParams, wide
 from lora_jax._paths import flatten
 from lora_jax._together import check_parts, check_same_base, check_single, weight_shape
@@ -42,7 +42,10 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
         for key, f in adapter.factors.items():
             check_linear(verb, key, f)
     _check_alike(verb, adapters)
-    remedy = "Take both from what they make of the base: lora_jax.extract(base, merged, rank)"
+    remedy = (
+        "Take both from what they make of the base: lora_jax.extract(base, merged, rank, "
+        "rest='full')"
+    )
     base = flatten(xs[0].base)[0] if isinstance(xs[0], LoraParams) else None
     check_parts(verb, {f"operand {n}": x for n, x in enumerate(adapters)}, base, remedy)
     return adapters
@@ -82,12 +85,6 @@ def matrices(fs: Sequence[Factors]) -> list[tuple[jax.Array, jax.Array]]:
     ]
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """Factors on every device of a mesh of Explicit axes, along which QR and SVD do not go."""
-    spec = _jax.explicit_spec(x)
-    return x if spec is None or not any(spec) else _jax.reshard(x, [None] * x.ndim)
-
-
 def plain(fs: Sequence[Factors], a: Any, b: Any) -> Factors:
     """Factors in the place of ``fs``, of scale 1; frozen is what is frozen in all of them."""
     frozen = tuple(name for name in fs[0].frozen if all(name in f.frozen for f in fs))
@@ -109,7 +106,8 @@ def check_linear(verb: str, key: str, f: Factors) -> None:
     if f.magnitude is not None:
         raise ValueError(
             f"{verb}: {key!r} has a DoRA magnitude, and normalizing is not linear. As plain LoRA: "
-            "lora_jax.extract(base, lora_jax.merge(lora_params), rank)"
+            "lora_jax.extract(base, lora_jax.merge(lora_params), rank), with rest='full' where "
+            "leaves train whole"
         )
     if f.residual:
         raise ValueError(

@@ -166,6 +166,48 @@ def test_sums_work_under_jit_and_grad():
     np.testing.assert_allclose(slopes, wanted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("freeze", [(), ("a",), ("b",)])
+def test_numbers_have_gradients_wherever_their_weights_are(freeze):
+    x = split(1, targets=["dense", "one"], freeze=freeze).adapter
+    y = split(2, 3, targets=["one", "conv"], freeze=freeze).adapter
+    ways = {
+        "lora": lora_jax.lora(
+            lambda p: (jnp.ones((1, 6)) @ p["dense"]).sum() + (jnp.ones((1, 4)) @ p["one"]).sum()
+        ),
+        "merge": lambda p: sum(lora_jax.merge(p)[k].sum() for k in ("dense", "one", "conv")),
+    }
+    for how, fn in ways.items():
+        loss = lambda c, fn=fn: fn(LoraParams(BASE, c[0] * x + c[1] * y / 2))  # noqa: E731
+        slopes = jax.jit(jax.grad(loss))(jnp.array([0.2, 0.0]))
+        keys = ("dense", "one") if how == "lora" else ("dense", "one", "conv")
+        sums = [sum(dense(z)[k].sum() for k in keys if k in dense(z)) for z in (x, y)]
+        np.testing.assert_allclose(slopes, [sums[0], sums[1] / 2], rtol=1e-4)
+
+
+def test_numbers_of_any_kind():
+    x = split(1, targets=["dense"], alpha=1).adapter
+    for third in (3, 3.0, np.float16(3), jnp.bfloat16(3), jnp.int32(3), np.int8(3)):
+        assert_updates(x / third, weighted((1 / 3, x)), 1e-6)
+    for i in (1j, np.complex64(1j), jnp.complex64(1j)):
+        for wrong in (lambda i=i: i * x, lambda i=i: x * i, lambda i=i: x / i):
+            with pytest.raises(TypeError):
+                wrong()
+    for scale in (2, np.int32(2), jnp.int32(2)):
+        f = dataclasses.replace(x.factors["dense"], scale=scale)
+        y = Adapter({"dense": f})
+        assert_updates(0.5 * y, weighted((0.5, y)), 1e-6)
+
+
+@pytest.mark.parametrize("method", [lora_jax.ties, lora_jax.prune])
+def test_what_is_not_finite_is_refused_or_stays_so(method):
+    x, y = (split(k, targets=["dense"]).adapter for k in (1, 2))
+    bad = jax.tree.map(lambda v: v.at[(0,) * v.ndim].set(jnp.nan), x)
+    with pytest.raises(ValueError, match=r"operand 1 has NaNs or infinities in a of 'dense'"):
+        method([y, bad], density=0.5, rank=2)
+    found = jax.jit(lambda *xs: method(list(xs), density=0.5, rank=2)[0])(y, bad)
+    assert jnp.isnan(lora_jax.merge(LoraParams(BASE, found))["dense"]).all()
+
+
 def test_narrow_factors_add_up_in_float32():
     x = split(1, targets=["dense"], dtype=jnp.bfloat16)
     y = split(2, 3, targets=["dense"], alpha=5)
@@ -245,7 +287,7 @@ def test_rows_of_tables_stay_rows():
         assert_updates(result, weighted((c, x), (d, y)))
     with pytest.raises(
         ValueError,
-        match=r"'embedding\[\[2, 5\]\]' and operand 1 'embedding\[\[2, 6\]\]' and these over",
+        match=r"'embedding\[\[2, 6\]\]' and of one table all have to train the same rows",
     ):
         x + rows(3, 2, 6)
 
@@ -492,6 +534,13 @@ def test_sharded_adapters_combine(kind):
         nearly = lora_jax.ties(ys, density=0.3, rank=3, niter=6)[0]
         measured = lora_jax.similarity(ys), lora_jax.distance(*ys)
         directions = lora_jax.subspace_similarity(*ys)["w"]
+        small = lora_jax.resize(total, 3)
+        grown = lora_jax.resize(ys[0], 6, key=jax.random.key(0))
+        merged = lora_jax.merge(grown)
+        found = lora_jax.extract(there, merged, 2, targets="w", layout={"w": "io"}, rest="full")
+    assert_updates(small, dense(lora_jax.resize(xs[0] - xs[1], 3)), 1e-5)
+    assert_updates(grown, dense(xs[0]), 1e-6)
+    assert_updates(found, dense(xs[0]), 1e-5)
     assert_updates(total, dense(xs[0] - xs[1]), 1e-6)
     exact = lora_jax.ties(xs, density=0.3, rank=3)[0]
     assert_updates(combined, dense(exact), 1e-4)

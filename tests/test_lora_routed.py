@@ -189,3 +189,21 @@ def test_a_weight_that_no_input_meets_is_refused(use):
     router = lora_jax.arrow(stacked)
     with pytest.raises(NotImplementedError, match="'w'"):
         lora_jax.lora_routed(fns[use])(stacked, jnp.ones((4, 5)), lora_router=router)
+
+
+def test_an_adapter_that_is_broken_gets_nothing_and_spoils_nothing():
+    params = {"query": {"kernel": jax.random.normal(jax.random.key(1), (6, 5))}}
+    adapters = adapters_of(params, 3)
+    x = jax.random.normal(jax.random.key(2), (4, 6))
+    apply = lora_jax.lora_routed(lambda p, x: x @ p["query"]["kernel"], top_k=1)
+
+    @jax.jit  # where stack cannot refuse it
+    def run(adapters, params, x):
+        stacked = lora_jax.stack([LoraParams(params, one) for one in adapters])
+        return apply(stacked, x, lora_router=lora_jax.arrow(stacked))
+
+    first, *others = [one.adapter for one in adapters]
+    broken = jax.tree.map(lambda x: x * jnp.nan, first)
+    found = run([broken, *others], params, x)
+    stacked = lora_jax.stack([LoraParams(params, one) for one in others])
+    assert_close(found, apply(stacked, x, lora_router=lora_jax.arrow(stacked)), 1e-5)

@@ -289,3 +289,101 @@ def test_under_remat_and_inner_jit():
     ]
     found = lora_jax.lora_rows(fn)(lora_jax.stack(adapters), x, lora_ids=jnp.array([1, -1, 0]))
     assert_close(found, alone(fn, adapters, x, (1, -1, 0)), 1e-5)
+
+
+def small(count=3, **options):
+    """A dense layer and random adapters of it."""
+    params = {"w": jax.random.normal(jax.random.key(9), (4, 3)), "b": jnp.array([0.1, 0.2, 0.3])}
+    options = {"targets": "w", "layout": {"w": "io"}, **options}
+    made = [
+        randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(k), **options), k + 20)
+        for k in range(count)
+    ]
+    return lambda p, x: x @ p["w"] + p["b"][None], made
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int32"])
+def test_ids_of_any_integers(dtype):
+    fn, made = small()
+    stacked = lora_jax.take(lora_jax.stack(made), np.arange(300) % 3)
+    apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
+    expected = apply(stacked, x, lora_ids=np.array([100, 2], np.int32))
+    ids = np.array([100, 2], dtype)
+    assert_close(apply(stacked, x, lora_ids=ids), expected, 1e-6)
+    traced = jax.jit(apply)
+    assert_close(traced(stacked, x, lora_ids=ids), expected, 1e-6)
+    few = lora_jax.take(stacked, np.arange(3, dtype=dtype))
+    outside = traced(few, x, lora_ids=np.array([np.iinfo(dtype).max, 2], dtype))
+    assert jnp.isnan(outside[0]).all()
+    assert_close(outside[1], expected[1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: x @ (p["w"] * jax.nn.sigmoid(x[0])[:, None]),
+        lambda p, x: x @ (p["w"] * jax.nn.sigmoid(x.mean())),
+        lambda p, x: x @ (p["w"] / (1 + abs(x).mean())),
+        lambda p, x: x @ (p["w"] * p["b"][None]),
+        lambda p, x: x @ p["w"] + p["b"][None],
+    ],
+    ids=["a vector", "a number", "a quotient", "a leaf trained whole", "nothing"],
+)
+def test_gradients_of_a_row_have_nothing_of_a_broken_adapter_of_others(fn):
+    _, made = small(full="b")
+    stacked = lora_jax.stack(made)
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), stacked.adapter)
+    x, ids = jax.random.normal(jax.random.key(1), (2, 4)), jnp.array([1, -1])
+
+    def loss(adapter, x):
+        return lora_jax.lora_rows(fn)(LoraParams(stacked.base, adapter), x, lora_ids=ids).sum()
+
+    found = jax.jit(jax.grad(loss, (0, 1)))(broken, x)
+    expected = jax.grad(loss, (0, 1))(stacked.adapter, x)
+    assert_close(found[1], expected[1], 1e-6)
+    for some, wanted in zip(*map(jax.tree.leaves, (found[0], expected[0])), strict=True):
+        assert_close(some[1:], wanted[1:], 1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_row_that_is_masked_gives_no_gradient_whatever_its_id(dora):
+    fn, made = small(dora=dora, full="b")
+    stacked = lora_jax.stack(made)
+
+    @jax.jit
+    def loss(adapter, ids):
+        y = lora_jax.lora_rows(fn)(
+            LoraParams(stacked.base, adapter), jnp.ones((2, 4)), lora_ids=ids
+        )
+        return jnp.where(jnp.array([[True], [False]]), y, 0).sum()
+
+    found = jax.grad(loss)(stacked.adapter, jnp.array([0, 3]))
+    assert_close(found, jax.grad(loss)(stacked.adapter, jnp.array([0, -1])), 1e-6)
+
+
+def test_rows_of_no_adapter_are_the_base_whatever_precision_others_train_in():
+    fn, made = small(full="b")
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), made[0].adapter.full)
+    one = LoraParams(made[0].base, dataclasses.replace(made[0].adapter, full=narrow))
+    x = jax.random.normal(jax.random.key(1), (1, 4))
+    found = lora_jax.lora_rows(fn)(lora_jax.stack([one]), x, lora_ids=[-1])
+    assert jnp.array_equal(found, fn(one.base, x))
+
+
+def test_a_stack_may_be_in_the_hosts_memory():
+    fn, made = small(full="b")
+    stacked = lora_jax.stack(made)
+    apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
+    there = LoraParams(stacked.base, jax.device_get(stacked.adapter))
+    assert_close(apply(there, x, lora_ids=[2, 0]), apply(stacked, x, lora_ids=[2, 0]), 1e-6)
+
+
+def test_axes_may_be_those_of_vmap():
+    fn, made = small()
+    stacked, x = lora_jax.stack(made), jnp.ones((2, 4))
+    axes = (LoraParams(base=None, adapter=0), 0)
+    found = lora_jax.lora_rows(fn, in_axes=axes)(stacked, x, lora_ids=[1, 0])
+    assert_close(found, lora_jax.lora_rows(fn)(stacked, x, lora_ids=[1, 0]), 1e-6)
+    shared = lora_jax.lora_rows(lambda p, x, *, t: t * fn(p, x))
+    with pytest.raises(ValueError, match=r"'t'.* pass that by position"):
+        shared(stacked, x, lora_ids=[1, 0], t=jnp.float32(1))

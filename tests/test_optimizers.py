@@ -187,3 +187,10 @@ def test_what_they_refuse():
         tx.update(trainable, tx.init(trainable))
     with pytest.raises(ValueError, match="a factor of 'experts' is frozen"):
         tx.update(trainable, tx.init(trainable), trainable)
+
+
+def test_lora_fa_of_a_stack_is_refused():
+    params = {"query": {"kernel": jnp.ones((3, 2))}}
+    one = lora_jax.lorafy(params, 2, freeze=("a",))
+    with pytest.raises(ValueError, match=r"this is a stack, .*jax\.vmap\(step\)"):
+        lora_jax.lora_fa(optax.sgd(1.0), lora_jax.stack([one, one]))

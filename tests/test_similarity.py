@@ -135,3 +135,20 @@ def test_misuse_is_explained():
         lora_jax.subspace_similarity(X, Y, factor="c")
     with pytest.raises(ValueError, match="subspace_similarity: 'dense' has a DoRA magnitude"):
         lora_jax.subspace_similarity(X, split(1, targets=["dense"], dora=True))
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4])
+def test_steps_of_one_run_are_compared_as_they_are(step):
+    rng = np.random.default_rng(0)
+    points = [split(5, 4, targets=["dense", "stack"]).adapter]
+    for _ in range(2):
+        moved = jax.tree.map(
+            lambda v: v + jnp.asarray(step * rng.normal(size=v.shape), v.dtype), points[-1]
+        )
+        points.append(moved)
+    one, other = points[1] - points[0], points[2] - points[1]
+    deltas = [np.concatenate([np.ravel(dense(p)[k]) for k in ("dense", "stack")]) for p in points]
+    u, v = deltas[1] - deltas[0], deltas[2] - deltas[1]
+    expected = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    found = lora_jax.similarity([one, other])
+    np.testing.assert_allclose(found, [[1, expected], [expected, 1]], atol=4e-6 / step)

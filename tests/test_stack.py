@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
-from lora_jax import Adapter, LoraParams
+from lora_jax import Adapter, Factors, LoraParams
 from lora_jax._paths import flatten
 
 AXES = LoraParams(base=None, adapter=0)
@@ -107,8 +107,8 @@ def test_each_row_computes_what_its_adapter_does(make):
         (value, expected), grad = jax.jit(both)(lora_params, x[n])
         assert_close(outputs[n], expected, 1e-6)
         assert_close(outputs[n], plain(lora_jax.merge(lora_params), x[n]), 1e-5)
-        assert_close(values[n], value, 2e-6)
-        assert_close(unpadded(row(grads, n), grad), grad, 2e-6)
+        assert_close(values[n], value, 1e-5)  # a sum in which much cancels
+        assert_close(unpadded(row(grads, n), grad), grad, 5e-6)
 
 
 def test_one_input_goes_to_all():
@@ -884,3 +884,19 @@ def test_a_stack_is_not_merged():
     merged = [lora_jax.merge(p) for p in lora_jax.unstack(stacked)]
     assert_same(merged, [lora_jax.merge(p) for p in adapters])
     assert math.prod(stacked.adapter.factors["w1"].scale.shape) == 4
+
+
+def test_rows_may_be_few_and_indices_narrow_but_not_none():
+    stacked = lora_jax.stack(several(dict_case)[1])
+    many = lora_jax.take(stacked, np.zeros(200, int))
+    assert_close(lora_jax.take(many, np.array([5], np.int8)), lora_jax.take(stacked, [0]), 0)
+    with pytest.raises(ValueError, match="take: indices are empty, and a stack has at least one"):
+        lora_jax.take(stacked, np.zeros(0, int))
+
+
+@pytest.mark.parametrize("scale", [2, np.int32(2), jnp.int32(2)])
+def test_a_scale_that_is_an_integer_becomes_a_float(scale):
+    made = [
+        Adapter({"w": Factors(jnp.ones((6, 2)), jnp.ones((2, 8)), s, "io")}) for s in (scale, 0.5)
+    ]
+    assert lora_jax.stack(made).factors["w"].scale.tolist() == [2.0, 0.5]

@@ -135,3 +135,21 @@ def test_what_cannot_be_switched_is_explained():
     refused(ValueError, "switch: 'dense' belongs to what its init", params, pissa, x.adapter)
     other = split(1, base={"v": jnp.zeros((3, 4))}, targets=["v"], layout=None).adapter
     refused(ValueError, "entry for 'v', and the base has no such leaf", params, x.adapter, other)
+
+
+def test_a_quantized_weight_is_told_what_to_do():
+    pytest.importorskip("qwix")
+    params = lora_jax.quantize({"query": {"kernel": jnp.ones((64, 64))}}, "int8")
+    x = lora_jax.lorafy({"query": {"kernel": jnp.ones((64, 64))}}, 2).adapter
+    with pytest.raises(ValueError, match=r"switch: 'query/kernel' is quantized.*lora_jax.dequant"):
+        lora_jax.switch(params, x, x)
+    with pytest.raises(ValueError, match=r"unmerge: 'query/kernel' is quantized"):
+        lora_jax.unmerge(params, x)
+
+
+def test_under_vmap_nothing_is_donated_that_is_not_ours():
+    x = split(1, targets=["dense"])
+    params = lora_jax.merge(x)
+    many = jax.vmap(lambda c: lora_jax.switch(params, x.adapter, c * x.adapter))(jnp.arange(3.0))
+    wanted = [BASE["dense"] + c * dense(x)["dense"] for c in range(3)]
+    np.testing.assert_allclose(many["dense"], wanted, atol=1e-5)

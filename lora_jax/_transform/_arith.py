@@ -82,6 +82,7 @@ def scale_axes(v: LoraArray, w: jax.Array, x: jax.Array, labels: Sequence[int], 
     def scale_delta(delta: Delta) -> Delta | None:
         if delta.is_probe:
             return delta
+        delta = delta.picked()  # of a stack the others are none of ``x``'s business
         foreign = [axis for axis in axes if not delta.has(axis)]
         candidates = [
             name

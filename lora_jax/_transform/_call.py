@@ -77,7 +77,7 @@ def enter(
         if f.frozen:
             f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
         of = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
-        delta = of(f) if among is None else _in_stack(jax.vmap(of)(f), name, among)
+        delta = of(f) if among is None else _in_stack(jax.vmap(of)(_arrays(f)), name, among)
         if key is not None and rows_of(name) is None:  # rows that train whole are never dropped
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
@@ -88,7 +88,7 @@ def _in_stack(delta: Delta, name: str, among: Among) -> Delta:
     """The delta of all adapters of a stack, of which one counts, or as inputs choose."""
     delta = delta.map(lambda x, labels: (x, (N, *labels)))
     if among.router is None:
-        return replace(delta, slot=among.slot)
+        return delta.of_slot(among.slot)
     labels = (*delta.a_labels[1:-1], N)
     return replace(delta, router=among.router[name], router_labels=labels, routing=among.routing)
 
@@ -102,12 +102,20 @@ def _one_of(stacked: LoraParams) -> LoraParams:
     return LoraParams(stacked.base, jax.tree.map(one, stacked.adapter))
 
 
+def _arrays(tree: Any) -> Any:
+    """NumPy's arrays as JAX's, which can be indexed by what is traced."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
+
+
 def _picked(full: Any, leaf: Any, slot: Any) -> Any:
     """A leaf that the adapters of a stack train whole, of one of them; the base's own at -1."""
+    # in the leaf's dtype, so that the base's is what it is; NaN only where there is one
+    dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.inexact) else full.dtype
     k = jnp.clip(slot, 0, full.shape[0] - 1)
-    one = full.at[k].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    other = jnp.where(slot == -1, lax.stop_gradient(leaf).astype(full.dtype), jnp.nan)
-    return jnp.where(slot == k, one, other.astype(full.dtype))
+    one = _arrays(full).at[k].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    base = lax.stop_gradient(leaf).astype(dtype)
+    other = jnp.where(slot == -1, base, jnp.full_like(base, jnp.nan))
+    return jnp.where(slot == k, one.astype(dtype), other)
 
 
 def _put_off(x: Any) -> Any:

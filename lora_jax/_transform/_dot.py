@@ -130,7 +130,8 @@ def _shares(
     powers = jnp.where((found >= best[..., -1:]) & (found > 0), powers, 0)
     shares = powers / jnp.maximum(powers.sum(-1, keepdims=True), jnp.finfo(powers.dtype).tiny)
     scale = jnp.broadcast_to(delta.scale.astype(shares.dtype), shares.shape)
-    return shares * scale, [middle.index(label) for label in [*free, N]]
+    parts = jnp.where(shares > 0, shares * scale, 0)  # of a scale that is NaN, too
+    return parts, [middle.index(label) for label in [*free, N]]
 
 
 def _contract_lora(ctx, x, x_labels, y, y_labels, out, precision, dtype):

@@ -39,7 +39,7 @@ def lora_rows(
         fn: a pure function of arrays in pytrees, of any batch size.
         in_axes: which axis of an argument is that of the rows: a number for all, or one, or a
             tree of them, for each argument, as in ``jax.vmap``; None for what all rows share.
-            Arguments by name have it first. It means nothing for a LoraParams.
+            Arguments by name have it first. What stands for a LoraParams means nothing.
         out_axes: the same of the results.
         on_materialize: as in :func:`lora`.
 
@@ -48,7 +48,7 @@ def lora_rows(
         ValueError: ``fn`` has an argument ``lora_ids``. At the call: the adapter is no stack; an
             array has another number of rows; a result has no axis of rows; or as :func:`lora`.
         IndexError: at the call: an id is neither -1 nor one of the stack's. Where ids are traced
-            their rows come out as NaN.
+            such a row has NaN wherever its adapter would have changed something.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -71,6 +71,7 @@ def lora_rows(
             raise ValueError(
                 f"lora_rows: in_axes has {len(axes)} entries for {len(args)} arguments"
             )
+        axes = jax.tree.map(lambda x: None if _is_lora(x) else x, axes, is_leaf=_is_lora)
         found, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_lora)
         leaves = [x for _, x in found]
         flat = _spread((tuple(axes), dict.fromkeys(kwargs, 0)), (args, kwargs))
@@ -126,20 +127,24 @@ def _check_ids(ids: Any, leaves: list[Any]) -> jax.Array:
             f"front. They have {shown}"
         )
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    count = min(counts.values(), default=(2**31 - 1,))[0]
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim != 1:
         raise TypeError(
             f"lora_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [rows]: "
             "which adapter of the stack each row has, -1 for none"
         )
-    if counts and is_concrete(ids):
-        ((count,), *_) = counts.values()
-        values = np.asarray(ids)
-        if wrong := [int(k) for k in values if not -1 <= k < count]:
-            raise IndexError(
-                f"lora_ids has {wrong[0]}, expected -1, for the base alone, to {count - 1}: the "
-                f"stack has {count} adapters"
-            )
-    return jnp.asarray(ids)
+    if is_concrete(ids) and (wrong := [k for k in np.asarray(ids).tolist() if not -1 <= k < count]):
+        raise IndexError(
+            f"lora_ids has {wrong[0]}, expected -1, for the base alone, to {count - 1}: the "
+            f"stack has {count} adapters"
+        )
+    # In int32, as -1 and the number of adapters may have no place in the dtype of the ids.
+    ids = jnp.asarray(ids)
+    known = jnp.iinfo(ids.dtype)
+    is_there = (ids >= 0) & (ids <= min(count - 1, known.max))
+    is_none = ids == -1 if known.min < 0 else jnp.zeros_like(is_there)
+    other = jnp.where(is_none, jnp.int32(-1), jnp.int32(-2))
+    return jnp.where(is_there, ids.astype(jnp.int32), other)
 
 
 def _counts(lora_params: LoraParams) -> dict[str, tuple[int, ...]]:
@@ -161,7 +166,7 @@ def _check_rows(mapped: dict[str, tuple[Any, int]], count: int) -> None:
             raise ValueError(
                 f"lora_rows: argument {name} has shape {shape}, expected {count} rows along axis "
                 f"{axis}, one for each of lora_ids. Say which axis it is by in_axes=, None for "
-                "what all rows share"
+                "what all rows share: pass that by position, as arguments by name have rows"
             )
 
 

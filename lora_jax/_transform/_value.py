@@ -59,8 +59,7 @@ class Delta:
         gain: None; or what ``W`` and the update, where it is, are multiplied by, less one.
         gain_labels: of ``gain``'s axes.
         key: None; or the PRNG key that what it reads is dropped by.
-        slot: None; or which of the adapters along ``N`` counts: -1 for none of them. Another that
-            is not there makes all that it meets NaN. ``scale`` has the axis ``N``, and no other.
+        slot: None; or which of the adapters along ``N`` counts; ``scale`` is that one's.
         step: None; or which of the entries along ``M`` counts.
         router: None; or directions of the inputs, one for each adapter along ``N``.
         router_labels: of ``router``'s axes.
@@ -102,6 +101,17 @@ class Delta:
         """A delta without arrays."""
         return cls(None, None, None, (), (), Past.of(leaf, ndim))
 
+    def of_slot(self, slot: Any) -> "Delta":
+        """The delta of a stack, of whose adapters one counts.
+
+        -1 is none of them: its ``scale`` is 0. Of another that is not there it is NaN.
+        """
+        k = jnp.clip(slot, 0, self.scale.shape[0] - 1)
+        other = jnp.where(slot == -1, 0.0, jnp.nan).astype(self.scale.dtype)
+        return dataclasses.replace(
+            self, slot=slot, scale=jnp.where(slot == k, self.scale[k], other)
+        )
+
     def picked(self) -> "Delta":
         """The delta of the adapter that counts.
 
@@ -112,20 +122,16 @@ class Delta:
             raise self.misrouted()
         if self.slot is None:
             return self
-        count = self.scale.shape[0]
-        is_none = self.slot == -1
-        k = jnp.clip(self.slot, 0, count - 1)
-        scale = jnp.where(self.slot == k, self.scale[k], jnp.where(is_none, 0.0, jnp.nan))
+        k = jnp.clip(self.slot, 0, self.a.shape[self.a_labels.index(N)] - 1)
 
         def pick(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
             places = {N: k, M: self.step}
             at = x.at[tuple(places.get(label, slice(None)) for label in labels)]
             one = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
-            # of none, zeros: whatever the first one holds
-            return jnp.where(is_none, jnp.zeros_like(one), one), _without(labels, N, M)
+            # of none, zeros: whatever the one at k holds, and it gets no gradient
+            return jnp.where(self.slot == k, one, jnp.zeros_like(one)), _without(labels, N, M)
 
-        scale = scale.astype(self.scale.dtype)
-        return dataclasses.replace(self.map(pick), scale=scale, slot=None, step=None)
+        return dataclasses.replace(self.map(pick), slot=None, step=None)
 
     def misrouted(self) -> NotImplementedError:
         """The error of a weight that no input meets."""
