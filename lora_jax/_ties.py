@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._params import Adapter, LoraParams
+from lora_jax._params import Adapter, LoraParams, is_concrete
 from lora_jax._paths import flatten
 from lora_jax._ranges import rows_of
 from lora_jax._sparse import Rule, of_arrays, of_factors
@@ -107,7 +107,7 @@ def dare(
         As :func:`ties`.
 
     Raises:
-        TypeError: some are of another kind.
+        TypeError: some are of another kind, or there is no key.
         ValueError: an argument is out of range, or the adapters have no sum.
 
     Example:
@@ -120,6 +120,8 @@ def dare(
     References:
         Yu et al., Language Models are Super Mario, arXiv:2311.03099.
     """
+    if key is None:
+        raise TypeError("dare: key=None: expected a PRNG key, such as jax.random.key(0)")
     return _combine("dare", adapters, Rule(density, True, elect), rank, niter, key)
 
 
@@ -165,6 +167,9 @@ def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: A
     checks = [check_finite(x, f"{verb}: operand {n}", remedy) for n, x in enumerate(each)]
     # What is traced cannot be refused: its scales are NaN.
     scales = [jnp.where(ok, 1.0, jnp.nan) for ok in checks if ok is not None]
+    if not is_concrete(rule.density):
+        raise TypeError(f"{verb}: density is traced, expected a number: shapes depend on it")
+    rule = rule._replace(density=float(rule.density))
     if not 0 < rule.density <= 1:
         raise ValueError(f"{verb}: density={rule.density}: expected a share, above 0 and up to 1")
     for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):

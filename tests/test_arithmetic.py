@@ -198,6 +198,16 @@ def test_numbers_of_any_kind():
         assert_updates(0.5 * y, weighted((0.5, y)), 1e-6)
 
 
+def test_a_share_is_any_number_and_dare_wants_a_key():
+    x = split(1, targets=["dense"]).adapter
+    found = [lora_jax.prune(x, density=d, rank=2)[0] for d in (0.5, jnp.float32(0.5))]
+    assert_updates(found[1], dense(found[0]), 0)
+    with pytest.raises(TypeError, match="prune: density is traced"):
+        jax.jit(lambda d: lora_jax.prune(x, density=d, rank=2)[0])(0.5)
+    with pytest.raises(TypeError, match="dare: key=None: expected a PRNG key"):
+        lora_jax.dare([x], density=0.5, rank=2, key=None)  # pyright: ignore
+
+
 @pytest.mark.parametrize("method", [lora_jax.ties, lora_jax.prune])
 def test_what_is_not_finite_is_refused_or_stays_so(method):
     x, y = (split(k, targets=["dense"]).adapter for k in (1, 2))

@@ -89,6 +89,18 @@ def test_directions_have_the_axes_that_a_weight_reads(equation):
     assert_close(found, jnp.asarray(np.stack(expected)).reshape(found.shape), 1e-5)
 
 
+def test_experts_that_all_read_one_input_choose_each_for_itself():
+    w = jax.random.normal(jax.random.key(0), (3, 6, 5))
+    x = jax.random.normal(jax.random.key(1), (2, 4, 6))
+    adapters = adapters_of({"w": w}, targets="w", layout={"w": "bio"})
+    stacked = lora_jax.stack(adapters)
+    apply = jax.jit(lora_jax.lora_routed(lambda p, x: jnp.einsum("bli,eio->belo", x, p["w"])))
+    found = apply(stacked, x, lora_router=lora_jax.arrow(stacked))
+    updates = updates_of(adapters, "w", w.shape)
+    each = [mixed(x.reshape(8, 6), w[e], updates[e], 2, 1.0).reshape(2, 4, 5) for e in range(3)]
+    assert_close(found, jnp.asarray(np.stack(each, 1)), 1e-5)
+
+
 def test_one_adapter_is_that_adapter_everywhere(standard_promotion):
     case = scan_case()
     one = case.lorafy()

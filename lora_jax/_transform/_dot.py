@@ -116,10 +116,11 @@ def _shares(
 ) -> tuple[jax.Array, list[int]]:
     """How much of each adapter an input gets, times its scale; and its axes among ``middle``."""
     directions, labels = delta.part("router")
-    inputs = {label for label in labels if label != N}
-    if delta.routing is None or isinstance(x, LoraArray) or not inputs.issubset(x_labels):
+    # of batch axes of the weight the result may have some alone
+    known = {*x_labels, *(set(delta.a_labels) & set(delta.b_labels))}
+    if delta.routing is None or isinstance(x, LoraArray) or not known.issuperset(labels):
         raise delta.misrouted()
-    free = [label for label in x_labels if label in middle]
+    free = [lab for lab in middle if lab != N and (lab in x_labels or lab in labels)]
     kind: Any = {"precision": lax.Precision.HIGHEST, "dtype": jnp.float32}
     x, directions = x.astype(jnp.float32), directions.astype(jnp.float32)
     found = jnp.abs(contract(x, x_labels, directions, labels, [*free, N], **kind))
