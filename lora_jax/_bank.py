@@ -91,6 +91,7 @@ class AdapterBank:
         donate: bool = False,
         replicate: Collection[str] = (),
     ):
+        _check_outside("__init__")
         if not isinstance(like, LoraParams):
             raise TypeError(
                 f"AdapterBank: like is {type(like).__name__}, expected a LoraParams as "
@@ -262,12 +263,7 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def _locked(self, verb: str) -> Iterator[None]:
-        if not is_concrete(jnp.zeros(())):
-            raise RuntimeError(
-                f"AdapterBank.{verb} was called inside of jax.jit, where what is in the slots now "
-                "would be compiled in. Call it outside, and pass the stack and the ids on as "
-                "arguments"
-            )
+        _check_outside(verb)
         with self._lock:
             yield
 
@@ -285,6 +281,15 @@ class AdapterBank:
 
 def _put(stack: Adapter, row: Adapter, slot: jax.Array) -> Adapter:
     return jax.tree.map(lambda rows, x: rows.at[slot].set(x), stack, row)
+
+
+def _check_outside(verb: str) -> None:
+    """Raise inside of a trace; compiled when the bank is made, as all it needs."""
+    if not is_concrete(jnp.zeros(())):
+        raise RuntimeError(
+            f"AdapterBank.{verb} was called inside of jax.jit, where what is in the slots now "
+            "would be compiled in. Call it outside, and pass the stack and the ids on as arguments"
+        )
 
 
 def _copied(adapter: Adapter) -> Adapter:

@@ -42,9 +42,9 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
 
     Args:
         adapter: a LoraParams or an Adapter.
-        rank: from 1 to ``min(in, out)``, or to shrink to, where the rank is larger than that, as of
-            a sum: ``min(in, out)`` then; or ``{pattern: rank}``, where the first pattern that
-            matches a path counts. Rows that train on their own keep theirs.
+        rank: from 1 to ``min(in, out)``; or ``{pattern: rank}``, where the first pattern that
+            matches a path counts. A rank that is larger than ``min(in, out)``, as a sum's may be,
+            shrinks at least to that. Rows that train on their own keep theirs.
         key: a PRNG key. With it the new columns of ``a`` are drawn as :func:`lorafy` draws them by
             the names of weights, and the new directions train. None: they are zero, as in
             :func:`stack`, and never do.

@@ -682,6 +682,7 @@ def test_inside_of_jit_it_is_refused_and_as_it_was():
 
     for verb, fn in (
         ("using", using),
+        ("__init__", lambda x: AdapterBank(like(case))),
         ("acquire", lambda x: x + bank.acquire("a0")),
         ("remove", lambda x: bank.remove("a0")),
         ("lora_params", lambda x: bank.lora_params),
