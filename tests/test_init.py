@@ -175,7 +175,7 @@ def test_an_adapter_of_a_changed_base_is_one_of_twice_the_rank(init, dora):
     plain = lora_jax.to_plain(lora_params, initial, PARAMS)
     assert all(plain.base[name] is leaf for name, leaf in PARAMS.items())
     assert {f.rank for f in plain.adapter.factors.values()} == {8}
-    assert_close(lora_jax.merge(plain), lora_jax.merge(lora_params), 2e-6)
+    assert_close(lora_jax.merge(plain), lora_jax.merge(lora_params), 5e-6)
     assert_close(lora_jax.lora(fn)(plain, X), lora_jax.lora(fn)(lora_params, X), 5e-6)
 
 
