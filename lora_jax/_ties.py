@@ -169,9 +169,9 @@ def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: A
     scales = [jnp.where(ok, 1.0, jnp.nan) for ok in checks if ok is not None]
     if not is_concrete(rule.density):
         raise TypeError(f"{verb}: density is traced, expected a number: shapes depend on it")
-    rule = rule._replace(density=float(rule.density))
     if not 0 < rule.density <= 1:
         raise ValueError(f"{verb}: density={rule.density}: expected a share, above 0 and up to 1")
+    rule = rule._replace(density=float(rule.density))  # a static argument
     for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
         whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
         if x is not None and not (whole and x >= least):
