@@ -2,7 +2,8 @@
 
 A Llama of the shape of Llama-3-8B with random bfloat16 weights, rank 16 on all seven projections.
 ``examples/serving.py`` decodes the same prompts for the base (by id -1), for one adapter, and for
-64 in as many slots, and in fewer, where adapters are loaded as their turn comes. All in one run::
+64 in as many slots, and in fewer, where adapters are loaded as their turn comes. Before
+that, prompts by rows of the full bank beside the base alone, called without LoRA. All in one run::
 
     python benchmarks/bank.py            # one GPU of 80 GB or more
     python benchmarks/bank.py --quick    # a tiny model, anywhere
@@ -22,9 +23,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from many import random_like
+from many import AXES, random_like, random_llama, seconds
 from models import llama
-from scaling import LLAMA_8B, TINY
 from serving import Request, Server
 
 import lora_jax
@@ -54,6 +54,38 @@ def loading(bank: AdapterBank) -> float:
     return statistics.median(times)
 
 
+def prompts(model: llama.Llama, base: Any, bank: AdapterBank, args: Any) -> dict[str, float]:
+    """The milliseconds of reading prompts, each by an adapter of its own; and by the base alone."""
+
+    def plain(p: Any, ids: jax.Array, cache: llama.Cache) -> Any:
+        return model.apply({"params": p}, ids, cache)
+
+    by_rows = lora_jax.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
+    ids = jnp.ones((args.prompts, args.prompt), jnp.int32)
+    names = [f"adapter{7 * k % args.adapters}" for k in range(args.prompts)]
+    with bank.using(names) as (lora_params, slots):
+        ways = {
+            "base": (plain, base),
+            "rows": (lambda p, ids, cache: by_rows(p, ids, cache, lora_ids=slots), lora_params),
+        }
+        found = {}
+        for how, (apply, params) in ways.items():
+
+            def last(params, ids, cache, apply=apply):
+                logits, cache = apply(params, ids, cache)
+                return logits[:, -1].argmax(-1), cache
+
+            step = jax.jit(last, donate_argnums=2)
+            cache = model.empty(args.prompts, args.prompt)
+            compiled = step.lower(params, ids, cache).compile()
+
+            def again(carry, compiled=compiled, params=params):
+                return compiled(params, ids, carry[1]._replace(lengths=carry[1].lengths * 0))
+
+            found[how] = 1000 * seconds(again, (None, cache), args.repeats)
+    return found
+
+
 def serve(
     model: llama.Llama, bank: AdapterBank, names: Sequence[str | None], args: Any
 ) -> dict[str, Any]:
@@ -67,11 +99,11 @@ def serve(
     before = bank.stats
     start = time.perf_counter()
     done = list(server.run())
-    seconds = time.perf_counter() - start
+    took = time.perf_counter() - start
     assert all(one.error is None for one in done), done[0].error
     return {
-        "tokens_per_s": server.tokens / seconds,
-        "seconds": seconds,
+        "tokens_per_s": server.tokens / took,
+        "seconds": took,
         "steps": server.steps,
         "misses": bank.stats.misses - before.misses,
     }
@@ -83,6 +115,9 @@ def main() -> None:
     options.add_argument("--requests", type=int, default=256)
     options.add_argument("--length", type=int, default=128, help="tokens of a prompt")
     options.add_argument("--new", type=int, default=64, help="tokens to add to each")
+    options.add_argument("--prompts", type=int, default=16, help="prompts to read at once")
+    options.add_argument("--prompt", type=int, default=512, help="tokens of each")
+    options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--rows", type=int, default=64, help="prompts at work at once")
     options.add_argument("--adapters", type=int, default=64)
     options.add_argument("--slots", type=int, nargs="+", default=[64, 32, 16])
@@ -91,15 +126,10 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="a tiny model")
     options.add_argument("--json", type=Path, help="file to write")
     args = options.parse_args()
-    sizes = dict(TINY if args.quick else LLAMA_8B)
-    sizes |= {"num_hidden_layers": args.layers} if args.layers else {}
     if args.quick:
         args.requests, args.length, args.new, args.rows = 32, 8, 8, 8
-        args.adapters, args.slots = 8, [8, 2]
-    model = llama.from_config(sizes, dtype=jnp.bfloat16, scan_layers=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
-    base = random_like(shapes, 1)
+        args.adapters, args.slots, args.prompts, args.prompt = 8, [8, 2], 4, 16
+    model, base = random_llama(args.quick, args.layers)
 
     one = bank_of(base, args, 1, 1)
     cases = [
@@ -108,12 +138,15 @@ def main() -> None:
     ]
     chosen = np.random.default_rng(1).integers(0, args.adapters, args.requests)
     mixed = [f"adapter{k}" for k in chosen]
-    found = []
+    found: list[dict[str, Any]] = []
+    read: dict[str, float] = {}
     for how, bank, names in cases:
         found.append({"how": how} | serve(model, bank, names, args))
     for slots in args.slots:
         bank = bank_of(base, args, slots, args.adapters)
         how = f"{args.adapters} adapters in {slots} slots"
+        if slots >= args.adapters:
+            read = prompts(model, base, bank, args)
         load = {"load_ms": 1000 * loading(bank)}
         found.append({"how": how} | serve(model, bank, mixed, args) | load)
         del bank
@@ -122,6 +155,12 @@ def main() -> None:
         f"{args.requests} prompts of {args.length} tokens, {args.new} new ones each, {args.rows} "
         "rows"
     )
+    if read:
+        print(
+            f"{args.prompts} prompts of {args.prompt} tokens: the base {read['base']:.1f} ms, "
+            f"each its own of {args.adapters} in the bank {read['rows']:.1f} ms, "
+            f"{read['rows'] / read['base']:.3f}"
+        )
     for row in found:
         ratio = row["tokens_per_s"] / found[0]["tokens_per_s"]
         loads = f"{row['misses']:5} loaded" if row["misses"] else ""
@@ -131,7 +170,9 @@ def main() -> None:
             f"{row['steps']:6} steps {loads}"
         )
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(
+            json.dumps({"prompts_ms": read, "served": found}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ def random_like(shapes: Any, seed: int, std: float = 0.02) -> Any:
     return jax.jit(made)(jax.random.key(seed))
 
 
+def random_llama(quick: bool, layers: int | None, **options: Any) -> tuple[llama.Llama, Any]:
+    """A Llama of the shape of Llama-3-8B, or a tiny one, and bfloat16 parameters."""
+    sizes = dict(TINY if quick else LLAMA_8B) | ({"num_hidden_layers": layers} if layers else {})
+    model = llama.from_config(sizes, dtype=jnp.bfloat16, scan_layers=True, **options)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    return model, random_like(shapes, 1)
+
+
 def seconds(step: Callable[[Any], Any], carry: Any, repeats: int) -> float:
     """The median time of ``carry = step(carry)``, compiled and warm."""
     times = []
@@ -148,14 +157,8 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="a tiny model")
     options.add_argument("--json", type=Path, help="file to write")
     args = options.parse_args()
-    sizes = dict(TINY if args.quick else LLAMA_8B)
-    sizes |= {"num_hidden_layers": args.layers} if args.layers else {}
+    model, base = random_llama(args.quick, args.layers, remat=True)
     args.length = min(args.length, 32) if args.quick else args.length
-    model = llama.from_config(sizes, dtype=jnp.bfloat16, scan_layers=True, remat=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))["params"]
-    base = random_like(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes), 1
-    )
     found = [training(model, base, args.rank, n, args) for n in ADAPTERS]
     found += serving(model, base, args.rank, args)
     print(

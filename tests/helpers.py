@@ -1,6 +1,5 @@
 """Models, random adapters, and the oracle: the adapted function against the merged one."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -266,19 +265,3 @@ CASES = {
     "nnx dropout+batchnorm": normed_case,
     "plain dict": dict_case,
 }
-
-
-@contextlib.contextmanager
-def compilations():
-    """The names of what XLA compiles meanwhile, on any thread."""
-    seen = []
-
-    def listen(event, _, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)

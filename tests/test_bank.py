@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, compilations, dict_case, randomize_b, scan_case
+from helpers import assert_close, dict_case, randomize_b, scan_case
 from hypothesis import given
 from hypothesis import strategies as st
+from serve_check import compilations
 
 import lora_jax
 from lora_jax import Adapter, AdapterBank, LoraParams
@@ -40,6 +41,15 @@ def some(count=3, ranks=(4, 2, 1)):
 
 def like(case, rank=4, **options):
     return lora_jax.lorafy(case.params, rank, **{"targets": EVERY, **options})
+
+
+def filled():
+    """A bank of two adapters, in none of its two slots."""
+    case, adapters = some(2)
+    bank = AdapterBank(like(case), slots=2)
+    for name, p in adapters.items():
+        bank.add(name, p)
+    return case, adapters, bank
 
 
 def rows(case, count):
@@ -671,10 +681,7 @@ def test_like_needs_no_memory_of_its_own():
 
 
 def test_inside_of_jit_it_is_refused_and_as_it_was():
-    case, adapters = some(2)
-    bank = AdapterBank(like(case), slots=2)
-    for name, p in adapters.items():
-        bank.add(name, p)
+    case, adapters, bank = filled()
 
     def using(x):
         with bank.using(["a0"]) as (lora_params, ids):
@@ -697,10 +704,7 @@ def test_inside_of_jit_it_is_refused_and_as_it_was():
 
 
 def test_a_block_that_the_garbage_collector_closes_stops_nobody():
-    case, adapters = some(2)
-    bank = AdapterBank(like(case), slots=2)
-    for name, p in adapters.items():
-        bank.add(name, p)
+    *_, bank = filled()
     done = threading.Event()
 
     def stream():  # of a client that is gone
@@ -733,10 +737,7 @@ def test_a_block_that_the_garbage_collector_closes_stops_nobody():
 
 
 def test_one_release_too_many_keeps_no_other():
-    case, adapters = some(2)
-    bank = AdapterBank(like(case), slots=2)
-    for name, p in adapters.items():
-        bank.add(name, p)
+    *_, bank = filled()
     with pytest.raises(ValueError, match="'a0' is not in use"), bank.using(["a0", "a1"]):
         bank.release("a0")
     assert "0 in use" in repr(bank)

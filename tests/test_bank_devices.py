@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import lm_mesh
 import numpy as np
 import pytest
-from helpers import assert_close, compilations, randomize_b
+from helpers import assert_close, randomize_b
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import llama
+from serve_check import compilations
 
 import lora_jax
 from lora_jax import AdapterBank, LoraParams

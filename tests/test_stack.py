@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -397,8 +398,15 @@ def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
         assert dots[0].outvars[0].aval.size == n * rows * shape[1]
     compiled = jax.jit(apply).lower(stacked, x).compile()
     text = compiled.as_text()
+    shape_of = dict(re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", text))
+    products = [
+        (shape_of[out], [shape_of[x] for x in re.findall(r"%[\w.-]+", operands)])
+        for out, operands in re.findall(r"(%[\w.-]+) = \S+ dot\(([^)]*)\)", text)
+    ]
     for i, o in weights.values():
-        assert f"f32[{i},{o}]" in text
+        wide = [out for out, operands in products if f"{i},{o}" in operands]
+        assert len(wide) == 1  # of all adapters' inputs
+        assert math.prod(map(int, wide[0].split(","))) == n * rows * o
         assert f"f32[{n},{i},{o}]" not in text
 
     def flops(fn, *args):
