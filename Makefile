@@ -7,13 +7,30 @@ PEERS ?= .venv-peers
 PEFT ?= .venv-peft
 TPU ?= .venv-tpu
 
-.PHONY: demo test check peers peft tpu format clean
+# pytest-xdist: a worker a core, each test file in one of them.
+PARALLEL = -n logical --maxprocesses 8 --dist loadfile
+
+ifeq ($(CACHE),1)  # keep compiled programs for the next run
+export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lora_jax/compiled
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+else ifneq ($(CACHE),)
+$(error CACHE=$(CACHE): expected CACHE=1, or no CACHE)
+endif
+
+.PHONY: demo test test-all planted check peers peft tpu format clean
 
 demo: $(VENV)/.examples  ## fine-tune MiniLM on movie reviews; ARGS="--help" for its options
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
 
-test: $(VENV)/.test  ## the core suite, doctests and README code
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test  ## what a change can break, doctests and README code; CACHE=1 for a fast second run
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-all: $(VENV)/.test  ## and the long tests
+	$(BIN)/python -m pytest $(PARALLEL) -m "not peer" $(ARGS)
+
+planted: $(VENV)/.test  ## does the suite catch forty planted faults? under an hour
+	$(BIN)/python tests/planted/run.py $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting and types
 	$(BIN)/ruff check .

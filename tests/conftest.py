@@ -4,20 +4,63 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of these tests is LLVM's; what XLA makes of a program, memory and cost are the
-# same at level 0. What the environment says comes last and holds.
+# same at level 0. The flags of the environment come last and win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
+    "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", "")
 )
+if os.environ["JAX_PLATFORMS"].split(",")[0] != "cpu":
+    os.environ["JAX_PLATFORMS"] += ",cpu"  # where callbacks run
+    # GPUs and TPUs multiply float32 in fewer bits by default, and one process takes all memory.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
 import jax
 import pytest
+from compile_report import CompileReport
+from skips import Skips
 
-collect_ignore = ["golden"]  # a script that wants PEFT
+collect_ignore = ["golden", "planted"]  # scripts, no tests
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--compile-report",
+        action="store_true",
+        help="print the longest tests, and how many programs XLA compiled for each",
+    )
+    parser.addoption(
+        "--skips", metavar="FILE", help="fail if a test is skipped that FILE does not foresee"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--compile-report"):
+        config.pluginmanager.register(CompileReport())
+    if path := config.getoption("--skips"):
+        config.pluginmanager.register(Skips(path))
+
+
+def pytest_runtest_setup(item):
+    """Skip the tests marked ``devices(n)`` where there are fewer."""
+    for mark in item.iter_markers("devices"):
+        if (count := jax.device_count()) < mark.args[0]:
+            pytest.skip(f"needs {mark.args[0]} devices; {jax.default_backend()} has {count}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Skip where the library itself says which package is missing, and which extra has it."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if "is not installed: pip install" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

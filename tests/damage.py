@@ -9,6 +9,7 @@ import hypothesis
 from hypothesis import strategies as st
 
 NIGHTLY = os.environ.get("LORA_JAX_MUTATIONS")  # how many files to damage
+EXAMPLES = int(NIGHTLY or 200)
 
 EDITS = st.lists(
     st.tuples(
@@ -21,7 +22,7 @@ EDITS = st.lists(
     max_size=3,
 )
 fuzz = hypothesis.settings(
-    max_examples=int(NIGHTLY or 500),
+    max_examples=EXAMPLES,
     derandomize=not NIGHTLY,
     database=None,
     deadline=None,

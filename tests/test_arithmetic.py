@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import all_eqns
-from hypothesis import given
+from helpers import all_eqns, assert_close, tolerance
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stack import keyed
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
@@ -25,23 +26,23 @@ SHAPES = {
 }
 LAYOUT = {name: letters for name, (_, letters) in SHAPES.items()}
 BASE = {
-    name: jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)
+    name: jax.device_put(np.random.default_rng(i).normal(size=shape).astype(np.float32))
     for i, (name, (shape, _)) in enumerate(SHAPES.items())
 } | {"bias": jnp.arange(4.0), "norm": jnp.ones(3, jnp.bfloat16)}
 
 
 def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
     """LoraParams with everything that trains drawn at random."""
-    options = {"targets": list(targets), "layout": LAYOUT, **options}
+    options = {"targets": list(targets), "layout": LAYOUT, "init": keyed, **options}
     lora_params = lora_jax.lorafy(base, rank, key=jax.random.key(seed), **options)
     rng = np.random.default_rng(seed)
 
     def drawn(name, x):
-        return jnp.asarray(rng.normal(size=x.shape), x.dtype) if name == "b" else x
+        return jax.device_put(rng.normal(size=x.shape).astype(x.dtype)) if name == "b" else x
 
     factors = {key: f.mapped(drawn) for key, f in lora_params.adapter.factors.items()}
     full = {
-        path: x + jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        path: jax.device_put(np.asarray(x) + rng.normal(size=x.shape).astype(x.dtype))
         for path, x in lora_params.adapter.full.items()
     }
     return LoraParams(base, Adapter(factors, full))
@@ -63,13 +64,17 @@ def dense(x):
     return found
 
 
-def assert_updates(actual, expected, tolerance=1e-5):
-    """The updates of an adapter are those; where it has none, they are zero."""
+def assert_updates(actual, expected, times=1):
+    """The updates of an adapter are those; where it has none, they are zero.
+
+    Roundings count beside 1 at least, as terms of that size may cancel; ``times`` as much where
+    something magnifies them, as singular vectors do by the gaps between singular values.
+    """
     actual = dense(actual)
     assert actual.keys() <= expected.keys()
     for key, e in expected.items():
         gap = np.abs(actual.get(key, 0.0) - e).max()
-        assert gap <= tolerance * (np.abs(e).max() + 1), (key, gap)
+        assert gap <= times * tolerance() * (np.abs(e).max() + 1), (key, gap)
 
 
 def weighted(*pairs):
@@ -101,18 +106,18 @@ def test_merged_sums_are_merges_of_sums():
     expected = weighted((1, X), (-2, Y))
     for key, d in expected.items():
         want = np.asarray(BASE[key], np.float64) + d
-        np.testing.assert_allclose(merged[key], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+        assert_close(merged[key], want)
 
 
 @pytest.mark.parametrize("number", [0.5, -3, np.float32(1.5), np.int64(2), jnp.float32(0.1), True])
 def test_numbers_go_into_the_scale(number):
     for result in (number * X.adapter, X.adapter * number):
-        assert_updates(result, weighted((float(number), X)), 1e-6)
+        assert_updates(result, weighted((float(number), X)))
         for key, f in result.factors.items():
             assert f.a is X.adapter.factors[key].a
             assert f.b is X.adapter.factors[key].b
             assert f.scale.shape == ()
-    assert_updates(X.adapter / 4, weighted((0.25, X)), 1e-6)
+    assert_updates(X.adapter / 4, weighted((0.25, X)))
 
 
 def test_negation_is_undone_exactly():
@@ -140,6 +145,7 @@ def test_what_only_one_adapts_keeps_its_arrays():
 numbers = st.floats(-3, 3, width=32)
 
 
+@settings(max_examples=8)
 @given(numbers, numbers)
 def test_the_algebra_holds(c, d):
     x, y, z = X.adapter, Y.adapter, Z.adapter
@@ -161,9 +167,14 @@ def test_sums_work_under_jit_and_grad():
         merged = lora_jax.merge(LoraParams(BASE, c[0] * x + c[1] * y))
         return merged["dense"].sum()
 
-    slopes = jax.grad(loss)(jnp.array([0.2, 0.4]))
-    wanted = [dense(X)["dense"].sum(), dense(Y)["dense"].sum()]
-    np.testing.assert_allclose(slopes, wanted, rtol=1e-4)
+    slopes = jax.jit(jax.grad(loss))(np.array([0.2, 0.4], np.float32))
+    assert_sums(slopes, [dense(X)["dense"], dense(Y)["dense"]])
+
+
+def assert_sums(actual, terms):
+    """Sums in which much may cancel, to the rounding of their terms."""
+    for found, each in zip(np.asarray(actual), terms, strict=True):
+        assert abs(found - each.sum()) <= tolerance() * np.abs(each).sum()
 
 
 @pytest.mark.parametrize("freeze", [(), ("a",), ("b",)])
@@ -178,16 +189,18 @@ def test_numbers_have_gradients_wherever_their_weights_are(freeze):
     }
     for how, fn in ways.items():
         loss = lambda c, fn=fn: fn(LoraParams(BASE, c[0] * x + c[1] * y / 2))  # noqa: E731
-        slopes = jax.jit(jax.grad(loss))(jnp.array([0.2, 0.0]))
+        slopes = jax.jit(jax.grad(loss))(np.array([0.2, 0.0], np.float32))
         keys = ("dense", "one") if how == "lora" else ("dense", "one", "conv")
-        sums = [sum(dense(z)[k].sum() for k in keys if k in dense(z)) for z in (x, y)]
-        np.testing.assert_allclose(slopes, [sums[0], sums[1] / 2], rtol=1e-4)
+        terms = [
+            np.concatenate([dense(z)[k].ravel() for k in keys if k in z.factors]) for z in (x, y)
+        ]
+        assert_sums(slopes, [terms[0], terms[1] / 2])
 
 
 def test_numbers_of_any_kind():
     x = split(1, targets=["dense"], alpha=1).adapter
     for third in (3, 3.0, np.float16(3), jnp.bfloat16(3), jnp.int32(3), np.int8(3)):
-        assert_updates(x / third, weighted((1 / 3, x)), 1e-6)
+        assert_updates(x / third, weighted((1 / 3, x)))
     for i in (1j, np.complex64(1j), jnp.complex64(1j)):
         for wrong in (lambda i=i: i * x, lambda i=i: x * i, lambda i=i: x / i):
             with pytest.raises(TypeError):
@@ -195,7 +208,7 @@ def test_numbers_of_any_kind():
     for scale in (2, np.int32(2), jnp.int32(2)):
         f = dataclasses.replace(x.factors["dense"], scale=scale)
         y = Adapter({"dense": f})
-        assert_updates(0.5 * y, weighted((0.5, y)), 1e-6)
+        assert_updates(0.5 * y, weighted((0.5, y)))
 
 
 def test_a_share_is_any_number_and_dare_wants_a_key():
@@ -208,14 +221,20 @@ def test_a_share_is_any_number_and_dare_wants_a_key():
         lora_jax.dare([x], density=0.5, rank=2, key=None)  # pyright: ignore
 
 
+def spoilt(x):
+    x = np.array(x)
+    x[(0,) * x.ndim] = np.nan
+    return jax.device_put(x)
+
+
 @pytest.mark.parametrize("method", [lora_jax.ties, lora_jax.prune])
 def test_what_is_not_finite_is_refused_or_stays_so(method):
     x, y = (split(k, targets=["dense"]).adapter for k in (1, 2))
-    bad = jax.tree.map(lambda v: v.at[(0,) * v.ndim].set(jnp.nan), x)
+    bad = jax.tree.map(spoilt, x)
     with pytest.raises(ValueError, match=r"operand 1 has NaNs or infinities in a of 'dense'"):
         method([y, bad], density=0.5, rank=2)
     found = jax.jit(lambda *xs: method(list(xs), density=0.5, rank=2)[0])(y, bad)
-    assert jnp.isnan(lora_jax.merge(LoraParams(BASE, found))["dense"]).all()
+    assert np.isnan(lora_jax.merge(LoraParams(BASE, found))["dense"]).all()
 
 
 def test_narrow_factors_add_up_in_float32():
@@ -227,7 +246,7 @@ def test_narrow_factors_add_up_in_float32():
     ):
         f = result.factors["dense"]
         assert f.a.dtype == f.b.dtype == jnp.float32
-        assert_updates(result, weighted(*pairs), 1e-6)
+        assert_updates(result, weighted(*pairs))
 
 
 def test_no_array_of_the_weight_is_formed():
@@ -311,21 +330,24 @@ def test_frozen_is_what_is_frozen_in_both():
 
 def test_linear_in_factors_is_what_it_says():
     x, y = split(1, 2, alpha=4), split(2, 2, alpha=6)
-    result = lora_jax.linear_in_factors([x.adapter, -1 * y.adapter, x.adapter], [0.5, 2, -3])
+    mean = jax.jit(lambda x, y: lora_jax.linear_in_factors([x, -1 * y, x], [0.5, 2, -3]))
+    result = mean(x.adapter, y.adapter)
     for key, f in result.factors.items():
         fs = [x.adapter.factors[key], y.adapter.factors[key]]
         roots = [np.sqrt(float(f.scale)) for f in fs]
-        a = -2.5 * roots[0] * np.asarray(fs[0].a) + 2 * roots[1] * np.asarray(fs[1].a)
-        b = -2.5 * roots[0] * np.asarray(fs[0].b) - 2 * roots[1] * np.asarray(fs[1].b)
-        np.testing.assert_allclose(f.a, a, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(f.b, b, rtol=1e-5, atol=1e-5)
+        (a, b), (c, d) = ([np.asarray(y, np.float64) for y in (f.a, f.b)] for f in fs)
+        assert_close(f.a, -2.5 * roots[0] * a + 2 * roots[1] * c)
+        assert_close(f.b, -2.5 * roots[0] * b - 2 * roots[1] * d)
         assert f.scale == 1
 
 
 def test_linear_in_factors_is_a_mean_of_one_and_of_shared_a():
     x = split(1, 2, alpha=4)
     assert_updates(lora_jax.linear_in_factors([x, x, x]), weighted((1, x)))
-    factors = {key: dataclasses.replace(f, b=-2 * f.b) for key, f in x.adapter.factors.items()}
+    factors = {
+        key: dataclasses.replace(f, b=jax.device_put(np.float32(-2) * np.asarray(f.b)))
+        for key, f in x.adapter.factors.items()
+    }
     y = LoraParams(BASE, Adapter(factors))
     assert_updates(lora_jax.linear_in_factors([x, y], [0.3, 0.7]), weighted((0.3, x), (0.7, y)))
 
@@ -334,18 +356,23 @@ def test_linear_in_factors_of_leaves_trained_whole():
     x, y = split(1, full="bias"), split(2, targets=["dense"])
     result = lora_jax.linear_in_factors([x, y])
     gap = np.asarray(x.adapter.full["bias"]) - np.asarray(BASE["bias"])
-    np.testing.assert_allclose(result.adapter.full["bias"], BASE["bias"] + gap / 2, rtol=1e-6)
+    expected = np.asarray(BASE["bias"]) + gap / 2
+    np.testing.assert_allclose(result.adapter.full["bias"], expected, rtol=tolerance(length=2))
 
 
 # --- TIES, DARE, pruning -----------------------------------------------------------------------
 
 
 # Fewer shapes: of each, a program is compiled.
-FEW = ("dense", "transposed", "stack", "experts")
-P, Q, R = (
-    LoraParams(BASE, Adapter({key: x.adapter.factors[key] for key in names}))
-    for x, names in ((X, FEW), (Y, FEW[:3]), (Z, FEW[1:]))
-)
+FEW = ("dense", "stack", "experts")
+
+
+def only(x, *names):
+    """The adapter of these weights alone."""
+    return LoraParams(BASE, Adapter({key: x.adapter.factors[key] for key in names}))
+
+
+P, Q, R = only(X, *FEW), only(Y, *FEW[:2]), only(Z, *FEW[1:])
 
 
 def layers(d, letters):
@@ -397,7 +424,7 @@ def best(d, letters, rank):
     return low.reshape(moved.shape).transpose(np.argsort(order)), error
 
 
-@pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("density", [0.2, pytest.param(0.6, marks=pytest.mark.long), 1.0])
 @pytest.mark.parametrize("verb", ["ties", "prune"])
 def test_ties_and_pruning_are_exact_at_full_rank(verb, density):
     xs = [P.adapter, -2 * Q.adapter, R.adapter / 3]
@@ -407,17 +434,24 @@ def test_ties_and_pruning_are_exact_at_full_rank(verb, density):
     assert not any(error.values())
 
 
-@pytest.mark.parametrize("niter", [None, 6])
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    ("rank", "niter"),
+    [
+        (1, None),
+        pytest.param(1, 6, marks=pytest.mark.long),
+        pytest.param(3, None, marks=pytest.mark.long),
+        (3, 6),
+    ],
+)
 def test_the_factors_are_the_best_of_their_rank(rank, niter):
     xs = [P, 0.5 * Q, R]
     result, error = lora_jax.ties(xs, density=0.4, rank=rank, niter=niter)
     assert isinstance(result, LoraParams)
     exact = oracle(xs, 0.4, True)
     want = {key: best(d, letters_of(key), rank) for key, d in exact.items()}
-    assert_updates(result, {key: low for key, (low, _) in want.items()}, 1e-3 if niter else 1e-4)
+    assert_updates(result, {key: low for key, (low, _) in want.items()}, 100 if niter else 10)
     for key, (_, missed) in want.items():
-        assert float(error[key]) == pytest.approx(missed, abs=1e-4)
+        assert float(error[key]) == pytest.approx(missed, abs=10 * tolerance())
         f = result.adapter.factors[key]
         assert f.rank == rank
         assert f.scale == 1
@@ -425,10 +459,11 @@ def test_the_factors_are_the_best_of_their_rank(rank, niter):
 
 
 def test_a_rank_above_the_weights_is_the_weights():
-    result, error = lora_jax.prune(P.adapter, density=0.5, rank=100)
-    assert_updates(result, oracle([P], 0.5, False))
+    x = only(P, "dense", "stack")
+    result, error = lora_jax.prune(x.adapter, density=0.5, rank=100)
+    assert_updates(result, oracle([x], 0.5, False))
     assert result.factors["dense"].rank == 6
-    assert max(map(float, error.values())) < 1e-5
+    assert max(map(float, error.values())) < 10 * tolerance()
 
 
 def test_leaves_trained_whole_go_through_ties():
@@ -440,21 +475,23 @@ def test_leaves_trained_whole_go_through_ties():
     exact = oracle([x, -1 * y], 0.5, True)
     got = dense(result)
     for path in ("bias", "norm"):
-        np.testing.assert_allclose(got[path], exact[path], atol=1e-6)
+        # in bfloat16 a leaf is as exact as that
+        dtype, largest = BASE[path].dtype, np.abs(exact[path]).max() + 1
+        allowed = tolerance(jnp.float32 if path == "bias" else dtype, length=4)
+        np.testing.assert_allclose(got[path], exact[path], atol=allowed * largest)
         assert path not in error
 
 
 def test_ties_is_odd_and_cancels_to_zero():
-    x, y = P.adapter, Q.adapter
-    options = {"density": 0.5, "rank": None}
-    assert_updates(
-        lora_jax.ties([-x, -y], **options)[0], weighted((-1, lora_jax.ties([x, y], **options)[0]))
-    )
+    xs = [P.adapter, -2 * Q.adapter, R.adapter / 3]  # programs of the tests above
+    options = {"density": 0.2, "rank": None}
+    there, back = (lora_jax.ties(ys, **options)[0] for ys in (xs, [-x for x in xs]))
+    assert_updates(back, weighted((-1, there)))
+    x = only(P, "dense", "stack").adapter
     assert not any(d.any() for d in dense(lora_jax.ties([x, -x], **options)[0]).values())
 
 
-@pytest.mark.parametrize("elect", [False, True])
-def test_dare_drops_and_enlarges(elect):
+def test_dare_drops_and_enlarges():
     key = jax.random.key(5)
     options = {"density": 0.4, "rank": None, "key": key}
     alone = [lora_jax.dare(x, **options)[0] for x in (P.adapter, R.adapter)]
@@ -463,16 +500,21 @@ def test_dare_drops_and_enlarges(elect):
         for name, d in dense(result).items():
             whole = dense(x)[name]
             kept = d != 0
-            np.testing.assert_allclose(d[kept], whole[kept] / 0.4, rtol=1e-4, atol=1e-5)
+            atol = tolerance() * np.abs(whole).max() / 0.4
+            np.testing.assert_allclose(d[kept], whole[kept] / 0.4, atol=atol)
             share.append(kept.reshape(-1))
     share = np.concatenate(share)
     assert abs(share.mean() - 0.4) < 4 * np.sqrt(0.24 / share.size)
-    both = lora_jax.dare([P.adapter, P.adapter], **options, elect=elect)[0]
-    again = lora_jax.dare([P.adapter, P.adapter], **options, elect=elect)[0]
-    assert_updates(both, dense(again), 0)
-    ratios = np.unique((dense(both)["dense"] / dense(P)["dense"]).round(3))
-    # each has a mask of its own: none, one or both; a mean of agreeing ones is one of them
-    assert list(ratios) == ([0, 2.5] if elect else [0, 2.5, 5])
+    whole = dense(P)["dense"]
+    large = np.abs(whole) > 0.1 * np.abs(whole).max()  # of which roundings are a small part
+    twice = [only(P, "dense").adapter] * 2
+    for elect in (False, True):
+        both = lora_jax.dare(twice, **options, elect=elect)[0]
+        again = lora_jax.dare(twice, **options, elect=elect)[0]
+        assert_updates(both, dense(again), 0)
+        ratios = np.unique((dense(both)["dense"][large] / whole[large]).round(3) + 0.0)
+        # each has a mask of its own: none, one or both; a mean of agreeing ones is one of them
+        assert list(ratios) == ([0, 2.5] if elect else [0, 2.5, 5])
     other = lora_jax.dare(P.adapter, density=0.4, rank=None, key=jax.random.key(6))[0]
     assert not np.array_equal(dense(other)["dense"] == 0, dense(alone[0])["dense"] == 0)
 
@@ -488,20 +530,22 @@ def test_dare_is_right_in_the_mean():
 
 
 def test_layers_of_a_stack_are_drawn_apart():
-    drawn = lora_jax.dare(P.adapter, density=0.5, rank=None, key=jax.random.key(0))[0]
+    x = only(P, "stack").adapter
+    drawn = lora_jax.dare(x, density=0.5, rank=None, key=jax.random.key(0))[0]
     masks = dense(drawn)["stack"] != 0
     assert not np.array_equal(masks[0], masks[1])
 
 
 def test_ties_works_under_jit():
-    xs = [P.adapter, Q.adapter]
+    xs = [only(x, "dense", "stack").adapter for x in (P, Q)]
     one = jax.jit(lambda xs: lora_jax.ties(xs, density=0.3, rank=2))(xs)
     other = lora_jax.ties(xs, density=0.3, rank=2)
-    assert_updates(one[0], dense(other[0]), 1e-4)
+    assert_updates(one[0], dense(other[0]), 10)
     for key, error in other[1].items():
-        assert float(one[1][key]) == pytest.approx(float(error), abs=1e-5)
+        assert float(one[1][key]) == pytest.approx(float(error), abs=10 * tolerance())
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="memory as a CPU's XLA plans it")
 @pytest.mark.parametrize(("random", "arrays"), [(False, 6.5), (True, 10.5)])
 def test_memory_does_not_grow_with_the_number_of_adapters(random, arrays):
     rows, columns = 512, 1024
@@ -513,12 +557,13 @@ def test_memory_does_not_grow_with_the_number_of_adapters(random, arrays):
         return of_factors.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     one = 4 * rows * columns
-    few, many = temporary(2), temporary(8)
+    few, many = temporary(2), temporary(5)
     assert few < many < arrays * one
     assert many - few < one / 4
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.long), "Explicit"])
 def test_sharded_adapters_combine(kind):
     kinds = (getattr(jax.sharding.AxisType, kind),)
     mesh = jax.make_mesh((8,), ("x",), axis_types=kinds)
@@ -540,24 +585,46 @@ def test_sharded_adapters_combine(kind):
         total = ys[0] - ys[1]
         assert total.adapter.factors["w"].a.sharding.is_equivalent_to(spread, 2)
         assert total.adapter.full["v"].sharding.is_equivalent_to(spread, 2)
-        combined = lora_jax.ties(ys, density=0.3, rank=3)[0]
-        nearly = lora_jax.ties(ys, density=0.3, rank=3, niter=6)[0]
-        measured = lora_jax.similarity(ys), lora_jax.distance(*ys)
-        directions = lora_jax.subspace_similarity(*ys)["w"]
-        small = lora_jax.resize(total, 3)
-        grown = lora_jax.resize(ys[0], 6, key=jax.random.key(0))
-        merged = lora_jax.merge(grown)
-        found = lora_jax.extract(there, merged, 2, targets="w", layout={"w": "io"}, rest="full")
-    assert_updates(small, dense(lora_jax.resize(xs[0] - xs[1], 3)), 1e-5)
-    assert_updates(grown, dense(xs[0]), 1e-6)
-    assert_updates(found, dense(xs[0]), 1e-5)
-    assert_updates(total, dense(xs[0] - xs[1]), 1e-6)
-    exact = lora_jax.ties(xs, density=0.3, rank=3)[0]
-    assert_updates(combined, dense(exact), 1e-4)
-    assert_updates(nearly, dense(exact), 1e-2)
-    np.testing.assert_allclose(measured[0], lora_jax.similarity(xs), atol=1e-6)
-    np.testing.assert_allclose(measured[1], lora_jax.distance(*xs), rtol=1e-5)
-    np.testing.assert_allclose(directions, lora_jax.subspace_similarity(*xs)["w"], atol=1e-5)
+        assert_updates(total, weighted((1, xs[0]), (-1, xs[1])))
+        found = together(there, [y.adapter for y in ys])
+        grown = found["grown"]
+        merged = jax.device_put(lora_jax.merge(grown), spread)
+        extracted = lora_jax.extract(there, merged, 2, targets="w", layout={"w": "io"}, rest="full")
+    gap = weighted((1, xs[0]), (-1, xs[1]))
+    assert_updates(found["small"], gap | {"w": best(gap["w"], "io", 3)[0]}, 10)
+    assert_updates(grown, dense(xs[0]))
+    assert_updates(extracted, dense(xs[0]), 10)
+    exact = oracle(xs, 0.3, True)
+    exact["w"], _ = best(exact["w"], "io", 3)
+    assert_updates(found["ties"], exact, 10)
+    assert_updates(found["nearly"], exact, 1000)
+    vectors = [np.concatenate([dense(x)[key].ravel() for key in ("w", "v")]) for x in xs]
+    norms = [np.linalg.norm(x) for x in vectors]
+    cosine = vectors[0] @ vectors[1] / norms[0] / norms[1]
+    expected = [[1, cosine], [cosine, 1]]
+    np.testing.assert_allclose(found["cosines"], expected, atol=tolerance())
+    expected = np.linalg.norm(vectors[0] - vectors[1])
+    np.testing.assert_allclose(found["distance"], expected, rtol=tolerance())
+    sides = [np.asarray(x.adapter.factors["w"].a, np.float64) for x in xs]
+    u, v = (np.linalg.svd(a, full_matrices=False)[0] for a in sides)
+    common = ((u.T @ v) ** 2).cumsum(0).cumsum(1)
+    expected = common / (1 + np.minimum.outer(np.arange(2), np.arange(3)))
+    np.testing.assert_allclose(found["subspaces"], expected, atol=tolerance())
+
+
+@jax.jit  # one program of all
+def together(base, adapters):
+    """What combines two adapters of ``w``, and what changes one."""
+    xs = [LoraParams(base, x) for x in adapters]
+    return {
+        "ties": lora_jax.ties(xs, density=0.3, rank=3)[0],
+        "nearly": lora_jax.ties(xs, density=0.3, rank=3, niter=6)[0],
+        "cosines": lora_jax.similarity(xs),
+        "distance": lora_jax.distance(*xs),
+        "subspaces": lora_jax.subspace_similarity(*xs)["w"],
+        "small": lora_jax.resize(xs[0] - xs[1], 3),
+        "grown": lora_jax.resize(xs[0], 6, key=jax.random.key(0)),
+    }
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -588,7 +655,7 @@ def test_operands_that_have_no_sum_are_explained():
     refused(ValueError, r"x \+ y: 'dense' has a DoRA", plus, x, dora.adapter)
     pissa = lora_jax.lorafy(BASE, 2, init="pissa", targets="dense")
     refused(ValueError, r"'dense' belongs to what its init.*to_plain", plus, pissa, pissa)
-    copied = split(1, base=jax.tree.map(jnp.array, BASE))
+    copied = split(1, base=jax.device_put(jax.tree.map(np.array, BASE)))
     refused(ValueError, r"different bases.*LoraParams\(x.base, y.adapter\)", plus, X, copied)
     refused(
         ValueError,

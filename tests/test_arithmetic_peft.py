@@ -9,6 +9,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tolerance
 from test_peft import LAYOUT, LINEAR, torch_model
 
 import lora_jax
@@ -75,7 +76,8 @@ def combined(configs, kind, targets, weights=WEIGHTS, **options):
     model = wrapped(*(config | {"target_modules": list(targets)} for config in configs))
     x, y = (ours(model, name, targets) for name in "xy")
     for key in targets:  # we read what PEFT has
-        np.testing.assert_allclose(dense(x, key), update(model, "x", key), atol=1e-5)
+        want = update(model, "x", key)
+        np.testing.assert_allclose(dense(x, key), want, atol=tolerance() * np.abs(want).max())
     model.add_weighted_adapter(["x", "y"], list(weights), "z", kind, **options)
     return model, x, y
 
@@ -89,20 +91,20 @@ PATTERN = ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"last": 3}}, PLAIN[1])
 @pytest.mark.parametrize("configs", [PLAIN, UNEQUAL, PATTERN])
 def test_cat_is_the_sum(configs):
     model, x, y = combined(configs, "cat", LINEAR)
-    assert gap(model, WEIGHTS[0] * x + WEIGHTS[1] * y, LINEAR) < 1e-5
+    assert gap(model, WEIGHTS[0] * x + WEIGHTS[1] * y, LINEAR) < tolerance()
 
 
 @pytest.mark.parametrize("configs", [PLAIN, UNEQUAL])
 def test_svd_is_the_sum_resized(configs):
     model, x, y = combined(configs, "svd", LINEAR, svd_rank=3)
     total = lora_jax.resize(WEIGHTS[0] * x + WEIGHTS[1] * y, 3)
-    assert gap(model, total, LINEAR) < 1e-4
+    assert gap(model, total, LINEAR) < 10 * tolerance()  # singular vectors magnify roundings
 
 
 def test_linear_is_linear_in_factors():
     model, x, y = combined(PLAIN, "linear", LINEAR, weights=(0.7, 0.4))
     result = lora_jax.linear_in_factors([x, y], [math.sqrt(0.7), math.sqrt(0.4)])
-    assert gap(model, result, LINEAR) < 1e-5
+    assert gap(model, result, LINEAR) < tolerance()
     assert gap(model, 0.7 * x + 0.4 * y, LINEAR) > 0.1  # and not the sum
 
 
@@ -113,7 +115,7 @@ def test_ties_and_pruning_of_updates_are_theirs():
     for kind, verb in (("ties_svd", lora_jax.ties), ("magnitude_prune_svd", lora_jax.prune)):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "z", kind, svd_rank=3, density=DENSITY)
         result, _ = verb([x, y], density=DENSITY, rank=3)
-        assert gap(model, result, LINEAR) < 1e-4
+        assert gap(model, result, LINEAR) < 10 * tolerance()  # singular vectors magnify roundings
         model.delete_adapter("z")
 
 
@@ -125,7 +127,9 @@ def test_peft_forgets_the_scale_of_rslora(kind, rank):
     total = WEIGHTS[0] * x + WEIGHTS[1] * y
     total = lora_jax.resize(total, rank) if kind == "svd" else total
     assert gap(model, total, LINEAR) > 0.5
-    assert gap(model, math.sqrt(rank) * total, LINEAR) < 1e-4
+    assert (
+        gap(model, math.sqrt(rank) * total, LINEAR) < 10 * tolerance()
+    )  # singular vectors magnify roundings
 
 
 def test_peft_refuses_unequal_ranks_in_ties_of_factors():
@@ -148,4 +152,6 @@ def test_all_kinds_of_layers_add_up():
     total = 2 * x - y
     for key in LAYOUT:
         want = 2 * update(model, "x", key) - update(model, "y", key)
-        np.testing.assert_allclose(dense(total, key), want, atol=1e-4)
+        terms = [np.abs(update(model, name, key)).max() for name in "xy"]
+        allowed = tolerance() * (2 * terms[0] + terms[1])
+        np.testing.assert_allclose(dense(total, key), want, atol=allowed)

@@ -1,6 +1,7 @@
 """A bank of adapters: what comes out of its slots is what each adapter computes alone."""
 
 import dataclasses
+import functools
 import gc
 import random
 import threading
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, dict_case, randomize_b, scan_case
-from hypothesis import given
+from helpers import assert_close, dict_case, drawn, normal, randomize_b, scan_case
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_check import compilations
+from test_stack import keyed
 
 import lora_jax
 from lora_jax import Adapter, AdapterBank, LoraParams
+from lora_jax._paths import flatten
 from lora_jax.io import orbax, peft, safetensors
 
 EVERY = ["w1", "layers/0/w2"]  # the targets of dict_case
@@ -26,21 +29,23 @@ def bits(tree):
 
 
 def made(case, seed, rank, **options):
-    options = {"alpha": 2.0 + seed, "key": jax.random.key(seed), **options}
+    options = {"alpha": 2.0 + seed, "key": jax.random.key(seed), "init": keyed, **options}
     return randomize_b(lora_jax.lorafy(case.params, rank, **options), seed + 100)
 
 
-def some(count=3, ranks=(4, 2, 1)):
-    case = dict_case()
+@functools.cache
+def one_of_some(n):
     targets = (EVERY, EVERY, ["w1"], ["layers/0/w2"])
-    adapters = {
-        f"a{n}": made(case, n, ranks[n % len(ranks)], targets=targets[n % 4]) for n in range(count)
-    }
-    return case, adapters
+    return made(dict_case(), n, (4, 2, 1)[n % 3], targets=targets[n % 4])
+
+
+def some(count=3):
+    return dict_case(), {f"a{n}": one_of_some(n) for n in range(count)}
 
 
 def like(case, rank=4, **options):
-    return lora_jax.lorafy(case.params, rank, **{"targets": EVERY, **options})
+    options = {"targets": EVERY, "init": drawn, **options}
+    return lora_jax.lorafy(case.params, rank, **options)
 
 
 def filled():
@@ -53,25 +58,43 @@ def filled():
 
 
 def rows(case, count):
-    return jax.random.normal(jax.random.key(9), (count, *case.x.shape[1:]), case.x.dtype)
+    return normal(9, (count, *case.x.shape[1:]), case.x.dtype)
+
+
+def merged(params, adapter):
+    """The weights by path in float64, by the definition; axes in the order batch, in, out."""
+    weights = {path: np.asarray(x, np.float64) for path, x in flatten(params)[0].items()}
+    weights |= {path: np.asarray(x, np.float64) for path, x in adapter.full.items()}
+    for path, f in adapter.factors.items():
+        w, batch = weights[path], weights[path].shape[: f.layout.count("b")]
+        a = np.asarray(f.a, np.float64).reshape(*batch, -1, f.rank)
+        b = np.asarray(f.b, np.float64).reshape(*batch, f.rank, -1)
+        w = weights[path] = w + float(f.scale) * (a @ b).reshape(w.shape)
+        if f.magnitude is not None:
+            weights[path] = np.asarray(f.magnitude, np.float64) * w / np.linalg.norm(w, axis=0)
+    return weights
 
 
 def alone(case, adapters, names, x):
-    """Each row by itself, by its adapter alone."""
-    apply = jax.jit(lora_jax.lora(case.fn))
-    found = [
-        jax.jit(case.fn)(case.params, row[None])
-        if name is None
-        else apply(LoraParams(case.params, adapters[name].adapter), row[None])
-        for name, row in zip(names, x, strict=True)
-    ]
-    return jnp.concatenate(found)
+    """Each row by itself, by its adapter merged, in float64: the oracle for ``dict_case``."""
+    found = []
+    for name, row in zip(names, np.asarray(x, np.float64), strict=True):
+        adapter = Adapter({}) if name is None else adapters[name].adapter
+        w = merged(case.params, adapter)
+        found.append(np.tanh(row @ w["w1"] + w["b1"]) @ w["layers/0/w2"])
+    return np.stack(found)
+
+
+@functools.cache
+def by_rows(fn):
+    """The compiled function, which tests share."""
+    return jax.jit(lora_jax.lora_rows(fn))
 
 
 def broken(lora_params, key, field, value=np.nan):
     f = lora_params.adapter.factors[key]
-    x = getattr(f, field)
-    x = x.at[(0,) * x.ndim].set(value)
+    x = np.array(getattr(f, field))
+    x[(0,) * x.ndim] = value
     factors = lora_params.adapter.factors | {key: dataclasses.replace(f, **{field: x})}
     return dataclasses.replace(
         lora_params, adapter=dataclasses.replace(lora_params.adapter, factors=factors)
@@ -86,7 +109,7 @@ def test_rows_are_those_of_the_single_adapters():
     bank = AdapterBank(like(case), slots=3)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
+    apply = by_rows(case.fn)
     for names in (["a0", None, "a1", "a0"], ["a2", "a3", "a4", "a4"], ["a1", "a0", None, "a3"]):
         x = rows(case, 4)
         with bank.using(names) as (lora_params, ids):
@@ -94,16 +117,28 @@ def test_rows_are_those_of_the_single_adapters():
             found = apply(lora_params, x, lora_ids=ids)
         assert ids.dtype == np.int32
         assert [None if k < 0 else bank.slots[k] for k in ids] == names
-        assert_close(found, alone(case, adapters, names, x), 1e-6)
+        assert_close(found, alone(case, adapters, names, x))
 
 
-@pytest.mark.parametrize("donate", [False, True])
-def test_200_prompts_over_64_adapters_in_8_slots_compile_nothing(donate):
+COUNTS = {"prompts": 60, "adapters": 24, "versions": 40, "slots": 6, "width": 8}
+MANY = {"prompts": 200, "adapters": 64, "versions": 96, "slots": 8, "width": 10}
+
+
+@pytest.mark.parametrize(
+    ("donate", "counts"),
+    [
+        pytest.param(False, COUNTS, id="60 prompts"),
+        pytest.param(True, COUNTS, id="60 prompts, donated"),
+        pytest.param(False, MANY, id="200 prompts", marks=pytest.mark.long),
+        pytest.param(True, MANY, id="200 prompts, donated", marks=pytest.mark.long),
+    ],
+)
+def test_prompts_over_more_adapters_than_slots_compile_nothing(donate, counts):
     """Continuous batching; adapters come, change and go meanwhile."""
     case, rng = scan_case(), random.Random(int(donate))
     subsets = ("all-linear", "layers/Dense_1/kernel", "layers/.*Attention.*/kernel")
     kinds = [
-        lora_jax.lorafy(case.params, rank, targets=targets)
+        lora_jax.lorafy(case.params, rank, targets=targets, init=drawn)
         for rank, targets in zip((4, 2, 1), subsets, strict=True)
     ]
 
@@ -112,17 +147,17 @@ def test_200_prompts_over_64_adapters_in_8_slots_compile_nothing(donate):
         draw = lambda x: numbers.normal(0, 0.2, x.shape).astype(x.dtype)  # noqa: E731
         return jax.tree.map(draw, kinds[seed % 3].adapter)
 
-    versions = [new(seed) for seed in range(96)]
-    room = lora_jax.lorafy(case.params, 4, targets=["all-linear", *subsets[1:]])
-    bank = AdapterBank(room, slots=8, donate=donate)
-    now = {f"a{n}": versions[n] for n in range(64)}
-    x = rows(case, 200)
-    width = 10
-    prompts = [np.asarray(row) for row in x]
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
-    apply(bank.lora_params, np.stack(prompts[:width]), lora_ids=np.full(width, -1, np.int32))
+    count, width = counts["prompts"], counts["width"]
+    versions = [new(seed) for seed in range(counts["versions"])]
+    room = lora_jax.lorafy(case.params, 4, targets=["all-linear", *subsets[1:]], init=drawn)
+    bank = AdapterBank(room, slots=counts["slots"], donate=donate)
+    now = {f"a{n}": versions[n] for n in range(counts["adapters"])}
+    prompts = np.asarray(rows(case, count))
+    apply = by_rows(case.fn)
+    apply(bank.lora_params, prompts[:width], lora_ids=np.full(width, -1, np.int32))
+    ready = apply._cache_size()
 
-    fresh, waiting, served, done = iter(versions[64:]), [*range(200)], {}, []
+    fresh, waiting, served, done = iter(versions[len(now) :]), [*range(count)], {}, []
     running = [None] * width  # of each row: the prompt, its adapter's name, steps left
     with compilations() as compiled:
         for name, lora_params in now.items():
@@ -155,7 +190,7 @@ def test_200_prompts_over_64_adapters_in_8_slots_compile_nothing(donate):
             batch = np.stack([prompts[r[0] if r else 0] for r in running])
             slots = {name: k for k, name in enumerate(bank.slots)}
             ids = [slots[r[1]] if r and r[1] is not None else -1 for r in running]
-            y = apply(bank.lora_params, batch, lora_ids=np.array(ids, np.int32))
+            y = np.asarray(apply(bank.lora_params, batch, lora_ids=np.array(ids, np.int32)))
             for row, r in enumerate(running):
                 if r is None:
                     continue
@@ -166,21 +201,21 @@ def test_200_prompts_over_64_adapters_in_8_slots_compile_nothing(donate):
                         bank.release(r[1])
                     running[row] = None
     assert compiled == []
-    assert apply._cache_size() == 1
-    assert len(served) == 200
-    assert len({name for name, _ in served.values()}) > 50
+    assert apply._cache_size() == ready
+    assert len(served) == count
+    assert len({name for name, _ in served.values()}) > count / 4
     assert next(fresh, None) is None
-    assert bank.stats.evictions > 50
-    assert len(bank) == 64
+    assert bank.stats.evictions > count / 4
+    assert len(bank) == counts["adapters"]
 
-    expected, base, single = {}, jax.jit(case.fn), jax.jit(lora_jax.lora(case.fn))
+    expected, plain, tree = {}, jax.jit(case.fn), flatten(case.params)[1]
     for n, (_, adapter) in served.items():
-        row = prompts[n][None]
-        y = single(LoraParams(case.params, adapter), row) if adapter else base(case.params, row)
-        expected[n] = np.asarray(y)
-    assert len(done) > 400  # steps of all prompts, before, while and after others were loaded
+        weights = merged(case.params, adapter or Adapter({})).values()
+        params = jax.tree.unflatten(tree, [x.astype(np.float32) for x in weights])
+        expected[n] = np.asarray(plain(params, prompts[n][None]))
+    assert len(done) > 2 * count  # steps of all prompts, before, while and after others were loaded
     for n, y, row in done:
-        assert_close(np.asarray(y)[row : row + 1], expected[n], 1e-6)
+        assert_close(y[row : row + 1], expected[n], depth=26)  # 3 layers of 8 sums, and 2
 
 
 def test_threads_share_a_bank():
@@ -188,7 +223,7 @@ def test_threads_share_a_bank():
     bank = AdapterBank(like(case), slots=8, donate=True)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
+    apply = by_rows(case.fn)
     x = rows(case, 3)
     expected = {name: alone(case, adapters, [name] * 3, x) for name in adapters}
     apply(bank.lora_params, x, lora_ids=np.zeros(3, np.int32))
@@ -202,7 +237,7 @@ def test_threads_share_a_bank():
                 with bank.using([*names, None]) as (lora_params, ids):
                     y = apply(lora_params, x, lora_ids=ids)
                 for row, name in enumerate(names):
-                    assert_close(y[row], expected[name][row], 1e-6)
+                    assert_close(np.asarray(y)[row], expected[name][row])
                 bank.add(f"{seed}.{n}", adapters["a0"])
                 bank.remove(f"{seed}.{n}")
         except BaseException as error:
@@ -289,7 +324,7 @@ class Model:
         return None
 
 
-def drawn(rng, model):
+def operation_of(rng, model):
     """An operation that mostly can be done."""
     name = rng.choice("abcdef")
     used = [n for n, pins in model.pins.items() if pins]
@@ -307,6 +342,7 @@ def drawn(rng, model):
     return None
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, 5]))
 def test_any_order_of_operations_is_as_in_lists(seed, donate, host):
     params = {"w": np.ones((2, 2), np.float32)}
@@ -341,7 +377,7 @@ def test_any_order_of_operations_is_as_in_lists(seed, donate, host):
     bank = AdapterBank(LoraParams(params, numbered(0)), slots=3, donate=donate, host=host)
     model, handed = Model(3, host), []
     for _ in range(100):
-        operation, *args = drawn(rng, model)
+        operation, *args = operation_of(rng, model)
         by_model = {"using": model.acquire, "look": lambda: None}
         names = [args] if operation == "acquire" else args
         if error := by_model.get(operation, getattr(model, operation, None))(*names):
@@ -444,7 +480,7 @@ def test_other_rows_keep_their_bits_whatever_happens(donate):
     slot, other = bank.acquire("a0"), bank.acquire("a1")
     bank.release("a1")
     x = rows(case, 3)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
+    apply = by_rows(case.fn)
     ids = np.array([slot, -1, other], np.int32)
 
     def run():
@@ -473,12 +509,12 @@ def test_other_rows_keep_their_bits_whatever_happens(donate):
     bank.add("a1", adapters["a3"], replace=True)
     second = run()
     assert bits(second[:2]) == bits(first[:2])
-    assert_close(second[2:], np.asarray(alone(case, adapters, ["a3"], x[2:])), 1e-6)
+    assert_close(second[2:], alone(case, adapters, ["a3"], np.asarray(x)[2:]))
     bank.remove("a1")
     third = run()
     assert bits(third[:2]) == bits(first[:2])
     np.testing.assert_array_equal(
-        third[2], np.asarray(apply(bank.lora_params, x, lora_ids=-np.ones(3, int)))[2]
+        third[2], np.asarray(apply(bank.lora_params, x, lora_ids=np.full(3, -1, np.int32)))[2]
     )
     with pytest.raises(RuntimeError, match=r"remove: 'a0' is in use, 1 times: release it first"):
         del bank["a0"]
@@ -487,7 +523,7 @@ def test_other_rows_keep_their_bits_whatever_happens(donate):
     assert bits(run()[:2]) == bits(first[:2])
     bank.release("a0")
     bank.add("a0", adapters["a1"], replace=True)
-    assert_close(run()[:1], np.asarray(alone(case, adapters, ["a1"], x[:1])), 1e-6)
+    assert_close(run()[:1], alone(case, adapters, ["a1"], np.asarray(x)[:1]))
     assert bits(run()[1]) == bits(first[1])
 
 
@@ -502,11 +538,10 @@ def test_the_bank_has_copies_of_its_own():
     assert bits(bank["a0"].adapter) == kept
     with pytest.raises(ValueError, match="read-only"):
         bank["a0"].adapter.factors["w1"].a[0, 0] = 1
-    assert_close(
-        lora_jax.lora(case.fn)(bank["a0"], case.x), lora_jax.lora(case.fn)(adapters["a0"], case.x)
-    )
+    found = jax.jit(lora_jax.lora(case.fn))(bank["a0"], case.x)
+    assert_close(found, alone(case, adapters, ["a0"] * len(case.x), case.x))
     with bank.using(["a0"]) as (lora_params, _):
-        assert bits(jax.tree.map(lambda x: x[0], lora_params.adapter)) == kept
+        assert bits(jax.tree.map(lambda x: np.asarray(x)[0], lora_params.adapter)) == kept
 
 
 def test_the_host_drops_what_was_used_least_recently():
@@ -530,7 +565,7 @@ def test_the_host_drops_what_was_used_least_recently():
 
 def served(case, bank, name, x):
     with bank.using([name] * len(x)) as (lora_params, ids):
-        return jax.jit(lora_jax.lora_rows(case.fn))(lora_params, x, lora_ids=ids)
+        return by_rows(case.fn)(lora_params, x, lora_ids=ids)
 
 
 def test_files_of_every_kind_come_in(tmp_path):
@@ -546,10 +581,10 @@ def test_files_of_every_kind_come_in(tmp_path):
     bank.add("a2", orbax.load(tmp_path / "o", case.params))
     x = rows(case, 3)
     with bank.using(adapters) as (lora_params, ids):
-        found = jax.jit(lora_jax.lora_rows(case.fn))(lora_params, x, lora_ids=ids)
-    assert_close(found, alone(case, adapters, list(adapters), x), 1e-6)
+        found = by_rows(case.fn)(lora_params, x, lora_ids=ids)
+    assert_close(found, alone(case, adapters, list(adapters), x))
     bank.add("alone", safetensors.load(tmp_path / "s"))  # without its base
-    assert_close(served(case, bank, "alone", x), alone(case, adapters, ["a1"] * 3, x), 1e-6)
+    assert_close(served(case, bank, "alone", x), alone(case, adapters, ["a1"] * 3, x))
 
 
 def test_dora_beside_adapters_without_its_targets():
@@ -569,7 +604,6 @@ def test_dora_beside_adapters_without_its_targets():
     for keep in (True, False):
         start = like(case, dora=True)
         if not keep:
-            start = jax.tree.map(lambda x: x, start)
             factors = {
                 k: dataclasses.replace(f, norm=None) for k, f in start.adapter.factors.items()
             }
@@ -578,7 +612,7 @@ def test_dora_beside_adapters_without_its_targets():
         for name, p in adapters.items():
             bank.add(name, p)
             expected = alone(case, adapters, [name] * 2, x)
-            assert_close(served(case, bank, name, x), expected, 1e-6)
+            assert_close(served(case, bank, name, x), expected)
     with pytest.raises(ValueError, match="'layers/0/w2': without DoRA here and with there; make"):
         bank.add("plain", like(case))
     with pytest.raises(ValueError, match="'w1': with DoRA here and without there"):
@@ -587,9 +621,9 @@ def test_dora_beside_adapters_without_its_targets():
 
 def test_leaves_trained_whole_parts_and_rows_of_tables():
     params = {
-        "c": jax.random.normal(jax.random.key(0), (6, 9)),
-        "bias": jnp.arange(9.0),
-        "embedding": jax.random.normal(jax.random.key(1), (8, 6)),
+        "c": normal(0, (6, 9)),
+        "bias": jnp.asarray(np.arange(9.0), jnp.float32),
+        "embedding": normal(1, (8, 6)),
     }
     case = dataclasses.replace(
         dict_case(), params=params, fn=lambda p, x: p["embedding"][x] @ p["c"] + p["bias"][None]
@@ -600,14 +634,17 @@ def test_leaves_trained_whole_parts_and_rows_of_tables():
         "rows": made(case, 1, 1, targets=targets, rows=table),
     }
     p = adapters["whole"]
-    adapter = dataclasses.replace(p.adapter, full={"bias": jnp.ones(9)})
+    adapter = dataclasses.replace(p.adapter, full={"bias": np.ones(9, np.float32)})
     adapters["whole"] = LoraParams(params, adapter)
-    bank = AdapterBank(lora_jax.lorafy(params, 2, targets=targets, full="bias", rows=table), rank=4)
+    bank = AdapterBank(like(case, 2, targets=targets, full="bias", rows=table), rank=4)
     assert bank.lora_params.adapter.factors["c[:, 0:3]"].rank == 4
-    x = jnp.array([1, 5, 7])
+    x = np.array([1, 5, 7], np.int32)
+    merge = jax.jit(lora_jax.merge)
     for name, p in adapters.items():
         bank.add(name, p)
-        assert_close(served(case, bank, name, x), alone(case, adapters, [name] * 3, x), 1e-6)
+        w = {path: np.asarray(leaf, np.float64) for path, leaf in merge(p).items()}
+        expected = w["embedding"][x] @ w["c"] + w["bias"]
+        assert_close(served(case, bank, name, x), expected)
     np.testing.assert_array_equal(bank["rows"].adapter.full["bias"], params["bias"])
 
 
@@ -619,7 +656,7 @@ def test_residual_adapters_have_a_base_of_their_own():
     bank.add("a0", trained)
     own = dataclasses.replace(case, params=start.base)
     x = rows(case, 2)
-    assert_close(served(own, bank, "a0", x), alone(own, {"a0": trained}, ["a0"] * 2, x), 1e-6)
+    assert_close(served(own, bank, "a0", x), alone(own, {"a0": trained}, ["a0"] * 2, x))
     with pytest.raises(ValueError, match=r"'plain' and the bank are over different .*to_plain|One"):
         AdapterBank(like(case)).add("plain", start)
     with pytest.raises(ValueError, match=r"residual is True here and False there; .*to_plain"):
@@ -632,20 +669,23 @@ def test_what_is_frozen_in_training_does_not_matter():
     adapters = {"a": made(case, 0, 2, targets=EVERY, freeze=("a",))}
     bank.add("a", adapters["a"])
     x = rows(case, 2)
-    assert_close(served(case, bank, "a", x), alone(case, adapters, ["a", "a"], x), 1e-6)
+    assert_close(served(case, bank, "a", x), alone(case, adapters, ["a", "a"], x))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long), "float8_e4m3fn"]
+)
 def test_a_bank_of_low_precision(dtype):
     case, adapters = some(2)
     bank = AdapterBank(like(case, full="b1"), slots=2, dtype=dtype)
-    adapter = dataclasses.replace(adapters["a0"].adapter, full={"b1": jnp.full(40, 0.3)})
+    full = {"b1": np.full(40, 0.3, np.float32)}
+    adapter = dataclasses.replace(adapters["a0"].adapter, full=full)
     adapters["a0"] = LoraParams(case.params, adapter)
     rounded = {}
     for name, p in adapters.items():
         bank.add(name, p)
         own = p.adapter
-        cast = lambda x: x.astype(dtype).astype(x.dtype)  # noqa: E731
+        cast = lambda x: np.asarray(x).astype(dtype).astype(np.float32)  # noqa: E731
         factors = {
             k: dataclasses.replace(f, a=cast(f.a), b=cast(f.b)) for k, f in own.factors.items()
         }
@@ -654,10 +694,10 @@ def test_a_bank_of_low_precision(dtype):
         assert f.a.dtype == f.b.dtype == jnp.dtype(dtype)
         assert bank[name].adapter.full["b1"].dtype == np.float32  # or the base's would be rounded
         assert f.scale.dtype == np.float32
-    x = rows(case, 2)
+    x, dtype = rows(case, 2), jnp.dtype(dtype)
     for name in adapters:
-        assert_close(served(case, bank, name, x), alone(case, rounded, [name] * 2, x), 1e-5)
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapters["a1"].adapter)
+        assert_close(served(case, bank, name, x), alone(case, rounded, [name] * 2, x))
+    low = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), adapters["a1"].adapter)
     bank.add("low", low)  # of any dtype
     if dtype != jnp.bfloat16:
         with pytest.raises(ValueError, match=r"a of 'w1' goes up to 1e\+06, too large for float"):
@@ -669,15 +709,15 @@ def test_a_bank_of_low_precision(dtype):
 def test_like_needs_no_memory_of_its_own():
     case, adapters = some(2)
     for dora in (False, True):
-        options = {"rank": 4, "targets": EVERY, "full": "b1", "dora": dora}
+        options = {"rank": 4, "targets": EVERY, "full": "b1", "dora": dora, "init": drawn}
         shapes = jax.eval_shape(lambda p, o=options: lora_jax.lorafy(p, **o), case.params)
         bank = AdapterBank(LoraParams(case.params, shapes.adapter), slots=2)
         one = AdapterBank(lora_jax.lorafy(case.params, **options), slots=2)
-        assert_close(bank.lora_params.adapter, one.lora_params.adapter, 0.0)
+        assert bits(bank.lora_params.adapter) == bits(one.lora_params.adapter)
     bank = AdapterBank(LoraParams(case.params, like(case).adapter))
     bank.add("a0", adapters["a0"])
     x = rows(case, 2)
-    assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"] * 2, x), 1e-6)
+    assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"] * 2, x))
 
 
 def test_inside_of_jit_it_is_refused_and_as_it_was():
@@ -700,39 +740,51 @@ def test_inside_of_jit_it_is_refused_and_as_it_was():
             jax.jit(fn)(rows(case, 1))
     assert bank.slots == (None, None)
     x = rows(case, 2)
-    assert_close(served(case, bank, "a1", x), alone(case, adapters, ["a1"] * 2, x), 1e-6)
+    assert_close(served(case, bank, "a1", x), alone(case, adapters, ["a1"] * 2, x))
 
 
-def test_a_block_that_the_garbage_collector_closes_stops_nobody():
+def test_a_block_that_the_garbage_collector_closes_stops_nobody(monkeypatch):
     *_, bank = filled()
-    done = threading.Event()
+    closed, done = [], threading.Event()
 
-    def stream():  # of a client that is gone
+    def stream(during):  # of a client that is gone
         with bank.using(["a0"]):
-            yield
+            try:
+                yield
+            finally:
+                closed.append(during)
+
+    def collects(call):
+        """What runs with the bank's lock held, where a collection may come at any line."""
+
+        def collecting(*args):
+            gc.collect()
+            return call(*args)
+
+        return collecting
+
+    for name in ("acquire", "release"):
+        monkeypatch.setattr(bank._names, name, collects(getattr(bank._names, name)))
 
     def serve():
-        for threshold in range(1, 60):
-            gc.disable()
-            gc.collect()
-            cycle = [stream()]
+        for call in (bank.acquire, bank.release):
+            cycle = [stream(call.__name__)]
             next(cycle[0])
             cycle.append(cycle)
             del cycle
-            gc.set_threshold(threshold, 1000, 1000)
-            gc.enable()
-            bank.acquire("a1")
-            bank.release("a1")
+            call("a1")
         done.set()
 
-    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # what was there before is not looked at: quick
+    gc.disable()
     try:
         threading.Thread(target=serve, daemon=True).start()
         assert done.wait(60)
     finally:
         gc.enable()
-        gc.set_threshold(*before)
-    gc.collect()
+        gc.unfreeze()
+    assert closed == ["acquire", "release"]
     assert "0 in use" in repr(bank)
 
 
@@ -750,7 +802,7 @@ def test_what_it_gives_is_the_callers_to_change():
     bank["a0"].adapter.factors.clear()
     bank.lora_params.adapter.factors.clear()
     x = rows(case, 1)
-    assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"], x), 1e-6)
+    assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"], x))
 
 
 # --- misuse ------------------------------------------------------------------------------------
@@ -776,7 +828,9 @@ def test_misuse_is_explained():
         AdapterBank(lora_jax.stack([p, p]))
     with pytest.raises(ValueError, match="like changes nothing"):
         AdapterBank(LoraParams(case.params, Adapter({})))
-    nan = dataclasses.replace(dict_case(), params={**case.params, "b1": jnp.full(40, jnp.nan)})
+    nan = dataclasses.replace(
+        dict_case(), params={**case.params, "b1": np.full(40, np.nan, np.float32)}
+    )
     with pytest.raises(ValueError, match="of the base, full of 'b1' has NaNs"):
         AdapterBank(like(nan, full="b1"))
 
@@ -785,9 +839,10 @@ def test_misuse_is_explained():
     bank.add("one", one)
     bank.acquire("one")
     before = bits(bank.lora_params.adapter)
-    other = lora_jax.lorafy(jax.tree.map(jnp.copy, case.params), 2, targets="w1")
-    alien = lora_jax.lorafy({"query": {"kernel": jnp.ones((4, 4))}}, 2)
-    turned = lora_jax.lorafy(case.params, 2, targets="w1", layout={"w1": "oi"})
+    copied = dataclasses.replace(case, params=jax.device_put(jax.tree.map(np.array, case.params)))
+    other = like(copied, 2, targets="w1")
+    alien = lora_jax.lorafy({"query": {"kernel": jnp.ones((4, 4))}}, 2, init=drawn)
+    turned = like(case, 2, targets="w1", layout={"w1": "oi"})
     for name, x, error, message in (
         (3, one, TypeError, "name=3: expected a str"),
         ("new", 3, TypeError, "'new' is int, expected a LoraParams"),

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_oracle, randomize_b
+from helpers import assert_close, assert_oracle, drawn, normal, randomize_b
 
 import lora_jax
 
 
 def attention(d=8, seed=0):
-    keys = iter(jax.random.split(jax.random.key(seed), 4))
     names = ("query", "key", "value", "out")
     return {
-        name: {"kernel": jax.random.normal(next(keys), (d, d)) / 3, "bias": jnp.ones(d)}
-        for name in names
+        name: {"kernel": normal((seed, k), (d, d), std=1 / 3), "bias": jnp.ones(d)}
+        for k, name in enumerate(names)
     }
 
 
@@ -25,22 +24,30 @@ UNROLLED = {
     "head": {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)},
 }
 STACKED = {
-    "layers": jax.tree.map(lambda *x: jnp.stack(x), *(attention(seed=i) for i in range(6))),
+    "layers": jax.tree.map(
+        lambda *x: jnp.asarray(np.stack(x)), *(attention(seed=i) for i in range(6))
+    ),
     "head": UNROLLED["head"],
 }
 
 
 def keys(params, **options):
-    return list(lora_jax.lorafy(params, 2, **options).adapter.factors)
+    return list(lorafy(params, **options).adapter.factors)
+
+
+def lorafy(params, rank=2, **options):
+    return lora_jax.lorafy(params, rank, **{"init": drawn, **options})
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
-    lora_params = lora_jax.lorafy(UNROLLED, {".*query.*": 4, ".*": 2}, alpha=8, rslora=True)
+    lora_params = lorafy(UNROLLED, {".*query.*": 4, ".*": 2}, alpha=8, rslora=True)
     for path, f in lora_params.adapter.factors.items():
         assert f.scale == np.float32(8 / 2 if "query" in path else 8 / np.sqrt(2))
 
 
-@pytest.mark.parametrize("layers", [[0, 2], [-1], range(1, 3), {3, 0}])
+@pytest.mark.parametrize(
+    "layers", [[0, 2], [-1], range(1, 3), {3, 0}], ids=lambda x: str(sorted(x))
+)
 def test_layers_by_the_numbers_in_their_paths(layers):
     wanted = sorted(k % 4 for k in layers)
     assert keys(UNROLLED, layers=layers) == [
@@ -56,15 +63,15 @@ def test_layers_of_a_stack_are_parts_of_it(layers, ranges):
     path = "layers/query/kernel"
     spelled = [path if r is None else f"{path}[{r}, :, :]" for r in ranges]
     assert keys(STACKED, targets=".*query/kernel", layers=layers) == spelled
-    lora_params = randomize_b(lora_jax.lorafy(STACKED, 2, targets=".*query/kernel", layers=layers))
-    merged = lora_jax.merge(lora_params)["layers"]["query"]["kernel"]
-    changed = jnp.any(merged != STACKED["layers"]["query"]["kernel"], (1, 2))
-    assert jnp.flatnonzero(changed).tolist() == sorted(k % 6 for k in layers)
+    lora_params = randomize_b(lorafy(STACKED, targets=".*query/kernel", layers=layers))
+    merged = np.asarray(lora_jax.merge(lora_params)["layers"]["query"]["kernel"])
+    changed = np.any(merged != np.asarray(STACKED["layers"]["query"]["kernel"]), (1, 2))
+    assert np.flatnonzero(changed).tolist() == sorted(k % 6 for k in layers)
 
 
 def test_adapted_layers_of_a_scanned_stack_are_exact():
-    lora_params = randomize_b(lora_jax.lorafy(STACKED, 2, layers=[1, 4, 5]))
-    x = jax.random.normal(jax.random.key(1), (3, 8))
+    lora_params = randomize_b(lorafy(STACKED, layers=[1, 4, 5]))
+    x = normal(1, (3, 8))
 
     def layer(x, p):
         q, v = (x @ p[name]["kernel"] for name in ("query", "value"))
@@ -103,7 +110,7 @@ def test_layers_and_ranges_of_one_axis_contradict():
 
 
 def full(**options):
-    return set(lora_jax.lorafy(UNROLLED, 2, **options).adapter.full)
+    return set(lorafy(UNROLLED, **options).adapter.full)
 
 
 def test_biases():
@@ -128,14 +135,14 @@ def test_bad_biases_raise():
 
 
 def test_biases_train_beside_the_factors():
-    lora_params = lora_jax.lorafy({"m": attention()["query"]}, 2, targets="m/kernel", bias="all")
+    lora_params = lorafy({"m": attention()["query"]}, targets="m/kernel", bias="all")
     fn = lambda p, x: x @ p["m"]["kernel"] + p["m"]["bias"][None]  # noqa: E731
     assert_oracle(fn, randomize_b(lora_params), jnp.ones((3, 8)))
 
 
 # Rows of tables
 
-TABLE = {"embed": {"embedding": jax.random.normal(jax.random.key(0), (9, 6))}, "w": jnp.eye(6)}
+TABLE = {"embed": {"embedding": normal(0, (9, 6))}, "w": jnp.eye(6)}
 
 
 def tied(p, ids):
@@ -145,23 +152,31 @@ def tied(p, ids):
 
 def test_rows_train_on_their_own():
     ids = jnp.array([[3, 1, 7], [0, 3, 8]])
-    lora_params = lora_jax.lorafy(TABLE, 2, targets=[], rows={"embed/.*": [7, 3]})
+    lora_params = lorafy(TABLE, targets=[], rows={"embed/.*": [7, 3]})
     (key,) = lora_params.adapter.factors
     assert key == "embed/embedding[[3, 7]]"
     assert "trainable params: 12 ||" in repr(lora_params)
-    assert_close(lora_jax.lora(tied)(lora_params, ids), tied(TABLE, ids), 1e-6)
+    run = jax.jit(lambda p: (lora_jax.lora(tied)(p, ids), tied(p.base, ids)))
+    assert_close(*run(lora_params))
     lora_params = randomize_b(lora_params)
     assert_oracle(tied, lora_params, ids)
-    merged = lora_jax.merge(lora_params)["embed"]["embedding"]
-    changed = jnp.any(merged != TABLE["embed"]["embedding"], 1)
-    assert jnp.flatnonzero(changed).tolist() == [3, 7]
-    assert_close(merged[3], TABLE["embed"]["embedding"][3] + lora_params.adapter.factors[key].b[0])
-    y = lora_jax.lora(tied, dropout=0.5)(lora_params, ids, lora_key=jax.random.key(1))
-    assert_close(y, tied(lora_jax.merge(lora_params), ids), 1e-5)
+    merged, before = (
+        np.asarray(p["embed"]["embedding"]) for p in (lora_jax.merge(lora_params), TABLE)
+    )
+    assert np.flatnonzero(np.any(merged != before, 1)).tolist() == [3, 7]
+    b = np.asarray(lora_params.adapter.factors[key].b, np.float64)
+    assert_close(merged[3], before[3] + b[0])
+
+    @jax.jit
+    def dropped(p, dropout_key):
+        y = lora_jax.lora(tied, dropout=0.5)(p, ids, lora_key=dropout_key)
+        return y, tied(lora_jax.merge(p), ids)
+
+    assert_close(*dropped(lora_params, jax.random.key(1)))
 
 
 def test_rows_beside_factors():
-    lora_params = lora_jax.lorafy(TABLE, 2, targets="w", rows={"embed/.*": [0]}, dora=True)
+    lora_params = lorafy(TABLE, targets="w", rows={"embed/.*": [0]}, dora=True)
     assert list(lora_params.adapter.factors) == ["w", "embed/embedding[[0]]"]
     assert_oracle(tied, randomize_b(lora_params), jnp.array([[0, 2]]))
     assert "embed/embedding[[0]]" in lora_params.summary()
@@ -192,38 +207,46 @@ def test_rows_of_what_is_no_table_or_adapted_as_well_raise():
 
 # Frozen factors
 
-X = jax.random.normal(jax.random.key(1), (5, 8))
-W = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+X = normal(1, (5, 8))
+W = {"w": normal(0, (8, 8))}
 
 
 def fn(p, x):
     return jnp.tanh(x @ p["w"])
 
 
+def sorted_names(freeze):
+    return " ".join(sorted(freeze))
+
+
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("freeze", [("a",), ["b"], {"a", "magnitude"}], ids=str)
+@pytest.mark.parametrize("freeze", [("a",), ["b"], {"a", "magnitude"}], ids=sorted_names)
 def test_frozen_factors_keep_every_bit(freeze, dora, standard_promotion):
-    lora_params = randomize_b(lora_jax.lorafy(W, 2, targets="w", freeze=freeze, dora=dora))
+    lora_params = randomize_b(lorafy(W, targets="w", freeze=freeze, dora=dora))
     kept = {name: getattr(lora_params.adapter.factors["w"], name) for name in freeze}
-
-    def loss(lora_params):
-        return lora_jax.lora(fn)(lora_params, X).sum()
-
-    grads = jax.grad(loss)(lora_params).adapter.factors["w"]
-    assert not any(getattr(grads, name).any() for name in freeze if kept[name] is not None)
     tx = lora_jax.optimizer(optax.adamw(1e-1, weight_decay=0.1))
-    updates, _ = tx.update(jax.grad(loss)(lora_params), tx.init(lora_params), lora_params)
-    moved = optax.apply_updates(lora_params, updates)
+
+    @jax.jit
+    def step(lora_params):
+        grads = jax.grad(lambda p: lora_jax.lora(fn)(p, X).sum())(lora_params)
+        updates, _ = tx.update(grads, tx.init(lora_params), lora_params)
+        return grads.adapter.factors["w"], optax.apply_updates(lora_params, updates)
+
+    grads, moved = jax.tree.map(np.asarray, step(lora_params))
+    assert not any(getattr(grads, name).any() for name in freeze if kept[name] is not None)
     trainable, frozen = lora_jax.split(lora_params)
     assert all(getattr(trainable.factors["w"], name) is None for name in freeze)
     assert lora_jax.combine(trainable, frozen).adapter.factors["w"].frozen == tuple(sorted(freeze))
     for name in ("a", "b"):
-        new, old = (getattr(p.adapter.factors["w"], name) for p in (moved, lora_params))
+        new, old = (np.asarray(getattr(p.adapter.factors["w"], name)) for p in (moved, lora_params))
         assert (new == old).all() == (name in freeze)
     assert lora_params.adapter.factors["w"].size == sum(x.size for x in jax.tree.leaves(trainable))
     assert_oracle(fn, lora_params, X)
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="memory of a CPU: products of GPUs have workspaces"
+)
 def test_what_a_frozen_factor_reads_is_not_kept():
     """In a scan, what the backward pass needs is stacked: the inputs of ``a`` are not."""
     layers, size, tokens = 8, 64, 512
@@ -262,7 +285,7 @@ def test_all_of_it_at_once_is_still_exact():
             freeze=("a",),
         )
     )
-    x = jax.random.normal(jax.random.key(1), (3, 8))
+    x = normal(1, (3, 8))
 
     def model(p, x):
         for i in range(4):
@@ -272,5 +295,7 @@ def test_all_of_it_at_once_is_still_exact():
         return x @ p["head"]["kernel"]
 
     start = lora_jax.lorafy(UNROLLED, 4, layers=[1, 3], dora=True, init="pissa")
-    assert_close(lora_jax.lora(model)(start, x), model(UNROLLED, x), 1e-5)
-    assert_oracle(model, lora_params, x, tolerance=2e-5)
+    run = jax.jit(lambda p: (lora_jax.lora(model)(p, x), model(UNROLLED, x)))
+    # Sixteen layers, four of them with singular vectors and norms, forth and back.
+    assert_close(*run(start), depth=32)
+    assert_oracle(model, lora_params, x, sums={"depth": 64})

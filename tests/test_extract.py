@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, randomize_b
+from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
 
@@ -15,9 +15,23 @@ def floats(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+def changed(tree, f):
+    """Apply ``f`` to every leaf by NumPy."""
+    return jax.tree.map(lambda x: jnp.asarray(f(np.asarray(x))), tree)
+
+
+def add(x, *layers):
+    """One in these layers of a stack, and zero in the others."""
+    return np.isin(np.arange(len(x)), layers).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def noisy(x):
+    return x + np.asarray(floats(*x.shape))
+
+
 def planted(base, **options):
     """A model that differs from ``base`` by a LoRA, and that LoRA."""
-    lora_params = randomize_b(lora_jax.lorafy(base, 2, **options))
+    lora_params = randomize_b(lora_jax.lorafy(base, 2, init=drawn, **options))
     return lora_jax.merge(lora_params), lora_params
 
 
@@ -40,8 +54,8 @@ def matrices(x, letters):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_planted_difference_is_found_again(dtype):
-    base = jax.tree.map(lambda x: x.astype(dtype), BASE)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+    base = changed(BASE, lambda x: x.astype(jnp.dtype(dtype)))
+    wide = changed(base, lambda x: x.astype(np.float32))
     tuned, _ = planted(wide, targets=".*kernel", layout=LAYOUT)
     found = lora_jax.extract(base, tuned, 2, layout=LAYOUT)
     assert found.base is base
@@ -51,13 +65,12 @@ def test_a_planted_difference_is_found_again(dtype):
         "attn/out/kernel": "iio",
     }
     merged = lora_jax.merge(lora_jax.LoraParams(wide, found.adapter))
-    assert_close(merged, tuned, 2e-6)
+    assert_close(merged, tuned)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 5])
-@pytest.mark.parametrize("alpha", [None, 16.0])
+@pytest.mark.parametrize(("rank", "alpha"), [(1, None), (3, 16.0), (5, None)])
 def test_no_matrix_of_that_rank_is_nearer(rank, alpha):
-    tuned = jax.tree.map(lambda x: x + floats(*x.shape), BASE)
+    tuned = changed(BASE, noisy)
     found = lora_jax.extract(BASE, tuned, rank, alpha=alpha, layout=LAYOUT, rest="ignore")
     merged = lora_jax.merge(found)
     for path, f in found.adapter.factors.items():
@@ -68,10 +81,12 @@ def test_no_matrix_of_that_rank_is_nearer(rank, alpha):
         delta = matrices(leaf(tuned), f.layout) - matrices(leaf(BASE), f.layout)
         rest = matrices(leaf(tuned), f.layout) - matrices(leaf(merged), f.layout)
         tail = np.linalg.svd(delta, compute_uv=False)[:, rank:]
-        assert np.linalg.norm(rest) == pytest.approx(np.sqrt((tail**2).sum()), rel=1e-5)
-        assert float(f.scale) == pytest.approx(1 if alpha is None else alpha / rank)
+        assert np.linalg.norm(rest) == pytest.approx(np.sqrt((tail**2).sum()), rel=tolerance())
+        assert float(f.scale) == pytest.approx(
+            1 if alpha is None else alpha / rank, rel=tolerance()
+        )
         a, b = np.asarray(f.a), np.asarray(f.b)  # the singular values are split evenly
-        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=1e-5)
+        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=tolerance())
 
 
 def _at(tree, names):
@@ -82,7 +97,7 @@ def _at(tree, names):
 
 @pytest.mark.parametrize("energy", [0.3, 0.8, 0.99, 1.0])
 def test_the_smallest_rank_keeps_the_energy_in_every_layer(energy):
-    tuned = jax.tree.map(lambda x: x + floats(*x.shape), BASE)
+    tuned = changed(BASE, noisy)
     options = {"layout": LAYOUT, "targets": ["query/kernel", "layers/kernel"], "rest": "ignore"}
     found = lora_jax.extract(BASE, tuned, energy=energy, **options)
     for path in ("query", "layers"):
@@ -90,13 +105,13 @@ def test_the_smallest_rank_keeps_the_energy_in_every_layer(energy):
         delta = matrices(tuned[path]["kernel"], f.layout) - matrices(BASE[path]["kernel"], f.layout)
         squares = np.linalg.svd(delta, compute_uv=False) ** 2
         shares = squares.cumsum(-1) / squares.sum(-1, keepdims=True)
-        assert (shares[:, f.rank - 1] > energy - 1e-6).all()
+        assert (shares[:, f.rank - 1] > energy - tolerance()).all()
         assert f.rank == 1 or (shares[:, f.rank - 2] < energy).any()
 
 
 def test_small_weights_are_exact_and_ranks_go_by_pattern():
-    tuned = jax.tree.map(lambda x: x + 1, {"head": {"kernel": floats(8, 2)}, "q": floats(6, 6)})
-    base = jax.tree.map(lambda x: x - floats(*x.shape), tuned)
+    tuned = {"head": {"kernel": floats(8, 2)}, "q": floats(6, 6)}
+    base = changed(tuned, noisy)
     found = lora_jax.extract(base, tuned, {"q": 3, ".*": 4}, targets=".*")
     assert {path: f.rank for path, f in found.adapter.factors.items()} == {
         "head/kernel": 2,
@@ -112,43 +127,47 @@ def test_what_did_not_change_gets_no_factors():
     tuned, _ = planted(BASE, targets="query/kernel")
     found = lora_jax.extract(BASE, tuned, 4)  # and ambiguous layouts do not matter
     assert list(found.adapter.factors) == ["query/kernel"]
-    stack = BASE["layers"]["kernel"]
-    tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack.at[1].add(floats(8, 6))}}
+    stack = changed(BASE["layers"]["kernel"], lambda x: x + noisy(x) * add(x, 1))
+    tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack}}
     f = lora_jax.extract(BASE, tuned, energy=0.999, layout=LAYOUT).adapter.factors["layers/kernel"]
     assert not np.asarray(f.a)[0].any()  # layers that did not change have zeros, and no say
 
 
 def test_parts_of_weights():
-    stack = BASE["layers"]["kernel"]
-    tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack.at[1:].add(1)}}
+
+    def moved(*layers):
+        stack = changed(BASE["layers"]["kernel"], lambda x: x + add(x, *layers))
+        return BASE | {"layers": BASE["layers"] | {"kernel": stack}}
+
+    tuned = moved(1, 2)
     options = {"targets": "layers/kernel[1:3]", "layout": LAYOUT}
     found = lora_jax.extract(BASE, tuned, 1, **options)
     assert list(found.adapter.factors) == ["layers/kernel[1:3, :, :]"]
-    assert_close(lora_jax.merge(found), tuned, 1e-6)
-    tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack + 1}}
+    assert_close(lora_jax.merge(found), tuned)
+    tuned = moved(0, 1, 2)
     with pytest.raises(ValueError, match=r"1 tensors changed that are no targets: layers/kernel\."):
         lora_jax.extract(BASE, tuned, 1, **options)
     with pytest.raises(ValueError, match=r"changed outside the part in targets="):
         lora_jax.extract(BASE, tuned, 1, rest="full", **options)
     options["targets"] = "layers/kernel[0:2]"
-    tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack.at[2].add(1)}}
+    tuned = moved(2)
     found = lora_jax.extract(BASE, tuned, 1, rest="full", **options)
     assert list(found.adapter.full) == ["layers/kernel"]
 
 
 def test_what_else_changed_is_not_silent():
     tuned, _ = planted(BASE, targets="query/kernel")
-    tuned["query"]["bias"] += 1
-    tuned["embed"]["embedding"] += 1
+    tuned["query"]["bias"] = changed(tuned["query"]["bias"], lambda x: x + 1)
+    tuned["embed"]["embedding"] = changed(tuned["embed"]["embedding"], lambda x: x + 1)
     with pytest.raises(ValueError, match=r"2 tensors changed .*: embed/embedding, query/bias\. To"):
         lora_jax.extract(BASE, tuned, 2)
     ignored = lora_jax.extract(BASE, tuned, 2, rest="ignore")
     assert not ignored.adapter.full
     found = lora_jax.extract(BASE, tuned, 2, rest="full")
     assert list(found.adapter.full) == ["embed/embedding", "query/bias"]
-    assert_close(lora_jax.merge(found), tuned, 2e-6)
-    many = {str(k): jnp.zeros(2) for k in range(10)} | {"q": jnp.zeros((2, 2))}
-    after = jax.tree.map(lambda x: x + 1, many)
+    assert_close(lora_jax.merge(found), tuned)
+    many = {str(k): floats(2) for k in range(10)} | {"q": floats(2, 2)}
+    after = changed(many, lambda x: x + 1)
     with pytest.raises(ValueError, match=r"10 tensors .* and 2 more"):
         lora_jax.extract(many, after, 1)
 
@@ -158,7 +177,7 @@ def test_a_quantized_base_counts_as_what_it_stands_for():
     plain = lora_jax.dequantize(base)
     tuned, _ = planted(plain, targets="query/kernel")
     found = lora_jax.extract(base, tuned, 2)
-    assert_close(lora_jax.merge(found, quantized="dequantize"), tuned, 1e-5)
+    assert_close(lora_jax.merge(found, quantized="dequantize"), tuned)
 
 
 def test_misuse_is_explained():
@@ -184,9 +203,11 @@ def test_misuse_is_explained():
     refused(ValueError, r"only tuned has a leaf 'more'", 2, tuned=BASE | {"more": floats(1)})
     other = BASE | {"embed": {"embedding": floats(12, 6)}}
     refused(ValueError, r"shape \(11, 6\) in base and \(12, 6\) in tuned", 2, tuned=other)
-    nans = BASE | {"query": {"kernel": floats(9, 7).at[0, 0].set(jnp.nan), "bias": floats(7)}}
+    nans = BASE | {
+        "query": changed(BASE["query"], lambda x: np.where(np.arange(7) == 2, np.nan, x))
+    }
     refused(ValueError, "'query/kernel' is not finite in base or tuned", 2, tuned=nans)
-    counts = {"q": floats(3, 3), "n": jnp.zeros(2, jnp.int32)}
-    after = {"q": floats(3, 3), "n": jnp.ones(2, jnp.int32)}
+    counts = {"q": floats(3, 3), "n": jnp.asarray(np.zeros(2, np.int32))}
+    after = {"q": floats(3, 3), "n": jnp.asarray(np.ones(2, np.int32))}
     message = "'n' changed, and cannot train whole: dtype int32"
     refused(ValueError, message, 1, base=counts, tuned=after, rest="full")

@@ -1,13 +1,14 @@
 """Initializers: the model starts as it was, the draws are what they say, and the way back."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_oracle, error, randomize_b
+from helpers import assert_close, error, loss_of, normal, randomize_b, tolerance
 from jax import lax
 from scipy import stats
 
@@ -15,18 +16,18 @@ import lora_jax
 from lora_jax.init import pissa
 
 NAMES = ["gaussian", "kaiming_uniform", "orthogonal", "pissa", "olora"]
-ALL = [*NAMES, partial(pissa, niter=4)]
+ALL = [*NAMES, partial(pissa, niter=1)]
 IDS = [*NAMES, "pissa, randomized"]
 
 PARAMS = {
-    "dense": jax.random.normal(jax.random.key(0), (12, 10)) / 3,
-    "heads": jax.random.normal(jax.random.key(1), (10, 2, 6)) / 3,
-    "back": jax.random.normal(jax.random.key(2), (12, 10)) / 3,  # stored transposed
-    "experts": jax.random.normal(jax.random.key(3), (3, 12, 10)) / 3,
-    "conv": jax.random.normal(jax.random.key(4), (3, 4, 6)) / 3,
+    "dense": normal(0, (12, 10), std=1 / 3),
+    "heads": normal(1, (10, 2, 6), std=1 / 3),
+    "back": normal(2, (12, 10), std=1 / 3),  # stored transposed
+    "experts": normal(3, (3, 12, 10), std=1 / 3),
+    "conv": normal(4, (3, 4, 6), std=1 / 3),
 }
 LAYOUT = {"dense": "io", "heads": "ioo", "back": "oi", "experts": "bio", "conv": "iio"}
-X = jax.random.normal(jax.random.key(9), (5, 12))
+X = normal(9, (5, 12))
 
 
 def fn(p, x):
@@ -40,54 +41,92 @@ def fn(p, x):
     return h, image
 
 
+plain = jax.jit(fn)
+apply = jax.jit(lora_jax.lora(fn))  # one program for all adapters of the same shapes
+
+
+@jax.jit
+def both(lora_params):
+    """Outputs and gradients: those of the adapted function, and those of the merged one."""
+
+    def of(f):
+        def loss(p):
+            outputs = f(p, X)
+            return loss_of(lambda _: outputs)(None), outputs
+
+        (_, outputs), grads = lora_jax.value_and_grad(loss, has_aux=True)(lora_params)
+        return outputs, grads
+
+    return of(lora_jax.lora(fn)), of(lambda p, x: fn(lora_jax.merge(p), x))
+
+
 def adapted(init, rank=4, **options):
+    """An adapter of every weight."""
     return lora_jax.lorafy(PARAMS, rank, targets=".*", layout=LAYOUT, init=init, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True, "alpha": 4}, {"dora": True}], ids=str)
-@pytest.mark.parametrize("init", ALL, ids=IDS)
-def test_the_adapted_model_starts_as_the_model(init, options):
-    lora_params = adapted(init, **options)
-    # OLoRA's base is several times as large as W, and the norm of a sum cancels
-    tolerance = 1e-5 if init == "olora" and "dora" in options else 2e-6
-    assert_close(lora_jax.lora(fn)(lora_params, X), fn(PARAMS, X), tolerance)
-    assert_close(lora_jax.merge(lora_params), PARAMS, tolerance)
+OPTIONS = {"scaled": {"rslora": True, "alpha": 4}, "DoRA": {"dora": True}}
+
+
+@functools.cache
+def started(init):
+    """An adapter with each of the options."""
+    return {name: adapted(init, **options) for name, options in OPTIONS.items()}
 
 
 @pytest.mark.parametrize("init", ALL, ids=IDS)
-def test_factors_of_every_initializer_train_exactly(init):
-    assert_oracle(fn, randomize_b(adapted(init), std=0.05), X, tolerance=2e-5)
+def test_the_adapted_model_starts_as_the_model_and_trains_exactly(init):
+    # OLoRA's base is several times as large as W, and so are its roundings.
+    sums = {"depth": 64 if init == "olora" else 16}
+    scaled, dora = started(init)["scaled"], started(init)["DoRA"]
+    (outputs, _), _ = both(scaled)
+    assert_close(outputs, plain(PARAMS, X), **sums)
+    assert_close(apply(dora, X), plain(PARAMS, X), **sums)
+    for name, lora_params in started(init).items():
+        assert_close({name: lora_jax.merge(lora_params)}, {name: PARAMS}, **sums)
+    assert_close(*both(randomize_b(scaled, std=0.05)), depth=32)
+
+
+FEW = {"dense": PARAMS["dense"], "experts": PARAMS["experts"]}
+
+
+def few(init):
+    return lora_jax.lorafy(FEW, 4, targets=".*", layout={"experts": "bio"}, init=init)
+
+
+eagerly = functools.cache(few)
 
 
 @pytest.mark.parametrize("init", NAMES)
 def test_only_those_that_take_from_the_weight_change_the_base(init):
-    base = adapted(init).base
-    same = [base[name] is leaf for name, leaf in PARAMS.items()]
+    base = eagerly(init).base
+    same = [base[name] is leaf for name, leaf in FEW.items()]
     assert all(same) == (init not in ("pissa", "olora"))
     assert any(same) == all(same)
 
 
 def test_every_path_has_its_own_draw_and_every_expert_too():
-    params = {name: jnp.zeros((2, 8, 8)) for name in "uv"}
+    params = {name: normal(0, (3, 12, 10)) for name in "uv"}
     for init in ("gaussian", "kaiming_uniform", "orthogonal"):
-        factors = lora_jax.lorafy(params, 4, targets=".*", layout={".": "bio"}, init=init)
-        draws = [f.a[k] for f in factors.adapter.factors.values() for k in (0, 1)]
-        for i, draw in enumerate(draws):
-            assert all(error(draw, other) > 0.1 for other in draws[:i])
+        drawn = lora_jax.lorafy(params, 4, targets=".*", layout={".": "bio"}, init=init)
+        draws = [np.asarray(f.a)[k] for f in drawn.adapter.factors.values() for k in range(3)]
+        for i, one in enumerate(draws):
+            assert all(error(one, other) > 0.1 for other in draws[:i]), init
 
 
 @pytest.mark.parametrize("init", ALL, ids=IDS)
 def test_eager_and_jitted_starts_agree(init):
-    exact = init in ("gaussian", "kaiming_uniform")
-    eager, jitted = adapted(init), jax.jit(lambda: adapted(init))()
-    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 2e-5)
+    jitted = jax.jit(lambda: few(init))()
+    if init in ("gaussian", "kaiming_uniform"):  # to the bit, as lorafy promises
+        for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(eagerly(init)), strict=True):
+            assert np.array_equal(a, b)
+    assert_close(jitted, eagerly(init), depth=64)
 
 
 def draw(init, shape=(400, 50), rank=20):
-    params = {"w": jnp.ones(shape)}
-    (f,) = lora_jax.lorafy(params, rank, targets="w", init=init).adapter.factors.values()
-    return f
+    params = {"w": jnp.asarray(np.ones(shape, np.float32))}
+    made = jax.jit(lambda: lora_jax.lorafy(params, rank, targets="w", init=init))
+    return made().adapter.factors["w"]
 
 
 @pytest.mark.parametrize(
@@ -100,15 +139,16 @@ def draw(init, shape=(400, 50), rank=20):
 def test_draws_are_of_their_distribution(init, distribution):
     f = draw(init)
     assert stats.kstest(np.ravel(f.a), distribution.cdf).pvalue > 1e-3
-    assert not f.b.any()
+    assert not np.any(f.b)
 
 
 def test_orthogonal_factors_are_random_and_meet_in_nothing():
     f = draw("orthogonal")
     # a row of a is half as many normals as the rank, over 10, in an orthonormal basis
     assert stats.kstest(np.ravel(f.a), stats.norm(0, np.sqrt(0.5) / 10).cdf).pvalue > 1e-3
-    assert jnp.abs(f.a @ f.b).max() < 1e-6
-    assert jnp.linalg.matrix_rank(f.a) == jnp.linalg.matrix_rank(f.b) == 10
+    a, b = np.asarray(f.a), np.asarray(f.b)
+    assert np.abs(a @ b).max() < tolerance() * (np.abs(a) @ np.abs(b)).max()
+    assert np.linalg.matrix_rank(a) == np.linalg.matrix_rank(b) == 10
     with pytest.raises(ValueError, match="rank=3 of 'w' is odd"):
         draw("orthogonal", rank=3)
 
@@ -116,34 +156,38 @@ def test_orthogonal_factors_are_random_and_meet_in_nothing():
 def test_pissa_takes_the_largest_singular_values():
     w = PARAMS["dense"]
     f = lora_jax.lorafy({"w": w}, 4, targets="w", init="pissa").adapter.factors["w"]
-    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    assert_close(f.scale * f.a @ f.b, u[:, :4] @ jnp.diag(s[:4]) @ vt[:4], 1e-5)
-    assert_close(f.a.T @ f.a, jnp.diag(s[:4] / f.scale), 1e-5)  # the halves are balanced
-    assert_close(f.b @ f.b.T, jnp.diag(s[:4] / f.scale), 1e-5)
+    a, b, scale = (np.asarray(x) for x in (f.a, f.b, f.scale))
+    u, s, vt = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+    assert_close(scale * a @ b, u[:, :4] @ np.diag(s[:4]) @ vt[:4], depth=64)
+    assert_close(a.T @ a, np.diag(s[:4] / scale), depth=64)  # the halves are balanced
+    assert_close(b @ b.T, np.diag(s[:4] / scale), depth=64)
 
 
 def test_randomized_pissa_finds_a_decaying_spectrum():
-    u, v = (jnp.linalg.qr(jax.random.normal(jax.random.key(i), (60, 60)))[0] for i in (0, 1))
-    w = (u * 0.7 ** jnp.arange(60.0)[None]) @ v
-    exact, fast = (
-        lora_jax.lorafy({"w": w}, 4, targets="w", init=init).base["w"]
-        for init in ("pissa", partial(pissa, niter=4))
-    )
-    assert_close(fast, exact, 1e-4)
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((60, 60)))[0] for _ in range(2))
+    w = jnp.asarray((u * 0.7 ** np.arange(60)) @ v, jnp.float32)
+    inits = "pissa", partial(pissa, niter=4)
+    bases = jax.jit(lambda: [lora_jax.lorafy({"w": w}, 4, targets="w", init=i).base for i in inits])
+    exact, fast = bases()
+    assert_close(fast, exact, depth=64)
 
 
 def test_olora_writes_an_orthonormal_basis():
     f = lora_jax.lorafy({"w": PARAMS["dense"]}, 4, targets="w", init="olora").adapter.factors["w"]
-    assert_close(f.b @ f.b.T, jnp.eye(4), 1e-5)
+    b = np.asarray(f.b)
+    assert_close(b @ b.T, np.eye(4))
 
 
 def test_a_part_of_a_weight_gives_up_its_own_principal_part():
-    w = PARAMS["dense"]
-    lora_params = lora_jax.lorafy({"w": w}, 2, targets="w[:, 0:4]", init="pissa")
-    assert (lora_params.base["w"][:, 4:] == w[:, 4:]).all()
-    alone = lora_jax.lorafy({"w": w[:, :4]}, 2, targets="w", init="pissa")
-    assert_close(lora_params.base["w"][:, :4], alone.base["w"], 1e-5)
-    assert_close(lora_jax.merge(lora_params), {"w": w}, 1e-5)
+    w = np.asarray(PARAMS["dense"])
+    lora_params = lora_jax.lorafy({"w": jnp.asarray(w)}, 2, targets="w[:, 0:4]", init="pissa")
+    base = np.asarray(lora_params.base["w"])
+    assert (base[:, 4:] == w[:, 4:]).all()
+    alone = lora_jax.lorafy({"w": jnp.asarray(w[:, :4])}, 2, targets="w", init="pissa")
+    # What is left of a weight is smaller than the weight, whose roundings it has.
+    assert_close(base[:, :4] + w[:, :4], np.asarray(alone.base["w"]) + w[:, :4], depth=64)
+    assert_close(lora_jax.merge(lora_params), {"w": w}, depth=64)
 
 
 def test_the_base_keeps_its_dtype_and_containers():
@@ -157,11 +201,11 @@ def test_the_base_keeps_its_dtype_and_containers():
 
 def trained(lora_params, seed=5):
     """Anything but the start."""
-    factors = {}
-    for i, (path, f) in enumerate(lora_params.adapter.factors.items()):
-        keys = jax.random.split(jax.random.key(seed + i), 2)
+    factors, rng = {}, np.random.default_rng(seed)
+    for path, f in lora_params.adapter.factors.items():
         a, b = (
-            x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip((f.a, f.b), keys, strict=True)
+            jnp.asarray(np.asarray(x) + 0.05 * rng.standard_normal(x.shape), x.dtype)
+            for x in (f.a, f.b)
         )
         factors[path] = dataclasses.replace(f, a=a, b=b)
     return dataclasses.replace(lora_params, adapter=lora_jax.Adapter(factors))
@@ -170,24 +214,24 @@ def trained(lora_params, seed=5):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_an_adapter_of_a_changed_base_is_one_of_twice_the_rank(init, dora):
-    initial = adapted(init, dora=dora)
+    initial = started(init)["DoRA" if dora else "scaled"]
     lora_params = trained(initial)
-    plain = lora_jax.to_plain(lora_params, initial, PARAMS)
-    assert all(plain.base[name] is leaf for name, leaf in PARAMS.items())
-    assert {f.rank for f in plain.adapter.factors.values()} == {8}
-    assert_close(lora_jax.merge(plain), lora_jax.merge(lora_params), 5e-6)
-    assert_close(lora_jax.lora(fn)(plain, X), lora_jax.lora(fn)(lora_params, X), 5e-6)
+    found = lora_jax.to_plain(lora_params, initial, PARAMS)
+    assert all(found.base[name] is leaf for name, leaf in PARAMS.items())
+    assert {f.rank for f in found.adapter.factors.values()} == {8}
+    assert_close(lora_jax.merge(found), lora_jax.merge(lora_params), depth=64)
+    assert_close(apply(found, X), apply(lora_params, X), depth=64)
 
 
 def test_to_plain_refuses_what_does_not_belong_together():
-    initial = adapted("pissa")
+    initial = started("pissa")["scaled"]
     with pytest.raises(TypeError, match="initial is Adapter, expected a LoraParams"):
         lora_jax.to_plain(initial, initial.adapter, PARAMS)
     other = lora_jax.lorafy(PARAMS, 4, targets="dense", layout=LAYOUT)
     with pytest.raises(ValueError, match=r"differ in \['back'"):
         lora_jax.to_plain(initial, other, PARAMS)
     with pytest.raises(ValueError, match="'back' has other factors in initial"):
-        lora_jax.to_plain(initial, adapted("pissa", rank=2), PARAMS)
+        lora_jax.to_plain(initial, adapted("gaussian", rank=2), PARAMS)
 
 
 # Functions of one's own
@@ -223,8 +267,8 @@ def test_bad_functions_are_told_what_is_wrong(made, error, message):
 def test_bad_weights_and_names():
     with pytest.raises(ValueError, match="init='pisa': expected one of"):
         adapted("pisa")
-    bad = {"w": PARAMS["dense"].at[1, 2].set(jnp.nan)}
+    bad = {"w": jnp.asarray(np.where(np.arange(10) == 2, np.nan, np.asarray(PARAMS["dense"])))}
     with pytest.raises(ValueError, match="the factors of 'w' are not finite"):
         lora_jax.lorafy(bad, 2, targets="w", init="pissa")
     with pytest.raises(ValueError, match="dtype int8, not a real floating type"):
-        lora_jax.lorafy({"w": jnp.ones((4, 4), jnp.int8)}, 2, targets="w", init="pissa")
+        lora_jax.lorafy({"w": jnp.asarray(np.ones((4, 4), np.int8))}, 2, targets="w", init="pissa")

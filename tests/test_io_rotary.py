@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
-from helpers import assert_close, randomize_b
+from helpers import assert_close, drawn, normal, randomize_b
 
 import lora_jax
 from lora_jax.io import hf
@@ -25,56 +25,50 @@ def turned(x, how):
 
 
 def scores(params, x, how):
-    """Of attention, with a bias in the query and a norm on the heads of the key."""
-    query = jnp.einsum("li,io->lo", x, params["query"]["kernel"]) + params["query"]["bias"][None]
-    key = jnp.einsum("li,iho->lho", x, params["key"]["kernel"])
-    key = key * params["norm"]["scale"][None, None]
-    query, key = (turned(np.asarray(y), how) for y in (query.reshape(5, 2, 6), key))
-    return np.einsum("qhd,khd->hqk", query, key)
+    """Of attention, with a bias in the query and a norm on the heads of the key; in float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = np.asarray(x, np.float64)
+    query = (x @ p["query"]["kernel"] + p["query"]["bias"]).reshape(5, 2, 6)
+    key = np.einsum("li,iho->lho", x, p["key"]["kernel"]) * p["norm"]["scale"]
+    return np.einsum("qhd,khd->hqk", turned(query, how), turned(key, how))
 
 
 def some_params():
-    keys = jax.random.split(jax.random.key(0), 4)
     return {
-        "query": {
-            "kernel": jax.random.normal(keys[0], (7, 12)),
-            "bias": jax.random.normal(keys[1], (12,)),
-        },
-        "key": {"kernel": jax.random.normal(keys[2], (7, 2, 6))},
-        "norm": {"scale": jax.random.normal(keys[3], (6,))},
-        "value": {"kernel": jnp.ones((7, 12))},
+        "query": {"kernel": normal(0, (7, 12)), "bias": normal(1, (12,))},
+        "key": {"kernel": normal(2, (7, 2, 6))},
+        "norm": {"scale": normal(3, (6,))},
+        "value": {"kernel": normal(4, (7, 12))},
     }
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["LoRA", "DoRA"])
 def test_scores_stay_what_they_are(options):
-    x = jax.random.normal(jax.random.key(9), (5, 7))
+    x = normal(9, (5, 7))
     params = some_params()
     halves = hf.rotary_halves(params, ROTATED, 6)
-    assert_close(scores(halves, x, "halves"), scores(params, x, "pairs"), 1e-5)
+    assert_close(scores(halves, x, "halves"), scores(params, x, "pairs"))
     assert_close(hf.rotary_pairs(halves, ROTATED, 6), params)
     assert halves["value"]["kernel"] is params["value"]["kernel"]
 
-    lora_params = lora_jax.lorafy(
-        params, 2, targets=".*kernel", full="query/bias", layout={"key.*": "ioo"}, **options
-    )
-    lora_params = randomize_b(lora_params)
-    lora_params.adapter.full["query/bias"] += 1.0
+    options |= {"targets": ".*kernel", "full": "query/bias", "layout": {"key.*": "ioo"}}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, init=drawn, **options))
+    lora_params.adapter.full["query/bias"] = normal(5, (12,))
     merged = lora_jax.merge(lora_params)
     reordered = hf.rotary_halves(lora_params, ROTATED, 6)
-    assert_close(lora_jax.merge(reordered), hf.rotary_halves(merged, ROTATED, 6), 1e-6)
+    assert_close(lora_jax.merge(reordered), hf.rotary_halves(merged, ROTATED, 6))
     found = scores(lora_jax.merge(reordered), x, "halves")
-    assert_close(found, scores(merged, x, "pairs"), 1e-5)
+    assert_close(found, scores(merged, x, "pairs"), dtype=jnp.float32)
 
 
 def test_the_halves_are_those_of_the_llama():
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6)).astype(np.float32)
-    found = np.asarray(llama.rotated(jnp.asarray(x), 100.0, jnp.arange(5)[None]))[0]
-    assert_close(found, turned(x[0], "halves").astype(np.float32), 1e-5)
+    rotated = jax.jit(lambda x: llama.rotated(x, 100.0, jnp.arange(5)[None]))
+    assert_close(rotated(x)[0], turned(x[0].astype(np.float64), "halves"))
 
 
 def test_other_axes_are_said():
-    params = {"q": jnp.arange(12.0).reshape(4, 3)}
+    params = {"q": jnp.asarray(np.arange(12, dtype=np.float32).reshape(4, 3))}
     found = hf.rotary_halves(params, "q", 4, layout={"q": "oi"})
     assert found["q"][:, 0].tolist() == [0, 6, 3, 9]
 

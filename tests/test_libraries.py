@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_oracle, randomize_b
+from helpers import assert_oracle, drawn, normal, randomize_b
 
 import lora_jax
 
-X = np.asarray(jax.random.normal(jax.random.key(0), (3, 12, 8)))
+X = np.asarray(normal(0, (3, 12, 8)))
 
 
 def haiku():
@@ -90,7 +90,7 @@ def test_a_model_of_another_library(build, standard_promotion):
     layout = lora_jax.layout_of(fn, params, X)
     lora_params = randomize_b(lora_jax.lorafy(params, 2, targets="all-linear", layout=layout))
     assert len(lora_params.adapter.factors) == linear
-    assert_oracle(fn, lora_params, X, tolerance=3e-5)
+    assert_oracle(fn, lora_params, X, sums={"depth": 64})  # twelve steps of a recurrent cell
     merged = lora_jax.merge(lora_params)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     report = lora_jax.report(fn, lora_params, X)
@@ -98,10 +98,9 @@ def test_a_model_of_another_library(build, standard_promotion):
 
 
 def test_plain_jax_with_parameters_in_nested_tuples():
-    keys = jax.random.split(jax.random.key(1), 3)
     params = (
-        [jax.random.normal(keys[0], (8, 6)), jnp.ones(6)],
-        {"deep": (jax.random.normal(keys[1], (6, 3, 2)), None)},
+        [normal(0, (8, 6)), normal(1, (6,))],
+        {"deep": (normal(2, (6, 3, 2)), None)},
     )
 
     def fn(p, x, *, scale):
@@ -112,4 +111,5 @@ def test_plain_jax_with_parameters_in_nested_tuples():
     with jax.numpy_rank_promotion("allow"):
         layout = lora_jax.layout_of(fn, params, X)
         assert dict(layout) == {"0/0": "io", "1/deep/0": "ioo"}
-        assert_oracle(fn, randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout=layout)), X)
+        options = {"targets": ".*", "layout": layout, "init": drawn}
+        assert_oracle(fn, randomize_b(lora_jax.lorafy(params, 2, **options)), X)

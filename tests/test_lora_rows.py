@@ -1,14 +1,25 @@
 """Every row of a batch by its own adapter, against each row alone by that adapter."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, all_eqns, assert_close, dict_case, randomize_b, scan_case
+from helpers import (
+    CASES,
+    all_eqns,
+    assert_close,
+    dict_case,
+    normal,
+    randomize_b,
+    scan_case,
+    tolerance,
+)
 from jax import lax
+from test_stack import keyed
 
 import lora_jax
 from lora_jax import LoraParams
@@ -20,69 +31,109 @@ def stack_of(case, ranks=(4, 2, 4), **options):
     """Adapters of these ranks, and of scales of their own."""
     made = []
     for seed, rank in enumerate(ranks):
-        key = jax.random.key(seed)
-        one = lora_jax.lorafy(
-            case.params, rank, alpha=3.0 + seed, targets=case.targets, key=key, **options
-        )
+        own = {"alpha": 3.0 + seed, "key": jax.random.key(seed), "init": keyed}
+        one = lora_jax.lorafy(case.params, rank, targets=case.targets, **own, **options)
         made.append(randomize_b(one, seed + 5))
     return made
 
 
+def by_numpy(adapters):
+    """A stack of adapters of the same targets; ``stack`` would compile programs for each shape."""
+
+    def padded(*xs):
+        rows = np.zeros((len(xs), *np.max([np.shape(x) for x in xs], axis=0)), xs[0].dtype)
+        for row, x in enumerate(xs):
+            rows[(row, *map(slice, np.shape(x)))] = x
+        return jax.device_put(rows)
+
+    return LoraParams(adapters[0].base, jax.tree.map(padded, *(p.adapter for p in adapters)))
+
+
+@functools.cache
+def by_rows(fn):
+    """The compiled function, which tests share."""
+    return jax.jit(lora_jax.lora_rows(fn))
+
+
 def rows_like(x, count=5):
-    return jax.random.normal(jax.random.key(9), (count, *x.shape[1:]), x.dtype)
+    return normal(9, (count, *x.shape[1:]), x.dtype)
 
 
 def alone(fn, adapters, x, ids):
-    """Each row by itself, merged: the oracle."""
-    found = []
-    for row, k in zip(x, ids, strict=True):
-        params = adapters[0].base if k < 0 else lora_jax.merge(adapters[k])
-        found.append(jax.jit(fn)(params, row[None]))
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *found)
+    """Each row by itself, merged: the oracle, inside of jit."""
+    weights = [*map(lora_jax.merge, adapters), adapters[0].base]  # the last is that of id -1
+    each = jax.tree.map(lambda *xs: jnp.stack([xs[k] for k in ids]), *weights)
+    found = jax.vmap(lambda p, row: fn(p, row[None]))(each, x)
+    return jax.tree.map(lambda y: y[:, 0], found)
 
 
-@pytest.mark.parametrize("name", ["linen scan+remat", "nnx einsum", "plain dict"])
-@pytest.mark.parametrize("dora", [False, True])
+def both_ways(fn, adapters, x, ids, exact=None):
+    """Rows of a stack, and the oracle, by one program."""
+
+    @jax.jit
+    def both(stacked, adapters, x, which):
+        found = lora_jax.lora_rows(fn)(stacked, x, lora_ids=which)
+        return found, alone(fn, adapters, x, ids)
+
+    return both(by_numpy(adapters), exact or adapters, x, np.array(ids, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "dora"),
+    [
+        ("linen scan+remat", False),
+        pytest.param("linen scan+remat", True, marks=pytest.mark.long),
+        pytest.param("nnx einsum", False, marks=pytest.mark.long),
+        ("nnx einsum", True),
+        ("plain dict", False),
+        ("plain dict", True),
+    ],
+)
 def test_rows_are_those_of_the_single_adapters(name, dora, standard_promotion):
     case = CASES[name]()
     adapters = stack_of(case, (4, 4, 4) if dora else (4, 2, 3), dora=dora)
     x = rows_like(case.x)
-    found = jax.jit(lora_jax.lora_rows(case.fn))(
-        lora_jax.stack(adapters), x, lora_ids=jnp.array(IDS)
-    )
-    assert_close(found, alone(case.fn, adapters, x, IDS), 1e-5)
+    depth = 8 if name == "plain dict" else 26  # three layers of eight sums
+    assert_close(*both_ways(case.fn, adapters, x, IDS), depth=2 * depth if dora else depth)
 
 
 def test_it_agrees_with_lora_and_with_the_base_to_the_last_bits():
     case = dict_case()
     adapters, x = stack_of(case), rows_like(case.x)
-    found = lora_jax.lora_rows(case.fn)(lora_jax.stack(adapters), x, lora_ids=np.array(IDS))
-    each = [
-        lora_jax.lora(case.fn)(adapters[k], x) if k >= 0 else case.fn(case.params, x) for k in IDS
-    ]
-    assert_close(found, jnp.stack([y[n] for n, y in enumerate(each)]), 1e-6)
+    stacked, one = lora_jax.stack(adapters), lora_jax.lora(case.fn)
+
+    @jax.jit
+    def both(stacked, adapters, x):
+        each = [one(adapters[k], x) if k >= 0 else case.fn(stacked.base, x) for k in IDS]
+        found = lora_jax.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS))
+        return found, jnp.stack([y[n] for n, y in enumerate(each)])
+
+    assert_close(*both(stacked, adapters, x))
 
 
 def test_other_ids_and_other_adapters_compile_nothing():
     case = scan_case()
     adapters = stack_of(case)
-    stacked, x = lora_jax.stack(adapters), rows_like(case.x)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
-    apply(stacked, x, lora_ids=jnp.array(IDS))
+    apply, x = by_rows(case.fn), rows_like(case.x)
+    apply(by_numpy(adapters), x, lora_ids=np.array(IDS))
+    ready = apply._cache_size()
     for ids in ([0, 0, 0, 0, 0], [-1] * 5, [1, 2, 1, 2, 0]):
-        stacked = lora_jax.replace_at(stacked, 1, adapters[ids[0]])
-        apply(stacked, x, lora_ids=jnp.array(ids))
-    assert apply._cache_size() == 1
+        others = [adapters[0], adapters[ids[0]], adapters[2]]
+        apply(by_numpy(others), x, lora_ids=np.array(ids))
+    assert apply._cache_size() == ready
 
 
 def test_rows_meet_the_weight_in_one_product_and_nothing_is_copied_from_the_stack():
     """Of 7 adapters, what is made has the size of the rows' own, a layer at a time."""
     case = scan_case()
-    adapters = stack_of(case, (4,) * 7)
     x = rows_like(case.x, 2)
     apply = jax.jit(lora_jax.lora_rows(case.fn))
-    args = lora_jax.stack(adapters), x
-    jaxpr = jax.make_jaxpr(apply)(*args, lora_ids=jnp.array([1, 5]))
+
+    def of_seven(params):
+        return lora_jax.stack([lora_jax.lorafy(params, 4, targets=case.targets)] * 7)
+
+    stacked = jax.eval_shape(of_seven, case.params)  # nothing is computed
+    jaxpr = jax.make_jaxpr(apply)(stacked, x, lora_ids=np.array([1, 5]))
     for eqn in all_eqns(jaxpr):
         for y in (v.aval for v in eqn.outvars):
             assert not (y.ndim > 2 and y.shape[0] == 7), eqn  # of a whole stack
@@ -95,16 +146,20 @@ def test_rows_meet_the_weight_in_one_product_and_nothing_is_copied_from_the_stac
 
 def test_a_row_comes_to_the_same_bits_whatever_the_others_are():
     case = scan_case()
-    adapters = stack_of(case)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
-    x = rows_like(case.x)
-    first = apply(lora_jax.stack(adapters), x, lora_ids=jnp.array(IDS))
-    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), adapters[0].adapter)
+    apply = by_rows(case.fn)
+    stacked, x = by_numpy(stack_of(case)), np.array(rows_like(case.x))
+    first = np.asarray(apply(stacked, x, lora_ids=np.array(IDS)))
+
+    def spoilt(x):
+        x = np.array(x)
+        x[0] = np.nan
+        return x
+
     # nobody checks this stack: not a number stands in its first place, row 1's
-    bad = jax.tree.map(lambda s, a: s.at[0].set(a), lora_jax.stack(adapters).adapter, broken)
-    second = apply(
-        LoraParams(case.params, bad), x.at[3].set(7.0), lora_ids=jnp.array([2, 0, -1, 0, 1])
-    )
+    bad = jax.tree.map(spoilt, stacked.adapter)
+    x[3] = 7.0
+    ids = np.array([2, 0, -1, 0, 1])
+    second = np.asarray(apply(LoraParams(case.params, bad), x, lora_ids=ids))
     for row in (0, 2, 4):
         np.testing.assert_array_equal(first[row], second[row])
     assert np.isnan(second[1]).all()
@@ -114,15 +169,22 @@ def test_gradients_reach_the_adapters_that_rows_have():
     case = dict_case()
     adapters, x = stack_of(case, (4, 4, 4)), rows_like(case.x)
     stacked = lora_jax.stack(adapters)
+    one = lora_jax.lora(case.fn)
 
-    def loss(stacked):
-        return (lora_jax.lora_rows(case.fn)(stacked, x, lora_ids=jnp.array(IDS)) ** 2).sum()
+    @jax.jit
+    def both(stacked, adapters, x):
+        def loss(stacked):
+            return (lora_jax.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS)) ** 2).sum()
 
-    grads = jax.jit(lora_jax.value_and_grad(loss))(stacked)[1]
-    for k, one in enumerate(adapters):
-        rows = x[np.array(IDS) == k]
-        own = lora_jax.value_and_grad(lambda p, r=rows: (lora_jax.lora(case.fn)(p, r) ** 2).sum())
-        assert_close(jax.tree.map(lambda g, k=k: g[k], grads), own(one)[1], 1e-5)
+        own = []
+        for k, adapter in enumerate(adapters):
+            rows = x[np.flatnonzero(np.array(IDS) == k)]
+            own.append(lora_jax.value_and_grad(lambda p, r=rows: (one(p, r) ** 2).sum())(adapter))
+        return lora_jax.value_and_grad(loss)(stacked)[1], [grads for _, grads in own]
+
+    grads, own = jax.tree.map(np.asarray, both(stacked, adapters, x))
+    for k, expected in enumerate(own):
+        assert_close(jax.tree.map(lambda g, k=k: g[k], grads), expected)
 
 
 def test_leaves_trained_whole_are_the_rows_own():
@@ -130,13 +192,13 @@ def test_leaves_trained_whole_are_the_rows_own():
     adapters = stack_of(case, (2, 2), full="b1")
     adapters = [
         dataclasses.replace(
-            one, adapter=dataclasses.replace(one.adapter, full={"b1": jnp.full(40, k + 1.0)})
+            one,
+            adapter=dataclasses.replace(one.adapter, full={"b1": np.full(40, k + 1.0, np.float32)}),
         )
         for k, one in enumerate(adapters)
     ]
     ids, x = (1, -1, 0), rows_like(case.x, 3)
-    found = lora_jax.lora_rows(case.fn)(lora_jax.stack(adapters), x, lora_ids=jnp.array(ids))
-    assert_close(found, alone(case.fn, adapters, x, ids), 1e-5)
+    assert_close(*both_ways(case.fn, adapters, x, ids))
 
 
 def test_axes_of_rows_may_be_anywhere():
@@ -149,29 +211,24 @@ def test_axes_of_rows_may_be_anywhere():
         y = case.fn(p, x.T) + shift[None] + extra
         return {"y": y.T, "cache": cache + y[None]}
 
-    x = rows_like(case.x)
-    cache = jnp.ones((3, len(IDS), 16))
-    extra = jnp.arange(5.0)[:, None]
-    shift = jnp.arange(16.0)
+    x, cache = rows_like(case.x), normal(4, (3, len(IDS), 16))
+    extra, shift = (np.arange(n, dtype=np.float32) for n in (5, 16))
     apply = lora_jax.lora_rows(fn, in_axes=(None, 1, 1, None), out_axes={"y": 1, "cache": 1})
-    found = apply(
-        lora_jax.stack(adapters),
-        x.T,
-        cache,
-        shift,
-        extra=extra,
-        deterministic=True,
-        lora_ids=np.array(IDS),
-    )
-    y = alone(case.fn, adapters, x, IDS) + shift[None] + extra
-    assert_close(found, {"y": y.T, "cache": cache + y[None]}, 1e-5)
+    options = {"extra": extra[:, None], "deterministic": True, "lora_ids": np.array(IDS)}
+
+    @jax.jit
+    def both(stacked, adapters, x, cache):
+        found = apply(stacked, x.T, cache, shift, **options)
+        y = alone(case.fn, adapters, x, IDS) + shift[None] + extra[:, None]
+        return found, {"y": y.T, "cache": cache + y[None]}
+
+    assert_close(*both(lora_jax.stack(adapters), adapters, x, cache))
 
 
 def test_lookups_tied_heads_and_convolutions():
-    keys = jax.random.split(jax.random.key(3), 3)
     params = {
-        "embed": {"embedding": jax.random.normal(keys[0], (11, 8))},
-        "conv": {"kernel": 0.3 * jax.random.normal(keys[1], (3, 8, 8))},
+        "embed": {"embedding": normal(0, (11, 8))},
+        "conv": {"kernel": normal(1, (3, 8, 8), std=0.3)},
     }
 
     def fn(p, ids):
@@ -181,15 +238,14 @@ def test_lookups_tied_heads_and_convolutions():
         )
         return x @ p["embed"]["embedding"].T
 
-    ids = jax.random.randint(keys[2], (4, 5), 0, 11)
+    ids = np.random.default_rng(2).integers(0, 11, (4, 5), np.int32)
     layout = lora_jax.layout_of(fn, params, ids)
+    options = {"targets": ".*", "layout": layout, "init": keyed}
     adapters = [
-        randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout=layout), seed)
+        randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(seed), **options), seed)
         for seed in range(3)
     ]
-    which = (2, -1, 1, 2)
-    found = lora_jax.lora_rows(fn)(lora_jax.stack(adapters), ids, lora_ids=jnp.array(which))
-    assert_close(found, alone(fn, adapters, ids, which), 1e-5)
+    assert_close(*both_ways(fn, adapters, ids, (2, -1, 1, 2)))
 
 
 def test_quantized_bases(standard_promotion):
@@ -197,20 +253,20 @@ def test_quantized_bases(standard_promotion):
     plain = stack_of(case)
     base = lora_jax.quantize(case.params, "int8", targets=".*")
     adapters = [LoraParams(base, one.adapter) for one in plain]
-    x = rows_like(case.x)
-    found = lora_jax.lora_rows(case.fn)(lora_jax.stack(adapters), x, lora_ids=jnp.array(IDS))
-    exact = [LoraParams(lora_jax.dequantize(base), one.adapter) for one in plain]
-    assert_close(found, alone(case.fn, exact, x, IDS), 1e-5)
+    whole = jax.jit(lora_jax.dequantize)(base)
+    exact = [LoraParams(whole, one.adapter) for one in plain]
+    assert_close(*both_ways(case.fn, adapters, rows_like(case.x), IDS, exact))
 
 
 def test_ids_that_are_not_there_are_told_or_not_a_number():
     case = dict_case()
     stacked, x = lora_jax.stack(stack_of(case)), rows_like(case.x, 3)
     apply = lora_jax.lora_rows(case.fn)
+    traced = jax.jit(apply)
     for wrong in (3, -2):
         with pytest.raises(IndexError, match=f"lora_ids has {wrong}, expected -1.* to 2"):
             apply(stacked, x, lora_ids=np.array([0, wrong, -1]))
-        found = jax.jit(apply)(stacked, x, lora_ids=jnp.array([0, wrong, -1]))
+        found = np.asarray(traced(stacked, x, lora_ids=np.array([0, wrong, -1])))
         assert np.isnan(found[1]).all()
         assert np.isfinite(found[np.array([0, 2])]).all()
 
@@ -218,7 +274,7 @@ def test_ids_that_are_not_there_are_told_or_not_a_number():
 def test_of_leaves_trained_whole_those_that_are_not_there_are_not_a_number():
     case = dict_case()
     stacked, x = lora_jax.stack(stack_of(case, (2, 2), full="b1")), rows_like(case.x, 2)
-    found = jax.jit(lora_jax.lora_rows(case.fn))(stacked, x, lora_ids=jnp.array([2, 1]))
+    found = np.asarray(jax.jit(lora_jax.lora_rows(case.fn))(stacked, x, lora_ids=np.array([2, 1])))
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1]).all()
 
@@ -237,7 +293,7 @@ def test_what_cannot_be_rows_is_refused():
     with pytest.raises(ValueError, match=r"expected a stack of adapters.*'w1': none"):
         apply(adapters[0], x, lora_ids=ids)
     mixed = dict(stacked.adapter.factors)
-    mixed["w1"] = jax.tree.map(lambda a: a[:2], mixed["w1"])
+    mixed["w1"] = jax.tree.map(lambda a: np.asarray(a)[:2], mixed["w1"])
     with pytest.raises(ValueError, match=r"one number of them in front. They have .*'w1': 2"):
         apply(LoraParams(case.params, lora_jax.Adapter(mixed)), x, lora_ids=ids)
     with pytest.raises(TypeError, match="adapter is int, expected an Adapter"):
@@ -254,8 +310,9 @@ def test_what_cannot_be_rows_is_refused():
         lora_jax.lora_rows(case.fn, in_axes=(None, 2))(stacked, x, lora_ids=ids)
     with pytest.raises(ValueError, match="in_axes has 3 entries for 2 arguments"):
         lora_jax.lora_rows(case.fn, in_axes=(None, 0, 0))(stacked, x, lora_ids=ids)
+    summed = lora_jax.lora_rows(lambda p, x: case.fn(p, x).sum())
     with pytest.raises(ValueError, match=r"an array of shape \(\), which has no axis 0 of size 1"):
-        lora_jax.lora_rows(lambda p, x: case.fn(p, x).sum())(stacked, x, lora_ids=ids)
+        jax.eval_shape(lambda x: summed(stacked, x, lora_ids=ids), x)
     with pytest.raises(ValueError, match=r"no LoraParams among the arguments. Pass a stack"):
         apply(case.params, x, lora_ids=ids)
     with pytest.raises(ValueError, match=r"the adapter has an entry for .*no such leaf"):
@@ -277,24 +334,25 @@ def test_under_remat_and_inner_jit():
             return x
 
     model = Net()
-    x = jax.random.normal(jax.random.key(1), (3, 8))
-    params = model.init(jax.random.key(0), x)["params"]
+    x = normal(1, (3, 8))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
 
     @jax.jit
     def fn(p, x):
         return model.apply({"params": p}, x)
 
+    options = {"targets": ".*kernel", "init": keyed}
     adapters = [
-        randomize_b(lora_jax.lorafy(params, 2, targets=".*kernel"), seed) for seed in range(2)
+        randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(seed), **options), seed)
+        for seed in range(2)
     ]
-    found = lora_jax.lora_rows(fn)(lora_jax.stack(adapters), x, lora_ids=jnp.array([1, -1, 0]))
-    assert_close(found, alone(fn, adapters, x, (1, -1, 0)), 1e-5)
+    assert_close(*both_ways(fn, adapters, x, (1, -1, 0)))
 
 
 def small(count=3, **options):
     """A dense layer and random adapters of it."""
-    params = {"w": jax.random.normal(jax.random.key(9), (4, 3)), "b": jnp.array([0.1, 0.2, 0.3])}
-    options = {"targets": "w", "layout": {"w": "io"}, **options}
+    params = {"w": normal(9, (4, 3)), "b": normal(8, (3,))}
+    options = {"targets": "w", "layout": {"w": "io"}, "init": keyed, **options}
     made = [
         randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(k), **options), k + 20)
         for k in range(count)
@@ -302,20 +360,21 @@ def small(count=3, **options):
     return lambda p, x: x @ p["w"] + p["b"][None], made
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int32"])
-def test_ids_of_any_integers(dtype):
+def test_ids_of_any_integers():
     fn, made = small()
-    stacked = lora_jax.take(lora_jax.stack(made), np.arange(300) % 3)
+    stacked = by_numpy(made * 100)
     apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
-    expected = apply(stacked, x, lora_ids=np.array([100, 2], np.int32))
-    ids = np.array([100, 2], dtype)
-    assert_close(apply(stacked, x, lora_ids=ids), expected, 1e-6)
+    expected = np.asarray(apply(stacked, x, lora_ids=np.array([100, 2], np.int32)))
     traced = jax.jit(apply)
-    assert_close(traced(stacked, x, lora_ids=ids), expected, 1e-6)
-    few = lora_jax.take(stacked, np.arange(3, dtype=dtype))
-    outside = traced(few, x, lora_ids=np.array([np.iinfo(dtype).max, 2], dtype))
-    assert jnp.isnan(outside[0]).all()
-    assert_close(outside[1], expected[1], 1e-6)
+    for dtype in ("int8", "uint8", "int16", "uint16", "uint32", "int32"):
+        ids = np.array([100, 2], dtype)
+        for way in (apply, traced):
+            found = np.asarray(way(stacked, x, lora_ids=ids))
+            np.testing.assert_allclose(found, expected, rtol=tolerance(length=8), err_msg=dtype)
+        few = lora_jax.take(stacked, np.arange(3, dtype=dtype))
+        outside = np.asarray(traced(few, x, lora_ids=np.array([np.iinfo(dtype).max, 2], dtype)))
+        assert np.isnan(outside[0]).all(), dtype
+        np.testing.assert_allclose(outside[1], expected[1], rtol=tolerance(length=8), err_msg=dtype)
 
 
 @pytest.mark.parametrize(
@@ -332,17 +391,22 @@ def test_ids_of_any_integers(dtype):
 def test_gradients_of_a_row_have_nothing_of_a_broken_adapter_of_others(fn):
     _, made = small(full="b")
     stacked = lora_jax.stack(made)
-    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), stacked.adapter)
-    x, ids = jax.random.normal(jax.random.key(1), (2, 4)), jnp.array([1, -1])
+    x, ids = normal(1, (2, 4)), np.array([1, -1])
+
+    def spoilt(x):
+        x = np.array(x)
+        x[0] = np.nan
+        return x
 
     def loss(adapter, x):
         return lora_jax.lora_rows(fn)(LoraParams(stacked.base, adapter), x, lora_ids=ids).sum()
 
-    found = jax.jit(jax.grad(loss, (0, 1)))(broken, x)
-    expected = jax.grad(loss, (0, 1))(stacked.adapter, x)
-    assert_close(found[1], expected[1], 1e-6)
+    slopes = jax.jit(jax.grad(loss, (0, 1)))
+    adapters = jax.tree.map(spoilt, stacked.adapter), stacked.adapter
+    found, expected = (jax.tree.map(np.asarray, slopes(adapter, x)) for adapter in adapters)
+    assert_close(found[1], expected[1])
     for some, wanted in zip(*map(jax.tree.leaves, (found[0], expected[0])), strict=True):
-        assert_close(some[1:], wanted[1:], 1e-6)
+        assert_close(some[1:], wanted[1:])
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -351,23 +415,24 @@ def test_a_row_that_is_masked_gives_no_gradient_whatever_its_id(dora):
     stacked = lora_jax.stack(made)
 
     @jax.jit
-    def loss(adapter, ids):
+    @jax.grad
+    def slopes(adapter, ids):
         y = lora_jax.lora_rows(fn)(
             LoraParams(stacked.base, adapter), jnp.ones((2, 4)), lora_ids=ids
         )
         return jnp.where(jnp.array([[True], [False]]), y, 0).sum()
 
-    found = jax.grad(loss)(stacked.adapter, jnp.array([0, 3]))
-    assert_close(found, jax.grad(loss)(stacked.adapter, jnp.array([0, -1])), 1e-6)
+    found = slopes(stacked.adapter, np.array([0, 3]))
+    assert_close(found, slopes(stacked.adapter, np.array([0, -1])))
 
 
 def test_rows_of_no_adapter_are_the_base_whatever_precision_others_train_in():
     fn, made = small(full="b")
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), made[0].adapter.full)
-    one = LoraParams(made[0].base, dataclasses.replace(made[0].adapter, full=narrow))
-    x = jax.random.normal(jax.random.key(1), (1, 4))
-    found = lora_jax.lora_rows(fn)(lora_jax.stack([one]), x, lora_ids=[-1])
-    assert jnp.array_equal(found, fn(one.base, x))
+    full = {path: np.asarray(x).astype(jnp.bfloat16) for path, x in made[0].adapter.full.items()}
+    one = LoraParams(made[0].base, dataclasses.replace(made[0].adapter, full=full))
+    x = normal(1, (1, 4))
+    found = by_rows(fn)(by_numpy([one]), x, lora_ids=np.array([-1]))
+    assert_close(found, fn(one.base, x))  # and not to the bfloat16 of others
 
 
 def test_a_stack_may_be_in_the_hosts_memory():
@@ -375,7 +440,7 @@ def test_a_stack_may_be_in_the_hosts_memory():
     stacked = lora_jax.stack(made)
     apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
     there = LoraParams(stacked.base, jax.device_get(stacked.adapter))
-    assert_close(apply(there, x, lora_ids=[2, 0]), apply(stacked, x, lora_ids=[2, 0]), 1e-6)
+    assert_close(apply(there, x, lora_ids=[2, 0]), apply(stacked, x, lora_ids=[2, 0]))
 
 
 def test_axes_may_be_those_of_vmap():
@@ -383,7 +448,7 @@ def test_axes_may_be_those_of_vmap():
     stacked, x = lora_jax.stack(made), jnp.ones((2, 4))
     axes = (LoraParams(base=None, adapter=0), 0)
     found = lora_jax.lora_rows(fn, in_axes=axes)(stacked, x, lora_ids=[1, 0])
-    assert_close(found, lora_jax.lora_rows(fn)(stacked, x, lora_ids=[1, 0]), 1e-6)
+    assert_close(found, lora_jax.lora_rows(fn)(stacked, x, lora_ids=[1, 0]))
     shared = lora_jax.lora_rows(lambda p, x, *, t: t * fn(p, x))
     with pytest.raises(ValueError, match=r"'t'.* pass that by position"):
         shared(stacked, x, lora_ids=[1, 0], t=jnp.float32(1))

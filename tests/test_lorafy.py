@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
-from helpers import CASES, assert_close
+from helpers import assert_close, drawn, scan_case, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ def test_all_linear_leaves_out_embeddings_and_head(params):
 
 
 def test_a_pattern_is_matched_in_full(params):
-    assert paths(lora_jax.lorafy(params, targets=".*")) == [
+    assert paths(lora_jax.lorafy(params, targets=".*", init=drawn)) == [
         "embed/embedding",
         "layer_0/query/kernel",
         "layer_0/up/kernel",
@@ -88,7 +88,7 @@ def test_lists_callables_and_exclude(params):
 
 def test_rank_and_alpha_by_pattern_first_match_first(params):
     rank = {".*query.*": 2, ".*": 4}
-    lora_params = lora_jax.lorafy(params, rank, alpha={".*value.*": 8, ".*": 1.0})
+    lora_params = lora_jax.lorafy(params, rank, alpha={".*value.*": 8, ".*": 1.0}, init=drawn)
     query, value = lora_params.adapter.factors.values()
     assert (query.rank, value.rank) == (2, 4)
     assert (float(query.scale), float(value.scale)) == (0.5, 2.0)
@@ -108,11 +108,12 @@ def test_a_has_variance_one_over_in_and_b_is_zero():
     params = {"query": {"kernel": kernel(2000, 4), "x": kernel(500, 4, 8)}}
     lora_params = lora_jax.lorafy(params, 4, targets=".*", layout={"query/x": "iio"})
     f = lora_params.adapter.factors["query/kernel"]
-    assert abs(float(f.a.var()) * 2000 - 1) < 0.1
-    assert abs(float(f.a.mean())) < 3 / np.sqrt(2000 * f.a.size)
-    assert not f.b.any()
-    f = lora_params.adapter.factors["query/x"]
-    assert abs(float(f.a.var()) * 2000 - 1) < 0.1
+    a = np.asarray(f.a, np.float64)
+    assert abs(a.var() * 2000 - 1) < 0.1
+    assert abs(a.mean()) < 3 / np.sqrt(2000 * a.size)
+    assert not np.any(f.b)
+    a = np.asarray(lora_params.adapter.factors["query/x"].a, np.float64)
+    assert abs(a.var() * 2000 - 1) < 0.1
 
 
 def test_every_path_has_its_own_factors_and_keys_matter(params):
@@ -125,11 +126,11 @@ def test_every_path_has_its_own_factors_and_keys_matter(params):
 
 
 def test_stacked_layers_have_factors_of_their_own():
-    case = CASES["linen scan+remat"]()
+    case = scan_case()
     f = lora_jax.lorafy(case.params, 4, targets="layers/Dense_0/kernel").adapter.factors
     (f,) = f.values()
     assert (f.layout, f.a.shape, f.b.shape) == ("bio", (3, 32, 4), (3, 4, 48))
-    assert not np.array_equal(f.a[0], f.a[1])
+    assert not np.array_equal(*np.asarray(f.a)[:2])
 
 
 def test_eager_and_jitted_init_are_equal_to_the_bit():
@@ -142,6 +143,14 @@ def test_eager_and_jitted_init_are_equal_to_the_bit():
         assert np.asarray(e).tobytes() == np.asarray(j).tobytes()
 
 
+def test_init_is_the_same_in_every_process():
+    """Those of another process and of an earlier version."""
+    factors = lora_jax.lorafy({"query": {"kernel": kernel(48, 8)}}).adapter.factors
+    first = [-0.005037602968513966, 0.197309672832489, -0.29588794708251953, -0.25706419348716736]
+    assert_close(np.asarray(factors["query/kernel"].a)[0, :4], np.array(first))
+
+
+@pytest.mark.long
 def test_init_is_the_same_in_another_process():
     code = (
         "import jax.numpy as jnp, lora_jax;"
@@ -150,7 +159,10 @@ def test_init_is_the_same_in_another_process():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = lora_jax.lorafy({"query": {"kernel": jnp.ones((48, 8))}})
-    assert run.stdout.strip() == str(here.adapter.factors["query/kernel"].a.sum())
+    expected = np.asarray(here.adapter.factors["query/kernel"].a, np.float64)
+    # Of a sum in which much cancels, the error is relative to its terms.
+    gap = abs(float(run.stdout) - expected.sum())
+    assert gap <= tolerance(length=expected.size) * np.abs(expected).sum()
 
 
 def test_the_base_is_the_very_same_arrays(params):
@@ -306,7 +318,9 @@ def test_a_rank_outside_one_to_min_in_out_raises(params, rank):
 
 
 def test_the_largest_rank_is_allowed(params):
-    assert lora_jax.lorafy(params, 16).adapter.factors["layer_0/query/kernel"].rank == 16
+    assert (
+        lora_jax.lorafy(params, 16, init=drawn).adapter.factors["layer_0/query/kernel"].rank == 16
+    )
 
 
 def test_rank_of_a_wrong_type_raises(params):
@@ -434,8 +448,9 @@ def test_numpy_parameters_and_python_leaves_are_kept():
         assert isinstance(p["eps"], float)
         return x @ p["query"]
 
-    x = jnp.ones((1, 4))
-    assert_close(lora_jax.lora(fn)(lora_params, x), fn(params, x))
+    x = np.ones((1, 4), np.float32)
+    actual = jax.jit(lambda x: lora_jax.lora(fn)(lora_params, x))(x)
+    assert_close(actual, jnp.asarray(fn(params, x)))
     assert lora_jax.merge(lora_params)["eps"] == 1e-6
 
 
@@ -445,7 +460,8 @@ def test_a_lookup_table_starts_with_rows_of_variance_one():
         "patch_embedding": {"kernel": jnp.ones((400, 64))},
     }
     factors = lora_jax.lorafy(params, 8, targets=".*").adapter.factors
-    assert float(factors["embed/embedding"].a.std()) == pytest.approx(1, rel=0.1)
-    assert float(factors["patch_embedding/kernel"].a.std()) == pytest.approx(1 / 20, rel=0.1)
-    linear = lora_jax.lorafy(params, 8, targets="all-linear").adapter.factors
+    spread = {path: np.asarray(f.a, np.float64).std() for path, f in factors.items()}
+    assert spread["embed/embedding"] == pytest.approx(1, rel=0.1)
+    assert spread["patch_embedding/kernel"] == pytest.approx(1 / 20, rel=0.1)
+    linear = lora_jax.lorafy(params, 8, targets="all-linear", init=drawn).adapter.factors
     assert list(linear) == ["patch_embedding/kernel"]

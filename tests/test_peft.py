@@ -154,7 +154,7 @@ def test_outputs_and_training_are_those_of_peft(name):
         params, RANK, alpha=ALPHA, targets=list(targets), layout=LAYOUT, **own
     )
     if name.startswith(("PiSSA", "OLoRA")):  # the factors are a function of the weights
-        assert_close(lora_params.base, weights(net), 2e-5)
+        assert_close(lora_params.base, weights(net), depth=64)  # of an SVD or a QR
     else:  # they are random: take theirs, and let no factor be zero
         torch.manual_seed(1)
         for key in targets:
@@ -174,9 +174,9 @@ def test_outputs_and_training_are_those_of_peft(name):
     outputs, trained = train_ours(lora_params)
     assert np.abs(end - start).max() > 0.05
     for actual, wanted in zip(outputs, expected, strict=True):
-        assert_close(actual, wanted, 1e-5)
+        assert_close(actual, wanted, depth=16 * STEPS)
     merged = wrapped.merge_and_unload()
-    assert_close(lora_jax.merge(trained), weights(merged), 2e-5)
+    assert_close(lora_jax.merge(trained), weights(merged), depth=64)
     if own.get("init") in ("pissa", "olora") and "dora" not in own:
         plain = lora_jax.to_plain(trained, lora_params, params)
-        assert_close(lora_jax.lora(fn)(plain, IDS), end, 1e-5)
+        assert_close(lora_jax.lora(fn)(plain, IDS), end, depth=16 * STEPS)

@@ -23,6 +23,10 @@ pytestmark = [
 ]
 
 
+# What sums: the largest axis of both models; twelve sums a layer follow each other, norms included.
+MINILM, SMOLLM2 = ({"length": 1536, "depth": 12 * layers} for layers in (6, 30))
+
+
 def trained(loss, lora_params, tx, batches):
     """The parameters after a step a batch, and the losses."""
     opt_state, losses = tx.init(lora_params), []
@@ -90,7 +94,7 @@ def test_minilm_becomes_a_classifier(tmp_path):
     there = opened(transformers.AutoModelForSequenceClassification, tmp_path / "out")
     with torch.no_grad():
         found = there(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
-    assert_close(found, np.asarray(expected), 1e-4)
+    assert_close(found, np.asarray(expected), **MINILM)
     assert there.config.id2label == {0: "negative", 1: "positive"}
     base = fn(params, ids, mask)
     assert np.abs(found - base).max() > 0.1  # it has learned something that could be lost
@@ -144,5 +148,6 @@ def test_smollm2_speaks_learns_and_comes_out_merged(tmp_path):
     there = opened(transformers.AutoModelForCausalLM, tmp_path / "out")
     with torch.no_grad():
         found = there(torch.tensor(np.asarray(text))).logits.numpy()
-    assert_close(found, np.asarray(lora_jax.lora(apply)(lora_params, text)), 1e-4)
+    expected = np.asarray(lora_jax.lora(apply)(lora_params, text))
+    assert_close(found, expected, **SMOLLM2)
     assert there.config.tie_word_embeddings

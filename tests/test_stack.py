@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -10,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import all_eqns, assert_close, dict_case, loss_of, randomize_b, scan_case
+from helpers import (
+    all_eqns,
+    assert_close,
+    dict_case,
+    normal,
+    randomize_b,
+    scan_case,
+    tolerance,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -43,6 +52,19 @@ def assert_same(actual, expected):
     assert bits(actual) == bits(expected)
 
 
+def keyed(key, target):
+    """Draw ``a ~ N(0, 1/in)`` by NumPy, another one for every key; ``b = 0``."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    a = rng.standard_normal((*target.batch, target.inputs, target.rank)) / math.sqrt(target.fan_in)
+    b = np.zeros((*target.batch, target.rank, target.outputs))
+    return jax.device_put((a.astype(np.float32), b.astype(np.float32)))
+
+
+def lorafied(params, rank=8, seed=0, **options):
+    return lora_jax.lorafy(params, rank, **{"key": jax.random.key(seed), "init": keyed} | options)
+
+
+@functools.cache
 def several(make):
     """Adapters of one base, of different ranks, alphas, targets and leaves trained whole."""
     case = make()
@@ -55,20 +77,51 @@ def several(make):
     ]
     made = []
     for n, o in enumerate(options):
-        lora_params = lora_jax.lorafy(case.params, key=jax.random.key(n), **o)
-        lora_params = randomize_b(lora_params, seed=10 + n)
-        full = {path: x + 0.1 for path, x in lora_params.adapter.full.items()}
+        lora_params = randomize_b(lorafied(case.params, seed=n, **o), seed=10 + n)
+        full = {path: jax.device_put(shifted(x)) for path, x in lora_params.adapter.full.items()}
         adapter = dataclasses.replace(lora_params.adapter, full=full)
         made.append(LoraParams(lora_params.base, adapter))
-    return case, made
+    return case, tuple(made)
+
+
+def in_one_program(adapters, rank=None):
+    """A stack of many shapes, of which each would be compiled; that jit changes nothing, below."""
+    make = jax.jit(lambda base, xs: lora_jax.stack([LoraParams(base, x) for x in xs], rank).adapter)
+    base = adapters[0].base
+    return LoraParams(base, make(base, [p.adapter for p in adapters]))
+
+
+@functools.cache
+def scanned_layers():
+    return in_one_program(several(scan_case)[1], rank=7)
+
+
+def shifted(x):
+    return np.asarray(x) + np.float32(0.1)
 
 
 def inputs(case, n):
-    return jnp.stack([case.x * (1 + 0.1 * k) for k in range(n)])
+    return np.stack([np.asarray(case.x) * np.float32(1 + 0.1 * k) for k in range(n)])
+
+
+def assert_rows(fn, stacked, adapters, x, **sums):
+    """Every row of a stack gives what its adapter gives alone, and what merged weights give."""
+    apply = lora_jax.lora(fn)
+
+    @jax.jit  # one program of all
+    def all_of(stacked, adapters, x):
+        rows = jax.vmap(apply, in_axes=(AXES, None))(stacked, x)
+        alone = [(apply(p, x), fn(lora_jax.merge(p), x)) for p in adapters]
+        return rows, alone
+
+    rows, alone = jax.tree.map(np.asarray, all_of(stacked, list(adapters), x))
+    for n, (single, merged) in enumerate(alone):
+        assert_close(rows[n], single, **sums)
+        assert_close(rows[n], merged, **sums)
 
 
 def unpadded(row, like):
-    """A row of gradients in the shapes of ``like``; all the rest of it is zero."""
+    """A row of gradients, in NumPy, in the shapes of ``like``; all the rest of it is zero."""
     factors = {}
     for path, f in row.factors.items():
         if path not in like.factors:
@@ -89,34 +142,45 @@ def row(tree, n):
 # --- results -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [dict_case, scan_case])
+@pytest.mark.parametrize("make", [dict_case, pytest.param(scan_case, marks=pytest.mark.long)])
 def test_each_row_computes_what_its_adapter_does(make):
     case, adapters = several(make)
-    stacked = lora_jax.stack(adapters)
-    assert stacked.base is case.params
-    x = inputs(case, len(adapters))
+    if make is dict_case:
+        stacked, depth = lora_jax.stack(adapters), 8
+        assert stacked.base is case.params
+    else:
+        stacked, depth = scanned_layers(), 50
     apply = lora_jax.lora(case.fn)
 
-    def loss(lora_params, x):
-        outputs = apply(lora_params, x)
-        return loss_of(lambda _, y: y)(None, outputs), outputs
+    def loss(outputs):
+        return (outputs**2).mean(), outputs  # a mean in which nothing cancels
 
-    both = lora_jax.value_and_grad(loss, has_aux=True)
-    plain = jax.jit(case.fn)
-    (values, outputs), grads = jax.jit(jax.vmap(both, in_axes=(AXES, 0)))(stacked, x)
-    for n, lora_params in enumerate(adapters):
-        (value, expected), grad = jax.jit(both)(lora_params, x[n])
-        assert_close(outputs[n], expected, 1e-6)
-        assert_close(outputs[n], plain(lora_jax.merge(lora_params), x[n]), 1e-5)
-        assert_close(values[n], value, 1e-5)  # a sum in which much cancels
-        assert_close(unpadded(row(grads, n), grad), grad, 5e-6)
+    rows = lora_jax.value_and_grad(lambda p, x: loss(apply(p, x)), has_aux=True)
+    alone = jax.value_and_grad(lambda w, x: loss(case.fn(w, x)), has_aux=True)
+
+    @jax.jit  # one program, in which the weights merged of each adapter are a batch as well
+    def both(stacked, adapters, x):
+        merged, pulls = zip(*(jax.vjp(lora_jax.merge, p) for p in adapters), strict=True)
+        weights = jax.tree.map(lambda *xs: jnp.stack(xs), *merged)
+        expected, slopes = jax.vmap(alone)(weights, x)
+        grads = [
+            pull(jax.tree.map(lambda x, n=n: x[n], slopes))[0].adapter
+            for n, pull in enumerate(pulls)
+        ]
+        return jax.vmap(rows, in_axes=(AXES, 0))(stacked, x), (expected, grads)
+
+    found, expected = both(stacked, list(adapters), inputs(case, len(adapters)))
+    (found, found_grads), (expected, expected_grads) = jax.tree.map(np.asarray, (found, expected))
+    assert_close(found, expected, depth=depth)
+    for n, grad in enumerate(expected_grads):
+        factors = {k: dataclasses.replace(f, scale=None) for k, f in grad.factors.items()}
+        grad = Adapter(factors, grad.full)
+        assert_close(unpadded(row(found_grads, n), grad), grad, depth=depth)
 
 
 def test_one_input_goes_to_all():
     case, adapters = several(dict_case)
-    apply = lora_jax.lora(case.fn)
-    outputs = jax.vmap(apply, in_axes=(AXES, None))(lora_jax.stack(adapters), case.x)
-    assert_close(outputs, jnp.stack([apply(p, case.x) for p in adapters]), 1e-6)
+    assert_rows(case.fn, lora_jax.stack(adapters), adapters, case.x)
 
 
 def test_adapters_alone_stack():
@@ -150,8 +214,8 @@ def test_tracers_and_shapes_stack_as_arrays_do():
 
 def test_the_layout_of_a_stack():
     case, adapters = several(scan_case)
-    stacked = lora_jax.stack(adapters, rank=7)
-    for path, f in stacked.adapter.factors.items():
+    stacked = scanned_layers()
+    for path, f in jax.tree.map(np.asarray, stacked.adapter).factors.items():
         n = f.layout.count("b")
         assert f.a.shape[: 1 + n] == f.b.shape[: 1 + n] == (4, 3)[: 1 + n]
         assert f.a.shape[-1] == f.b.shape[1 + n] == f.rank == 7
@@ -162,41 +226,42 @@ def test_the_layout_of_a_stack():
     for path, x in stacked.adapter.full.items():
         leaf = flatten(case.params)[0][path]
         assert x.shape == (4, *leaf.shape)
+        x = np.asarray(x)
         np.testing.assert_array_equal(x[0], leaf)
-        np.testing.assert_array_equal(x[2], leaf + 0.1)
+        np.testing.assert_array_equal(x[2], shifted(leaf))
 
 
 def test_a_base_of_low_precision_fills_in_masters():
     case = dict_case(jnp.bfloat16)
-    one = lora_jax.lorafy(case.params, 2, targets="w1", full="b1")
-    two = lora_jax.lorafy(case.params, 2, targets="w1")
+    one = lorafied(case.params, 2, targets="w1", full="b1")
+    two = lorafied(case.params, 2, targets="w1")
     assert lora_jax.stack([two, one]).adapter.full["b1"].dtype == jnp.float32
-    narrow = dataclasses.replace(
-        one, adapter=jax.tree.map(lambda x: x.astype(jnp.bfloat16), one.adapter)
-    )
-    other = dataclasses.replace(
-        two, adapter=jax.tree.map(lambda x: x.astype(jnp.bfloat16), two.adapter)
-    )
-    assert lora_jax.stack([narrow, other]).adapter.full["b1"].dtype == jnp.bfloat16
+
+    def narrow(p):
+        cast = lambda x: jax.device_put(np.asarray(x).astype(jnp.bfloat16))  # noqa: E731
+        return LoraParams(p.base, jax.tree.map(cast, p.adapter))
+
+    assert lora_jax.stack([narrow(one), narrow(two)]).adapter.full["b1"].dtype == jnp.bfloat16
+
+
+# Few shapes: for each, stack and unstack compile programs.
+RANKS = st.sampled_from([[1, 3], [3, 1], [3, 3], [1, 1]])
 
 
 @settings(max_examples=10)
-@given(
-    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    more=st.integers(0, 2),
-    seed=st.integers(0, 2**16),
-    fresh=st.booleans(),
-)
-def test_unstack_is_the_inverse(ranks, more, seed, fresh):
+@given(ranks=RANKS, seed=st.integers(0, 2**16), fresh=st.booleans())
+def test_unstack_is_the_inverse(ranks, seed, fresh):
     rng = np.random.default_rng(seed)
-    params = {"q": jnp.ones((4, 5)), "e": jnp.ones((2, 4, 6)), "bias": jnp.ones(5)}
+    params = {"q": np.ones((4, 5)), "e": np.ones((2, 4, 6)), "bias": np.ones(5)}
+    params = {name: jax.device_put(x.astype(np.float32)) for name, x in params.items()}
     adapters = []
     for r in ranks:
         chosen = rng.choice(["q", "e", r"e[0:1]", "bias"], rng.integers(1, 3), replace=False)
         targets = [x for x in chosen if x in "qe"]
-        made = lora_jax.lorafy(
+        made = lorafied(
             params,
             r,
+            seed,
             alpha=float(rng.uniform(1, 9)),
             targets=targets,
             full="bias" if "bias" in chosen or not targets else None,
@@ -205,10 +270,9 @@ def test_unstack_is_the_inverse(ranks, more, seed, fresh):
             else {"e": "bio"}
             if "e" in targets
             else None,
-            key=jax.random.key(seed),
         )
         adapters.append(made if fresh else randomize_b(made, seed))
-    stacked = lora_jax.stack(adapters, rank=max(ranks) + more)
+    stacked = lora_jax.stack(adapters, rank=4)
     filled = {path for p in adapters for path in p.adapter.full}
     for single, back in zip(adapters, lora_jax.unstack(stacked), strict=True):
         assert back.base is params
@@ -231,6 +295,7 @@ def test_unstack_under_jit_does_not_look_at_values():
         jax.jit(lora_jax.unstack)(stacked)
 
 
+@pytest.mark.devices(8)
 def test_a_stack_is_sharded_along_its_adapters_or_its_weights():
     case, adapters = several(dict_case)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("n", "t"))
@@ -238,16 +303,20 @@ def test_a_stack_is_sharded_along_its_adapters_or_its_weights():
     apply = jax.jit(jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None)))
     expected = apply(stacked, case.x)
     spread = jax.device_put(stacked.adapter, NamedSharding(mesh, PartitionSpec("n")))
-    assert_close(apply(LoraParams(stacked.base, spread), case.x), expected, 1e-6)
+    assert_close(apply(LoraParams(stacked.base, spread), case.x), expected)
+    # By value: a row that comes from other devices is a sum of theirs, and -0.0 + 0 is 0.
     rows = lora_jax.unstack(spread)
-    assert_same(rows, lora_jax.unstack(stacked.adapter))
-    again = lora_jax.replace_at(spread, 2, rows[0])
-    assert_close(again, lora_jax.replace_at(stacked.adapter, 2, rows[0]), 0.0)
+    for single, p in zip(rows, adapters, strict=True):
+        assert_close(Adapter(single.factors), Adapter(p.adapter.factors))
+    again = jax.jit(lambda stacked, x: lora_jax.replace_at(stacked, 2, x))(spread, rows[0])
+    for n, expected in enumerate((0, 1, 0, 3)):
+        assert_close(row(again, n), row(stacked.adapter, expected))
 
 
 # --- training ----------------------------------------------------------------------------------
 
-N, STEPS = 8, 10
+N, STEPS = 5, 6
+RATES = np.linspace(1e-3, 2e-2, N)
 
 
 @pytest.fixture
@@ -279,100 +348,101 @@ def with_rates(opt_state, rates):
     return opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": rates})
 
 
-def batches(n):
-    keys = jax.random.split(jax.random.key(n), 2)
-    x = jax.random.normal(keys[0], (STEPS, 6, 24), jnp.float64)
-    return x, jnp.tanh(jax.random.normal(keys[1], (STEPS, 6, 16), jnp.float64))
+def batches():
+    """Inputs and outputs ``[run, step, row, number]``."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((N, STEPS, 6, 24)), np.tanh(rng.standard_normal((N, STEPS, 6, 16)))
 
 
 def sweep():
-    case = dict_case(jnp.float64)
-    every = ["w1", "layers/0/w2"]
+    case, every = dict_case(jnp.float64), ["w1", "layers/0/w2"]
     runs = [
-        lora_jax.lorafy(
-            case.params,
-            1 + n % 5,
-            alpha=2.0 + n,
-            targets=every[: 1 + n % 2],
-            key=jax.random.key(n),
-            dtype=jnp.float64,
-        )
-        for n in range(N)
+        lorafied(case.params, 1 + n, n, alpha=2.0 + n, targets=every[: 1 + n % 2]) for n in range(N)
     ]
-    return case, runs, jnp.linspace(1e-3, 2e-2, N)
+    return case, [wide(p) for p in runs]
 
 
-def alone(case, lora_params, rate, data):
-    """One run: its trained half, and its losses."""
-    tx = transformation()
-    step = jax.jit(step_of(case, tx))
-    trainable, frozen = lora_jax.split(lora_params)
-    opt_state = with_rates(tx.init(trainable), rate)
-    values = []
-    for x, y in zip(*data, strict=True):
-        trainable, opt_state, value = step(trainable, frozen, opt_state, x, y)
-        values.append(value)
-    return trainable, jnp.stack(values)
+def wide(p):
+    """The factors in float64: the initializer draws float32."""
+    draw = lambda name, x: jax.device_put(np.asarray(x, np.float64)) if name in "ab" else x  # noqa: E731
+    return LoraParams(
+        p.base, Adapter({key: f.mapped(draw) for key, f in p.adapter.factors.items()})
+    )
 
 
 @functools.cache
 def separate_runs():
-    case, runs, rates = sweep()
-    return [alone(case, p, rates[n], batches(n)) for n, p in enumerate(runs)]
+    """Of each run its trained half and its losses, in NumPy; one program of all."""
+    case, runs = sweep()
+    tx = transformation()
+    step = step_of(case, tx)
+
+    def alone(lora_params, rate, data):
+        trainable, frozen = lora_jax.split(lora_params)
+
+        def one(carry, batch):
+            trainable, opt_state, value = step(carry[0], frozen, carry[1], *batch)
+            return (trainable, opt_state), value
+
+        start = trainable, with_rates(tx.init(trainable), rate)
+        (trainable, _), values = jax.lax.scan(one, start, data)
+        return trainable, values
+
+    @jax.jit
+    def every(runs, rates, data):
+        row = lambda n: (rates[n], jax.tree.map(lambda x: x[n], data))  # noqa: E731
+        return [alone(p, *row(n)) for n, p in enumerate(runs)]
+
+    return jax.tree.map(np.asarray, every(runs, RATES, batches()))
 
 
-def together(case, runs, rates):
+def together(case, runs):
     tx = transformation()
     step = jax.jit(jax.vmap(step_of(case, tx), in_axes=(0, AXES, 0, 0, 0)))
-    trainable, frozen = lora_jax.split(lora_jax.stack(runs))
-    return step, trainable, frozen, with_rates(jax.vmap(tx.init)(trainable), rates)
+    trainable, frozen = lora_jax.split(in_one_program(runs))
+    opt_state = jax.jit(jax.vmap(tx.init))(trainable)
+    return step, trainable, frozen, with_rates(opt_state, jnp.asarray(RATES))
 
 
 @pytest.mark.usefixtures("standard_promotion", "in_float64")
 def test_a_stack_trains_as_each_adapter_does_alone():
-    case, runs, rates = sweep()
-    step, trainable, frozen, opt_state = together(case, runs, rates)
-    data = [jnp.stack(x) for x in zip(*map(batches, range(N)), strict=True)]
+    case, runs = sweep()
+    step, trainable, frozen, opt_state = together(case, runs)
+    before = jax.tree.map(np.asarray, trainable)
+    x, y = batches()
     values = []
     for k in range(STEPS):
-        trainable, opt_state, value = step(
-            trainable, frozen, opt_state, data[0][:, k], data[1][:, k]
-        )
-        values.append(value)
+        trainable, opt_state, value = step(trainable, frozen, opt_state, x[:, k], y[:, k])
+        values.append(np.asarray(value))
     assert step._cache_size() == 1
-    values = jnp.stack(values, 1)
-    before = lora_jax.split(lora_jax.stack(runs))[0]
+    values = np.stack(values, 1)
     for n, (expected, expected_values) in enumerate(separate_runs()):
-        assert_close(values[n], expected_values, 1e-11)
-        assert_close(unpadded(row(trainable, n), expected), expected, 1e-10)  # padding: zero
+        assert_close(values[n], expected_values)
+        assert_close(unpadded(row(trainable, n), expected), expected)  # padding: zero
         moved = unpadded(row(before, n), expected).factors["w1"].b - expected.factors["w1"].b
         assert np.abs(moved).max() > 1e-3
-    back = lora_jax.unstack(lora_jax.combine(trainable, frozen))
-    for single, p in zip(back, runs, strict=True):
-        ranks = [{path: f.rank for path, f in x.adapter.factors.items()} for x in (single, p)]
-        assert ranks[0] == ranks[1]
 
 
 @pytest.mark.usefixtures("standard_promotion", "in_float64")
 def test_rows_that_are_kept_go_on_as_they_would_have():
-    case, runs, rates = sweep()
-    step, trainable, frozen, opt_state = together(case, runs, rates)
-    rows, value = np.arange(N), jnp.zeros(N)
+    case, runs = sweep()
+    step, trainable, frozen, opt_state = together(case, runs)
+    data, rows, value = batches(), np.arange(N), np.zeros(N)
     for k in range(STEPS):
-        if k in (2, 5):  # successive halving
-            best = jnp.argsort(value)[: len(rows) // 2]
-            dropped = jax.tree.map(lambda x, best=best: x[best], (trainable, opt_state))
+        if k in (2, 4):  # successive halving: of 5 runs 3, then 2
+            best = np.argsort(value)[: (len(rows) + 1) // 2]
+            dropped = row((trainable, opt_state), best)
             trainable, frozen, opt_state = lora_jax.take((trainable, frozen, opt_state), best)
             assert_same((trainable, opt_state), dropped)
-            rows = rows[np.asarray(best)]
-        x, y = (jnp.stack([batches(int(n))[i][k] for n in rows]) for i in (0, 1))
+            rows = rows[best]
+        x, y = (each[rows, k] for each in data)
         trainable, opt_state, value = step(trainable, frozen, opt_state, x, y)
     assert frozen.base is case.params
     assert len(rows) == 2
     for i, n in enumerate(rows):
         expected, values = separate_runs()[n]
-        assert_close(value[i], values[-1], 1e-11)
-        assert_close(unpadded(row(trainable, i), expected), expected, 1e-10)
+        assert_close(np.asarray(value)[i], values[-1])
+        assert_close(unpadded(row(trainable, i), expected), expected)
 
 
 # --- what it costs -----------------------------------------------------------------------------
@@ -382,7 +452,7 @@ def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
     case, adapters = several(dict_case)
     adapters = adapters[:2] + adapters[3:]
     stacked, n, rows = lora_jax.stack(adapters), 3, 7
-    x = jax.random.normal(jax.random.key(0), (n, rows, 24))
+    x = normal(0, (n, rows, 24))
     apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, 0))
     weights = {"w1": (24, 40), "layers/0/w2": (40, 16)}
     eqns = list(all_eqns(jax.make_jaxpr(apply)(stacked, x)))
@@ -396,6 +466,8 @@ def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
         ]
         assert len(dots) == 1
         assert dots[0].outvars[0].aval.size == n * rows * shape[1]
+    if jax.default_backend() != "cpu":
+        return  # others call libraries for products, and count otherwise
     compiled = jax.jit(apply).lower(stacked, x).compile()
     text = compiled.as_text()
     shape_of = dict(re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", text))
@@ -422,9 +494,16 @@ def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
 
 def test_scanned_layers_of_a_stack_have_no_copy_of_the_base():
     case, adapters = several(scan_case)
-    stacked = lora_jax.stack(adapters)
+    stacked = scanned_layers()
     x = inputs(case, 4)
     apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, 0))
+
+    def merged(adapters, x):
+        weights = jax.tree.map(lambda *xs: jnp.stack(xs), *map(lora_jax.merge, adapters))
+        return jax.vmap(case.fn)(weights, x)
+
+    both = jax.jit(lambda stacked, adapters, x: (apply(stacked, x), merged(adapters, x)))
+    assert_close(*both(stacked, list(adapters), x), depth=26)  # three layers of eight sums, and two
     shapes = {
         v.aval.shape
         for e in all_eqns(jax.make_jaxpr(apply)(stacked, x))
@@ -445,7 +524,7 @@ def test_a_row_is_replaced_without_compiling_anything():
     case, adapters = several(dict_case)
     adapters = [*adapters[:2], adapters[3]]
     stacked = lora_jax.stack(adapters, rank=6)
-    new = case.lorafy(4, alpha=5.0, key=jax.random.key(99))
+    new = case.lorafy(4, alpha=5.0, key=jax.random.key(99), init=keyed)
     traces = []
 
     @jax.jit
@@ -453,17 +532,17 @@ def test_a_row_is_replaced_without_compiling_anything():
         traces.append(1)
         return jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(p, x)
 
-    before = run(stacked, case.x)
-    expected = lora_jax.lora(case.fn)(new, case.x)
-    put = jax.jit(lora_jax.replace_at)
+    before = np.asarray(run(stacked, case.x))
+    expected = jax.jit(lora_jax.lora(case.fn))(new, case.x)
+    put = jax.jit(lambda *args: lora_jax.replace_at(*args))  # its cache is this test's own
     for i in range(3):
         adapter = put(stacked.adapter, jnp.int32(i), new.adapter)
         assert_same(adapter, lora_jax.replace_at(stacked, i, new).adapter)
         assert_same(adapter, lora_jax.replace_at(stacked, np.int64(i), new.adapter).adapter)
-        after = run(LoraParams(case.params, adapter), case.x)
-        assert_close(after[i], expected, 1e-6)
+        after = np.asarray(run(LoraParams(case.params, adapter), case.x))
+        assert_close(after[i], expected)
         others = [n for n in range(3) if n != i]
-        assert bits([after[n] for n in others]) == bits([before[n] for n in others])
+        assert bits(after[others]) == bits(before[others])
         swapped = [new if n == i else p for n, p in enumerate(adapters)]
         assert_same(adapter, lora_jax.stack(swapped, rank=6).adapter)
     assert put._cache_size() == 1
@@ -481,14 +560,12 @@ def test_what_a_new_row_lacks_is_filled_in():
             assert_same(row(again, n), row(stacked.adapter, n))
 
 
-@pytest.mark.parametrize("i", [3, -1, 255, 2**31 - 1, -(2**31)])
-def test_a_traced_row_out_of_range_writes_nothing(i):
+def test_a_traced_row_out_of_range_writes_nothing():
     _, adapters = several(dict_case)
     stacked = lora_jax.stack([p.adapter for p in (*adapters[:2], adapters[3])])
     put = jax.jit(lora_jax.replace_at)
-    assert_same(put(stacked, jnp.int32(i), adapters[0].adapter), stacked)
-    if i == 255:
-        assert_same(put(stacked, jnp.uint8(i), adapters[0].adapter), stacked)
+    for i in (*map(np.int32, (3, -1, 255, 2**31 - 1, -(2**31))), np.uint8(255)):
+        assert bits(put(stacked, i, adapters[0].adapter)) == bits(stacked), repr(i)
 
 
 def test_taking_rows():
@@ -507,38 +584,40 @@ def test_taking_rows():
 # --- values that are not finite ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-@pytest.mark.parametrize("field", ["a", "b", "scale"])
-def test_an_adapter_that_is_not_finite(field, bad):
+def test_an_adapter_that_is_not_finite():
     case, adapters = several(dict_case)
-    broken = spoilt(adapters[1], "w1", field, bad)
-    message = rf"adapters\[1\] has NaNs or infinities in {field} of 'w1'.*0 \* NaN"
-    with pytest.raises(ValueError, match=message):
-        lora_jax.stack([adapters[0], broken])
     stacked = lora_jax.stack([adapters[0], adapters[1], adapters[3]])
-    with pytest.raises(ValueError, match=rf"adapter has NaNs or infinities in {field} of 'w1'"):
-        lora_jax.replace_at(stacked, 1, broken)
     traced = jax.jit(lambda base, xs: lora_jax.stack([LoraParams(base, x) for x in xs]).adapter)
-    made = traced(case.params, [adapters[0].adapter, broken.adapter, adapters[3].adapter])
-    put = jax.jit(lora_jax.replace_at)(stacked.adapter, jnp.int32(1), broken.adapter)
-    apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))
-    good = apply(stacked, case.x)
-    for adapter in (made, put):
-        for f in adapter.factors.values():
-            assert np.isnan(f.scale[1])
-            assert not np.any(f.a[1])
-            assert not np.any(f.b[1])
-            assert np.isfinite(np.concatenate([f.a.ravel(), f.b.ravel()])).all()
-        outputs = apply(LoraParams(case.params, adapter), case.x)
-        assert np.isnan(outputs[1]).all()
-        assert bits(outputs[::2]) == bits(good[::2])
-        assert len(lora_jax.unstack(adapter)[1].factors) == 2  # it is not taken for padding
+    put = jax.jit(lora_jax.replace_at)
+    apply = jax.jit(jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None)))
+    good = np.asarray(apply(stacked, case.x))
+    for field, bad in itertools.product(("a", "b", "scale"), (np.nan, np.inf, -np.inf)):
+        broken, at = spoilt(adapters[1], "w1", field, bad), (field, bad)
+        message = rf"adapters\[1\] has NaNs or infinities in {field} of 'w1'.*0 \* NaN"
+        with pytest.raises(ValueError, match=message):
+            lora_jax.stack([adapters[0], broken])
+        with pytest.raises(ValueError, match=rf"adapter has NaNs or infinities in {field} of 'w1'"):
+            lora_jax.replace_at(stacked, 1, broken)
+        singles = [adapters[0].adapter, broken.adapter, adapters[3].adapter]
+        made = traced(case.params, singles)
+        for adapter in (made, put(stacked.adapter, jnp.int32(1), broken.adapter)):
+            for f in jax.tree.map(np.asarray, adapter).factors.values():
+                assert np.isnan(f.scale[1]), at
+                assert not np.any(f.a[1]), at
+                assert not np.any(f.b[1]), at
+                assert np.isfinite(np.concatenate([f.a.ravel(), f.b.ravel()])).all(), at
+            outputs = np.asarray(apply(LoraParams(case.params, adapter), case.x))
+            assert np.isnan(outputs[1]).all(), at
+            assert bits(outputs[::2]) == bits(good[::2]), at
+            # it is not taken for padding
+            assert len(lora_jax.unstack(adapter)[1].factors) == 2, at
 
 
 def spoilt(lora_params, path, field, value):
     f = lora_params.adapter.factors[path]
-    x = jnp.asarray(getattr(f, field))
-    f = dataclasses.replace(f, **{field: x.at[(0,) * x.ndim].set(value)})
+    x = np.array(getattr(f, field))
+    x[(0,) * x.ndim] = value
+    f = dataclasses.replace(f, **{field: jax.device_put(x)})
     adapter = dataclasses.replace(
         lora_params.adapter, factors=lora_params.adapter.factors | {path: f}
     )
@@ -557,7 +636,7 @@ def test_a_leaf_trained_whole_that_is_not_finite():
 
 
 def dora(params, **options):
-    lora_params = randomize_b(lora_jax.lorafy(params, dora=True, **options))
+    lora_params = randomize_b(lorafied(params, dora=True, **options))
     factors = {
         path: dataclasses.replace(f, magnitude=f.magnitude * 1.1)
         for path, f in lora_params.adapter.factors.items()
@@ -579,51 +658,46 @@ def test_dora_beside_adapters_without_its_targets(keep_norms):
         one, two = without(one), without(two)
     stacked = lora_jax.stack([one, two])
     f = stacked.adapter.factors["layers/0/w2"]
-    norms = jnp.linalg.norm(case.params["layers"][0]["w2"], axis=0)
-    np.testing.assert_allclose(f.magnitude[1], norms, rtol=1e-6)
+    norms = np.linalg.norm(np.asarray(case.params["layers"][0]["w2"], np.float64), axis=0)
+    np.testing.assert_allclose(np.asarray(f.magnitude)[1], norms, rtol=tolerance(length=40))
     assert (f.norm is not None) == keep_norms
-    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(stacked, case.x)
-    for n, p in enumerate((one, two)):
-        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 1e-6)
-        assert_close(outputs[n], case.fn(lora_jax.merge(p), case.x), 1e-5)
+    assert_rows(case.fn, stacked, (one, two), case.x)
     back = lora_jax.unstack(stacked)
     assert_same(back[0].adapter, one.adapter)
     assert ("layers/0/w2" in back[1].adapter.factors) != keep_norms
     again = lora_jax.replace_at(stacked, 0, two)
-    assert_close(row(again.adapter, 0), row(stacked.adapter, 1), 0.0)
+    assert_same(row(again.adapter, 0), row(stacked.adapter, 1))
     with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'layers/0/w2'.*DoRA"):
         lora_jax.stack([one.adapter, two.adapter])
     if keep_norms:
         mixed = lora_jax.stack([without(one), one])  # where one has them, all do
-        assert_close(mixed.adapter, lora_jax.stack([one, one]).adapter, 1e-6)
+        assert_close(mixed.adapter, lora_jax.stack([one, one]).adapter)
         pair = lora_jax.stack([one.adapter, one.adapter])
         assert_same(pair, lora_jax.stack([one, one]).adapter)
         mixed = lora_jax.stack([without(one).adapter, one.adapter])
         assert mixed.factors["w1"].norm is None  # it is found at every call
         with pytest.raises(ValueError, match=r"adapter has no norms .* at '.*', as the stack has"):
             lora_jax.replace_at(pair, 0, without(one).adapter)
-        trained = dataclasses.replace(f, magnitude=f.magnitude.at[1, 0].mul(2))
+        magnitude = np.array(f.magnitude)
+        magnitude[1, 0] *= 2
+        trained = dataclasses.replace(f, magnitude=jax.device_put(magnitude))
         trained = Adapter(stacked.adapter.factors | {"layers/0/w2": trained})
         assert "layers/0/w2" in lora_jax.unstack(trained)[1].factors
 
 
 def test_parts_and_rows_of_weights():
-    params = {"c": jax.random.normal(jax.random.key(0), (6, 9)), "embedding": jnp.ones((8, 6))}
+    params = {"c": normal(0, (6, 9)), "embedding": jnp.ones((8, 6))}
 
     def fn(p, x):
         return p["embedding"][x] @ p["c"]
 
-    one = lora_jax.lorafy(params, 3, targets="c[:, 0:3]", rows={"embedding": [1, 2, 5]})
-    two = lora_jax.lorafy(params, 1, targets=["c[:, 0:3]", "c[:, 6:9]"])
+    one = lorafied(params, 3, targets="c[:, 0:3]", rows={"embedding": [1, 2, 5]})
+    two = lorafied(params, 1, targets=["c[:, 0:3]", "c[:, 6:9]"])
     adapters = [randomize_b(p, n) for n, p in enumerate((one, two))]
     stacked = lora_jax.stack(adapters, rank=4)
     ranks = {path: f.rank for path, f in stacked.adapter.factors.items()}
     assert ranks == {"c[:, 0:3]": 4, "c[:, 6:9]": 4, "embedding[[1, 2, 5]]": 3}
-    x = jnp.arange(8)
-    outputs = jax.vmap(lora_jax.lora(fn), in_axes=(AXES, None))(stacked, x)
-    for n, p in enumerate(adapters):
-        assert_close(outputs[n], lora_jax.lora(fn)(p, x), 1e-6)
-        assert_close(outputs[n], fn(lora_jax.merge(p), x), 1e-5)
+    assert_rows(fn, stacked, adapters, jnp.arange(8))
     assert_same([p.adapter for p in lora_jax.unstack(stacked)], [p.adapter for p in adapters])
     assert_same(lora_jax.stack([p.adapter for p in adapters], rank=4), stacked.adapter)
 
@@ -632,12 +706,9 @@ def test_residual_adapters_of_one_base():
     case = dict_case()
     start = lora_jax.lorafy(case.params, 3, targets="w1", init="pissa")
     other = LoraParams(start.base, jax.tree.map(lambda x: x * 1.1, start.adapter))
-    plain = lora_jax.lorafy(start.base, 2, targets="layers/0/w2")
-    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(
-        lora_jax.stack([start, other, plain]), case.x
-    )
-    for n, p in enumerate((start, other, plain)):
-        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 1e-6)
+    plain = randomize_b(lorafied(start.base, 2, targets="layers/0/w2"))
+    adapters = (start, other, plain)
+    assert_rows(case.fn, lora_jax.stack(adapters), adapters, case.x)
     with pytest.raises(ValueError, match=r"'w1' is not one array\. One is residual.*to_plain"):
         lora_jax.stack([start, lora_jax.lorafy(case.params, 3, targets="w1")])
     with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'w1'.*residual"):
@@ -651,14 +722,20 @@ def test_residual_adapters_of_one_base():
 def test_a_quantized_base_is_one_base():
     case = dict_case()
     base = lora_jax.quantize(case.params, "int8", targets="w1")
-    one, two = lora_jax.lorafy(base, 2, targets="w1"), dora(base, rank=3, targets="w1")
+    one, two = lorafied(base, 2, targets="w1"), dora(base, rank=3, targets="w1")
     again = LoraParams(jax.tree.map(lambda x: x, base), one.adapter)  # other boxes, same arrays
     assert lora_jax.stack([one, again]).adapter.factors["w1"].a.shape == (2, 24, 2)
     three = dora(base, rank=1, targets="layers/0/w2")
     stacked = lora_jax.stack([two, three])
-    outputs = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None))(stacked, case.x)
-    for n, p in enumerate((two, three)):
-        assert_close(outputs[n], lora_jax.lora(case.fn)(p, case.x), 2e-6)
+    apply = lora_jax.lora(case.fn)
+    outputs, alone = jax.jit(
+        lambda stacked, adapters, x: (
+            jax.vmap(apply, in_axes=(AXES, None))(stacked, x),
+            [apply(p, x) for p in adapters],
+        )
+    )(stacked, [two, three], case.x)
+    for found, expected in zip(np.asarray(outputs), alone, strict=True):
+        assert_close(found, expected)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -707,7 +784,7 @@ def changed(lora_params, path, **fields):
 
 def test_what_differs_is_named():
     params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 6))}
-    one = lora_jax.lorafy(params, 2, targets="w")
+    one = lorafied(params, 2, targets="w")
 
     def refused(message, *adapters):
         with pytest.raises(ValueError, match=message):
@@ -728,21 +805,21 @@ def test_what_differs_is_named():
         r"the weight's shape is \(6, 4\) here and \(4, 4\) there.*different models",
         changed(one, "w", a=jnp.ones((6, 2))),
     )
-    double = lora_jax.lorafy(params, 2, targets="w", dora=True).adapter
+    double = lorafied(params, 2, targets="w", dora=True).adapter
     refused(r"whether there is a magnitude is True here and False there", double)
     refused(r"do not fit its weight of shape \(\)", changed(one, "w", a=jnp.ones((3, 4, 2))))
-    part = lora_jax.lorafy(params, 2, targets="w[0:2]")
+    part = lorafied(params, 2, targets="w[0:2]")
     refused(
         r"adapters\[0\] trains 'w' and adapters\[1\] 'w\[0:2, :\]' and these overlap", part.adapter
     )
-    whole = lora_jax.lorafy(params, 2, targets="v", full="w")
+    whole = lorafied(params, 2, targets="v", full="w")
     refused(
         r"adapters\[0\] trains 'w' and adapters\[1\] 'w', whole, and these overlap", whole.adapter
     )
     with pytest.raises(ValueError, match=r"trains 'w' and adapters\[1\] 'w\[0:2, :\]'.*overlap"):
         lora_jax.stack([one, part])
     tables = {"embedding": jnp.ones((8, 4))}
-    ids = [lora_jax.lorafy(tables, targets=[], rows={"embedding": x}) for x in ([1], [2])]
+    ids = [lorafied(tables, targets=[], rows={"embedding": x}) for x in ([1], [2])]
     for xs in (ids, [p.adapter for p in ids]):
         with pytest.raises(ValueError, match=r"\[\[1\]\]' and adapters\[1\] 'embedding\[\[2\]\]'"):
             lora_jax.stack(xs)
@@ -895,16 +972,18 @@ def test_a_stack_is_not_merged():
 
 
 def test_rows_may_be_few_and_indices_narrow_but_not_none():
-    stacked = lora_jax.stack(several(dict_case)[1])
+    adapter = lora_jax.stack(several(dict_case)[1]).adapter
+    stacked = Adapter({"w1": adapter.factors["w1"]})
     many = lora_jax.take(stacked, np.zeros(200, int))
-    assert_close(lora_jax.take(many, np.array([5], np.int8)), lora_jax.take(stacked, [0]), 0)
+    assert_same(lora_jax.take(many, np.array([5], np.int8)), lora_jax.take(stacked, [0]))
     with pytest.raises(ValueError, match="take: indices are empty, and a stack has at least one"):
         lora_jax.take(stacked, np.zeros(0, int))
 
 
-@pytest.mark.parametrize("scale", [2, np.int32(2), jnp.int32(2)])
-def test_a_scale_that_is_an_integer_becomes_a_float(scale):
-    made = [
-        Adapter({"w": Factors(jnp.ones((6, 2)), jnp.ones((2, 8)), s, "io")}) for s in (scale, 0.5)
-    ]
-    assert lora_jax.stack(made).factors["w"].scale.tolist() == [2.0, 0.5]
+def test_a_scale_that_is_an_integer_becomes_a_float():
+    for scale in (2, np.int32(2), jnp.int32(2)):
+        made = [
+            Adapter({"w": Factors(jnp.ones((6, 2)), jnp.ones((2, 8)), s, "io")})
+            for s in (scale, 0.5)
+        ]
+        assert lora_jax.stack(made).factors["w"].scale.tolist() == [2.0, 0.5], repr(scale)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -103,17 +103,16 @@ def test_a_missing_libtpu_is_named():
 
 
 def test_an_error_of_the_compiler_is_not_taken_for_a_size():
-    code = "import tpu_programs; print(tpu_programs.sizes_of({!r}))"
-    for error in (
+    errors = [
         "required for HLO temporaries (19.24G) exceeds available HBM (15.75G)",
         "Ran out of memory in memory space hbm. Used 19.24G of 15.75G hbm.",
-    ):
-        assert json.loads(python("-c", code.format(error)).stdout) == [
-            19.24 * 2**30,
-            15.75 * 2**30,
-        ]
-    said = python("-c", code.format("disk full")).stderr
-    assert "ValueError: the compiler's error does not say what would be needed: disk full" in said
+        "disk full",
+    ]
+    code = f"import tpu_programs\nfor error in {errors!r}: print(tpu_programs.sizes_of(error))"
+    done = python("-c", code)
+    assert [*map(json.loads, done.stdout.splitlines())] == [[19.24 * 2**30, 15.75 * 2**30]] * 2
+    message = "ValueError: the compiler's error does not say what would be needed: disk full"
+    assert message in done.stderr
 
 
 def test_a_case_that_fails_is_named():
@@ -133,6 +132,7 @@ def test_what_does_not_fit_has_a_line_in_the_table():
     assert line.count("|") == tpu_aot.markdown([row]).splitlines()[-2].count("|")
 
 
+@pytest.mark.devices(8)
 def test_collectives_and_products_count_as_often_as_their_loops_run():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -145,7 +145,8 @@ def test_collectives_and_products_count_as_often_as_their_loops_run():
 
         return lax.psum(lax.scan(body, x, w)[0], "x")
 
-    compiled = jax.jit(fn).lower(jnp.ones((6, 16, 16)), jnp.ones((32, 16))).compile()
+    x = np.ones((32, 16), np.float32)
+    compiled = jax.jit(fn).lower(np.ones((6, 16, 16), np.float32), x).compile()
     found = hlo.collectives(compiled.as_text())
     assert {x.kind for x in found} == {"all-reduce"}
     assert sum(x.times * x.bytes for x in found) == (6 + 1) * 4 * 16 * 4
@@ -193,7 +194,7 @@ def test_a_loop_that_counts_by_two_runs_half_as_often():
 def test_a_loop_without_a_count_is_not_guessed():
     fn = jax.jit(lambda x: lax.while_loop(lambda x: (x @ x).sum() < 10, lambda x: x @ x, x))
     with pytest.raises(ValueError, match=r"trip count of the loop 'while.* cannot be read"):
-        hlo.matmul_flops(fn.lower(jnp.ones((4, 4))).compile().as_text())
+        hlo.matmul_flops(fn.lower(np.ones((4, 4), np.float32)).compile().as_text())
     with pytest.raises(ValueError, match="has no ENTRY"):
         hlo.collectives("HloModule nothing")
 

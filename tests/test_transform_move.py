@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_oracle, products_of_shape, randomize_b
+from helpers import (
+    assert_close,
+    assert_oracle,
+    drawn,
+    normal,
+    products_of_shape,
+    randomize_b,
+    tolerance,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,32 +44,30 @@ MOVES = {
 }
 
 
-def adapted(shape, layout, rank=2):
-    w = jax.random.normal(jax.random.key(0), shape)
-    return randomize_b(
-        lora_jax.lorafy(
-            {"w": w}, min(rank, 1) if 1 in shape else rank, targets="w", layout={"w": layout}
-        )
-    )
+def adapted(shape, layout, rank=None):
+    rank = rank or (1 if 1 in shape else 2)
+    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
+    return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, rank, **options))
 
 
 @pytest.mark.parametrize("name", [n for n in MOVES if n != "broadcast"])
 def test_a_moved_weight_keeps_its_update(name):
     shape, layout, move = MOVES[name]
     lora_params = adapted(shape, layout)
-    x = jax.random.normal(jax.random.key(1), (5, 6))
+    x = normal(1, (5, 6))
 
     def fn(p, x):
         return x @ move(p["w"])
 
-    assert_oracle(fn, lora_params, x, tolerance=2e-3 if "cast" in name else None)
+    # A cast down rounds W and W + BA to float16, each in its own way.
+    assert_oracle(fn, lora_params, x, sums={"dtype": jnp.float16} if "cast" in name else None)
     step = lora_jax.value_and_grad(lambda p, x: (lora_jax.lora(fn)(p, x) ** 2).sum())
     assert not products_of_shape(step, shape, lora_params, x)
 
 
 def test_a_broadcast_weight_has_one_update_for_every_copy():
     lora_params = adapted((6, 8), "io")
-    x = jax.random.normal(jax.random.key(1), (3, 5, 6))
+    x = normal(1, (3, 5, 6))
 
     def fn(p, x):
         w = jnp.broadcast_to(p["w"][None], (3, 6, 8))
@@ -76,11 +82,12 @@ def test_stop_gradient_on_a_weight_stops_its_update_too():
     lora_params = adapted((6, 8), "io")
     fn = lambda p, x: x @ jax.lax.stop_gradient(p["w"])  # noqa: E731
     loss = lambda p: lora_jax.lora(fn)(p, jnp.ones((1, 6))).sum()  # noqa: E731
-    value, grads = lora_jax.value_and_grad(loss)(lora_params)
+    value, grads = jax.jit(lora_jax.value_and_grad(loss))(lora_params)
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
-    np.testing.assert_allclose(
-        value, fn(lora_jax.merge(lora_params), jnp.ones((1, 6))).sum(), rtol=1e-5
-    )
+    expected = np.asarray(lora_jax.merge(lora_params)["w"], np.float64)
+    # Of a sum in which much cancels, the error is relative to its terms.
+    gap = abs(float(value) - expected.sum())
+    assert gap <= tolerance(length=expected.size) * np.abs(expected).sum()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,7 @@ def test_a_move_without_a_rule_raises_and_names_everything(move, primitive):
         return (x @ move(p["w"]).reshape(6, 8)).sum()
 
     with pytest.raises(NotImplementedError) as info:
-        lora_jax.lora(fn)(lora_params, x)
+        jax.eval_shape(lora_jax.lora(fn), lora_params, x)
     message = str(info.value)
     assert f"reaches '{primitive}'" in message
     assert "'w' float32[" in message
@@ -107,7 +114,7 @@ def test_a_move_without_a_rule_raises_and_names_everything(move, primitive):
     assert "exclude='w'" in message
     assert "on_materialize='allow'" in message
     with pytest.warns(UserWarning, match=f"reaches '{primitive}'"):
-        lora_jax.lora(fn, on_materialize="warn")(lora_params, x)
+        jax.eval_shape(lora_jax.lora(fn, on_materialize="warn"), lora_params, x)
     assert_oracle(fn, lora_params, x, on_materialize="allow")
 
 
@@ -133,16 +140,14 @@ def test_reshapes_within_roles_are_exact(data):
     layout = "".join(role * len(sizes) for role, sizes in pieces)
     shape = [size for _, sizes in pieces for size in sizes]
     merged = [int(np.prod(sizes)) for _, sizes in pieces]
-    w = jax.random.normal(jax.random.key(0), shape)
-    lora_params = randomize_b(lora_jax.lorafy({"w": w}, 2, targets="w", layout={"w": layout}))
+    lora_params = adapted(shape, layout, rank=2)
     letters = "abcdefgh"[: len(merged)]
     summed = [c for c, (role, _) in zip(letters, pieces, strict=True) if role == "i"]
-    x = jax.random.normal(jax.random.key(1), [merged[letters.index(c)] for c in summed])
+    x = normal(1, [merged[letters.index(c)] for c in summed])
     out = "".join(c for c in letters if c not in summed)
 
     def fn(p, x):
         return jnp.einsum(f"{''.join(summed)},{letters}->{out}", x, p["w"].reshape(merged))
 
-    actual = lora_jax.lora(fn)(lora_params, x)
-    expected = fn(lora_jax.merge(lora_params), x)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    both = jax.jit(lambda p, x: (lora_jax.lora(fn)(p, x), fn(lora_jax.merge(p), x)))
+    assert_close(*both(lora_params, x))

@@ -69,7 +69,7 @@ def test_train_and_merge(name, standard_promotion):
 
     plain = jax.jit(fn)
     expected = plain(lora_jax.merge(lora_jax.combine(now, frozen)), *args)
-    assert_close(outputs, expected, 1e-5)
+    assert_close(outputs, expected, depth=64)  # the deepest model passes through about that many
     assert error(plain(frozen.base, *args), expected) > 1e-3
 
 

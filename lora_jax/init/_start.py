@@ -1,5 +1,6 @@
 """From an initializer's matrices to the factors of a weight."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,21 +86,23 @@ def check_started(init: Initializer, path: str, f: Factors) -> None:
     """
     if not (is_concrete(f.a) and is_concrete(f.b)):
         return
-    if not f.b.any() and not f.a.any():
+    a, b = (_on_host(x) for x in (f.a, f.b))
+    if not b.any() and not a.any():
         raise ValueError(
             f"init={_name(init)}: both factors of {path!r} are zero, so that neither would ever "
             "have a gradient: let one of them be random"
         )
-    if f.residual and not (jnp.isfinite(f.a).all() and jnp.isfinite(f.b).all()):
+    if f.residual and not all((abs(x) < math.inf).all() for x in (a, b)):
         raise ValueError(
             f"init={_name(init)}: the factors of {path!r} are not finite. Has the weight NaNs or "
             "infinities?"
         )
     if f.magnitude is not None:
-        bad = ~(jnp.isfinite(f.magnitude) & (f.magnitude > 0))
+        magnitude = _on_host(f.magnitude)
+        bad = ~((magnitude > 0) & (magnitude < math.inf))
         if count := int(bad.sum()):
             first = ""
-            if bad.is_fully_addressable:
+            if f.magnitude.is_fully_addressable:
                 first = (
                     f", the first at {np.argwhere(np.asarray(bad))[0].tolist()} of [*batch, *out]"
                 )
@@ -107,6 +110,12 @@ def check_started(init: Initializer, path: str, f: Factors) -> None:
                 f"dora=True: of {path!r}, {count} columns are zero or not finite{first}: they have "
                 f"no direction. Leave the weight out, exclude={path!r}"
             )
+
+
+def _on_host(x: jax.Array) -> Any:
+    """View an array of CPUs by NumPy, which compiles nothing; return others as they are."""
+    there = x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
+    return np.asarray(x) if there else x
 
 
 def _name(init: Initializer) -> str:
