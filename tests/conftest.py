@@ -1,6 +1,7 @@
 """Eight virtual devices, a fast compiler and strict promotion, set before JAX is imported."""
 
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of these tests is LLVM's; what XLA makes of a program, memory and cost are the
@@ -21,6 +22,7 @@ import pytest
 from compile_report import CompileReport
 from skips import Skips
 
+OPTIONAL = "gguf", "matplotlib", "qwix", "shtab", "tokenizers"  # packages of our extras
 collect_ignore = ["golden", "planted"]  # scripts, no tests
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -50,6 +52,17 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers("devices"):
         if (count := jax.device_count()) < mark.args[0]:
             pytest.skip(f"needs {mark.args[0]} devices; {jax.default_backend()} has {count}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skip a file that imports a package which is not installed, if an extra would install it."""
+    report = yield
+    missing = re.search(r"No module named '(\w+)'", str(report.longrepr))
+    if report.failed and missing and missing[1] in OPTIONAL:
+        report.outcome = "skipped"
+        report.longrepr = str(collector.path), 0, f"Skipped: {missing[1]} is not installed"
+    return report
 
 
 @pytest.hookimpl(wrapper=True)

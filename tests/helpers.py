@@ -43,7 +43,7 @@ def randomize_b(lora_params, seed=1, std=0.1):
     """B ~ N(0, std²): with B = 0 nearly every bug passes."""
     rng = np.random.default_rng(seed)  # a draw of NumPy compiles nothing
     factors = {
-        path: dataclasses.replace(f, b=jnp.asarray(std * rng.standard_normal(f.b.shape), f.b.dtype))
+        path: dataclasses.replace(f, b=array(std * rng.standard_normal(f.b.shape), f.b.dtype))
         for path, f in lora_params.adapter.factors.items()
     }
     adapter = dataclasses.replace(lora_params.adapter, factors=factors)
@@ -51,15 +51,26 @@ def randomize_b(lora_params, seed=1, std=0.1):
 
 
 def drawn(key, target):
-    """Draw ``a ~ N(0, 1/in)`` by NumPy, with ``b = 0``: an initializer that compiles nothing."""
+    """Draw ``a ~ N(0, 1/in)`` by NumPy, with ``b = 0``: an initializer that compiles nothing.
+
+    The seed is the key, or the path where the key is traced.
+    """
+    traced = isinstance(key, jax.core.Tracer)
+    path = zlib.crc32(target.path.encode())
+    seed = path if traced else np.asarray(jax.random.key_data(key)).tolist()
     a_shape = (*target.batch, target.inputs, target.rank)
-    a = normal(zlib.crc32(target.path.encode()), a_shape, std=1 / math.sqrt(target.fan_in))
-    return a, jnp.asarray(np.zeros((*target.batch, target.rank, target.outputs), np.float32))
+    a = normal(seed, a_shape, std=1 / math.sqrt(target.fan_in))
+    return a, array(np.zeros((*target.batch, target.rank, target.outputs)))
+
+
+def array(x, dtype=jnp.float32):
+    """An array on the device; ``jnp.asarray`` of another dtype compiles a cast for every shape."""
+    return jax.device_put(np.asarray(x).astype(dtype))
 
 
 def normal(seed, shape, dtype=jnp.float32, std=1.0):
     """Draw from N(0, std²) by NumPy: a draw of JAX compiles a program for every new shape."""
-    return jnp.asarray(std * np.random.default_rng(seed).standard_normal(shape), dtype)
+    return array(std * np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def error(actual, expected) -> float:

@@ -128,7 +128,7 @@ a window of layers; one layer by a traced index; another expert for each row; co
 rows permuted; a part of the outputs; outputs padded; inputs flipped; outputs times a vector
 layers and inputs merged and split again; outputs of two weights; several contracted axes
 a lookup in stacked tables; a convolution in other orders; a ragged dot of scaled experts
-a checkpoint in a scan; moved in vmap rows; moved before fori
+a checkpoint in a scan; moved before and in vmap rows; moved before and in fori
 """
 
 

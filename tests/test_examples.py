@@ -152,7 +152,6 @@ def test_a_quick_demo_writes_what_it_trained(model_dir, reviews, tmp_path, capsy
 @pytest.mark.long
 def test_the_demo_runs_from_data_to_reloaded_model(model_dir, reviews, tmp_path, capsys):
     out = tmp_path / "run"
-    demo(model_dir, reviews, out, "--quick")  # the next run replaces it
     demo(
         model_dir,
         reviews,

@@ -106,9 +106,9 @@ def test_only_those_that_take_from_the_weight_change_the_base(init):
 
 
 def test_every_path_has_its_own_draw_and_every_expert_too():
-    params = {name: normal(0, (3, 12, 10)) for name in "uv"}
+    params = {name: {"kernel": normal(0, (3, 12, 10))} for name in "uv"}
     for init in ("gaussian", "kaiming_uniform", "orthogonal"):
-        drawn = lora_jax.lorafy(params, 4, targets=".*", layout={".": "bio"}, init=init)
+        drawn = lora_jax.lorafy(params, 4, targets=".*", layout={".*": "bio"}, init=init)
         draws = [np.asarray(f.a)[k] for f in drawn.adapter.factors.values() for k in range(3)]
         for i, one in enumerate(draws):
             assert all(error(one, other) > 0.1 for other in draws[:i]), init
@@ -170,7 +170,8 @@ def test_randomized_pissa_finds_a_decaying_spectrum():
     inits = "pissa", partial(pissa, niter=4)
     bases = jax.jit(lambda: [lora_jax.lorafy({"w": w}, 4, targets="w", init=i).base for i in inits])
     exact, fast = bases()
-    assert_close(fast, exact, depth=64)
+    # Ten products, a QR of 60 sums behind each; what is left is a quarter of the weight.
+    assert_close(fast, exact, length=60, depth=4**2 * 10 * 60)
 
 
 def test_olora_writes_an_orthonormal_basis():

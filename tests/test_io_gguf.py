@@ -186,8 +186,13 @@ def squares(path, arch, kind, width):
     return written(path, arch, model, **sizes), model
 
 
-@pytest.mark.parametrize("chunk", [2**20, 700])
-@pytest.mark.parametrize("name", "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split())
+NAMES = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split()
+
+
+# Numbers at a time: all, some rows and a rest, less than a row.
+@pytest.mark.parametrize(
+    ("name", "chunk"), [(n, k) for n in NAMES for k in (2**20, 20_000)] + [("Q5_K", 700)]
+)
 def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(_gguf, "_CHUNK", chunk)
     path, model = squares(tmp_path / "a.gguf", "qwen2", KINDS[name], 256)

@@ -98,7 +98,7 @@ def split_style(tx):
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, style, dora):
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 20)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 14)
     init, step = style(optax.adamw(schedule, weight_decay=0.1))
 
     def run(state, first, last, checkpointer=None):
@@ -118,16 +118,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, style, dor
         return lora_params, init(lora_params), extra
 
     with orbax.Checkpointer(tmp_path, every=3) as checkpointer:
-        expected = run(start(), 0, 20, checkpointer)
-        assert checkpointer.steps == [0, 3, 6, 9, 12, 15, 18]
+        expected = run(start(), 0, 14, checkpointer)
+        assert checkpointer.steps == [0, 3, 6, 9, 12]
     fresh = lora_jax.lorafy(mlp(), 2, targets=".*", layout=LAYOUT, dora=dora)
     target = {"key": jax.random.key(0), "position": 0, "scale": jnp.asarray(0.0)}
     with orbax.Checkpointer(tmp_path) as checkpointer:
-        found = checkpointer.load(mlp(), init(fresh), target, step=9)
-    assert found.step == 9
-    assert found.extra["position"] == 50
+        found = checkpointer.load(mlp(), init(fresh), target, step=6)
+    assert found.step == 6
+    assert found.extra["position"] == 35
     assert found.extra["scale"].weak_type
-    assert_same(run(found[1:], 10, 20), expected)
+    assert_same(run(found[1:], 7, 14), expected)
 
 
 def test_an_adapter_comes_back_without_base_and_optimizer(tmp_path):
@@ -660,6 +660,7 @@ def kill_children(directory, kills):
             last, partial = found_in(directory)
             if partial if k == 0 else last > steps[-1]:  # the first kill hits a step half written
                 break
+            time.sleep(0.001)
         time.sleep(k and rng.uniform(0.0, 0.3))
         assert begun
         os.kill(child, signal.SIGKILL)

@@ -120,8 +120,9 @@ def test_the_base_is_told_from_others(tmp_path):
         safetensors.load(tmp_path / "content", moved)
 
 
-def test_what_an_initializer_left_is_told_from_the_weights(tmp_path):
-    lora_params = adapter_of(init="pissa", targets="dotted.*")
+@pytest.mark.parametrize("targets", ["dotted.*", "dotted.*[:, 0:2]"])
+def test_what_an_initializer_left_is_told_from_the_weights(targets, tmp_path):
+    lora_params = adapter_of(init="pissa", targets=targets)
     safetensors.save(tmp_path / "a", lora_params)
     with pytest.raises(ValueError, match=r"other weights: 'dotted\.name/kernel' .*to_plain"):
         safetensors.load(tmp_path / "a", PARAMS)
@@ -129,7 +130,7 @@ def test_what_an_initializer_left_is_told_from_the_weights(tmp_path):
         safetensors.save(tmp_path / "b", lora_params.adapter)
     with pytest.raises(TypeError, match="expected a LoraParams or an Adapter, got dict"):
         safetensors.save(tmp_path / "b", PARAMS)
-    plain = lora_jax.to_plain(lora_params, adapter_of(init="pissa", targets="dotted.*"), PARAMS)
+    plain = lora_jax.to_plain(lora_params, adapter_of(init="pissa", targets=targets), PARAMS)
     safetensors.save(tmp_path / "b", plain)
     equal(safetensors.load(tmp_path / "b", PARAMS), plain)
 
@@ -291,6 +292,7 @@ def test_checksums_see_every_entry():
     others = [x + 1e-6 * (np.arange(48) == i).reshape(8, 6).astype(np.float32) for i in range(48)]
     swapped = x[[1, 0, *range(2, 8)]]
     others += [swapped, x.T, x.reshape(6, 8), x[:7], x.astype(jnp.bfloat16), x + np.float32(0.5)]
+    others += [x[:6], x[:6].T]
     assert len({checksum(y) for y in [x, *others]}) == 1 + len(others)
     kinds = "bool int8 uint16 int32 float16 bfloat16 float8_e4m3fn int4 complex64"
     found = {checksum((np.arange(6) % 2).astype(jnp.dtype(kind))) for kind in kinds.split()}

@@ -122,7 +122,7 @@ def test_beyond_the_cache_are_no_numbers():
 @pytest.mark.long  # test_serve_many.py has the same of a server, by one token after the other
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_with_a_cache_every_row_has_its_own_adapter(scan_layers):
-    model, params = model_and_params(scan_layers=scan_layers)
+    model, params = model_and_params(scan_layers=scan_layers, num_hidden_layers=1)
 
     def plain(p, ids, cache=None):
         return model.apply({"params": p}, ids, cache)

@@ -959,8 +959,10 @@ TABLE = {
     "of a stack, a lookup": one(DENSE, use="lookup", ways=("stack",)),
     "of a stack, a convolution": conv(IMAGE, "HWIO", ways=("stack", "DoRA")),
     "of a stack, a ragged dot": one(STACK, use="ragged dot", ways=("stack",)),
-    **{f"moved before {c}": one(STACK, ("flip", 2), control=(c,), outside=1) for c in CONTROL},
-    **{f"moved in {c}": one(STACK, ("flip", 1), control=(c,)) for c in CONTROL},
+    **{
+        f"moved before and in {c}": one(STACK, ("flip", 2), ("flip", 1), control=(c,), outside=1)
+        for c in CONTROL
+    },
 }
 
 

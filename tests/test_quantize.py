@@ -302,7 +302,10 @@ def test_a_flax_model_on_a_quantized_base():
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_merging_is_refused_or_plain_or_rounded_again(batch):
     layout = {"w": "b" * len(batch) + "io"}
-    lora_params, plain = adapted({"w": weights(*batch, 128, 64)}, "int8", layout)
+    params = {"w": weights(*batch, 128, 64)}
+    quantized = quantized_of(params, "int8", targets=".*", layout=layout, block=32)
+    lora_params, plain = lorafy(quantized, targets=".*", layout=layout)
+    assert lora_params.base["w"].scale.shape == (*batch, 4, 64)
     with pytest.raises(ValueError, match=r"'w' is quantized, .* quantized='dequantize'"):
         lora_jax.merge(lora_params)
     with pytest.raises(ValueError, match="quantized='round': expected"):

@@ -68,7 +68,8 @@ def programs(name, scan_layers):
     """A training step, the model's own forward and backward pass, and what the step trains."""
     mesh = lm_mesh.mesh_of(MESHES[name])
     rows = NamedSharding(mesh, P(lm_mesh.ROWS))
-    model = llama.Llama(**SIZES, scan_layers=scan_layers, activations=rows)
+    sizes = SIZES | {"num_hidden_layers": 2 if scan_layers else 1}
+    model = llama.Llama(**sizes, scan_layers=scan_layers, activations=rows)
     ids = jax.ShapeDtypeStruct(IDS.shape, IDS.dtype, sharding=rows)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     params = lm_mesh.placed(shapes, mesh, jnp.float32)

@@ -337,6 +337,8 @@ def command(model_dir, reviews, out, *extra):
 
 def test_a_sweep_writes_what_it_says(model_dir, reviews, tmp_path, capsys):
     out, flags = tmp_path / "run", "--ranks 2 --rates 0.01 0.02 --steps 4 --quick --no-halving"
+    with written_at_once(out) as made:  # of an earlier run, which is replaced
+        write_results(made, sweep.MADE_BY, {})
     command(model_dir, reviews, out, *flags.split())
     printed = capsys.readouterr().out
     assert "2 adapters at once, 2 settings x 1 seeds" in printed
@@ -382,11 +384,6 @@ def test_a_sweep_from_data_to_the_winner(model_dir, reviews, tmp_path, capsys):
     assert set(results["seconds"]["step"]) == {"8", "4", "2"}
     assert plt.imread(out / "sweep.png").shape == (576, 768, 4)
     assert_holds_the_winner(out, model_dir, winner)
-
-    command(model_dir, reviews, out, "--quick", "--no-halving")  # replaces it
-    assert "--quick: too few steps" in capsys.readouterr().out
-    results = json.loads((out / "results.json").read_text())
-    assert [[step for step, _ in t["scores"]] for t in results["trials"]] == [[2, 4, 8]] * 4
 
 
 BAD = [

@@ -196,7 +196,6 @@ MORE_SPREAD = [
     f"--explicit --mesh {MESH}",
     "--mesh data=8",
     "--mesh fsdp=-1",
-    "--explicit --mesh fsdp=-1",
     "--explicit --mesh tensor=8 --accumulate 4 --remat",
 ]
 

@@ -88,6 +88,8 @@ GENERAL = {
 
 @pytest.mark.parametrize("name", GENERAL)
 def test_ragged_dot_general(name):
+    if name == "a batch axis" and jax.default_backend() == "gpu":
+        pytest.skip("XLA's compiler for GPUs fails on it, without LoRA as well")
     (x_shape, w_shape), layout, numbers = GENERAL[name]
     lora_params = adapted(w_shape, layout)
     x = normal(1, x_shape)
