@@ -178,7 +178,11 @@ def test_no_product_of_the_weights_shape_is_built():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_bases(dtype):
-    lora_params = adapted({"w": normal(0, (64, 32), dtype)}, rank=4)
+    w = normal(0, (64, 32), dtype)
+    start = lora_jax.lorafy({"w": w}, 4, targets="w", dora=True, init=drawn).adapter.factors["w"]
+    norm = np.linalg.norm(np.asarray(w, np.float64), axis=0)
+    assert_close((start.magnitude, start.norm), (norm, norm**2), dtype=jnp.float32)
+    lora_params = adapted({"w": w}, rank=4)
     fn = lambda p, x: (x @ p["w"]).astype(jnp.float32)  # noqa: E731
     assert_oracle(fn, lora_params, normal(1, (5, 64), dtype), sums={"dtype": dtype})
 

@@ -83,7 +83,7 @@ def results(name):
 @models()
 def test_adapted_equals_merged_in_values_and_gradients(name):
     adapted, merged, _ = results(name)
-    assert_close(adapted, merged, depth=32)  # layers, forth and back
+    assert_close(adapted, merged, depth=60)  # three layers of ten sums, forth and back
 
 
 @models()
@@ -121,18 +121,23 @@ def test_adapted_equals_merged_under_pmap(name):
         both = gradients(lora_jax.lora(case.fn), p, x), gradients(merged, p, x)
         return jax.lax.pmean([(outputs[0], grads) for outputs, grads in both], "d")
 
-    assert_close(*step(case.lorafy(), inputs(case)), depth=32)
+    assert_close(*step(case.lorafy(), inputs(case)), depth=60)
 
 
 @models(SCAN, EINSUM)
-def test_adapted_equals_merged_under_grad_inside_and_second_order(name):
-    case = CASES[name]()
+def test_adapted_equals_merged_under_grad_inside_and_second_order(name, standard_promotion):
+    """In float64, for second derivatives of a transformer magnify what was rounded.
 
-    def input_gradient(p, x):
-        return jax.grad(lambda x: loss_of(case.fn)(p, x))(x)
+    Flax keeps the statistics of batch norms in float32.
+    """
+    dtype = jnp.float32 if name == NORMED else jnp.float64
+    with jax.enable_x64(dtype == jnp.float64):
+        case = CASES[name](dtype)
 
-    # Some 25 sums one after another, forth and back, and that again.
-    assert_oracle(input_gradient, case.lorafy(), case.x, sums={"depth": 100})
+        def input_gradient(p, x):
+            return jax.grad(lambda x: loss_of(case.fn)(p, x))(x)
+
+        assert_oracle(input_gradient, case.lorafy(dtype=dtype), case.x, sums={"depth": 32})
 
 
 @models(SCAN, EINSUM)
@@ -218,3 +223,10 @@ def test_the_training_step_holds_no_dense_product_and_no_base_gradient():
         if eqn.primitive.name == "dot_general"
     }
     assert shapes & products  # the check sees what it looks for
+
+
+def test_the_base_gets_no_gradient():
+    case = CASES["plain dict"]()
+    grads = jax.jit(jax.grad(loss_of(lora_jax.lora(case.fn))))(case.lorafy(), case.x)
+    assert not any(np.any(g) for g in jax.tree.leaves(grads.base))
+    assert all(np.any(f.a) and np.any(f.b) for f in grads.adapter.factors.values())
