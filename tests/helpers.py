@@ -73,6 +73,20 @@ def normal(seed, shape, dtype=jnp.float32, std=1.0):
     return array(std * np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+def by_numpy(adapters):
+    """A stack of adapters of the same targets; ``stack`` would compile programs for each shape."""
+
+    def padded(*xs):
+        rows = np.zeros((len(xs), *np.max([np.shape(x) for x in xs], axis=0)), xs[0].dtype)
+        for row, x in enumerate(xs):
+            rows[(row, *map(slice, np.shape(x)))] = x
+        return jax.device_put(rows)
+
+    return lora_jax.LoraParams(
+        adapters[0].base, jax.tree.map(padded, *(p.adapter for p in adapters))
+    )
+
+
 def error(actual, expected) -> float:
     """The largest error over all leaves, relative to each expected leaf's largest entry.
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import all_eqns, assert_close, tolerance
+from helpers import all_eqns, assert_close, drawn, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stack import keyed
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
@@ -33,14 +32,14 @@ BASE = {
 
 def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
     """LoraParams with everything that trains drawn at random."""
-    options = {"targets": list(targets), "layout": LAYOUT, "init": keyed, **options}
+    options = {"targets": list(targets), "layout": LAYOUT, "init": drawn, **options}
     lora_params = lora_jax.lorafy(base, rank, key=jax.random.key(seed), **options)
     rng = np.random.default_rng(seed)
 
-    def drawn(name, x):
+    def with_b(name, x):
         return jax.device_put(rng.normal(size=x.shape).astype(x.dtype)) if name == "b" else x
 
-    factors = {key: f.mapped(drawn) for key, f in lora_params.adapter.factors.items()}
+    factors = {key: f.mapped(with_b) for key, f in lora_params.adapter.factors.items()}
     full = {
         path: jax.device_put(np.asarray(x) + rng.normal(size=x.shape).astype(x.dtype))
         for path, x in lora_params.adapter.full.items()
@@ -523,16 +522,16 @@ def test_dare_is_right_in_the_mean():
     base = {"w": jnp.zeros((4, 5))}
     x = split(1, 2, base, ["w"], layout=None)
     draw = jax.jit(jax.vmap(lambda k: lora_jax.dare(x.adapter, density=0.5, rank=None, key=k)[0]))
-    drawn = draw(jax.random.split(jax.random.key(0), 4000)).factors["w"]
-    mean = np.einsum("nir,nro->io", drawn.a, drawn.b) / 4000
+    found = draw(jax.random.split(jax.random.key(0), 4000)).factors["w"]
+    mean = np.einsum("nir,nro->io", found.a, found.b) / 4000
     exact = dense(x)["w"]
     assert np.abs(mean - exact).max() < 5 * np.abs(exact).max() / np.sqrt(4000)
 
 
 def test_layers_of_a_stack_are_drawn_apart():
     x = only(P, "stack").adapter
-    drawn = lora_jax.dare(x, density=0.5, rank=None, key=jax.random.key(0))[0]
-    masks = dense(drawn)["stack"] != 0
+    found = lora_jax.dare(x, density=0.5, rank=None, key=jax.random.key(0))[0]
+    masks = dense(found)["stack"] != 0
     assert not np.array_equal(masks[0], masks[1])
 
 

@@ -14,7 +14,6 @@ from helpers import assert_close, dict_case, drawn, normal, randomize_b, scan_ca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_check import compilations
-from test_stack import keyed
 
 import lora_jax
 from lora_jax import Adapter, AdapterBank, LoraParams
@@ -29,7 +28,7 @@ def bits(tree):
 
 
 def made(case, seed, rank, **options):
-    options = {"alpha": 2.0 + seed, "key": jax.random.key(seed), "init": keyed, **options}
+    options = {"alpha": 2.0 + seed, "key": jax.random.key(seed), "init": drawn, **options}
     return randomize_b(lora_jax.lorafy(case.params, rank, **options), seed + 100)
 
 

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import llama
 from serve_check import compilations
-from test_stack import keyed
 
 import lora_jax
 from lora_jax import AdapterBank, LoraParams, _host_rows
@@ -34,7 +33,7 @@ def test_slots_are_beside_the_shards_of_their_weights(kind):
     options = {"targets": ".*", "layout": {".*": "io"}}
     adapters = {
         f"a{n}": randomize_b(
-            lora_jax.lorafy(plain, 2, key=jax.random.key(n), init=keyed, **options), n
+            lora_jax.lorafy(plain, 2, key=jax.random.key(n), init=drawn, **options), n
         )
         for n in range(3)
     }

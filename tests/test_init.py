@@ -105,6 +105,15 @@ def test_only_those_that_take_from_the_weight_change_the_base(init):
     assert any(same) == all(same)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("layout", ["iob", "obi", "biio", "ioob"])
+def test_what_is_left_of_a_weight_keeps_the_order_of_its_axes(layout, init):
+    """Also where the order of the roles is no swap, which is its own inverse."""
+    params = {"w": normal(0, (5, 4, 3, 2)[: len(layout)])}
+    adapt = lambda p: lora_jax.lorafy(p, 2, targets="w", layout={"w": layout}, init=init)  # noqa: E731
+    assert_close(jax.jit(lambda p: lora_jax.merge(adapt(p)))(params), params, depth=64)
+
+
 def test_every_path_has_its_own_draw_and_every_expert_too():
     params = {name: {"kernel": normal(0, (3, 12, 10))} for name in "uv"}
     for init in ("gaussian", "kaiming_uniform", "orthogonal"):

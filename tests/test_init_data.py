@@ -121,8 +121,8 @@ def initializers(moments, grads):
 
 @pytest.fixture(scope="module")
 def initials(moments, grads):
-    """An adapter of every initializer, all made by one program."""
-    inits = initializers(*jax.tree.map(np.asarray, (moments, grads)))
+    """An adapter of every initializer, all made by one program, of which the moments are none."""
+    inits = initializers(moments, grads)
     return jax.jit(lambda: {name: plain(init=init) for name, init in inits.items()})()
 
 

@@ -147,8 +147,8 @@ def rotated(x, interleaved, base=1e4):
 
 def scores(x, q, k, interleaved):
     """Of attention, with grouped heads: ``[heads, tokens, tokens]``."""
-    q, k = ((x @ w.T).reshape(len(x), -1, HEAD) for w in (q, k))
-    q, k = (rotated(y.astype(np.float64), interleaved) for y in (q, k))
+    q, k = ((x @ w.T.astype(np.float64)).reshape(len(x), -1, HEAD) for w in (q, k))
+    q, k = (rotated(y, interleaved) for y in (q, k))
     return np.einsum("thd,shd->hts", q, np.repeat(k, HEADS // KEYS, 1))
 
 
@@ -159,7 +159,9 @@ def test_rows_in_halves_give_the_scores_that_pairs_gave(arch, tmp_path):
     theirs = (model[f"blk.1.attn_{name}.weight"] for name in "qk")
     ours = (found[f"model.layers.1.self_attn.{name}_proj.weight"].read() for name in "qk")
     expected = scores(x, *theirs, interleaved=arch == "llama")
-    np.testing.assert_allclose(scores(x, *ours, interleaved=False), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        scores(x, *ours, interleaved=False), expected, rtol=0, atol=1e-9 * np.abs(expected).max()
+    )
 
 
 @functools.cache

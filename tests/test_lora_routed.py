@@ -6,17 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, dict_case, normal, randomize_b, scan_case, tolerance
+from helpers import (
+    assert_close,
+    by_numpy,
+    dict_case,
+    drawn,
+    normal,
+    randomize_b,
+    scan_case,
+    tolerance,
+)
 from jax.test_util import check_grads
-from test_lora_rows import by_numpy
-from test_stack import keyed
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
 
 
 def adapters_of(params, count=4, ranks=(2, 3, 1, 2), **options):
-    made, options = [], {"init": keyed, **options}
+    made, options = [], {"init": drawn, **options}
     for k in range(count):
         one = lora_jax.lorafy(params, ranks[k], key=jax.random.key(k), alpha=k + 1.0, **options)
         made.append(randomize_b(one, k + 9))
@@ -117,7 +124,7 @@ def test_one_adapter_is_that_adapter_everywhere(standard_promotion):
 def test_nothing_goes_to_an_adapter_that_does_nothing_nor_from_it():
     case = dict_case()
     one, other = adapters_of(case.params, 2, targets=case.targets)
-    fresh = lora_jax.lorafy(case.params, 2, targets=case.targets, init=keyed)
+    fresh = lora_jax.lorafy(case.params, 2, targets=case.targets, init=drawn)
     kept = {k: f for k, f in other.adapter.factors.items() if k != "w1"}
     stacked = lora_jax.stack([one, fresh, LoraParams(case.params, Adapter(kept))])
     router = jax.tree.map(np.asarray, jax.jit(lora_jax.arrow)(stacked))
@@ -131,10 +138,16 @@ def test_nothing_goes_to_an_adapter_that_does_nothing_nor_from_it():
     assert_close(run(stacked, nothing), jax.jit(case.fn)(case.params, case.x))
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_gradients_are_those_of_finite_differences():
-    case = dict_case()
-    stacked = by_numpy(adapters_of(case.params, 3, targets=case.targets))
-    router = jax.jit(lora_jax.arrow)(stacked)
+    """In float64: in float32 a difference of two losses is hardly more than their rounding."""
+    with jax.enable_x64(True):
+        check_gradients(dict_case(jnp.float64))
+
+
+def check_gradients(case):
+    stacked = by_numpy(adapters_of(case.params, 3, targets=case.targets, dtype=jnp.float64))
+    router = jax.tree.map(np.float64, jax.jit(lora_jax.arrow)(stacked))
 
     def loss(adapter, router):
         stacked = LoraParams(case.params, adapter)
@@ -149,7 +162,8 @@ def test_gradients_are_those_of_finite_differences():
         }
         return loss(Adapter(factors), router)
 
-    check_grads(jax.jit(by_factors), (trainable, router), 1, ["rev"], eps=1e-3, rtol=2e-2)
+    # Shares are in float32 whatever the inputs are: a smaller step would measure their rounding.
+    check_grads(jax.jit(by_factors), (trainable, router), 1, ["rev"], eps=3e-4, rtol=1e-3)
 
 
 def test_what_cannot_be_routed_is_refused():

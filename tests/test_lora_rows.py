@@ -12,14 +12,15 @@ from helpers import (
     CASES,
     all_eqns,
     assert_close,
+    by_numpy,
     dict_case,
+    drawn,
     normal,
     randomize_b,
     scan_case,
     tolerance,
 )
 from jax import lax
-from test_stack import keyed
 
 import lora_jax
 from lora_jax import LoraParams
@@ -31,22 +32,10 @@ def stack_of(case, ranks=(4, 2, 4), **options):
     """Adapters of these ranks, and of scales of their own."""
     made = []
     for seed, rank in enumerate(ranks):
-        own = {"alpha": 3.0 + seed, "key": jax.random.key(seed), "init": keyed}
+        own = {"alpha": 3.0 + seed, "key": jax.random.key(seed), "init": drawn}
         one = lora_jax.lorafy(case.params, rank, targets=case.targets, **own, **options)
         made.append(randomize_b(one, seed + 5))
     return made
-
-
-def by_numpy(adapters):
-    """A stack of adapters of the same targets; ``stack`` would compile programs for each shape."""
-
-    def padded(*xs):
-        rows = np.zeros((len(xs), *np.max([np.shape(x) for x in xs], axis=0)), xs[0].dtype)
-        for row, x in enumerate(xs):
-            rows[(row, *map(slice, np.shape(x)))] = x
-        return jax.device_put(rows)
-
-    return LoraParams(adapters[0].base, jax.tree.map(padded, *(p.adapter for p in adapters)))
 
 
 @functools.cache
@@ -240,7 +229,7 @@ def test_lookups_tied_heads_and_convolutions():
 
     ids = np.random.default_rng(2).integers(0, 11, (4, 5), np.int32)
     layout = lora_jax.layout_of(fn, params, ids)
-    options = {"targets": ".*", "layout": layout, "init": keyed}
+    options = {"targets": ".*", "layout": layout, "init": drawn}
     adapters = [
         randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(seed), **options), seed)
         for seed in range(3)
@@ -341,7 +330,7 @@ def test_under_remat_and_inner_jit():
     def fn(p, x):
         return model.apply({"params": p}, x)
 
-    options = {"targets": ".*kernel", "init": keyed}
+    options = {"targets": ".*kernel", "init": drawn}
     adapters = [
         randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(seed), **options), seed)
         for seed in range(2)
@@ -352,7 +341,7 @@ def test_under_remat_and_inner_jit():
 def small(count=3, **options):
     """A dense layer and random adapters of it."""
     params = {"w": normal(9, (4, 3)), "b": normal(8, (3,))}
-    options = {"targets": "w", "layout": {"w": "io"}, "init": keyed, **options}
+    options = {"targets": "w", "layout": {"w": "io"}, "init": drawn, **options}
     made = [
         randomize_b(lora_jax.lorafy(params, 2, key=jax.random.key(k), **options), k + 20)
         for k in range(count)

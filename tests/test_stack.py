@@ -15,6 +15,7 @@ from helpers import (
     all_eqns,
     assert_close,
     dict_case,
+    drawn,
     normal,
     randomize_b,
     scan_case,
@@ -52,16 +53,8 @@ def assert_same(actual, expected):
     assert bits(actual) == bits(expected)
 
 
-def keyed(key, target):
-    """Draw ``a ~ N(0, 1/in)`` by NumPy, another one for every key; ``b = 0``."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    a = rng.standard_normal((*target.batch, target.inputs, target.rank)) / math.sqrt(target.fan_in)
-    b = np.zeros((*target.batch, target.rank, target.outputs))
-    return jax.device_put((a.astype(np.float32), b.astype(np.float32)))
-
-
 def lorafied(params, rank=8, seed=0, **options):
-    return lora_jax.lorafy(params, rank, **{"key": jax.random.key(seed), "init": keyed} | options)
+    return lora_jax.lorafy(params, rank, **{"key": jax.random.key(seed), "init": drawn} | options)
 
 
 @functools.cache
@@ -524,7 +517,7 @@ def test_a_row_is_replaced_without_compiling_anything():
     case, adapters = several(dict_case)
     adapters = [*adapters[:2], adapters[3]]
     stacked = lora_jax.stack(adapters, rank=6)
-    new = case.lorafy(4, alpha=5.0, key=jax.random.key(99), init=keyed)
+    new = case.lorafy(4, alpha=5.0, key=jax.random.key(99), init=drawn)
     traces = []
 
     @jax.jit

@@ -31,8 +31,8 @@ SHARDED = {
 }
 
 
-def adapted(shape=(4, 6), layout="io", targets="w"):
-    options = {"targets": targets, "layout": {"w": layout}, "init": drawn}
+def adapted(shape=(4, 6), layout="io", targets="w", **options):
+    options = {"targets": targets, "layout": {"w": layout}, "init": drawn, **options}
     return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, 2, **options))
 
 
@@ -151,6 +151,22 @@ def test_results_on_an_explicit_mesh_are_spread_as_without_lora(name, factors):
         else:
             values = jax.jit(lambda p, x: fn(x, p["w"]))(merged, x)
             assert_close(*jax.device_get((actual, values)))
+
+
+@pytest.mark.parametrize("layout", ["io", "oi"])
+def test_gains_go_where_the_product_is_on_an_explicit_mesh(layout):
+    """A gain of DoRA is of size 1 along the axes of the tokens, which are spread."""
+    lora_params = adapted(layout=layout, dora=True)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)):
+        base = {"w": explicit(P(None, "y"), lora_params.base["w"])}
+        lora_params = lora_jax.LoraParams(base, lora_params.adapter)
+        equation = "bi,io->bo" if layout == "io" else "bi,oi->bo"
+        product = functools.partial(jnp.einsum, equation, out_sharding=P("x", None))
+        x = explicit(P("x", None), normal(2, (8, 4 if layout == "io" else 6)))
+        found = jax.jit(lora_jax.lora(lambda p, x: product(x, p["w"])))(lora_params, x)
+        merged = jax.device_get(lora_jax.merge(lora_params)["w"]).astype(np.float64)
+    wanted = np.asarray(x) @ (merged if layout == "io" else merged.T)
+    assert_close(np.asarray(found), wanted)
 
 
 def test_constraints_on_an_adapted_weight_stay():

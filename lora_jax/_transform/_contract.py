@@ -33,7 +33,7 @@ def contract(
     contracting = [x_labels.index(lab) for lab in summed], [y_labels.index(lab) for lab in summed]
     batching = [x_labels.index(lab) for lab in batch], [y_labels.index(lab) for lab in batch]
     labels = batch + [lab for lab in (*x_labels, *y_labels) if lab not in shared]
-    y, out_sharding = _explicit(x, x_labels, y, y_labels, labels)
+    x, y, out_sharding = _explicit(x, x_labels, y, y_labels, labels)
     result = lax.dot_general(
         x,
         y,
@@ -55,20 +55,27 @@ def _sum_alone(x: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]):
     return (x.sum(alone), [lab for lab in labels if lab in wanted]) if alone else (x, labels)
 
 
-def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out) -> tuple[jax.Array, Any]:
-    """On a mesh of Explicit axes: ``y`` spread as ``x`` is, and how their product is spread."""
+def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out):
+    """On a mesh of Explicit axes: ``y`` spread as ``x`` is, and how their product is spread.
+
+    Where one of them is on no such mesh, it is spread as the other is.
+    """
     x_spec, y_spec = _jax.explicit_spec(x), _jax.explicit_spec(y)
-    if x_spec is None or y_spec is None:
-        return y, None
+    if x_spec is None:
+        if y_spec is None:
+            return x, y, None
+        y, x, spread = _explicit(y, y_labels, x, x_labels, out)
+        return x, y, spread
+    y_spec = [None] * y.ndim if y_spec is None else y_spec
     of_x = dict(zip(x_labels, x_spec, strict=True))
     taken = {name for spec in x_spec for name in _names(spec)}
     wanted = [
         of_x[lab] if lab in of_x else None if taken.intersection(_names(spec)) else spec
         for lab, spec in zip(y_labels, y_spec, strict=True)
     ]
-    y = y if wanted == y_spec else _jax.reshard(y, wanted)
+    y = y if wanted == y_spec else jax.sharding.reshard(y, _jax.explicit_sharding(x, wanted))
     by_label = dict(zip(y_labels, wanted, strict=True)) | of_x
-    return y, _jax.explicit_sharding(x, [by_label[lab] for lab in out])
+    return x, y, _jax.explicit_sharding(x, [by_label[lab] for lab in out])
 
 
 def _names(spec: Any) -> tuple[str, ...]:

@@ -169,7 +169,9 @@ def _of(moments: Moments, target: Target, name: str) -> Any:
             "lora_jax.input_moments see the same targets and layouts. Nearest paths: "
             f"{nearest(target.path, moments)}"
         )
-    if is_concrete(moments[target.path]) and not np.any(moments[target.path]):
+    with jax.ensure_compile_time_eval():  # inside of a trace, too
+        is_zero = is_concrete(moments[target.path]) and not jnp.any(moments[target.path])
+    if is_zero:
         raise ValueError(
             f"{name}: the moments of {target.path!r} are zero: it read nothing, or only rows of a "
             "table. Leave it out of the targets"
