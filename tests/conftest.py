@@ -1,5 +1,6 @@
 """Eight virtual devices, a fast compiler and strict promotion, set before JAX is imported."""
 
+import functools
 import os
 import re
 
@@ -18,6 +19,7 @@ if os.environ["JAX_PLATFORMS"].split(",")[0] != "cpu":
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from compile_report import CompileReport
 from skips import Skips
@@ -67,13 +69,27 @@ def pytest_make_collect_report(collector):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Skip where the library itself says which package is missing, and which extra has it."""
+    """Skip where a package of an extra is missing, as the library itself says, or float16."""
     try:
         return (yield)
     except ImportError as error:
         if "is not installed: pip install" not in str(error):
             raise
         pytest.skip(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "Failed to materialize symbols" not in str(error) or has_float16():
+            raise
+        pytest.skip("XLA compiles no float16 for CPUs without F16C")
+
+
+@functools.cache
+def has_float16():
+    """Whether XLA compiles float16 at all."""
+    try:
+        jax.jit(lambda x: x.astype("float16"))(np.ones(1, np.float32))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)

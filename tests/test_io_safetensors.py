@@ -17,7 +17,7 @@ from helpers import drawn, normal, randomize_b
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax.io import _files, peft, safetensors
+from lora_jax.io import _files, orbax, peft, safetensors
 from lora_jax.io._checksum import checksum
 
 PARAMS = {
@@ -133,6 +133,19 @@ def test_what_an_initializer_left_is_told_from_the_weights(targets, tmp_path):
     plain = lora_jax.to_plain(lora_params, adapter_of(init="pissa", targets=targets), PARAMS)
     safetensors.save(tmp_path / "b", plain)
     equal(safetensors.load(tmp_path / "b", PARAMS), plain)
+
+
+def test_a_stack_is_not_saved_as_what_nobody_could_load(tmp_path):
+    stack = lora_jax.stack([lora_jax.lorafy(PARAMS, 2, targets="dotted.*", init=drawn).adapter] * 2)
+    with pytest.raises(
+        ValueError, match=r"safetensors\.save: the adapter is a stack: .* lora_jax\.unstack"
+    ):
+        safetensors.save(tmp_path / "x", stack)
+    with pytest.raises(
+        ValueError, match=r"orbax\.save: the adapter is a stack: .* lora_jax\.unstack"
+    ):
+        orbax.save(tmp_path / "x", stack)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_that_are_not_finite_are_refused_unless_asked_for(tmp_path):

@@ -17,6 +17,7 @@ from lora_jax._params import Adapter, Factors, LoraParams, check
 from lora_jax._paths import PyTree, flatten, nearest
 from lora_jax._quantized import dequantize_array, is_quantized
 from lora_jax._ranges import split_range
+from lora_jax._together import check_single
 from lora_jax.io._checksum import checksum
 
 VERSION = 1
@@ -37,6 +38,7 @@ def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapte
         raise TypeError(
             f"{verb}: expected a LoraParams or an Adapter, got {type(adapter_or_params).__name__}"
         )
+    check_single(adapter_or_params, f"{verb}: the adapter")
     if residual := [key for key, f in adapter_or_params.factors.items() if f.residual]:
         raise ValueError(
             f"{verb}: {residual[0]!r} belongs to what its initializer left of the base, which must "
