@@ -32,9 +32,10 @@ test-all: $(VENV)/.test  ## and the long tests
 planted: $(VENV)/.test  ## does the suite catch forty planted faults? under an hour
 	$(BIN)/python tests/planted/run.py $(ARGS)
 
-check: $(VENV)/.dev  ## lint, formatting and types
+check: $(VENV)/.dev  ## lint, formatting, imports and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 peers: ## models of other projects, in an environment of their own

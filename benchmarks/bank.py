@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from many import AXES, random_like, random_llama, seconds
-from models import llama
 from serving import Request, Server
 
 import lora_jax
-from lora_jax import AdapterBank, LoraParams
+from lora_jax import LoraParams
+from lora_jax.many import AdapterBank
+from lora_jax.recipes.models import llama
 
 
 def bank_of(base: Any, args: Any, slots: int, count: int) -> AdapterBank:
@@ -60,7 +61,7 @@ def prompts(model: llama.Llama, base: Any, bank: AdapterBank, args: Any) -> dict
     def plain(p: Any, ids: jax.Array, cache: llama.Cache) -> Any:
         return model.apply({"params": p}, ids, cache)
 
-    by_rows = lora_jax.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
+    by_rows = lora_jax.many.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
     ids = jnp.ones((args.prompts, args.prompt), jnp.int32)
     names = [f"adapter{7 * k % args.adapters}" for k in range(args.prompts)]
     with bank.using(names) as (lora_params, slots):

@@ -92,7 +92,9 @@ def measure(args, stacked, checkpointed):
         base = params
         if qtype:
             quantize = jax.jit(
-                lambda p, qtype=qtype: lora_jax.quantize(p, qtype, targets=".*", layout=layout)
+                lambda p, qtype=qtype: lora_jax.quant.quantize(
+                    p, qtype, targets=".*", layout=layout
+                )
             )
             base = quantize(params)
         lora_params = lora_jax.lorafy(base, 16, targets=".*", layout=layout, **options)

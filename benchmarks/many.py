@@ -23,11 +23,11 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import jax
 import jax.numpy as jnp
 import optax
-from models import llama
 from scaling import LLAMA_8B, TINY
 
 import lora_jax
 from lora_jax import LoraParams
+from lora_jax.recipes.models import llama
 
 ADAPTERS = (1, 4, 16)  # to train at once
 AXES = llama.Cache(keys=1, values=1, lengths=0)
@@ -80,7 +80,7 @@ def training(model: llama.Llama, base: Any, rank: int, count: int, args: Any) ->
 
     together = jax.vmap(one, in_axes=(0, 0, LoraParams(base=None, adapter=0), 0))
     fresh = lora_jax.lorafy(base, rank, targets="all-linear").adapter
-    stacked = lora_jax.stack([fresh] * count)
+    stacked = lora_jax.many.stack([fresh] * count)
     trainable, frozen = lora_jax.split(LoraParams(base, stacked))
     ids = jax.random.randint(
         jax.random.key(0), (count, args.rows // count, args.length), 0, model.vocab_size
@@ -110,7 +110,7 @@ def serving(model: llama.Llama, base: Any, rank: int, args: Any) -> list[dict[st
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((args.stack, *x.shape), x.dtype), shapes)
     many = LoraParams(base, random_like(stack, 2))
     one = LoraParams(base, random_like(shapes, 2))
-    rows = lora_jax.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
+    rows = lora_jax.many.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
 
     def by_rows(p, ids, cache):
         which = jnp.arange(len(ids), dtype=jnp.int32) * 7 % args.stack

@@ -22,14 +22,14 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import hlo
 import jax
-import lm_flags
-import lm_job
-import lm_mesh
-import lm_metrics
 import numpy as np
-from lm_data import Rows
 
 import lora_jax
+from lora_jax.recipes.lm import flags as lm_flags
+from lora_jax.recipes.lm import job as lm_job
+from lora_jax.recipes.lm import mesh as lm_mesh
+from lora_jax.recipes.lm import metrics as lm_metrics
+from lora_jax.recipes.lm.data import Rows
 
 LLAMA_8B = {
     "model_type": "llama",

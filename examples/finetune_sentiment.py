@@ -22,13 +22,13 @@ import data
 import jax
 import numpy as np
 import report
-from folders import check_output, write_results, written_at_once
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from training import Run, Tokens, accuracy, predict, train
 
 import lora_jax
 from lora_jax.io import peft, safetensors
+from lora_jax.recipes.folders import check_output, write_results, written_at_once
 
 LENGTH = 32  # tokens a sentence
 HEAD = "classifier/.*"

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from models import llama
 from serving import Completion
 
 import lora_jax
+from lora_jax.recipes.models import llama
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a logit: what rounding alone may come to
 
 
 def check(
-    model: llama.Llama, bank: lora_jax.AdapterBank, base: Any, done: Sequence[Completion]
+    model: llama.Llama, bank: lora_jax.many.AdapterBank, base: Any, done: Sequence[Completion]
 ) -> str:
     """Compare with what each adapter gives alone, by ``lora_jax.lora``, without a cache.
 

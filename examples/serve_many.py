@@ -28,9 +28,6 @@ import data
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lm_data import tokenizer_of
-from lm_flags import number
-from models import llama
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +39,9 @@ from serving import Completion, Request, Server
 import lora_jax
 from lora_jax import LoraParams
 from lora_jax.io import hf, peft, safetensors
+from lora_jax.recipes.lm.data import tokenizer_of
+from lora_jax.recipes.lm.flags import number
+from lora_jax.recipes.models import llama
 
 
 def run(args: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ def random(like: LoraParams, seed: Sequence[int]) -> LoraParams:
 
 def bank_of(
     adapters: Mapping[str, LoraParams], base: Any, slots: int, dtype: Any
-) -> lora_jax.AdapterBank:
+) -> lora_jax.many.AdapterBank:
     """A bank with room for all that any of the adapters changes, at its largest rank."""
     factors: dict[str, lora_jax.Factors] = {}
     full: dict[str, Any] = {}
@@ -162,7 +162,7 @@ def bank_of(
             if key not in factors or f.rank > factors[key].rank:
                 factors[key] = f
     like = LoraParams(base, lora_jax.Adapter(factors, full))
-    bank = lora_jax.AdapterBank(like, slots, dtype=dtype, donate=True)
+    bank = lora_jax.many.AdapterBank(like, slots, dtype=dtype, donate=True)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)
     return bank
@@ -191,7 +191,7 @@ def shown(done: Sequence[Completion], tokenizer: Any) -> Table:
 
 def summary(
     server: Server,
-    bank: lora_jax.AdapterBank,
+    bank: lora_jax.many.AdapterBank,
     done: Sequence[Completion],
     seconds: float,
     compiled: int,

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from models import llama
 
 import lora_jax
+from lora_jax.recipes.models import llama
 
 AXES = llama.Cache(keys=1, values=1, lengths=0)  # those of the rows
 
@@ -41,7 +41,7 @@ def by_rows(model: llama.Llama) -> Callable[..., Any]:
     def plain(params, ids, cache):
         return model.apply({"params": params}, ids, cache)
 
-    return lora_jax.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
+    return lora_jax.many.lora_rows(plain, in_axes=(None, 0, AXES), out_axes=(0, AXES))
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from models import llama
 from serve_programs import next_tokens, read_prompt
 
 import lora_jax
+from lora_jax.recipes.models import llama
 
 
 class Request(NamedTuple):
@@ -112,7 +112,7 @@ class Server:
     def __init__(
         self,
         model: llama.Llama,
-        bank: lora_jax.AdapterBank,
+        bank: lora_jax.many.AdapterBank,
         *,
         rows: int,
         size: int,

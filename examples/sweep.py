@@ -21,13 +21,13 @@ import jax
 import numpy as np
 import sweep_report
 from finetune_sentiment import HEAD, LENGTH, positive, progress_bar
-from folders import check_output, write_results, written_at_once
 from rich.console import Console
 from sweep_report import Trial, best_first
 from sweeping import one_alone, scores, sweep
 
 import lora_jax
 from lora_jax.io import peft, safetensors
+from lora_jax.recipes.folders import check_output, write_results, written_at_once
 
 MADE_BY = "examples/sweep.py"
 STEPS, RANKS, RATES = 160, (2, 4, 8, 16), (3e-4, 1e-3, 3e-3, 1e-2)
@@ -120,14 +120,14 @@ def run(args: argparse.Namespace) -> None:
     winner = best_first([trial for trial, _ in alive])[0]
     mine = [i for i, (trial, _) in enumerate(alive) if trial is winner]
     if len(mine) > 1:
-        each = scores(apply, lora_jax.take(stacked, mine), validation)
+        each = scores(apply, lora_jax.many.take(stacked, mine), validation)
         mine = [mine[int(np.argmax(each))]]
-    (chosen,) = lora_jax.unstack(lora_jax.take(stacked, mine))
+    (chosen,) = lora_jax.many.unstack(lora_jax.many.take(stacked, mine))
     with written_at_once(args.out) as folder:
         safetensors.save(folder / "adapter.safetensors", chosen)
         peft.save(folder / "peft", chosen, names=bert.torch_module)
         saved = safetensors.load(folder / "adapter.safetensors", params)
-        (tested,) = scores(apply, lora_jax.stack([saved]), test)
+        (tested,) = scores(apply, lora_jax.many.stack([saved]), test)
         title = (
             f"{len(rows)} adapters at once, {args.steps} steps on {len(splits.train):,} sentences"
         )

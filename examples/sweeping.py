@@ -98,7 +98,7 @@ def sweep(
         raise ValueError(f"--batch-size {batch_size}: there are only {n} sentences to train on")
     tx: Any = optimizer(steps)
     step = make_many(make_step(apply, tx), together)
-    trainable, frozen = lora_jax.split(lora_jax.stack(adapters))
+    trainable, frozen = lora_jax.split(lora_jax.many.stack(adapters))
     rows = list(rows)
     opt_state = with_rate(jax.vmap(tx.init)(trainable), [trial.rate for trial, _ in rows])
     orders = {seed: list(batches(n, batch_size, steps, seed)) for _, seed in rows}
@@ -118,7 +118,7 @@ def sweep(
         on_rung(k + 1, trials, kept)
         if keep < len(trials):
             best = [i for i, (trial, _) in enumerate(rows) if trial in kept]
-            trainable, frozen, opt_state = lora_jax.take((trainable, frozen, opt_state), best)
+            trainable, frozen, opt_state = lora_jax.many.take((trainable, frozen, opt_state), best)
             rows = [rows[i] for i in best]
     return rows, lora_jax.combine(trainable, frozen)
 
@@ -128,7 +128,7 @@ def scores(
 ) -> list[float]:
     """The accuracy of every row of a stack; NaN where its logits are not finite any more."""
     out = []
-    for single in lora_jax.unstack(stacked, trim=False):  # of one shape: one program for all
+    for single in lora_jax.many.unstack(stacked, trim=False):  # of one shape: one program for all
         logits = predict(apply, single, tokens, batch_size=20)
         finite = bool(np.isfinite(logits).all())
         out.append(accuracy(logits, tokens["labels"]) if finite else math.nan)

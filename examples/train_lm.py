@@ -19,22 +19,22 @@ from typing import Any
 
 import data
 import jax
-import lm_data
-import lm_metrics
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lm_agree import agree
-from lm_data import Rows
-from lm_flags import out_of_memory, parse_args
-from lm_job import Job, abstract, kinds_of, model_of, prepare
-from lm_mesh import ROWS, mesh_of
-from lm_metrics import Log
-from lm_step import State, make_validation
-from models import llama
 
 import lora_jax
 from lora_jax.io import hf, orbax, peft
+from lora_jax.recipes.lm import data as lm_data
+from lora_jax.recipes.lm import metrics as lm_metrics
+from lora_jax.recipes.lm.agree import agree
+from lora_jax.recipes.lm.data import Rows
+from lora_jax.recipes.lm.flags import out_of_memory, parse_args
+from lora_jax.recipes.lm.job import Job, abstract, kinds_of, model_of, prepare
+from lora_jax.recipes.lm.mesh import ROWS, mesh_of
+from lora_jax.recipes.lm.metrics import Log
+from lora_jax.recipes.lm.step import State, make_validation
+from lora_jax.recipes.models import llama
 
 # What decides the losses, to rounding: a run goes on with these or not at all.
 SETTINGS = tuple(

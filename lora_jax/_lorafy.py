@@ -7,28 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax._choose import Bias, choose, is_table, letters_of
-from lora_jax._in_place import in_place
-from lora_jax._layout import (
-    Layouts,
-    check_layout,
-    is_array,
-    max_rank,
-    not_trainable,
-    role_shape,
+from lora_jax._adapter.factors import Factors, master
+from lora_jax._adapter.norms import squared_norm
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.place import make_sharded
+from lora_jax._weights.axes import check_layout, is_array, role_shape
+from lora_jax._weights.choose import Bias, choose
+from lora_jax._weights.conventions import is_table
+from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.plan import (
+    check_alpha,
+    check_distinct,
+    check_rank,
+    check_same_model,
+    tables_of,
 )
-from lora_jax._norm import squared_norm
-from lora_jax._params import Adapter, Factors, LoraParams, wide
-from lora_jax._paths import PyTree, flatten
-from lora_jax._quantized import dequantize_array, is_quantized
-from lora_jax._ranges import entry, overlap, part_shape, rows_of, spell_rows
-from lora_jax._select import Selector, check_patterns, lookup
-from lora_jax.init import Initializer, Target
+from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.ranges import entry, part_shape, rows_of
+from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
+from lora_jax._weights.target import Initializer, Target, fold_in_path
 from lora_jax.init._start import check_started, resolve_init, start
-from lora_jax.init._target import fold_in_path
 
 
 def lorafy(
@@ -134,7 +134,7 @@ def lorafy(
             f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}, or what "
             "lora_jax.layout_of returned"
         )
-    _check_same_model(layout, leaves)
+    check_same_model(layout, leaves)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     check_patterns(layout, "layout", leaves)
@@ -146,22 +146,22 @@ def lorafy(
         )
     init = resolve_init(init)
 
-    tables = _tables(rows or {}, leaves, layout)
+    tables = tables_of(rows or {}, leaves, layout)
     chosen, whole = choose(
         leaves, targets, exclude, full, bias, layers, layout, may_be_empty=bool(tables)
     )
     parts = {name: entry(name, leaves) for name in chosen}
     check_patterns(rank, "rank", {path for path, _ in parts.values()})
     check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
-    _check_distinct(parts | {name: (path, ()) for name, path in tables.items()}, leaves)
+    check_distinct(parts | {name: (path, ()) for name, path in tables.items()}, leaves)
     targets = []
     for name, answer in chosen.items():
         path, ranges = parts[name]
         shape = part_shape(leaves[path].shape, ranges)
         letters = check_layout(letters_of(path, leaves, layout), path, len(shape))
         r = lookup(rank, path, "rank") if answer is True else answer
-        r = _check_rank(r, name, letters, shape)
-        scale = _check_alpha(lookup(alpha, path, "alpha"), name) / (math.sqrt(r) if rslora else r)
+        r = check_rank(r, name, letters, shape)
+        scale = check_alpha(lookup(alpha, path, "alpha"), name) / (math.sqrt(r) if rslora else r)
         fan_in = 1 if is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
         targets.append((path, Target(name, leaves[path], ranges, letters, r, scale, fan_in)))
 
@@ -191,38 +191,13 @@ def lorafy(
     rows_in = {name: (path, letters_of(path, leaves, layout)) for name, path in tables.items()}
     touched = dict.fromkeys([*(path for path, _ in targets), *tables.values(), *whole])
     key = jax.random.key(0) if key is None else key
-    new, adapter = in_place(made, {path: leaves[path] for path in touched}, key)
+    new, adapter = make_sharded(made, {path: leaves[path] for path in touched}, key)
     for _, target in targets:
         check_started(init, target.path, adapter.factors[target.path])
     if new:
         every, tree = flatten(params)
         params = jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
     return LoraParams(params, adapter)
-
-
-def _tables(
-    rows: Mapping[str, Iterable[int]], leaves: Mapping[str, Any], layout: Mapping[str, str]
-) -> dict[str, str]:
-    """The key of the rows that train of each table, and its path."""
-    check_patterns(rows, "rows", leaves)
-    tables = {}
-    for path, leaf in leaves.items():
-        if (ids := lookup(rows, path, "rows")) is None:
-            continue
-        ids = sorted(int(i) for i in ids)
-        letters = letters_of(path, leaves, layout) if len(leaf.shape) > 1 else ""
-        if letters.count("i") != 1 or "b" in letters or not_trainable(leaf):
-            raise ValueError(
-                f"rows: {path!r} of shape {tuple(leaf.shape)} (layout {letters!r}) is no table of "
-                "floats with one input axis"
-            )
-        (size,) = role_shape(letters, leaf.shape, "i")
-        if not ids or len({*ids}) != len(ids) or not 0 <= ids[0] <= ids[-1] < size:
-            raise ValueError(
-                f"rows={{{path!r}: {ids}}}: expected different numbers from 0 to {size - 1}"
-            )
-        tables[spell_rows(path, ids)] = path
-    return tables
 
 
 def _row_factors(name: str, leaf: Any, letters: str, dtype: DTypeLike) -> Factors:
@@ -240,69 +215,3 @@ def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:
     plain = [dequantize_array(x) if is_quantized(x) else x for x in (target.leaf, base)]
     squared = [squared_norm(x[index], target.layout) for x in plain]
     return jnp.sqrt(squared[0]), squared[1]
-
-
-def master(leaf: Any) -> jax.Array:
-    """A copy to train whole, at least float32: a copy, so that donating it spares the base."""
-    return jnp.array(leaf, dtype=wide(leaf.dtype), copy=True)
-
-
-def _check_same_model(layout: Mapping[str, str], leaves: Mapping[str, Any]) -> None:
-    """Raise if the layout was found for other parameters."""
-    if not isinstance(layout, Layouts):
-        return
-    found = {path: weight.shape for path, weight in layout.weights.items()}
-    for path in [*found, *leaves]:
-        here = tuple(leaves[path].shape) if path in leaves else None
-        if found.get(path) != here:
-            raise ValueError(
-                f"layout: it was found for another model: {path!r} has shape {found.get(path)} "
-                f"there and {here} in params (None: no such leaf). Pass the same tree to "
-                "lora_jax.layout_of and to lorafy"
-            )
-
-
-def _check_distinct(parts: Mapping[str, tuple[str, Any]], leaves: Mapping[str, Any]) -> None:
-    seen: dict[int, list[str]] = {}
-    for name, (path, ranges) in parts.items():
-        for other in seen.setdefault(id(leaves[path]), []):
-            other_path, other_ranges = parts[other]
-            if other_path != path:
-                raise ValueError(
-                    f"targets: {other_path!r} and {path!r} are one and the same array. Two "
-                    "independent updates of a tied weight would untie it: "
-                    f"exclude={path!r}, or copy the array"
-                )
-            if overlap(ranges, other_ranges):
-                raise ValueError(
-                    f"targets: {other!r} and {name!r} overlap: an entry of a weight has one "
-                    "update. Give them disjoint ranges"
-                )
-        seen[id(leaves[path])].append(name)
-
-
-def _check_rank(rank: Any, path: str, layout: str, shape: tuple[int, ...]) -> int:
-    if rank is None:
-        raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
-        raise TypeError(f"rank={rank!r} for {path!r}: expected an int")
-    limit = max_rank(layout, shape)
-    if not 1 <= rank <= limit:
-        raise ValueError(
-            f"rank={rank} for {path!r} of shape {shape} (layout {layout!r}): expected 1 to "
-            f"min(in, out) = {limit}, at which a LoRA can express any update"
-        )
-    return int(rank)
-
-
-def _check_alpha(alpha: Any, path: str) -> float:
-    if alpha is None:
-        raise ValueError(f"alpha: no pattern of the mapping matches {path!r}; end with '.*'")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.integer | np.floating):
-        raise TypeError(f"alpha={alpha!r} for {path!r}: expected a number")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(
-            f"alpha={alpha} for {path!r}: expected a finite number > 0, since the update is scaled "
-            "by alpha / rank; to switch an adapter off, call the function on lora_params.base"
-        )
-    return float(alpha)

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax._layout import role_axes
-from lora_jax._params import Adapter, Factors, LoraParams, check, is_concrete
-from lora_jax._paths import PyTree, flatten
-from lora_jax._quantized import dequantize_array, is_quantized, requantize
-from lora_jax._ranges import Range, entry
-from lora_jax._transform._dora import delta_of
-from lora_jax._transform._past import Leaf
-from lora_jax._transform._value import LoraArray
-from lora_jax._updates import check_linear
+from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._adapter.updates import check_linear
+from lora_jax._transform.dora import delta_of
+from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.origin import Leaf
+from lora_jax._weights.axes import role_axes
+from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.quantized import dequantize_array, is_quantized, requantize
+from lora_jax._weights.ranges import Range, entry
 
 Part = tuple[Factors, tuple[Range, ...]]
 
@@ -87,7 +88,7 @@ def merge(
                 raise ValueError(
                     f"merge: {path!r} is quantized, and its merged values are not of its kind. Say "
                     "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
-                    "lora_jax.quantization_error says what that costs"
+                    "lora_jax.quant.quantization_error says what that costs"
                 )
             plain = _add(dequantize_array(leaf), parts[path], donate=True)
             leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
@@ -223,7 +224,8 @@ def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
         if is_quantized(leaves.get(path)):
             raise ValueError(
                 f"{verb}: {path!r} is quantized, and would be rounded anew each time: make the "
-                "parameters plain, lora_jax.dequantize(params), or keep the base and merge from it"
+                "parameters plain, lora_jax.quant.dequantize(params), or keep the base and merge "
+                "from it"
             )
 
 

@@ -1,5 +1,6 @@
 """Models, random adapters, and the oracle: the adapted function against the merged one."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -350,3 +351,19 @@ CASES = {
     "nnx dropout+batchnorm": normed_case,
     "plain dict": dict_case,
 }
+
+
+@contextlib.contextmanager
+def compilations():
+    """What XLA compiles meanwhile, on any thread."""
+    seen = []
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(kwargs.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

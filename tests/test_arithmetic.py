@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
-from lora_jax._sparse import Rule, of_factors
+from lora_jax.algebra._entries import Rule, of_factors
 
 SHAPES = {
     "dense": ((6, 8), "io"),
@@ -212,12 +212,12 @@ def test_numbers_of_any_kind():
 
 def test_a_share_is_any_number_and_dare_wants_a_key():
     x = split(1, targets=["dense"]).adapter
-    found = [lora_jax.prune(x, density=d, rank=2)[0] for d in (0.5, jnp.float32(0.5))]
+    found = [lora_jax.algebra.prune(x, density=d, rank=2)[0] for d in (0.5, jnp.float32(0.5))]
     assert_updates(found[1], dense(found[0]), 0)
     with pytest.raises(TypeError, match="prune: density is traced"):
-        jax.jit(lambda d: lora_jax.prune(x, density=d, rank=2)[0])(0.5)
+        jax.jit(lambda d: lora_jax.algebra.prune(x, density=d, rank=2)[0])(0.5)
     with pytest.raises(TypeError, match="dare: key=None: expected a PRNG key"):
-        lora_jax.dare([x], density=0.5, rank=2, key=None)  # pyright: ignore
+        lora_jax.algebra.dare([x], density=0.5, rank=2, key=None)  # pyright: ignore
 
 
 def spoilt(x):
@@ -226,7 +226,7 @@ def spoilt(x):
     return jax.device_put(x)
 
 
-@pytest.mark.parametrize("method", [lora_jax.ties, lora_jax.prune])
+@pytest.mark.parametrize("method", [lora_jax.algebra.ties, lora_jax.algebra.prune])
 def test_what_is_not_finite_is_refused_or_stays_so(method):
     x, y = (split(k, targets=["dense"]).adapter for k in (1, 2))
     bad = jax.tree.map(spoilt, x)
@@ -256,9 +256,9 @@ def test_no_array_of_the_weight_is_formed():
         z = 0.5 * x - y
         return (
             z,
-            lora_jax.linear_in_factors([x, x]),
-            lora_jax.similarity([x, y, z]),
-            lora_jax.distance(x, y),
+            lora_jax.algebra.linear_in_factors([x, x]),
+            lora_jax.analysis.similarity([x, y, z]),
+            lora_jax.analysis.distance(x, y),
         )
 
     sizes = [
@@ -306,8 +306,8 @@ def test_rows_of_tables_stay_rows():
     x, y = rows(1, 2, 5), rows(2, 2, 5)
     for result, c, d in (
         (x - 3 * y, 1, -3),
-        (lora_jax.linear_in_factors([x, y], [0.2, 2]), 0.2, 2),
-        (lora_jax.prune([x, y], density=1.0, rank=1)[0], 1, 1),
+        (lora_jax.algebra.linear_in_factors([x, y], [0.2, 2]), 0.2, 2),
+        (lora_jax.algebra.prune([x, y], density=1.0, rank=1)[0], 1, 1),
     ):
         f = result.adapter.factors["embedding[[2, 5]]"]
         assert f.rank == 2
@@ -329,7 +329,7 @@ def test_frozen_is_what_is_frozen_in_both():
 
 def test_linear_in_factors_is_what_it_says():
     x, y = split(1, 2, alpha=4), split(2, 2, alpha=6)
-    mean = jax.jit(lambda x, y: lora_jax.linear_in_factors([x, -1 * y, x], [0.5, 2, -3]))
+    mean = jax.jit(lambda x, y: lora_jax.algebra.linear_in_factors([x, -1 * y, x], [0.5, 2, -3]))
     result = mean(x.adapter, y.adapter)
     for key, f in result.factors.items():
         fs = [x.adapter.factors[key], y.adapter.factors[key]]
@@ -342,18 +342,20 @@ def test_linear_in_factors_is_what_it_says():
 
 def test_linear_in_factors_is_a_mean_of_one_and_of_shared_a():
     x = split(1, 2, alpha=4)
-    assert_updates(lora_jax.linear_in_factors([x, x, x]), weighted((1, x)))
+    assert_updates(lora_jax.algebra.linear_in_factors([x, x, x]), weighted((1, x)))
     factors = {
         key: dataclasses.replace(f, b=jax.device_put(np.float32(-2) * np.asarray(f.b)))
         for key, f in x.adapter.factors.items()
     }
     y = LoraParams(BASE, Adapter(factors))
-    assert_updates(lora_jax.linear_in_factors([x, y], [0.3, 0.7]), weighted((0.3, x), (0.7, y)))
+    assert_updates(
+        lora_jax.algebra.linear_in_factors([x, y], [0.3, 0.7]), weighted((0.3, x), (0.7, y))
+    )
 
 
 def test_linear_in_factors_of_leaves_trained_whole():
     x, y = split(1, full="bias"), split(2, targets=["dense"])
-    result = lora_jax.linear_in_factors([x, y])
+    result = lora_jax.algebra.linear_in_factors([x, y])
     gap = np.asarray(x.adapter.full["bias"]) - np.asarray(BASE["bias"])
     expected = np.asarray(BASE["bias"]) + gap / 2
     assert_close(np.asarray(result.adapter.full["bias"]), expected)
@@ -427,7 +429,7 @@ def best(d, letters, rank):
 @pytest.mark.parametrize("verb", ["ties", "prune"])
 def test_ties_and_pruning_are_exact_at_full_rank(verb, density):
     xs = [P.adapter, -2 * Q.adapter, R.adapter / 3]
-    result, error = getattr(lora_jax, verb)(xs, density=density, rank=None)
+    result, error = getattr(lora_jax.algebra, verb)(xs, density=density, rank=None)
     assert_updates(result, oracle(xs, density, verb == "ties"))
     assert error.keys() == result.factors.keys()
     assert not any(error.values())
@@ -444,7 +446,7 @@ def test_ties_and_pruning_are_exact_at_full_rank(verb, density):
 )
 def test_the_factors_are_the_best_of_their_rank(rank, niter):
     xs = [P, 0.5 * Q, R]
-    result, error = lora_jax.ties(xs, density=0.4, rank=rank, niter=niter)
+    result, error = lora_jax.algebra.ties(xs, density=0.4, rank=rank, niter=niter)
     assert isinstance(result, LoraParams)
     exact = oracle(xs, 0.4, True)
     want = {key: best(d, letters_of(key), rank) for key, d in exact.items()}
@@ -459,7 +461,7 @@ def test_the_factors_are_the_best_of_their_rank(rank, niter):
 
 def test_a_rank_above_the_weights_is_the_weights():
     x = only(P, "dense", "stack")
-    result, error = lora_jax.prune(x.adapter, density=0.5, rank=100)
+    result, error = lora_jax.algebra.prune(x.adapter, density=0.5, rank=100)
     assert_updates(result, oracle([x], 0.5, False))
     assert result.factors["dense"].rank == 6
     assert max(map(float, error.values())) < 10 * tolerance()
@@ -470,7 +472,7 @@ def test_leaves_trained_whole_go_through_ties():
         split(1, targets=["dense"], full="bias"),
         split(2, targets=["dense"], full=["bias", "norm"]),
     )
-    result, error = lora_jax.ties([x, -1 * y], density=0.5, rank=2)
+    result, error = lora_jax.algebra.ties([x, -1 * y], density=0.5, rank=2)
     exact = oracle([x, -1 * y], 0.5, True)
     got = dense(result)
     for path in ("bias", "norm"):
@@ -484,16 +486,16 @@ def test_leaves_trained_whole_go_through_ties():
 def test_ties_is_odd_and_cancels_to_zero():
     xs = [P.adapter, -2 * Q.adapter, R.adapter / 3]  # programs of the tests above
     options = {"density": 0.2, "rank": None}
-    there, back = (lora_jax.ties(ys, **options)[0] for ys in (xs, [-x for x in xs]))
+    there, back = (lora_jax.algebra.ties(ys, **options)[0] for ys in (xs, [-x for x in xs]))
     assert_updates(back, weighted((-1, there)))
     x = only(P, "dense", "stack").adapter
-    assert not any(d.any() for d in dense(lora_jax.ties([x, -x], **options)[0]).values())
+    assert not any(d.any() for d in dense(lora_jax.algebra.ties([x, -x], **options)[0]).values())
 
 
 def test_dare_drops_and_enlarges():
     key = jax.random.key(5)
     options = {"density": 0.4, "rank": None, "key": key}
-    alone = [lora_jax.dare(x, **options)[0] for x in (P.adapter, R.adapter)]
+    alone = [lora_jax.algebra.dare(x, **options)[0] for x in (P.adapter, R.adapter)]
     share = []
     for x, result in zip((P, R), alone, strict=True):
         for name, d in dense(result).items():
@@ -508,20 +510,22 @@ def test_dare_drops_and_enlarges():
     large = np.abs(whole) > 0.1 * np.abs(whole).max()  # of which roundings are a small part
     twice = [only(P, "dense").adapter] * 2
     for elect in (False, True):
-        both = lora_jax.dare(twice, **options, elect=elect)[0]
-        again = lora_jax.dare(twice, **options, elect=elect)[0]
+        both = lora_jax.algebra.dare(twice, **options, elect=elect)[0]
+        again = lora_jax.algebra.dare(twice, **options, elect=elect)[0]
         assert_updates(both, dense(again), 0)
         ratios = np.unique((dense(both)["dense"][large] / whole[large]).round(3) + 0.0)
         # each has a mask of its own: none, one or both; a mean of agreeing ones is one of them
         assert list(ratios) == ([0, 2.5] if elect else [0, 2.5, 5])
-    other = lora_jax.dare(P.adapter, density=0.4, rank=None, key=jax.random.key(6))[0]
+    other = lora_jax.algebra.dare(P.adapter, density=0.4, rank=None, key=jax.random.key(6))[0]
     assert not np.array_equal(dense(other)["dense"] == 0, dense(alone[0])["dense"] == 0)
 
 
 def test_dare_is_right_in_the_mean():
     base = {"w": jnp.zeros((4, 5))}
     x = split(1, 2, base, ["w"], layout=None)
-    draw = jax.jit(jax.vmap(lambda k: lora_jax.dare(x.adapter, density=0.5, rank=None, key=k)[0]))
+    draw = jax.jit(
+        jax.vmap(lambda k: lora_jax.algebra.dare(x.adapter, density=0.5, rank=None, key=k)[0])
+    )
     found = draw(jax.random.split(jax.random.key(0), 4000)).factors["w"]
     mean = np.einsum("nir,nro->io", found.a, found.b) / 4000
     exact = dense(x)["w"]
@@ -530,15 +534,15 @@ def test_dare_is_right_in_the_mean():
 
 def test_layers_of_a_stack_are_drawn_apart():
     x = only(P, "stack").adapter
-    found = lora_jax.dare(x, density=0.5, rank=None, key=jax.random.key(0))[0]
+    found = lora_jax.algebra.dare(x, density=0.5, rank=None, key=jax.random.key(0))[0]
     masks = dense(found)["stack"] != 0
     assert not np.array_equal(masks[0], masks[1])
 
 
 def test_ties_works_under_jit():
     xs = [only(x, "dense", "stack").adapter for x in (P, Q)]
-    one = jax.jit(lambda xs: lora_jax.ties(xs, density=0.3, rank=2))(xs)
-    other = lora_jax.ties(xs, density=0.3, rank=2)
+    one = jax.jit(lambda xs: lora_jax.algebra.ties(xs, density=0.3, rank=2))(xs)
+    other = lora_jax.algebra.ties(xs, density=0.3, rank=2)
     assert_updates(one[0], dense(other[0]), 10)
     for key, error in other[1].items():
         assert float(one[1][key]) == pytest.approx(float(error), abs=10 * tolerance())
@@ -588,7 +592,9 @@ def test_sharded_adapters_combine(kind):
         found = together(there, [y.adapter for y in ys])
         grown = found["grown"]
         merged = jax.device_put(lora_jax.merge(grown), spread)
-        extracted = lora_jax.extract(there, merged, 2, targets="w", layout={"w": "io"}, rest="full")
+        extracted = lora_jax.algebra.extract(
+            there, merged, 2, targets="w", layout={"w": "io"}, rest="full"
+        )
     gap = weighted((1, xs[0]), (-1, xs[1]))
     assert_updates(found["small"], gap | {"w": best(gap["w"], "io", 3)[0]}, 10)
     assert_updates(grown, dense(xs[0]))
@@ -616,13 +622,13 @@ def together(base, adapters):
     """What combines two adapters of ``w``, and what changes one."""
     xs = [LoraParams(base, x) for x in adapters]
     return {
-        "ties": lora_jax.ties(xs, density=0.3, rank=3)[0],
-        "nearly": lora_jax.ties(xs, density=0.3, rank=3, niter=6)[0],
-        "cosines": lora_jax.similarity(xs),
-        "distance": lora_jax.distance(*xs),
-        "subspaces": lora_jax.subspace_similarity(*xs)["w"],
-        "small": lora_jax.resize(xs[0] - xs[1], 3),
-        "grown": lora_jax.resize(xs[0], 6, key=jax.random.key(0)),
+        "ties": lora_jax.algebra.ties(xs, density=0.3, rank=3)[0],
+        "nearly": lora_jax.algebra.ties(xs, density=0.3, rank=3, niter=6)[0],
+        "cosines": lora_jax.analysis.similarity(xs),
+        "distance": lora_jax.analysis.distance(*xs),
+        "subspaces": lora_jax.analysis.subspace_similarity(*xs)["w"],
+        "small": lora_jax.algebra.resize(xs[0] - xs[1], 3),
+        "grown": lora_jax.algebra.resize(xs[0], 6, key=jax.random.key(0)),
     }
 
 
@@ -650,7 +656,9 @@ def test_operands_that_have_no_sum_are_explained():
     )
     refused(ValueError, r"x \+ y: 'bias' is trained whole", plus, x, full.adapter)
     dora = split(1, targets=["dense"], dora=True)
-    refused(ValueError, r"'dense' has a DoRA magnitude.*lora_jax.extract", lambda: 0.5 * dora)
+    refused(
+        ValueError, r"'dense' has a DoRA magnitude.*lora_jax.algebra.extract", lambda: 0.5 * dora
+    )
     refused(ValueError, r"x \+ y: 'dense' has a DoRA", plus, x, dora.adapter)
     pissa = lora_jax.lorafy(BASE, 2, init="pissa", targets="dense")
     refused(ValueError, r"'dense' belongs to what its init.*to_plain", plus, pissa, pissa)
@@ -663,7 +671,7 @@ def test_operands_that_have_no_sum_are_explained():
         X,
         split(1, base={"dense": BASE["dense"]}, targets=["dense"], layout=None),
     )
-    stacked = lora_jax.stack([x, x])
+    stacked = lora_jax.many.stack([x, x])
     refused(ValueError, r"scale of 'dense' has shape \(2,\).*unstack", plus, stacked, stacked)
     half = lora_jax.split(X)[0]
     refused(TypeError, r"\.scale is NoneType.*lora_jax.combine", lambda: 2 * half)
@@ -681,7 +689,7 @@ def test_operands_that_have_no_sum_are_explained():
     refused(
         ValueError, r"0 trains 'one' and operand 1 'one', whole, and these overlap", plus, X, whole
     )
-    means = lora_jax.linear_in_factors
+    means = lora_jax.algebra.linear_in_factors
     refused(ValueError, r"'dense' has the ranks \[2, 3\], expected equal", means, [x, Y.adapter])
     refused(ValueError, r"1 weights for 2 adapters", means, [x, x], [1])
     refused(ValueError, r"linear_in_factors: there are no adapters", means, [])
@@ -692,7 +700,7 @@ def test_operands_that_have_no_sum_are_explained():
 def test_arguments_out_of_range_are_explained():
     def refused(message, **options):
         with pytest.raises(ValueError, match=message):
-            lora_jax.ties([X.adapter], **{"density": 0.5, "rank": 2, **options})
+            lora_jax.algebra.ties([X.adapter], **{"density": 0.5, "rank": 2, **options})
 
     refused(r"ties: density=0: expected a share", density=0)
     refused(r"density=1\.5: expected a share", density=1.5)
@@ -701,4 +709,4 @@ def test_arguments_out_of_range_are_explained():
     refused(r"niter=-1: expected None or an int from 0 on", niter=-1)
     refused(r"rank=True: expected", rank=True)
     with pytest.raises(ValueError, match="dare: there are no adapters"):
-        lora_jax.dare([], density=0.5, rank=2, key=jax.random.key(0))
+        lora_jax.algebra.dare([], density=0.5, rank=2, key=jax.random.key(0))

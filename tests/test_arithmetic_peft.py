@@ -97,13 +97,13 @@ def test_cat_is_the_sum(configs):
 @pytest.mark.parametrize("configs", [PLAIN, UNEQUAL])
 def test_svd_is_the_sum_resized(configs):
     model, x, y = combined(configs, "svd", LINEAR, svd_rank=3)
-    total = lora_jax.resize(WEIGHTS[0] * x + WEIGHTS[1] * y, 3)
+    total = lora_jax.algebra.resize(WEIGHTS[0] * x + WEIGHTS[1] * y, 3)
     assert gap(model, total, LINEAR) < 10 * tolerance()  # singular vectors magnify roundings
 
 
 def test_linear_is_linear_in_factors():
     model, x, y = combined(PLAIN, "linear", LINEAR, weights=(0.7, 0.4))
-    result = lora_jax.linear_in_factors([x, y], [math.sqrt(0.7), math.sqrt(0.4)])
+    result = lora_jax.algebra.linear_in_factors([x, y], [math.sqrt(0.7), math.sqrt(0.4)])
     assert gap(model, result, LINEAR) < tolerance()
     assert gap(model, 0.7 * x + 0.4 * y, LINEAR) > 0.1  # and not the sum
 
@@ -112,7 +112,10 @@ def test_ties_and_pruning_of_updates_are_theirs():
     """Where all weights are equal: PEFT elects signs before it weights."""
     model = wrapped(*(config | {"target_modules": list(LINEAR)} for config in PLAIN))
     x, y = (ours(model, name, LINEAR) for name in "xy")
-    for kind, verb in (("ties_svd", lora_jax.ties), ("magnitude_prune_svd", lora_jax.prune)):
+    for kind, verb in (
+        ("ties_svd", lora_jax.algebra.ties),
+        ("magnitude_prune_svd", lora_jax.algebra.prune),
+    ):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "z", kind, svd_rank=3, density=DENSITY)
         result, _ = verb([x, y], density=DENSITY, rank=3)
         assert gap(model, result, LINEAR) < 10 * tolerance()  # singular vectors magnify roundings
@@ -125,7 +128,7 @@ def test_peft_forgets_the_scale_of_rslora(kind, rank):
     options = {"svd_rank": rank} if kind == "svd" else {}
     model, x, y = combined(STABLE, kind, LINEAR, **options)
     total = WEIGHTS[0] * x + WEIGHTS[1] * y
-    total = lora_jax.resize(total, rank) if kind == "svd" else total
+    total = lora_jax.algebra.resize(total, rank) if kind == "svd" else total
     assert gap(model, total, LINEAR) > 0.5
     assert (
         gap(model, math.sqrt(rank) * total, LINEAR) < 10 * tolerance()
@@ -137,12 +140,12 @@ def test_peft_refuses_unequal_ranks_in_ties_of_factors():
     with pytest.raises(ValueError, match="same r value"):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "z", "ties", density=DENSITY)
     x, y = (ours(model, name, LINEAR) for name in "xy")
-    assert lora_jax.ties([x, y], density=DENSITY, rank=3)[0].factors["last"].rank == 3
+    assert lora_jax.algebra.ties([x, y], density=DENSITY, rank=3)[0].factors["last"].rank == 3
 
 
 def test_ties_of_factors_is_not_ties_of_updates():
     model, x, y = combined(PLAIN, "ties", LINEAR, density=DENSITY)
-    result, _ = lora_jax.ties([WEIGHTS[0] * x, WEIGHTS[1] * y], density=DENSITY, rank=None)
+    result, _ = lora_jax.algebra.ties([WEIGHTS[0] * x, WEIGHTS[1] * y], density=DENSITY, rank=None)
     assert gap(model, result, LINEAR) > 0.3
 
 

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, dict_case, drawn, normal, randomize_b, scan_case
+from helpers import assert_close, compilations, dict_case, drawn, normal, randomize_b, scan_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_check import compilations
 
 import lora_jax
-from lora_jax import Adapter, AdapterBank, LoraParams
-from lora_jax._paths import flatten
+from lora_jax import Adapter, LoraParams
+from lora_jax._weights.paths import flatten
 from lora_jax.io import orbax, peft, safetensors
+from lora_jax.many import AdapterBank
 
 EVERY = ["w1", "layers/0/w2"]  # the targets of dict_case
 
@@ -87,7 +87,7 @@ def alone(case, adapters, names, x):
 @functools.cache
 def by_rows(fn):
     """The compiled function, which tests share."""
-    return jax.jit(lora_jax.lora_rows(fn))
+    return jax.jit(lora_jax.many.lora_rows(fn))
 
 
 def broken(lora_params, key, field, value=np.nan):
@@ -724,7 +724,7 @@ def test_inside_of_jit_it_is_refused_and_as_it_was():
 
     def using(x):
         with bank.using(["a0"]) as (lora_params, ids):
-            return lora_jax.lora_rows(case.fn)(lora_params, x, lora_ids=ids)
+            return lora_jax.many.lora_rows(case.fn)(lora_params, x, lora_ids=ids)
 
     for verb, fn in (
         ("using", using),
@@ -824,7 +824,7 @@ def test_misuse_is_explained():
     with pytest.raises(TypeError, match="like is Adapter, expected a LoraParams"):
         AdapterBank(p.adapter)
     with pytest.raises(ValueError, match="AdapterBank: like is a stack"):
-        AdapterBank(lora_jax.stack([p, p]))
+        AdapterBank(lora_jax.many.stack([p, p]))
     with pytest.raises(ValueError, match="like changes nothing"):
         AdapterBank(LoraParams(case.params, Adapter({})))
     nan = dataclasses.replace(
@@ -845,7 +845,7 @@ def test_misuse_is_explained():
     for name, x, error, message in (
         (3, one, TypeError, "name=3: expected a str"),
         ("new", 3, TypeError, "'new' is int, expected a LoraParams"),
-        ("new", lora_jax.stack([one, one]), ValueError, "'new' is a stack"),
+        ("new", lora_jax.many.stack([one, one]), ValueError, "'new' is a stack"),
         ("new", other, ValueError, "'new' and the bank are over different bases: 'b1' is not one"),
         ("new", alien, ValueError, "'new' and the bank are over different bases: they differ in"),
         ("new", turned, ValueError, "differ at 'w1': layout is 'oi' here and 'io' there; make"),
@@ -854,7 +854,7 @@ def test_misuse_is_explained():
             made(case, 0, 3, targets="w1"),
             ValueError,
             "has rank 3 at 'w1', and the bank 2: "
-            r"shrink it, lora_jax.resize\(adapter, 2\), or make a bank of rank=3",
+            r"shrink it, lora_jax.algebra.resize\(adapter, 2\), or make a bank of rank=3",
         ),
         (
             "new",
@@ -887,4 +887,4 @@ def test_misuse_is_explained():
         bank.release("one")
     # ids that are no slots are lora_rows' to refuse
     with pytest.raises(IndexError, match=r"lora_ids has 2, expected -1.* to 1"):
-        lora_jax.lora_rows(case.fn)(bank.lora_params, rows(case, 1), lora_ids=np.array([2]))
+        lora_jax.many.lora_rows(case.fn)(bank.lora_params, rows(case, 1), lora_ids=np.array([2]))

@@ -10,17 +10,18 @@ import sys
 import hlo
 import jax
 import jax.numpy as jnp
-import lm_mesh
 import numpy as np
 import pytest
-from helpers import assert_close, drawn, normal, randomize_b, tolerance
+from helpers import assert_close, compilations, drawn, normal, randomize_b, tolerance
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import llama
-from serve_check import compilations
 
 import lora_jax
-from lora_jax import AdapterBank, LoraParams, _host_rows
+from lora_jax import LoraParams
+from lora_jax.many import AdapterBank
+from lora_jax.many import _host as _host_rows
+from lora_jax.recipes.lm import mesh as lm_mesh
+from lora_jax.recipes.models import llama
 
 
 @pytest.mark.devices(8)
@@ -61,7 +62,7 @@ def test_slots_are_beside_the_shards_of_their_weights(kind):
     x = normal(1, (3, 8))
     names = ["a2", None, "a0"]
     with jax.set_mesh(mesh), bank.using(names) as (lora_params, ids):
-        found = jax.jit(lora_jax.lora_rows(fn))(lora_params, x, lora_ids=ids)
+        found = jax.jit(lora_jax.many.lora_rows(fn))(lora_params, x, lora_ids=ids)
     expected = []
     for name, row in zip(names, np.asarray(x, np.float64), strict=True):
         w = {key: np.asarray(leaf, np.float64) for key, leaf in plain.items()}
@@ -125,7 +126,7 @@ def test_between_devices_go_rank_numbers_a_row_and_no_factors(mesh):
     ids, which = over_rows(ids, 0), over_rows(ids[:, 0], 0)
     cache = jax.tree.map(over_rows, jax.eval_shape(lambda: model.empty(rows, 32)), axes)
     plain = lambda p, ids, cache: model.apply({"params": p}, ids, cache)  # noqa: E731
-    by_rows = lora_jax.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
+    by_rows = lora_jax.many.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
 
     def crossing(fn, *args):
         return hlo.collectives(jax.jit(fn).lower(*args).compile().as_text())
@@ -165,7 +166,7 @@ def serve(address, process):
     for n, p in enumerate(adapters.values()):
         p.adapter.full["bias"] = p.adapter.full["bias"] + n
     whole = lambda p, x: x @ p["query"] + p["bias"]  # noqa: E731
-    apply = jax.jit(lora_jax.lora_rows(whole), out_shardings=NamedSharding(mesh, P()))
+    apply = jax.jit(lora_jax.many.lora_rows(whole), out_shardings=NamedSharding(mesh, P()))
     with compilations() as compiled:
         bank = AdapterBank(lora_jax.lorafy(params, 3, **options), slots=2)
         ready = len(compiled)

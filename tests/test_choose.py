@@ -8,6 +8,7 @@ import pytest
 from helpers import assert_close, assert_oracle, drawn, normal, randomize_b
 
 import lora_jax
+from lora_jax._weights.paths import flatten
 
 
 def attention(d=8, seed=0):
@@ -115,7 +116,7 @@ def full(**options):
 
 def test_biases():
     beside = {f"layers_{i}/attn/{n}/bias" for i in range(4) for n in ("query", "value")}
-    every = {p for p in lora_jax._paths.flatten(UNROLLED)[0] if p.endswith("bias")}
+    every = {p for p in flatten(UNROLLED)[0] if p.endswith("bias")}
     assert full() == set()
     assert full(bias="lora_only") == beside
     assert full(bias="lora_only", layers=[0]) == {p for p in beside if p.startswith("layers_0")}

@@ -17,10 +17,14 @@ import safetensors.numpy as library
 from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
-from lora_jax.cli import main, parser
-from lora_jax.cli._match import canonical
+from lora_jax._weights.paths import flatten
+from lora_jax.cli import main
+from lora_jax.cli._parser import parser
+from lora_jax.cli._read.match import canonical
 from lora_jax.cli._show import Show, plain, size
-from lora_jax.io import _files, _shards, hf, orbax, peft, safetensors
+from lora_jax.io import _files as _files
+from lora_jax.io import hf, orbax, peft, safetensors
+from lora_jax.io.hf import _shards as _shards
 
 RNG = np.random.default_rng(0)
 COMMANDS = ("inspect", "merge", "convert", "diff", "extract", "verify", "completion")
@@ -186,7 +190,7 @@ def test_inspect_knows_all_formats_and_their_numbers(name, cli):
 )
 def test_inspect_compares_updates_with_weights(name, base, cli):
     found = cli("inspect", name, "--base", base, "--json")
-    weights = {p: np.asarray(x, np.float64) for p, x in lora_jax._paths.flatten(PARAMS)[0].items()}
+    weights = {p: np.asarray(x, np.float64) for p, x in flatten(PARAMS)[0].items()}
     expected = {canonical(p): (x, weights[p]) for p, x in updates(adapted({}, 2)).items()}
     for row in found["entries"]:
         x, w = expected[canonical(row["path"])]
@@ -299,7 +303,7 @@ def assert_same(one, other):
 def test_inspect_shows_models(name, cli):
     found = cli("inspect", name, "--spectrum", "--json")
     assert found["what"] == "model"
-    leaves = lora_jax._paths.flatten(PARAMS)[0].items()
+    leaves = flatten(PARAMS)[0].items()
     leaves = {canonical(p): np.asarray(x, np.float64) for p, x in leaves}
     rows = {canonical(row["path"].replace("scale", "weight")): row for row in found["entries"]}
     assert found["totals"]["parameters"] == sum(x.size for x in leaves.values())
@@ -426,7 +430,7 @@ def test_damaged_parameters_are_noticed(here):
 
 
 def test_parameters_that_are_not_those_that_were_written(refused, here, monkeypatch):
-    from lora_jax.cli import _orbax
+    from lora_jax.cli._read import orbax as _orbax
 
     record, notes = _orbax.config_of(str(here / "params"))
     first, (label, kind, known) = next(iter(notes["params"].items()))
@@ -1161,7 +1165,7 @@ def test_errors_of_ours_and_others(here, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("lora-jax: the following arguments are required")
     assert main(["inspect", "nowhere", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
-    from lora_jax.cli import _inspect
+    from lora_jax.cli._commands import inspect as _inspect
 
     def stops(error):
         def run(*_):

@@ -3,15 +3,14 @@
 import functools
 import json
 
-import deberta
 import jax
 import numpy as np
 import pytest
-import t5
 from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
 from lora_jax.io import hf
+from lora_jax.recipes.models import deberta, t5
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(2, 40, (3, 20)).astype(np.int32)

@@ -18,9 +18,9 @@ sys.path.insert(0, str(EXAMPLES))
 import bert  # noqa: E402
 import data  # noqa: E402
 import finetune_sentiment  # noqa: E402
-import folders  # noqa: E402
 
 import lora_jax  # noqa: E402
+from lora_jax.recipes import folders  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),

@@ -57,7 +57,7 @@ def test_a_planted_difference_is_found_again(dtype):
     base = changed(BASE, lambda x: x.astype(jnp.dtype(dtype)))
     wide = changed(base, lambda x: x.astype(np.float32))
     tuned, _ = planted(wide, targets=".*kernel", layout=LAYOUT)
-    found = lora_jax.extract(base, tuned, 2, layout=LAYOUT)
+    found = lora_jax.algebra.extract(base, tuned, 2, layout=LAYOUT)
     assert found.base is base
     assert {path: f.layout for path, f in found.adapter.factors.items()} == {
         "query/kernel": "io",
@@ -71,7 +71,7 @@ def test_a_planted_difference_is_found_again(dtype):
 @pytest.mark.parametrize(("rank", "alpha"), [(1, None), (3, 16.0), (5, None)])
 def test_no_matrix_of_that_rank_is_nearer(rank, alpha):
     tuned = changed(BASE, noisy)
-    found = lora_jax.extract(BASE, tuned, rank, alpha=alpha, layout=LAYOUT, rest="ignore")
+    found = lora_jax.algebra.extract(BASE, tuned, rank, alpha=alpha, layout=LAYOUT, rest="ignore")
     merged = lora_jax.merge(found)
     for path, f in found.adapter.factors.items():
         *outer, _ = path.split("/")
@@ -99,7 +99,7 @@ def _at(tree, names):
 def test_the_smallest_rank_keeps_the_energy_in_every_layer(energy):
     tuned = changed(BASE, noisy)
     options = {"layout": LAYOUT, "targets": ["query/kernel", "layers/kernel"], "rest": "ignore"}
-    found = lora_jax.extract(BASE, tuned, energy=energy, **options)
+    found = lora_jax.algebra.extract(BASE, tuned, energy=energy, **options)
     for path in ("query", "layers"):
         f = found.adapter.factors[f"{path}/kernel"]
         delta = matrices(tuned[path]["kernel"], f.layout) - matrices(BASE[path]["kernel"], f.layout)
@@ -112,24 +112,28 @@ def test_the_smallest_rank_keeps_the_energy_in_every_layer(energy):
 def test_small_weights_are_exact_and_ranks_go_by_pattern():
     tuned = {"head": {"kernel": floats(8, 2)}, "q": floats(6, 6)}
     base = changed(tuned, noisy)
-    found = lora_jax.extract(base, tuned, {"q": 3, ".*": 4}, targets=".*")
+    found = lora_jax.algebra.extract(base, tuned, {"q": 3, ".*": 4}, targets=".*")
     assert {path: f.rank for path, f in found.adapter.factors.items()} == {
         "head/kernel": 2,
         "q": 3,
     }
-    found = lora_jax.extract(base, tuned, 1, targets=[lambda path, leaf: 2 * (path == "q"), "h.*"])
+    found = lora_jax.algebra.extract(
+        base, tuned, 1, targets=[lambda path, leaf: 2 * (path == "q"), "h.*"]
+    )
     assert {path: f.rank for path, f in found.adapter.factors.items()}["q"] == 2
     with pytest.raises(ValueError, match=r"no pattern of the mapping matches 'head/kernel'"):
-        lora_jax.extract(base, tuned, {"q": 3}, targets=".*")
+        lora_jax.algebra.extract(base, tuned, {"q": 3}, targets=".*")
 
 
 def test_what_did_not_change_gets_no_factors():
     tuned, _ = planted(BASE, targets="query/kernel")
-    found = lora_jax.extract(BASE, tuned, 4)  # and ambiguous layouts do not matter
+    found = lora_jax.algebra.extract(BASE, tuned, 4)  # and ambiguous layouts do not matter
     assert list(found.adapter.factors) == ["query/kernel"]
     stack = changed(BASE["layers"]["kernel"], lambda x: x + noisy(x) * add(x, 1))
     tuned = BASE | {"layers": BASE["layers"] | {"kernel": stack}}
-    f = lora_jax.extract(BASE, tuned, energy=0.999, layout=LAYOUT).adapter.factors["layers/kernel"]
+    f = lora_jax.algebra.extract(BASE, tuned, energy=0.999, layout=LAYOUT).adapter.factors[
+        "layers/kernel"
+    ]
     assert not np.asarray(f.a)[0].any()  # layers that did not change have zeros, and no say
 
 
@@ -141,17 +145,17 @@ def test_parts_of_weights():
 
     tuned = moved(1, 2)
     options = {"targets": "layers/kernel[1:3]", "layout": LAYOUT}
-    found = lora_jax.extract(BASE, tuned, 1, **options)
+    found = lora_jax.algebra.extract(BASE, tuned, 1, **options)
     assert list(found.adapter.factors) == ["layers/kernel[1:3, :, :]"]
     assert_close(lora_jax.merge(found), tuned)
     tuned = moved(0, 1, 2)
     with pytest.raises(ValueError, match=r"1 tensors changed that are no targets: layers/kernel\."):
-        lora_jax.extract(BASE, tuned, 1, **options)
+        lora_jax.algebra.extract(BASE, tuned, 1, **options)
     with pytest.raises(ValueError, match=r"changed outside the part in targets="):
-        lora_jax.extract(BASE, tuned, 1, rest="full", **options)
+        lora_jax.algebra.extract(BASE, tuned, 1, rest="full", **options)
     options["targets"] = "layers/kernel[0:2]"
     tuned = moved(2)
-    found = lora_jax.extract(BASE, tuned, 1, rest="full", **options)
+    found = lora_jax.algebra.extract(BASE, tuned, 1, rest="full", **options)
     assert list(found.adapter.full) == ["layers/kernel"]
 
 
@@ -160,23 +164,23 @@ def test_what_else_changed_is_not_silent():
     tuned["query"]["bias"] = changed(tuned["query"]["bias"], lambda x: x + 1)
     tuned["embed"]["embedding"] = changed(tuned["embed"]["embedding"], lambda x: x + 1)
     with pytest.raises(ValueError, match=r"2 tensors changed .*: embed/embedding, query/bias\. To"):
-        lora_jax.extract(BASE, tuned, 2)
-    ignored = lora_jax.extract(BASE, tuned, 2, rest="ignore")
+        lora_jax.algebra.extract(BASE, tuned, 2)
+    ignored = lora_jax.algebra.extract(BASE, tuned, 2, rest="ignore")
     assert not ignored.adapter.full
-    found = lora_jax.extract(BASE, tuned, 2, rest="full")
+    found = lora_jax.algebra.extract(BASE, tuned, 2, rest="full")
     assert list(found.adapter.full) == ["embed/embedding", "query/bias"]
     assert_close(lora_jax.merge(found), tuned)
     many = {str(k): floats(2) for k in range(10)} | {"q": floats(2, 2)}
     after = changed(many, lambda x: x + 1)
     with pytest.raises(ValueError, match=r"10 tensors .* and 2 more"):
-        lora_jax.extract(many, after, 1)
+        lora_jax.algebra.extract(many, after, 1)
 
 
 def test_a_quantized_base_counts_as_what_it_stands_for():
-    base = lora_jax.quantize(BASE, "int8", targets="query/kernel")
-    plain = lora_jax.dequantize(base)
+    base = lora_jax.quant.quantize(BASE, "int8", targets="query/kernel")
+    plain = lora_jax.quant.dequantize(base)
     tuned, _ = planted(plain, targets="query/kernel")
-    found = lora_jax.extract(base, tuned, 2)
+    found = lora_jax.algebra.extract(base, tuned, 2)
     assert_close(lora_jax.merge(found, quantized="dequantize"), tuned)
 
 
@@ -185,7 +189,7 @@ def test_misuse_is_explained():
 
     def refused(error, message, *args, base=BASE, tuned=tuned, **options):
         with pytest.raises(error, match=message):
-            lora_jax.extract(base, tuned, *args, **options)
+            lora_jax.algebra.extract(base, tuned, *args, **options)
 
     refused(ValueError, "rank=None and energy=None: expected one of the two")
     refused(ValueError, r"rank=2 and energy=0\.5: expected one", 2, energy=0.5)

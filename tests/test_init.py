@@ -226,7 +226,7 @@ def trained(lora_params, seed=5):
 def test_an_adapter_of_a_changed_base_is_one_of_twice_the_rank(init, dora):
     initial = started(init)["DoRA" if dora else "scaled"]
     lora_params = trained(initial)
-    found = lora_jax.to_plain(lora_params, initial, PARAMS)
+    found = lora_jax.algebra.to_plain(lora_params, initial, PARAMS)
     assert all(found.base[name] is leaf for name, leaf in PARAMS.items())
     assert {f.rank for f in found.adapter.factors.values()} == {8}
     assert_close(lora_jax.merge(found), lora_jax.merge(lora_params), depth=64)
@@ -236,12 +236,12 @@ def test_an_adapter_of_a_changed_base_is_one_of_twice_the_rank(init, dora):
 def test_to_plain_refuses_what_does_not_belong_together():
     initial = started("pissa")["scaled"]
     with pytest.raises(TypeError, match="initial is Adapter, expected a LoraParams"):
-        lora_jax.to_plain(initial, initial.adapter, PARAMS)
+        lora_jax.algebra.to_plain(initial, initial.adapter, PARAMS)
     other = lora_jax.lorafy(PARAMS, 4, targets="dense", layout=LAYOUT)
     with pytest.raises(ValueError, match=r"differ in \['back'"):
-        lora_jax.to_plain(initial, other, PARAMS)
+        lora_jax.algebra.to_plain(initial, other, PARAMS)
     with pytest.raises(ValueError, match="'back' has other factors in initial"):
-        lora_jax.to_plain(initial, adapted("gaussian", rank=2), PARAMS)
+        lora_jax.algebra.to_plain(initial, adapted("gaussian", rank=2), PARAMS)
 
 
 # Functions of one's own

@@ -26,7 +26,7 @@ def moment(x):
 
 
 def test_moments_are_of_what_every_weight_reads():
-    moments = jax.jit(lambda p, x: lora_jax.input_moments(fn, p, x))(plain(), X)
+    moments = jax.jit(lambda p, x: lora_jax.init.input_moments(fn, p, x))(plain(), X)
     p = {name: np.asarray(w, np.float64) for name, w in PARAMS.items()}
     h = np.tanh(np.asarray(X, np.float64) @ p["dense"])
     expected = {"dense": moment(X), "heads": moment(h)}
@@ -59,7 +59,8 @@ def test_moments_add_up_over_layers_and_uses():
     @jax.jit
     def found(lora_params, x):
         return {
-            name: lora_jax.input_moments(uses(wrap), lora_params, x) for name, wrap in wraps.items()
+            name: lora_jax.init.input_moments(uses(wrap), lora_params, x)
+            for name, wrap in wraps.items()
         }
 
     read, x = [], np.asarray(inputs, np.float64)
@@ -80,7 +81,7 @@ def test_moments_of_experts_in_groups():
     def found(lora_params, x):
         sizes = jnp.array([2, 3])
         grouped = lambda p, x: lax.ragged_dot(x, p["w"], sizes)  # noqa: E731
-        return lora_jax.input_moments(grouped, lora_params, x)
+        return lora_jax.init.input_moments(grouped, lora_params, x)
 
     x = np.asarray(x)
     assert_close(found(lora_params, x)["w"], np.stack([moment(x[:2]), moment(x[2:])]))
@@ -90,19 +91,19 @@ def test_moments_of_a_low_precision_model_are_float32():
     x = normal(1, (400, 6), jnp.bfloat16)
     params = {"w": jnp.asarray(np.ones((6, 4), jnp.bfloat16))}
     lora_params = lora_jax.lorafy(params, 2, targets="w", init=drawn)
-    moments = jax.jit(lambda p, x: lora_jax.input_moments(lambda p, x: x @ p["w"], p, x))
+    moments = jax.jit(lambda p, x: lora_jax.init.input_moments(lambda p, x: x @ p["w"], p, x))
     assert_close(moments(lora_params, x)["w"], moment(x), length=400)
 
 
 def test_moments_want_to_know_which_weights():
     with pytest.raises(TypeError, match=r"expected one LoraParams among the arguments, .* got 0"):
-        lora_jax.input_moments(fn, PARAMS, X)
+        lora_jax.init.input_moments(fn, PARAMS, X)
 
 
 @pytest.fixture(scope="module")
 def moments():
     with jax.numpy_dtype_promotion("standard"):
-        return jax.jit(lambda p: lora_jax.input_moments(fn, p, BATCH))(plain())
+        return jax.jit(lambda p: lora_jax.init.input_moments(fn, p, BATCH))(plain())
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_the_adapted_model_starts_as_the_model_and_trains_exactly(name, initials
     assert_close(*both(randomize_b(initial, std=0.05)), depth=64)
     later = trained(initial)
     if name != "eva":
-        converted = lora_jax.to_plain(later, initial, PARAMS)
+        converted = lora_jax.algebra.to_plain(later, initial, PARAMS)
         assert_close(lora_jax.merge(converted), lora_jax.merge(later), depth=64)
 
 

@@ -17,7 +17,10 @@ import pytest
 import tokenizers
 from damage import EDITS, EXAMPLES, damaged, fuzz
 
-from lora_jax.io import _gguf, _gguf_file
+from lora_jax.io.hf._gguf import file as _gguf_file
+from lora_jax.io.hf._gguf import model as _gguf
+from lora_jax.io.hf._gguf import tensor as _gguf_tensor
+from lora_jax.io.hf._gguf.tokenizer import tokenizer_of
 
 KINDS = gguf.GGMLQuantizationType
 RNG = np.random.default_rng(0)
@@ -196,7 +199,7 @@ NAMES = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split()
     ("name", "chunk"), [(n, k) for n in NAMES for k in (2**20, 20_000)] + [("Q5_K", 700)]
 )
 def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf, "_CHUNK", chunk)
+    monkeypatch.setattr(_gguf_tensor, "_CHUNK", chunk)
     path, model = squares(tmp_path / "a.gguf", "qwen2", KINDS[name], 256)
     own = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
     found = _gguf.tensors_in(path)
@@ -209,7 +212,7 @@ def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
 
 
 def test_reading_takes_the_memory_of_one_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf, "_CHUNK", 2**14)
+    monkeypatch.setattr(_gguf_tensor, "_CHUNK", 2**14)
     path, _ = squares(tmp_path / "a.gguf", "llama", KINDS.Q4_1, 1024)
     tracemalloc.start()
     tensors = _gguf.tensors_in(path)
@@ -502,7 +505,7 @@ def test_damaged_files_are_errors_or_models_of_the_same_shape(tmp_path):
     @hypothesis.given(EDITS)
     def run(edits):
         (tmp_path / "b").write_bytes(damaged(data, edits))
-        for read in (_gguf.tensors_in, _gguf.config_of, _gguf.tokenizer_of):
+        for read in (_gguf.tensors_in, _gguf.config_of, tokenizer_of):
             try:
                 found = read(tmp_path / "b")
                 if read is _gguf.tensors_in:
@@ -586,7 +589,7 @@ def words(path, pre, tensors=None, **changes):
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_tokenizers_give_the_ids_of_those_that_were_written(pre, tmp_path):
     path = words(tmp_path / "a.gguf", pre, tokenizer__ggml__add_bos_token=False)
-    files = _gguf.tokenizer_of(path)
+    files = tokenizer_of(path)
     ours, theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"]), trained(pre)
     for some in (TEXT, "", " ", "a   1 b  22", "é", *TEXT.split(" ")):  # e and an accent
         found, expected = ours.encode(some), theirs.encode(some)
@@ -609,7 +612,7 @@ def test_tokenizers_give_the_ids_of_those_that_were_written(pre, tmp_path):
 def test_texts_begin_and_end_as_the_file_says(tmp_path):
     def ids(pre, *pair, **keys):
         keys = {f"tokenizer__ggml__{key}": value for key, value in keys.items()}
-        files = _gguf.tokenizer_of(words(tmp_path / "a.gguf", pre, **keys))
+        files = tokenizer_of(words(tmp_path / "a.gguf", pre, **keys))
         return tokenizers.Tokenizer.from_str(files["tokenizer.json"]).encode(*pair).ids
 
     (a,), (b,) = (trained("smollm").encode(x).ids for x in "ab")
@@ -627,14 +630,14 @@ def test_added_words_and_templates_by_name(tmp_path):
     types = [3] * 2 + [4] + [1] * (count - 3)
     more = {"tokenizer__chat_templates": ["tool"], "tokenizer__chat_template__tool": "{{ tools }}"}
     more |= {"tokenizer__ggml__token_type": types}
-    files = _gguf.tokenizer_of(words(tmp_path / "a.gguf", "smollm", **more))
+    files = tokenizer_of(words(tmp_path / "a.gguf", "smollm", **more))
     made = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     assert made.decode(made.encode("a<|pad|><|im_end|>").ids) == "a<|pad|>"  # found, and no sign
     assert json.loads(files["tokenizer_config.json"])["chat_template"] == [
         {"name": "default", "template": "{{ messages }}"},
         {"name": "tool", "template": "{{ tools }}"},
     ]
-    none = _gguf.tokenizer_of(words(tmp_path / "b", "smollm", tokenizer__chat_template=None))
+    none = tokenizer_of(words(tmp_path / "b", "smollm", tokenizer__chat_template=None))
     assert "chat_template" not in json.loads(none["tokenizer_config.json"])
 
 
@@ -665,7 +668,7 @@ def test_other_tokenizers_are_refused(keys, message, tmp_path):
     keys = {f"tokenizer__{key}": value for key, value in keys.items()}
     path = words(tmp_path / "a.gguf", "smollm", **keys)
     with pytest.raises(ValueError, match=message) as error:
-        _gguf.tokenizer_of(path)
+        tokenizer_of(path)
     assert str(path) in str(error.value)
 
 
@@ -677,7 +680,7 @@ def test_what_the_library_refuses_is_an_error_of_the_file(tmp_path, monkeypatch)
 
     monkeypatch.setattr(tokenizers.models, "BPE", no)
     with pytest.raises(ValueError, match=r"a\.gguf: its vocabulary is no tokenizer: no"):
-        _gguf.tokenizer_of(path)
+        tokenizer_of(path)
 
 
 @pytest.mark.parametrize("library", ["gguf", "tokenizers"])
@@ -686,7 +689,7 @@ def test_what_is_not_installed_is_named(library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     _gguf_file._kinds.cache_clear()
     with pytest.raises(ImportError, match=rf"with {library}, .* pip\s+install 'lora-jax\[gguf\]'"):
-        _gguf.tokenizer_of(path)
+        tokenizer_of(path)
 
 
 # Beside transformers.
@@ -806,7 +809,7 @@ def test_tokenizers_are_those_that_transformers_makes(pre, tmp_path):
     template = "{% for m in messages %}<|bos|>{{ m.content }}<|im_end|>{% endfor %}"
     keys = {"tokenizer__ggml__add_bos_token": False, "tokenizer__chat_template": template}
     path = words(tmp_path / "a.gguf", pre, **keys)
-    for name, content in _gguf.tokenizer_of(path).items():
+    for name, content in tokenizer_of(path).items():
         (tmp_path / name).write_text(content)
     (tmp_path / "config.json").write_text(json.dumps(_gguf.config_of(path)))
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -12,8 +12,10 @@ from damage import killed_while_saving, ran
 from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
-from lora_jax.io import _files, _shards, hf, peft
+from lora_jax.io import _files as _files
+from lora_jax.io import hf, peft
 from lora_jax.io._torch import Map
+from lora_jax.io.hf import _shards as _shards
 
 NIGHTLY = os.environ.get("LORA_JAX_LARGE")  # gigabytes of the checkpoint that is merged
 RNG = np.random.default_rng(0)
@@ -113,7 +115,7 @@ def test_an_adapter_goes_out_merged(model, tmp_path):
     hf.save(tmp_path / "out", lora_params, source=model, **OPTIONS)
     merged = lora_jax.merge(lora_params)
     assert_close(hf.load(tmp_path / "out", LIKE, **OPTIONS), merged)
-    base = lora_jax.quantize(params, "int8", targets="h/q/kernel", layout={"h.*": "bio"})
+    base = lora_jax.quant.quantize(params, "int8", targets="h/q/kernel", layout={"h.*": "bio"})
     lora_params = lora_jax.LoraParams(base, lora_params.adapter)
     hf.save(tmp_path / "int8", lora_params, source=model, **OPTIONS)
     merged = lora_jax.merge(lora_params, quantized="dequantize")
@@ -420,7 +422,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("chunk", [2**22, 7])
 def test_files_are_merged_as_parameters_are(name, chunk, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_jax.io._hf_merge._CHUNK", chunk)
+    monkeypatch.setattr("lora_jax.io.hf._merge._CHUNK", chunk)
     params = hf.load(model, LIKE, **OPTIONS)
     options = {"layout": OPTIONS["layout"]} | ADAPTERS[name]
     lora_params = adapted(params, **options)
@@ -544,7 +546,8 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax, numpy as np, lora_jax
         from pathlib import Path
-        from lora_jax.io import _shards, hf, peft
+        from lora_jax.io import hf, peft
+        from lora_jax.io.hf import _shards
         def peak():  # of this program alone: ru_maxrss begins with what its parent has had
             lines = Path("/proc/self/status").read_text().splitlines()
             return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) * 1024

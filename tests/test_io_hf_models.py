@@ -1,7 +1,6 @@
 """Folders of transformers in, through Flax, and out again merged."""
 
 import jax
-import llama
 import numpy as np
 import pytest
 from helpers import assert_close
@@ -9,6 +8,7 @@ from helpers import assert_close
 import lora_jax
 from lora_jax.io import hf
 from lora_jax.io import peft as our_peft
+from lora_jax.recipes.models import llama
 
 pytestmark = [
     pytest.mark.peer,

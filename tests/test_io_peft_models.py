@@ -18,7 +18,7 @@ from helpers import assert_close
 from jax import lax
 
 import lora_jax
-from lora_jax._paths import flatten
+from lora_jax._weights.paths import flatten
 from lora_jax.io import peft as our_peft
 from lora_jax.io import safetensors
 from lora_jax.io._torch import Map

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import pytest
 from helpers import assert_close, drawn, normal, randomize_b
 
 import lora_jax
 from lora_jax.io import hf
+from lora_jax.recipes.models import llama
 
 ROTATED = ".*(query|key)/.*|.*norm/scale"
 
@@ -91,6 +91,6 @@ def test_what_cannot_be_reordered_is_refused():
     lora_params = lora_jax.lorafy(params, 2, targets="query/kernel[:, 0:6]")
     with pytest.raises(ValueError, match="is a part of the outputs of 'query/kernel'"):
         hf.rotary_halves(lora_params, ROTATED, 6)
-    quantized = lora_jax.quantize(params, "int8", targets="query/kernel")
+    quantized = lora_jax.quant.quantize(params, "int8", targets="query/kernel")
     with pytest.raises(ValueError, match="'query/kernel' is quantized: reorder before"):
         hf.rotary_halves(quantized, ROTATED, 6)

@@ -17,7 +17,8 @@ from helpers import drawn, normal, randomize_b
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax.io import _files, orbax, peft, safetensors
+from lora_jax.io import _files as _files
+from lora_jax.io import orbax, peft, safetensors
 from lora_jax.io._checksum import checksum
 
 PARAMS = {
@@ -130,19 +131,23 @@ def test_what_an_initializer_left_is_told_from_the_weights(targets, tmp_path):
         safetensors.save(tmp_path / "b", lora_params.adapter)
     with pytest.raises(TypeError, match="expected a LoraParams or an Adapter, got dict"):
         safetensors.save(tmp_path / "b", PARAMS)
-    plain = lora_jax.to_plain(lora_params, adapter_of(init="pissa", targets=targets), PARAMS)
+    plain = lora_jax.algebra.to_plain(
+        lora_params, adapter_of(init="pissa", targets=targets), PARAMS
+    )
     safetensors.save(tmp_path / "b", plain)
     equal(safetensors.load(tmp_path / "b", PARAMS), plain)
 
 
 def test_a_stack_is_not_saved_as_what_nobody_could_load(tmp_path):
-    stack = lora_jax.stack([lora_jax.lorafy(PARAMS, 2, targets="dotted.*", init=drawn).adapter] * 2)
+    stack = lora_jax.many.stack(
+        [lora_jax.lorafy(PARAMS, 2, targets="dotted.*", init=drawn).adapter] * 2
+    )
     with pytest.raises(
-        ValueError, match=r"safetensors\.save: the adapter is a stack: .* lora_jax\.unstack"
+        ValueError, match=r"safetensors\.save: the adapter is a stack: .* lora_jax\.many\.unstack"
     ):
         safetensors.save(tmp_path / "x", stack)
     with pytest.raises(
-        ValueError, match=r"orbax\.save: the adapter is a stack: .* lora_jax\.unstack"
+        ValueError, match=r"orbax\.save: the adapter is a stack: .* lora_jax\.many\.unstack"
     ):
         orbax.save(tmp_path / "x", stack)
     assert not list(tmp_path.iterdir())

@@ -3,12 +3,12 @@
 import functools
 
 import jax
-import llama
 import numpy as np
 import pytest
 from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
+from lora_jax.recipes.models import llama
 
 CONFIG = {
     "model_type": "qwen3",
@@ -137,9 +137,9 @@ def test_with_a_cache_every_row_has_its_own_adapter(scan_layers):
     def of(base, adapters):
         return [lora_jax.LoraParams(base, adapter) for adapter in adapters]
 
-    stacked = jax.jit(lambda *args: lora_jax.stack(of(*args)))(params, adapters)
+    stacked = jax.jit(lambda *args: lora_jax.many.stack(of(*args)))(params, adapters)
     axes = llama.Cache(keys=1, values=1, lengths=0)
-    rows = lora_jax.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
+    rows = lora_jax.many.lora_rows(plain, in_axes=(None, 0, axes), out_axes=(0, axes))
     ids = np.random.default_rng(1).integers(0, 31, (3, 8)).astype(np.int32)
     which, lengths = np.array([1, -1, 0], np.int32), [4, 2, 3]
     step = jax.jit(lambda ids, cache: rows(stacked, ids, cache, lora_ids=which))

@@ -61,11 +61,11 @@ def test_every_token_gets_the_adapters_that_answer_to_it(top_k, temperature):
     w = normal(1, (6, 5))
     adapters = adapters_of({"query": {"kernel": w}})
     x = normal(2, (3, 4, 6))
-    stacked = lora_jax.stack(adapters)
-    apply = lora_jax.lora_routed(
+    stacked = lora_jax.many.stack(adapters)
+    apply = lora_jax.many.lora_routed(
         lambda p, x: x @ p["query"]["kernel"], top_k=top_k, temperature=temperature
     )
-    found = jax.jit(apply)(stacked, x, lora_router=lora_jax.arrow(stacked))
+    found = jax.jit(apply)(stacked, x, lora_router=lora_jax.many.arrow(stacked))
     updates = updates_of(adapters, "query/kernel", (1, 6, 5))[0]
     expected = mixed(np.reshape(x, (-1, 6)), w, updates, top_k, temperature)
     assert_close(found, expected.reshape(3, 4, 5))
@@ -79,13 +79,13 @@ def test_directions_have_the_axes_that_a_weight_reads(equation):
     w, x = (normal(k, s) for k, s in enumerate((shape, x_shape)))
     adapters = adapters_of({"w": w}, targets="w", layout={"w": layout})
     stacked = by_numpy(adapters)
-    router = jax.tree.map(np.asarray, jax.jit(lora_jax.arrow)(stacked))
+    router = jax.tree.map(np.asarray, jax.jit(lora_jax.many.arrow)(stacked))
     inputs = tuple(n for n, letter in zip(shape, layout, strict=True) if letter in "bi")
     assert router["w"].shape == (*inputs, 4)
     axes = tuple(i for i, c in enumerate(layout.replace("o", "")) if c == "i")
     norm = (np.asarray(router["w"], np.float64) ** 2).sum(axes)
     np.testing.assert_allclose(norm, np.ones_like(norm), rtol=tolerance())
-    apply = lora_jax.lora_routed(lambda p, x: jnp.einsum(equation, x, p["w"]), top_k=2)
+    apply = lora_jax.many.lora_routed(lambda p, x: jnp.einsum(equation, x, p["w"]), top_k=2)
     found = jax.jit(apply)(stacked, x, lora_router=router)
     layers = 2 if layout == "bio" else 1
     w, x = np.reshape(w, (layers, 6, -1)), np.reshape(x, (layers, 4, 6))
@@ -99,8 +99,8 @@ def test_directions_have_the_axes_that_a_weight_reads(equation):
 def test_experts_that_all_read_one_input_choose_each_for_itself():
     w, x = normal(0, (3, 6, 5)), normal(1, (2, 4, 6))
     adapters = adapters_of({"w": w}, targets="w", layout={"w": "bio"})
-    apply = lora_jax.lora_routed(lambda p, x: jnp.einsum("bli,eio->belo", x, p["w"]))
-    run = jax.jit(lambda stacked, x: apply(stacked, x, lora_router=lora_jax.arrow(stacked)))
+    apply = lora_jax.many.lora_routed(lambda p, x: jnp.einsum("bli,eio->belo", x, p["w"]))
+    run = jax.jit(lambda stacked, x: apply(stacked, x, lora_router=lora_jax.many.arrow(stacked)))
     found = run(by_numpy(adapters), x)
     w, x = np.asarray(w), np.asarray(x)
     updates = updates_of(adapters, "w", w.shape)
@@ -111,11 +111,11 @@ def test_experts_that_all_read_one_input_choose_each_for_itself():
 def test_one_adapter_is_that_adapter_everywhere(standard_promotion):
     case = scan_case()
     one = case.lorafy()
-    apply = lora_jax.lora_routed(case.fn)
+    apply = lora_jax.many.lora_routed(case.fn)
 
     @jax.jit
     def both(stacked, one, x):
-        found = apply(stacked, x, lora_router=lora_jax.arrow(stacked))
+        found = apply(stacked, x, lora_router=lora_jax.many.arrow(stacked))
         return found, lora_jax.lora(case.fn)(one, x)
 
     assert_close(*both(by_numpy([one]), one, case.x), depth=26)  # three layers of eight sums
@@ -126,10 +126,10 @@ def test_nothing_goes_to_an_adapter_that_does_nothing_nor_from_it():
     one, other = adapters_of(case.params, 2, targets=case.targets)
     fresh = lora_jax.lorafy(case.params, 2, targets=case.targets, init=drawn)
     kept = {k: f for k, f in other.adapter.factors.items() if k != "w1"}
-    stacked = lora_jax.stack([one, fresh, LoraParams(case.params, Adapter(kept))])
-    router = jax.tree.map(np.asarray, jax.jit(lora_jax.arrow)(stacked))
+    stacked = lora_jax.many.stack([one, fresh, LoraParams(case.params, Adapter(kept))])
+    router = jax.tree.map(np.asarray, jax.jit(lora_jax.many.arrow)(stacked))
     assert not np.any(router["w1"][:, 1:])
-    apply = lora_jax.lora_routed(case.fn, top_k=3)
+    apply = lora_jax.many.lora_routed(case.fn, top_k=3)
     run = jax.jit(lambda stacked, router: apply(stacked, case.x, lora_router=router))
     few = jax.tree.map(lambda x: np.asarray(x)[[0, 2]], stacked.adapter)
     few_router = {k: v[..., [0, 2]] for k, v in router.items()}
@@ -147,11 +147,11 @@ def test_gradients_are_those_of_finite_differences():
 
 def check_gradients(case):
     stacked = by_numpy(adapters_of(case.params, 3, targets=case.targets, dtype=jnp.float64))
-    router = jax.tree.map(np.float64, jax.jit(lora_jax.arrow)(stacked))
+    router = jax.tree.map(np.float64, jax.jit(lora_jax.many.arrow)(stacked))
 
     def loss(adapter, router):
         stacked = LoraParams(case.params, adapter)
-        return (lora_jax.lora_routed(case.fn)(stacked, case.x, lora_router=router) ** 2).mean()
+        return (lora_jax.many.lora_routed(case.fn)(stacked, case.x, lora_router=router) ** 2).mean()
 
     trainable = {k: (f.a, f.b) for k, f in stacked.adapter.factors.items()}
 
@@ -169,17 +169,17 @@ def check_gradients(case):
 def test_what_cannot_be_routed_is_refused():
     case = dict_case()
     adapters = adapters_of(case.params, 2, targets=case.targets)
-    stacked = lora_jax.stack(adapters)
-    router, apply = jax.jit(lora_jax.arrow)(stacked), lora_jax.lora_routed(case.fn)
+    stacked = lora_jax.many.stack(adapters)
+    router, apply = jax.jit(lora_jax.many.arrow)(stacked), lora_jax.many.lora_routed(case.fn)
     with pytest.raises(TypeError, match="lora_routed: expected a function"):
-        lora_jax.lora_routed(None)
+        lora_jax.many.lora_routed(None)
     for top_k in (0, 1.5, True):
         with pytest.raises(ValueError, match=r"top_k=.*expected an integer >= 1"):
-            lora_jax.lora_routed(case.fn, top_k=top_k)
+            lora_jax.many.lora_routed(case.fn, top_k=top_k)
     with pytest.raises(ValueError, match="temperature=0: expected a number > 0"):
-        lora_jax.lora_routed(case.fn, temperature=0)
+        lora_jax.many.lora_routed(case.fn, temperature=0)
     with pytest.raises(ValueError, match="has an argument 'lora_router'"):
-        lora_jax.lora_routed(lambda p, lora_router: p)
+        lora_jax.many.lora_routed(lambda p, lora_router: p)
     with pytest.raises(TypeError, match="lora_router is int, expected directions"):
         apply(stacked, case.x, lora_router=1)
     with pytest.raises(TypeError, match="adapter is int, expected an Adapter that is a stack"):
@@ -189,17 +189,17 @@ def test_what_cannot_be_routed_is_refused():
     with pytest.raises(ValueError, match=r"scale \(\), expected a stack's"):
         apply(adapters[0], case.x, lora_router=router)
     with pytest.raises(ValueError, match=r"router has shape .* expected a stack's"):
-        apply(lora_jax.take(stacked, [0]), case.x, lora_router=router)
-    whole = lora_jax.stack(adapters_of(case.params, 2, targets=case.targets, full="b1"))
+        apply(lora_jax.many.take(stacked, [0]), case.x, lora_router=router)
+    whole = lora_jax.many.stack(adapters_of(case.params, 2, targets=case.targets, full="b1"))
     with pytest.raises(ValueError, match="'b1' is trained whole"):
         apply(whole, case.x, lora_router=router)
-    dora = lora_jax.stack(adapters_of(case.params, 2, targets=case.targets, dora=True))
+    dora = lora_jax.many.stack(adapters_of(case.params, 2, targets=case.targets, dora=True))
     with pytest.raises(ValueError, match="has DoRA magnitudes"):
         apply(dora, case.x, lora_router=router)
     with pytest.raises(TypeError, match="stacked is int"):
-        lora_jax.arrow(0)
+        lora_jax.many.arrow(0)
     with pytest.raises(ValueError, match="this is no stack"):
-        lora_jax.arrow(adapters[0])
+        lora_jax.many.arrow(adapters[0])
 
 
 @pytest.mark.parametrize("use", ["lookup", "head", "convolution", "whole"])
@@ -215,10 +215,10 @@ def test_a_weight_that_no_input_meets_is_refused(use):
     }
     layout = {"w": "iio" if use == "convolution" else "bio"}
     stacked = by_numpy(adapters_of({"w": w}, 2, ranks=(1, 1), targets="w", layout=layout))
-    router = jax.eval_shape(lora_jax.arrow, stacked)
+    router = jax.eval_shape(lora_jax.many.arrow, stacked)
     with pytest.raises(NotImplementedError, match="'w'"):
         jax.eval_shape(
-            lambda stacked, x, router: lora_jax.lora_routed(fns[use])(
+            lambda stacked, x, router: lora_jax.many.lora_routed(fns[use])(
                 stacked, x, lora_router=router
             ),
             stacked,
@@ -231,12 +231,12 @@ def test_an_adapter_that_is_broken_gets_nothing_and_spoils_nothing():
     params = {"query": {"kernel": normal(1, (6, 5))}}
     adapters = adapters_of(params, 3)
     x = normal(2, (4, 6))
-    apply = lora_jax.lora_routed(lambda p, x: x @ p["query"]["kernel"], top_k=1)
+    apply = lora_jax.many.lora_routed(lambda p, x: x @ p["query"]["kernel"], top_k=1)
 
     @jax.jit  # where stack cannot refuse it
     def run(adapters, params, x):
-        stacked = lora_jax.stack([LoraParams(params, one) for one in adapters])
-        return apply(stacked, x, lora_router=lora_jax.arrow(stacked))
+        stacked = lora_jax.many.stack([LoraParams(params, one) for one in adapters])
+        return apply(stacked, x, lora_router=lora_jax.many.arrow(stacked))
 
     first, *others = [one.adapter for one in adapters]
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), first)

@@ -41,7 +41,7 @@ def stack_of(case, ranks=(4, 2, 4), **options):
 @functools.cache
 def by_rows(fn):
     """The compiled function, which tests share."""
-    return jax.jit(lora_jax.lora_rows(fn))
+    return jax.jit(lora_jax.many.lora_rows(fn))
 
 
 def rows_like(x, count=5):
@@ -61,7 +61,7 @@ def both_ways(fn, adapters, x, ids, exact=None):
 
     @jax.jit
     def both(stacked, adapters, x, which):
-        found = lora_jax.lora_rows(fn)(stacked, x, lora_ids=which)
+        found = lora_jax.many.lora_rows(fn)(stacked, x, lora_ids=which)
         return found, alone(fn, adapters, x, ids)
 
     return both(by_numpy(adapters), exact or adapters, x, np.array(ids, np.int32))
@@ -89,12 +89,12 @@ def test_rows_are_those_of_the_single_adapters(name, dora, standard_promotion):
 def test_it_agrees_with_lora_and_with_the_base_to_the_last_bits():
     case = dict_case()
     adapters, x = stack_of(case), rows_like(case.x)
-    stacked, one = lora_jax.stack(adapters), lora_jax.lora(case.fn)
+    stacked, one = lora_jax.many.stack(adapters), lora_jax.lora(case.fn)
 
     @jax.jit
     def both(stacked, adapters, x):
         each = [one(adapters[k], x) if k >= 0 else case.fn(stacked.base, x) for k in IDS]
-        found = lora_jax.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS))
+        found = lora_jax.many.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS))
         return found, jnp.stack([y[n] for n, y in enumerate(each)])
 
     assert_close(*both(stacked, adapters, x))
@@ -116,10 +116,10 @@ def test_rows_meet_the_weight_in_one_product_and_nothing_is_copied_from_the_stac
     """Of 7 adapters, what is made has the size of the rows' own, a layer at a time."""
     case = scan_case()
     x = rows_like(case.x, 2)
-    apply = jax.jit(lora_jax.lora_rows(case.fn))
+    apply = jax.jit(lora_jax.many.lora_rows(case.fn))
 
     def of_seven(params):
-        return lora_jax.stack([lora_jax.lorafy(params, 4, targets=case.targets)] * 7)
+        return lora_jax.many.stack([lora_jax.lorafy(params, 4, targets=case.targets)] * 7)
 
     stacked = jax.eval_shape(of_seven, case.params)  # nothing is computed
     jaxpr = jax.make_jaxpr(apply)(stacked, x, lora_ids=np.array([1, 5]))
@@ -157,13 +157,13 @@ def test_a_row_comes_to_the_same_bits_whatever_the_others_are():
 def test_gradients_reach_the_adapters_that_rows_have():
     case = dict_case()
     adapters, x = stack_of(case, (4, 4, 4)), rows_like(case.x)
-    stacked = lora_jax.stack(adapters)
+    stacked = lora_jax.many.stack(adapters)
     one = lora_jax.lora(case.fn)
 
     @jax.jit
     def both(stacked, adapters, x):
         def loss(stacked):
-            return (lora_jax.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS)) ** 2).sum()
+            return (lora_jax.many.lora_rows(case.fn)(stacked, x, lora_ids=np.array(IDS)) ** 2).sum()
 
         own = []
         for k, adapter in enumerate(adapters):
@@ -202,7 +202,7 @@ def test_axes_of_rows_may_be_anywhere():
 
     x, cache = rows_like(case.x), normal(4, (3, len(IDS), 16))
     extra, shift = (np.arange(n, dtype=np.float32) for n in (5, 16))
-    apply = lora_jax.lora_rows(fn, in_axes=(None, 1, 1, None), out_axes={"y": 1, "cache": 1})
+    apply = lora_jax.many.lora_rows(fn, in_axes=(None, 1, 1, None), out_axes={"y": 1, "cache": 1})
     options = {"extra": extra[:, None], "deterministic": True, "lora_ids": np.array(IDS)}
 
     @jax.jit
@@ -211,7 +211,7 @@ def test_axes_of_rows_may_be_anywhere():
         y = alone(case.fn, adapters, x, IDS) + shift[None] + extra[:, None]
         return found, {"y": y.T, "cache": cache + y[None]}
 
-    assert_close(*both(lora_jax.stack(adapters), adapters, x, cache))
+    assert_close(*both(lora_jax.many.stack(adapters), adapters, x, cache))
 
 
 def test_lookups_tied_heads_and_convolutions():
@@ -240,17 +240,17 @@ def test_lookups_tied_heads_and_convolutions():
 def test_quantized_bases(standard_promotion):
     case = dict_case()
     plain = stack_of(case)
-    base = lora_jax.quantize(case.params, "int8", targets=".*")
+    base = lora_jax.quant.quantize(case.params, "int8", targets=".*")
     adapters = [LoraParams(base, one.adapter) for one in plain]
-    whole = jax.jit(lora_jax.dequantize)(base)
+    whole = jax.jit(lora_jax.quant.dequantize)(base)
     exact = [LoraParams(whole, one.adapter) for one in plain]
     assert_close(*both_ways(case.fn, adapters, rows_like(case.x), IDS, exact))
 
 
 def test_ids_that_are_not_there_are_told_or_not_a_number():
     case = dict_case()
-    stacked, x = lora_jax.stack(stack_of(case)), rows_like(case.x, 3)
-    apply = lora_jax.lora_rows(case.fn)
+    stacked, x = lora_jax.many.stack(stack_of(case)), rows_like(case.x, 3)
+    apply = lora_jax.many.lora_rows(case.fn)
     traced = jax.jit(apply)
     for wrong in (3, -2):
         with pytest.raises(IndexError, match=f"lora_ids has {wrong}, expected -1.* to 2"):
@@ -262,8 +262,10 @@ def test_ids_that_are_not_there_are_told_or_not_a_number():
 
 def test_of_leaves_trained_whole_those_that_are_not_there_are_not_a_number():
     case = dict_case()
-    stacked, x = lora_jax.stack(stack_of(case, (2, 2), full="b1")), rows_like(case.x, 2)
-    found = np.asarray(jax.jit(lora_jax.lora_rows(case.fn))(stacked, x, lora_ids=np.array([2, 1])))
+    stacked, x = lora_jax.many.stack(stack_of(case, (2, 2), full="b1")), rows_like(case.x, 2)
+    found = np.asarray(
+        jax.jit(lora_jax.many.lora_rows(case.fn))(stacked, x, lora_ids=np.array([2, 1]))
+    )
     assert np.isnan(found[0]).all()
     assert np.isfinite(found[1]).all()
 
@@ -271,14 +273,14 @@ def test_of_leaves_trained_whole_those_that_are_not_there_are_not_a_number():
 def test_what_cannot_be_rows_is_refused():
     case = dict_case()
     adapters = stack_of(case)
-    stacked, x, ids = lora_jax.stack(adapters), rows_like(case.x), jnp.array(IDS)
-    apply = lora_jax.lora_rows(case.fn)
+    stacked, x, ids = lora_jax.many.stack(adapters), rows_like(case.x), jnp.array(IDS)
+    apply = lora_jax.many.lora_rows(case.fn)
     with pytest.raises(TypeError, match="lora_rows: expected a function, got int 3"):
-        lora_jax.lora_rows(3)
+        lora_jax.many.lora_rows(3)
     with pytest.raises(ValueError, match="on_materialize='no'"):
-        lora_jax.lora_rows(case.fn, on_materialize="no")
+        lora_jax.many.lora_rows(case.fn, on_materialize="no")
     with pytest.raises(ValueError, match="lora_rows: the function has an argument 'lora_ids'"):
-        lora_jax.lora_rows(lambda p, lora_ids: p)
+        lora_jax.many.lora_rows(lambda p, lora_ids: p)
     with pytest.raises(ValueError, match=r"expected a stack of adapters.*'w1': none"):
         apply(adapters[0], x, lora_ids=ids)
     mixed = dict(stacked.adapter.factors)
@@ -296,10 +298,10 @@ def test_what_cannot_be_rows_is_refused():
     ):
         apply(stacked, x, lora_ids=ids[:4])
     with pytest.raises(ValueError, match=r"expected 5 rows along axis 2"):
-        lora_jax.lora_rows(case.fn, in_axes=(None, 2))(stacked, x, lora_ids=ids)
+        lora_jax.many.lora_rows(case.fn, in_axes=(None, 2))(stacked, x, lora_ids=ids)
     with pytest.raises(ValueError, match="in_axes has 3 entries for 2 arguments"):
-        lora_jax.lora_rows(case.fn, in_axes=(None, 0, 0))(stacked, x, lora_ids=ids)
-    summed = lora_jax.lora_rows(lambda p, x: case.fn(p, x).sum())
+        lora_jax.many.lora_rows(case.fn, in_axes=(None, 0, 0))(stacked, x, lora_ids=ids)
+    summed = lora_jax.many.lora_rows(lambda p, x: case.fn(p, x).sum())
     with pytest.raises(ValueError, match=r"an array of shape \(\), which has no axis 0 of size 1"):
         jax.eval_shape(lambda x: summed(stacked, x, lora_ids=ids), x)
     with pytest.raises(ValueError, match=r"no LoraParams among the arguments. Pass a stack"):
@@ -310,8 +312,8 @@ def test_what_cannot_be_rows_is_refused():
 
 def test_a_stack_without_rows_is_told_what_to_do():
     case = dict_case()
-    with pytest.raises(ValueError, match=r"lora_jax\.lora_rows"):
-        lora_jax.lora(case.fn)(lora_jax.stack(stack_of(case)), case.x)
+    with pytest.raises(ValueError, match=r"lora_jax\.many\.lora_rows"):
+        lora_jax.lora(case.fn)(lora_jax.many.stack(stack_of(case)), case.x)
 
 
 def test_under_remat_and_inner_jit():
@@ -352,7 +354,7 @@ def small(count=3, **options):
 def test_ids_of_any_integers():
     fn, made = small()
     stacked = by_numpy(made * 100)
-    apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
+    apply, x = lora_jax.many.lora_rows(fn), jnp.ones((2, 4))
     few = by_numpy(made)
     expected = np.asarray(apply(stacked, x, lora_ids=np.array([100, 2], np.int32)))
 
@@ -371,7 +373,7 @@ def test_ids_of_any_integers():
             same(apply(stacked, x, lora_ids=ids), expected, err_msg=dtype)
         assert np.isnan(beyond[0]).all(), dtype
         same(beyond[1], expected[1], err_msg=dtype)
-    rows = lora_jax.take(few, np.array([2, 0], np.uint8)).adapter.factors["w"].scale
+    rows = lora_jax.many.take(few, np.array([2, 0], np.uint8)).adapter.factors["w"].scale
     assert rows.tolist() == [few.adapter.factors["w"].scale[k] for k in (2, 0)]
 
 
@@ -388,7 +390,7 @@ def test_ids_of_any_integers():
 )
 def test_gradients_of_a_row_have_nothing_of_a_broken_adapter_of_others(fn):
     _, made = small(full="b")
-    stacked = lora_jax.stack(made)
+    stacked = lora_jax.many.stack(made)
     x, ids = normal(1, (2, 4)), np.array([1, -1])
 
     def spoilt(x):
@@ -397,7 +399,7 @@ def test_gradients_of_a_row_have_nothing_of_a_broken_adapter_of_others(fn):
         return x
 
     def loss(adapter, x):
-        return lora_jax.lora_rows(fn)(LoraParams(stacked.base, adapter), x, lora_ids=ids).sum()
+        return lora_jax.many.lora_rows(fn)(LoraParams(stacked.base, adapter), x, lora_ids=ids).sum()
 
     slopes = jax.jit(jax.grad(loss, (0, 1)))
     adapters = jax.tree.map(spoilt, stacked.adapter), stacked.adapter
@@ -410,12 +412,12 @@ def test_gradients_of_a_row_have_nothing_of_a_broken_adapter_of_others(fn):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_row_that_is_masked_gives_no_gradient_whatever_its_id(dora):
     fn, made = small(dora=dora, full="b")
-    stacked = lora_jax.stack(made)
+    stacked = lora_jax.many.stack(made)
 
     @jax.jit
     @jax.grad
     def slopes(adapter, ids):
-        y = lora_jax.lora_rows(fn)(
+        y = lora_jax.many.lora_rows(fn)(
             LoraParams(stacked.base, adapter), jnp.ones((2, 4)), lora_ids=ids
         )
         return jnp.where(jnp.array([[True], [False]]), y, 0).sum()
@@ -435,18 +437,18 @@ def test_rows_of_no_adapter_are_the_base_whatever_precision_others_train_in():
 
 def test_a_stack_may_be_in_the_hosts_memory():
     fn, made = small(full="b")
-    stacked = lora_jax.stack(made)
-    apply, x = lora_jax.lora_rows(fn), jnp.ones((2, 4))
+    stacked = lora_jax.many.stack(made)
+    apply, x = lora_jax.many.lora_rows(fn), jnp.ones((2, 4))
     there = LoraParams(stacked.base, jax.device_get(stacked.adapter))
     assert_close(apply(there, x, lora_ids=[2, 0]), apply(stacked, x, lora_ids=[2, 0]))
 
 
 def test_axes_may_be_those_of_vmap():
     fn, made = small()
-    stacked, x = lora_jax.stack(made), jnp.ones((2, 4))
+    stacked, x = lora_jax.many.stack(made), jnp.ones((2, 4))
     axes = (LoraParams(base=None, adapter=0), 0)
-    found = lora_jax.lora_rows(fn, in_axes=axes)(stacked, x, lora_ids=[1, 0])
-    assert_close(found, lora_jax.lora_rows(fn)(stacked, x, lora_ids=[1, 0]))
-    shared = lora_jax.lora_rows(lambda p, x, *, t: t * fn(p, x))
+    found = lora_jax.many.lora_rows(fn, in_axes=axes)(stacked, x, lora_ids=[1, 0])
+    assert_close(found, lora_jax.many.lora_rows(fn)(stacked, x, lora_ids=[1, 0]))
+    shared = lora_jax.many.lora_rows(lambda p, x, *, t: t * fn(p, x))
     with pytest.raises(ValueError, match=r"'t'.* pass that by position"):
         shared(stacked, x, lora_ids=[1, 0], t=jnp.float32(1))

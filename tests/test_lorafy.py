@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax._layout import conventional, factor_shapes, max_rank
-from lora_jax._paths import flatten
+from lora_jax._weights.axes import factor_shapes, max_rank
+from lora_jax._weights.conventions import conventional
+from lora_jax._weights.paths import flatten
 
 
 def kernel(*shape, dtype=jnp.float32):

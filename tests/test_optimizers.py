@@ -69,7 +69,7 @@ def update_of(tx, lora_params):
 
 def test_lora_plus_multiplies_the_rate_of_b_alone():
     inner = optax.adamw(optax.linear_schedule(1e-2, 0, 10), weight_decay=0.1)
-    txs = inner, lora_jax.lora_plus(inner, ratio=8)
+    txs = inner, lora_jax.optim.lora_plus(inner, ratio=8)
     (plain, _), (plus, _) = jax.jit(lambda p: [update_of(tx, p) for tx in txs])(adapted())
     for path, f in plus.factors.items():
         assert_close(f.a, plain.factors[path].a)
@@ -83,10 +83,12 @@ def adam(rate):
 
 
 TXS = {
-    "LoRA+": lora_jax.lora_plus(adam(1e-2), 4),
-    "Riemannian": lora_jax.riemannian(optax.sgd(1e-2)),
-    "both": lora_jax.lora_plus(lora_jax.riemannian(adam(1e-3)), 4),
-    "chained": optax.chain(optax.clip_by_global_norm(1.0), lora_jax.lora_plus(optax.sgd(1e-3))),
+    "LoRA+": lora_jax.optim.lora_plus(adam(1e-2), 4),
+    "Riemannian": lora_jax.optim.riemannian(optax.sgd(1e-2)),
+    "both": lora_jax.optim.lora_plus(lora_jax.optim.riemannian(adam(1e-3)), 4),
+    "chained": optax.chain(
+        optax.clip_by_global_norm(1.0), lora_jax.optim.lora_plus(optax.sgd(1e-3))
+    ),
 }
 
 
@@ -101,7 +103,7 @@ def test_they_train_in_both_styles(dora):
 
 def test_lora_fa_trains_in_both_styles_and_a_stays():
     steps, start = 10, adapted(freeze=("a",))
-    tx = lora_jax.lora_fa(optax.sgd(0.1), start)
+    tx = lora_jax.optim.lora_fa(optax.sgd(0.1), start)
     split, whole, before, after = jax.jit(lambda p: both_styles(tx, p, steps))(start)
     assert after < before
     assert_close(split, whole, depth=16 * steps)
@@ -117,7 +119,7 @@ def matrices(path, f):
 
 def test_lora_fa_steps_as_near_to_the_full_gradient_as_a_allows():
     lora_params = adapted(freeze=("a",))
-    tx = lora_jax.lora_fa(optax.sgd(1.0), lora_params)
+    tx = lora_jax.optim.lora_fa(optax.sgd(1.0), lora_params)
 
     @jax.jit
     def both(lora_params):
@@ -154,7 +156,7 @@ def test_riemannian_steps_do_not_depend_on_the_split():
     adapter = lora_params.adapter
     factors = {path: other(f) for path, f in adapter.factors.items()}
     twin = dataclasses.replace(lora_params, adapter=dataclasses.replace(adapter, factors=factors))
-    tx, small = lora_jax.riemannian(optax.sgd(1.0), damping=0.0), 1e-2
+    tx, small = lora_jax.optim.riemannian(optax.sgd(1.0), damping=0.0), 1e-2
     steps, update = [], jax.jit(lambda p: update_of(tx, p)[0])
     for params in (lora_params, twin):
         updates = update(params)
@@ -173,7 +175,7 @@ def _like(f, update):
 def test_it_wraps_transformations_that_take_more_arguments():
     lora_params = adapted()
     trainable, _ = lora_jax.split(lora_params)
-    tx = lora_jax.lora_plus(optax.contrib.reduce_on_plateau())
+    tx = lora_jax.optim.lora_plus(optax.contrib.reduce_on_plateau())
     grads = jax.tree.map(lambda x: jnp.asarray(np.ones(x.shape, x.dtype)), trainable)
     update = jax.jit(lambda grads: tx.update(grads, tx.init(trainable), trainable, value=1.0))
     updates, _ = update(grads)
@@ -185,19 +187,19 @@ def test_what_they_refuse():
     lora_params = adapted()
     for ratio in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="expected a positive number"):
-            lora_jax.lora_plus(optax.sgd(1.0), ratio)
+            lora_jax.optim.lora_plus(optax.sgd(1.0), ratio)
     with pytest.raises(ValueError, match=r"'a' of 'experts' trains.*freeze=\('a',\)"):
-        lora_jax.lora_fa(optax.sgd(1.0), lora_params)
+        lora_jax.optim.lora_fa(optax.sgd(1.0), lora_params)
     with pytest.raises(TypeError, match="lora_fa: expected a LoraParams, got dict"):
-        lora_jax.lora_fa(optax.sgd(1.0), {})
+        lora_jax.optim.lora_fa(optax.sgd(1.0), {})
     frozen = adapted(freeze=("a",))
-    tx = lora_jax.lora_fa(optax.sgd(1.0), frozen)
+    tx = lora_jax.optim.lora_fa(optax.sgd(1.0), frozen)
     other = lora_jax.lorafy({"v": PARAMS["w"]}, 2, targets="v", freeze=("a",))
     trainable, _ = lora_jax.split(other)
     with pytest.raises(ValueError, match="made for other factors, and not for 'v'"):
         tx.update(trainable, tx.init(trainable), trainable)
     trainable, _ = lora_jax.split(frozen)
-    tx = lora_jax.riemannian(optax.sgd(1.0))
+    tx = lora_jax.optim.riemannian(optax.sgd(1.0))
     with pytest.raises(ValueError, match="needs params"):
         tx.update(trainable, tx.init(trainable))
     with pytest.raises(ValueError, match="a factor of 'experts' is frozen"):
@@ -208,4 +210,4 @@ def test_lora_fa_of_a_stack_is_refused():
     params = {"query": {"kernel": jnp.ones((3, 2))}}
     one = lora_jax.lorafy(params, 2, freeze=("a",))
     with pytest.raises(ValueError, match=r"this is a stack, .*jax\.vmap\(step\)"):
-        lora_jax.lora_fa(optax.sgd(1.0), lora_jax.stack([one, one]))
+        lora_jax.optim.lora_fa(optax.sgd(1.0), lora_jax.many.stack([one, one]))

@@ -178,5 +178,5 @@ def test_outputs_and_training_are_those_of_peft(name):
     merged = wrapped.merge_and_unload()
     assert_close(lora_jax.merge(trained), weights(merged), depth=64)
     if own.get("init") in ("pissa", "olora") and "dora" not in own:
-        plain = lora_jax.to_plain(trained, lora_params, params)
+        plain = lora_jax.algebra.to_plain(trained, lora_params, params)
         assert_close(lora_jax.lora(fn)(plain, IDS), end, depth=16 * STEPS)

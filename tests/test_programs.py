@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax
-from lora_jax._layout import max_rank
-from lora_jax._transform._call import Among, enter
-from lora_jax._transform._context import Context
-from lora_jax._transform._lora import run_lora
+from lora_jax._transform.call import Among, enter
+from lora_jax._transform.context import Context
+from lora_jax._transform.lora import run_lora
+from lora_jax._weights.axes import max_rank
 
 WAYS = ("DoRA", "dropout", "quantized", "stack")
 PROGRAMS = os.environ.get("LORA_JAX_PROGRAMS")
@@ -744,7 +744,7 @@ def run(program: Program, fns, args):
 
     def all_of_them(lora_params, x, ids):
         if "quantized" in program.ways:
-            base = lora_jax.quantize(lora_params.base, "int8", targets=".*", layout=layout)
+            base = lora_jax.quant.quantize(lora_params.base, "int8", targets=".*", layout=layout)
             lora_params = dataclasses.replace(lora_params, base=base)
         return [gradients(fn)(lora_params, x, ids) for fn in fns]
 

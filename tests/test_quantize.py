@@ -30,7 +30,7 @@ def weights(*shape, seed=0):
 
 def quantized_of(params, *args, **options):
     """Quantized weights by one program: eagerly, every shape is one of several."""
-    return jax.jit(lambda params: lora_jax.quantize(params, *args, **options))(params)
+    return jax.jit(lambda params: lora_jax.quant.quantize(params, *args, **options))(params)
 
 
 def lorafy(quantized, rank=4, **options):
@@ -39,7 +39,7 @@ def lorafy(quantized, rank=4, **options):
     @jax.jit
     def made(quantized):
         lora_params = lora_jax.lorafy(quantized, rank, **{"init": drawn, **options})
-        return lora_params, lora_jax.dequantize(quantized)
+        return lora_params, lora_jax.quant.dequantize(quantized)
 
     lora_params, base = made(quantized)
     lora_params = randomize_b(lora_params)
@@ -135,7 +135,7 @@ def test_every_type_and_what_it_loses(qtype):
         "bias": jnp.asarray(np.ones(4, np.float32)),
     }
     quantized = quantized_of(params, qtype)
-    lost = lora_jax.quantization_error(quantized, params)
+    lost = lora_jax.quant.quantization_error(quantized, params)
     assert lost.keys() == {"w", "v"}
     most = {"nf4": 0.1, "int4": 0.12, "int8": 0.01, "fp8": 0.03}[qtype]
     assert most / 4 < max(lost.values()) < most
@@ -212,7 +212,7 @@ def test_training_takes_the_memory_of_the_bits():
 
     count = layers * size * size
     base, temp = memory(params)
-    quantized_base, quantized_temp = memory(jax.eval_shape(lora_jax.quantize, params))
+    quantized_base, quantized_temp = memory(jax.eval_shape(lora_jax.quant.quantize, params))
     assert base > 4 * count
     assert quantized_base < 1.001 * 4.5 / 8 * count
     assert quantized_base + quantized_temp < 1.1 * (4.5 / 8 * count + temp)
@@ -315,13 +315,13 @@ def test_merging_is_refused_or_plain_or_rounded_again(batch):
     again = lora_jax.merge(lora_params, quantized="requantize")
     assert isinstance(again["w"], qwix.QArray)
     assert again["w"].scale.shape == lora_params.base["w"].scale.shape
-    (lost,) = lora_jax.quantization_error(again, merged).values()
+    (lost,) = lora_jax.quant.quantization_error(again, merged).values()
     assert 1e-3 < lost < 0.02
 
 
 def test_leaves_without_factors_stay_quantized_in_a_merge():
     params = {"w": weights(128, 64), "v": weights(64, 64)}
-    quantized = lora_jax.quantize(params, targets="v")
+    quantized = lora_jax.quant.quantize(params, targets="v")
     assert quantized["w"] is params["w"]
     lora_params = lora_jax.lorafy(quantized, 2, targets="w", init=drawn)
     merged = lora_jax.merge(lora_params)
@@ -333,7 +333,7 @@ def test_leaves_without_factors_stay_quantized_in_a_merge():
 )
 def test_blocks_divide_the_inputs(size, block, tile):
     params = {"w": jax.ShapeDtypeStruct((size, 4), jnp.float32)}
-    quantized = jax.eval_shape(lambda params: lora_jax.quantize(params, block=block), params)
+    quantized = jax.eval_shape(lambda params: lora_jax.quant.quantize(params, block=block), params)
     assert quantized["w"].scale.shape == (size // tile, 4)
 
 
@@ -345,12 +345,12 @@ def test_loftq_starts_nearer_to_the_model_than_quantizing_alone(qtype):
     @jax.jit
     def made(params):
         """What rounding leaves of the weights, and starts of one and of four steps."""
-        rounded = lora_jax.quantize(params, qtype, targets=".*", layout=layout)
+        rounded = lora_jax.quant.quantize(params, qtype, targets=".*", layout=layout)
         options = {"targets": ".*", "layout": layout}
         inits = [lora_jax.init.loftq(qtype, steps) for steps in (1, 4)]
         starts = [lora_jax.lorafy(params, 8, init=init, **options) for init in inits]
         merged = [lora_jax.merge(p, quantized="dequantize") for p in starts]
-        return lora_jax.dequantize(rounded), *merged, starts[-1]
+        return lora_jax.quant.dequantize(rounded), *merged, starts[-1]
 
     *found, lora_params = made(params)
     assert all(isinstance(x, qwix.QArray) for x in lora_params.base.values())
@@ -368,7 +368,7 @@ def test_loftq_wants_whole_plain_weights():
         loftq(steps=0)
     with pytest.raises(ValueError, match="only whole weights quantize"):
         lora_jax.lorafy({"w": weights(128, 64)}, 2, targets="w[:, 0:8]", init=loftq())
-    quantized = lora_jax.quantize({"w": weights(128, 64)})
+    quantized = lora_jax.quant.quantize({"w": weights(128, 64)})
     with pytest.raises(ValueError, match="'w' is quantized, and this initializer"):
         lora_jax.lorafy(quantized, 2, targets="w", init=loftq())
 
@@ -376,29 +376,29 @@ def test_loftq_wants_whole_plain_weights():
 def test_bad_input():
     params = {"w": weights(128, 64), "tall": weights(127, 4)}
     with pytest.raises(ValueError, match="qtype='nf5': expected one of"):
-        lora_jax.quantize(params, "nf5")
+        lora_jax.quant.quantize(params, "nf5")
     with pytest.raises(ValueError, match="block=1: expected at least 2"):
-        lora_jax.quantize(params, block=1)
+        lora_jax.quant.quantize(params, block=1)
     with pytest.raises(ValueError, match="'tall' has an input axis of 127, whose largest divisor"):
-        lora_jax.quantize(params)
+        lora_jax.quant.quantize(params)
     with pytest.raises(ValueError, match="only whole weights"):
-        lora_jax.quantize(params, targets="w[:, 0:4]")
-    quantized = lora_jax.quantize(params, targets="w")
+        lora_jax.quant.quantize(params, targets="w[:, 0:4]")
+    quantized = lora_jax.quant.quantize(params, targets="w")
     with pytest.raises(ValueError, match="'w' is quantized already"):
-        lora_jax.quantize(quantized, targets="w")
+        lora_jax.quant.quantize(quantized, targets="w")
     with pytest.raises(ValueError, match="w: quantized: dequantize it first"):
         lora_jax.lorafy(quantized, targets=[], full="w")
     for init in ("pissa", "olora"):
         with pytest.raises(ValueError, match="'w' is quantized, and this initializer"):
             lora_jax.lorafy(quantized, 2, targets="w", init=init)
     with pytest.raises(ValueError, match=r"the trees differ in \['tall'"):
-        lora_jax.quantization_error(quantized, {"w": params["w"]})
+        lora_jax.quant.quantization_error(quantized, {"w": params["w"]})
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(ImportError, match=r"lora-jax\[quant\]"):
-        lora_jax.quantize({"w": weights(128, 64)})
+        lora_jax.quant.quantize({"w": weights(128, 64)})
 
 
 @pytest.mark.long
@@ -415,10 +415,10 @@ def test_float_bases_do_not_import_it():
 
 def test_the_error_is_relative_to_all_entries():
     w = weights(128, 64)
-    quantized = lora_jax.quantize({"w": w})
+    quantized = lora_jax.quant.quantize({"w": w})
     theirs = np.asarray(qwix.dequantize(quantized["w"]))
     lost, w = np.asarray(theirs, np.float64) - np.asarray(w), np.asarray(w, np.float64)
     expected = np.linalg.norm(lost) / np.linalg.norm(w)
-    found = lora_jax.quantization_error({"w": quantized["w"]}, {"w": weights(128, 64)})["w"]
+    found = lora_jax.quant.quantization_error({"w": quantized["w"]}, {"w": weights(128, 64)})["w"]
     assert found == pytest.approx(expected, rel=tolerance(length=128 * 64))
-    assert_close(lora_jax.dequantize(quantized)["w"], theirs)
+    assert_close(lora_jax.quant.dequantize(quantized)["w"], theirs)

@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
 
 import lora_jax
-from lora_jax._ranges import Range, entry, overlap, resolve, spell, split_range
+from lora_jax._weights.ranges import Range, entry, overlap, resolve, spell, split_range
 
 DIM = 12
 QV = [".*c_attn/kernel[:, 0:12]", ".*c_attn/kernel[:, 24:36]"]

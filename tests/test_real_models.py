@@ -6,7 +6,6 @@ import math
 import data
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 
 import lora_jax
 from lora_jax.io import hf
+from lora_jax.recipes.models import llama
 
 pytestmark = [
     pytest.mark.peer,

@@ -60,7 +60,9 @@ def test_shrinking_is_the_nearest_matrix_of_that_rank_and_growing_the_same_one(
     rank = data.draw(st.integers(1, 7))  # perhaps more than the weight's
     new = data.draw(st.integers(1, limit))
     adapter = one(layout, shape, rank, seed)
-    small = jax.jit(lambda x: lora_jax.resize(x, new))(adapter)  # eager: a program an operation
+    small = jax.jit(lambda x: lora_jax.algebra.resize(x, new))(
+        adapter
+    )  # eager: a program an operation
     f = small.factors["w"]
     assert f.rank == new
     assert f.scale == adapter.factors["w"].scale
@@ -88,7 +90,7 @@ def test_growing_keeps_what_it_has():
     apply = jax.jit(lora_jax.lora(case.fn))
     expected = apply(lora_params, case.x)
     for key in (None, jax.random.key(3)):
-        large = lora_jax.resize(lora_params, 5, key=key)
+        large = lora_jax.algebra.resize(lora_params, 5, key=key)
         assert large.base is lora_params.base
         assert_close(apply(large, case.x), expected)
         for path, f in large.adapter.factors.items():
@@ -129,7 +131,9 @@ def test_growing_leaves_every_bit_of_the_update_and_with_a_key_it_trains(name):
 
     @jax.jit
     def grow(lora_params):
-        return [lora_jax.resize(lora_params, 5, key=key) for key in (None, jax.random.key(3))]
+        return [
+            lora_jax.algebra.resize(lora_params, 5, key=key) for key in (None, jax.random.key(3))
+        ]
 
     expected = None
     for large, is_drawn in zip(grow(lora_params), (False, True), strict=True):
@@ -152,7 +156,7 @@ def first(outputs):
 def test_new_columns_are_drawn_as_lorafy_draws():
     params = {"w": jnp.zeros((400, 300)), "embedding": jnp.zeros((300, 200))}
     lora_params = lora_jax.lorafy(params, 1, targets=".*", layout={".*": "io"}, init=drawn)
-    large = lora_jax.resize(lora_params, 101, key=jax.random.key(0))
+    large = lora_jax.algebra.resize(lora_params, 101, key=jax.random.key(0))
     w, table = (np.asarray(large.adapter.factors[x].a)[:, 1:] for x in ("w", "embedding"))
     np.testing.assert_allclose(w.std(), 1 / 20, rtol=0.02)
     np.testing.assert_allclose(table.std(), 1, rtol=0.02)
@@ -181,7 +185,7 @@ def test_a_small_adapter_hidden_in_a_large_one_is_found(make):
 
     @jax.jit
     def both(large, lora_params):
-        small = dataclasses.replace(lora_params, adapter=lora_jax.resize(large, 2))
+        small = dataclasses.replace(lora_params, adapter=lora_jax.algebra.resize(large, 2))
         return lora_jax.merge(small), lora_jax.merge(lora_params)
 
     assert_close(*both(large, lora_params))
@@ -189,7 +193,7 @@ def test_a_small_adapter_hidden_in_a_large_one_is_found(make):
 
 def test_no_array_of_the_weights_shape_is_built():
     adapter = one("bio", (3, 64, 48), 6)
-    jaxpr = jax.make_jaxpr(lambda x: lora_jax.resize(x, 4))(adapter)
+    jaxpr = jax.make_jaxpr(lambda x: lora_jax.algebra.resize(x, 4))(adapter)
     sizes = [v.aval.size for eqn in all_eqns(jaxpr) for v in eqn.outvars if hasattr(v.aval, "size")]
     assert max(sizes) == 3 * 64 * 6
     dots = [e for e in all_eqns(jaxpr) if e.primitive.name == "dot_general"]
@@ -199,10 +203,10 @@ def test_no_array_of_the_weights_shape_is_built():
 
 def test_low_precision_factors_are_truncated_in_float32():
     adapter = one("io", (40, 30), 6, dtype=jnp.bfloat16)
-    f = lora_jax.resize(adapter, 4).factors["w"]
+    f = lora_jax.algebra.resize(adapter, 4).factors["w"]
     assert f.a.dtype == f.b.dtype == jnp.bfloat16
     wide = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), adapter))
-    expected = lora_jax.resize(wide, 4).factors["w"]
+    expected = lora_jax.algebra.resize(wide, 4).factors["w"]
     np.testing.assert_array_equal(f.a, np.asarray(expected.a).astype(jnp.bfloat16))
     np.testing.assert_array_equal(f.b, np.asarray(expected.b).astype(jnp.bfloat16))
 
@@ -210,7 +214,7 @@ def test_low_precision_factors_are_truncated_in_float32():
 def test_factors_of_different_dtypes_keep_theirs():
     f = one("io", (8, 6), 4).factors["w"]
     mixed = dataclasses.replace(f, a=f.a.astype(jnp.bfloat16))
-    small = lora_jax.resize(lora_jax.Adapter({"w": mixed}), 2).factors["w"]
+    small = lora_jax.algebra.resize(lora_jax.Adapter({"w": mixed}), 2).factors["w"]
     assert (small.a.dtype, small.b.dtype) == (jnp.bfloat16, jnp.float32)
 
 
@@ -227,29 +231,29 @@ def test_what_else_an_adapter_has_stays():
             init=drawn,
         )
     )
-    small = lora_jax.resize(lora_params, 2)
+    small = lora_jax.algebra.resize(lora_params, 2)
     f, old = small.adapter.factors["q"], lora_params.adapter.factors["q"]
     assert (f.magnitude, f.norm, f.frozen) == (old.magnitude, old.norm, ("a",))
     assert (f.rank, f.layout) == (2, "io")
     name = "embedding[[1, 3, 7]]"
     assert small.adapter.factors[name] is lora_params.adapter.factors[name]
-    assert lora_jax.resize(lora_params, 4).adapter.factors["q"] is old
+    assert lora_jax.algebra.resize(lora_params, 4).adapter.factors["q"] is old
     full = lora_jax.lorafy(table, 2, targets="q", full="embedding", init="pissa")
-    small = lora_jax.resize(full, 1)
+    small = lora_jax.algebra.resize(full, 1)
     assert small.adapter.full["embedding"] is full.adapter.full["embedding"]
     assert small.adapter.factors["q"].residual
 
 
 def test_ranks_go_by_pattern():
     case = dict_case()
-    small = jax.jit(lambda x: lora_jax.resize(x, {"w1": 2, ".*": 3}))(case.lorafy(4))
+    small = jax.jit(lambda x: lora_jax.algebra.resize(x, {"w1": 2, ".*": 3}))(case.lorafy(4))
     assert {path: f.rank for path, f in small.adapter.factors.items()} == {
         "w1": 2,
         "layers/0/w2": 3,
     }
     parts = {"w": jnp.ones((6, 8))}
     lora_params = lora_jax.lorafy(parts, 3, targets=["w[:, 0:4]", "w[:, 4:8]"], init=drawn)
-    small = lora_jax.resize(lora_params.adapter, {"w": 2})
+    small = lora_jax.algebra.resize(lora_params.adapter, {"w": 2})
     assert [f.rank for f in small.factors.values()] == [2, 2]
 
 
@@ -258,7 +262,7 @@ def test_misuse_is_explained():
 
     def refused(error, message, rank=2, x=lora_params, **options):
         with pytest.raises(error, match=message):
-            lora_jax.resize(x, rank, **options)
+            lora_jax.algebra.resize(x, rank, **options)
 
     refused(TypeError, r"resize: adapter is dict, expected a LoraParams", x={})
     refused(TypeError, r"resize: rank=2\.0 for 'layers/0/w2': expected an int", 2.0)
@@ -271,7 +275,7 @@ def test_misuse_is_explained():
         )
     refused(ValueError, r"no pattern of the mapping matches 'layers/0/w2'", {"w1": 2})
     refused(ValueError, r"rank=\{'x': \.\.\.\} matches none", {"x": 2, ".*": 1})
-    many = lora_jax.stack([lora_params])
+    many = lora_jax.many.stack([lora_params])
     refused(ValueError, r"resize: adapter is a stack: .*unstack", x=many)
     refused(ValueError, r"resize: adapter is a stack: .*unstack", x=many.adapter)
     refused(TypeError, r"lora_jax\.combine", x=lora_jax.split(lora_params)[0])

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 import serve_many
-from helpers import tolerance
-from models import llama
-from serve_check import compilations
+from helpers import compilations, tolerance
 from serving import Request, Server
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import lora_jax
-from lora_jax import Adapter, AdapterBank, LoraParams
+from lora_jax import Adapter, LoraParams
 from lora_jax.io import hf, peft, safetensors
+from lora_jax.many import AdapterBank
+from lora_jax.recipes.models import llama
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

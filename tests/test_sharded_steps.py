@@ -7,17 +7,17 @@ import math
 import hlo
 import jax
 import jax.numpy as jnp
-import llama
-import lm_mesh
 import numpy as np
 import optax
 import pytest
 from helpers import assert_close, drawn, randomize_b
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from lm_step import summed_loss
 
 import lora_jax
+from lora_jax.recipes.lm import mesh as lm_mesh
+from lora_jax.recipes.lm.step import summed_loss
+from lora_jax.recipes.models import llama
 
 SIZES = {
     "vocab_size": 64,

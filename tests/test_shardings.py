@@ -159,7 +159,7 @@ TXS = {
     "adamw": optax.adamw(1e-3),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)),
     "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=2),
-    "lora_plus": lora_jax.lora_plus(optax.adamw(1e-3), ratio=4),
+    "lora_plus": lora_jax.optim.lora_plus(optax.adamw(1e-3), ratio=4),
     "steps": optax.MultiSteps(optax.adamw(1e-3), 2),
 }
 
@@ -238,7 +238,7 @@ def test_factors_may_be_whole_along_the_axes_of_the_batch():
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
 def test_the_arrays_of_a_quantized_weight_are_sharded_as_far_as_they_divide(dtype):
     params = {"w": normal(0, (256, 8))}
-    base = lora_jax.quantize(params, dtype, targets="w")
+    base = lora_jax.quant.quantize(params, dtype, targets="w")
     places = {"w": NamedSharding(mesh_of(), P("x", "y"))}
     lora_params = randomize_b(lora_jax.lorafy(base, 2, targets="w", init=drawn))
     there = jax.device_put(lora_params, lora_jax.shardings(lora_params, places))

@@ -39,7 +39,7 @@ def test_similarities_are_cosines_of_updates():
     @jax.jit
     def all_of(base, adapters):
         given = [lora_jax.LoraParams(base, x) for x in adapters]
-        return lora_jax.similarity(given), lora_jax.similarity(adapters)
+        return lora_jax.analysis.similarity(given), lora_jax.analysis.similarity(adapters)
 
     for actual in map(np.asarray, all_of(BASE, [x.adapter for x in xs])):
         np.testing.assert_allclose(actual, expected, atol=tolerance())
@@ -48,7 +48,7 @@ def test_similarities_are_cosines_of_updates():
 
 def test_similarities_of_each_weight():
     xs = [X, Y, Z]
-    jitted = jax.jit(lambda xs: lora_jax.similarity(xs, per_weight=True))
+    jitted = jax.jit(lambda xs: lora_jax.analysis.similarity(xs, per_weight=True))
     found = jax.tree.map(np.asarray, jitted([x.adapter for x in xs]))
     assert found.keys() == LAYOUT.keys()
     for key, actual in found.items():
@@ -61,22 +61,22 @@ def test_leaves_trained_whole_count():
     x = split(1, full=["bias", "norm"], targets=["dense"])
     y = split(2, full="bias", targets=["query"])
     xs = [x, y, 2 * x]
-    np.testing.assert_allclose(lora_jax.similarity(xs), cosines(xs), atol=tolerance())
-    found = lora_jax.similarity(xs, per_weight=True)
+    np.testing.assert_allclose(lora_jax.analysis.similarity(xs), cosines(xs), atol=tolerance())
+    found = lora_jax.analysis.similarity(xs, per_weight=True)
     np.testing.assert_allclose(found["bias"], cosines(xs, "bias"), atol=tolerance())
     gap = np.linalg.norm(vector(x) - vector(y))
-    assert float(lora_jax.distance(x, y)) == pytest.approx(gap, rel=tolerance())
+    assert float(lora_jax.analysis.distance(x, y)) == pytest.approx(gap, rel=tolerance())
 
 
 def test_what_is_zero_is_like_nothing():
     fresh = lora_jax.lorafy(BASE, 2, targets="dense")
-    actual = np.asarray(lora_jax.similarity([fresh, X]))
+    actual = np.asarray(lora_jax.analysis.similarity([fresh, X]))
     assert not actual[0].any()
     assert not actual[:, 0].any()
     assert actual[1, 1] == pytest.approx(1, rel=tolerance())
     empty = lora_jax.LoraParams(BASE, Adapter({}))
-    assert np.array_equal(lora_jax.similarity([empty, empty]), np.zeros((2, 2)))
-    assert lora_jax.distance(empty, empty) == 0
+    assert np.array_equal(lora_jax.analysis.similarity([empty, empty]), np.zeros((2, 2)))
+    assert lora_jax.analysis.distance(empty, empty) == 0
 
 
 def test_distances_are_norms_of_differences():
@@ -86,7 +86,7 @@ def test_distances_are_norms_of_differences():
     @jax.jit
     def distances(base, pairs):  # bases that are one array stay one
         same = lambda x: lora_jax.LoraParams(base, x.adapter) if hasattr(x, "adapter") else x  # noqa: E731
-        return [lora_jax.distance(*map(same, pair)) for pair in pairs]
+        return [lora_jax.analysis.distance(*map(same, pair)) for pair in pairs]
 
     found = [float(x) for x in distances(BASE, [*pairs, (X, X), (X, near)])]
     for (x, y), actual in zip(pairs, found, strict=False):
@@ -100,12 +100,14 @@ def test_parts_apart_are_orthogonal():
     base = {"w": jnp.zeros((6, 8))}
     left = split(1, 2, base, ["w[:, 0:3]"], layout=None)
     right = split(2, 3, base, ["w[:, 3:8]"], layout=None)
-    np.testing.assert_allclose(lora_jax.similarity([left, right]), np.eye(2), atol=tolerance())
+    np.testing.assert_allclose(
+        lora_jax.analysis.similarity([left, right]), np.eye(2), atol=tolerance()
+    )
 
 
 @pytest.mark.parametrize("factor", ["a", "b"])
 def test_subspaces_are_compared_as_in_the_paper(factor):
-    compare = jax.jit(lambda x, y: lora_jax.subspace_similarity(x, y, factor=factor))
+    compare = jax.jit(lambda x, y: lora_jax.analysis.subspace_similarity(x, y, factor=factor))
     found = jax.tree.map(np.asarray, compare(X.adapter, Y.adapter))
     assert found.keys() == Y.adapter.factors.keys()
     for key, phi in found.items():
@@ -124,7 +126,7 @@ def test_subspaces_are_compared_as_in_the_paper(factor):
                 want = (product**2).sum((-2, -1)) / (min(i, j) + 1)
                 np.testing.assert_allclose(phi[..., i, j].reshape(-1), want, atol=tolerance())
     x = split(1, 2, targets=["dense"], alpha=4)
-    same = lora_jax.subspace_similarity(x, -3 * x, factor=factor)["dense"]
+    same = lora_jax.analysis.subspace_similarity(x, -3 * x, factor=factor)["dense"]
     np.testing.assert_allclose(np.diagonal(same), 1, atol=tolerance())
 
 
@@ -134,20 +136,20 @@ def test_orthogonal_subspaces_have_nothing_in_common():
         Adapter({"w": Factors(jnp.asarray(a), jnp.ones((a.shape[1], 2)), 1.0, "io")})
         for a in (one, other)
     )
-    assert not lora_jax.subspace_similarity(x, y)["w"].any()
+    assert not lora_jax.analysis.subspace_similarity(x, y)["w"].any()
 
 
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match="similarity: there are no adapters"):
-        lora_jax.similarity([])
+        lora_jax.analysis.similarity([])
     with pytest.raises(TypeError, match="similarity: Adapters and LoraParams together"):
-        lora_jax.similarity([X, X.adapter])
+        lora_jax.analysis.similarity([X, X.adapter])
     with pytest.raises(TypeError, match="distance: operand 1 is int"):
-        lora_jax.distance(X, 0)
+        lora_jax.analysis.distance(X, 0)
     with pytest.raises(ValueError, match="factor='c': expected 'a' or 'b'"):
-        lora_jax.subspace_similarity(X, Y, factor="c")
+        lora_jax.analysis.subspace_similarity(X, Y, factor="c")
     with pytest.raises(ValueError, match="subspace_similarity: 'dense' has a DoRA magnitude"):
-        lora_jax.subspace_similarity(X, split(1, targets=["dense"], dora=True))
+        lora_jax.analysis.subspace_similarity(X, split(1, targets=["dense"], dora=True))
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4])
@@ -164,5 +166,5 @@ def test_steps_of_one_run_are_compared_as_they_are(step):
     deltas = [np.concatenate([np.ravel(dense(p)[k]) for k in ("dense", "stack")]) for p in points]
     u, v = deltas[1] - deltas[0], deltas[2] - deltas[1]
     expected = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
-    found = lora_jax.similarity([one, other])
+    found = lora_jax.analysis.similarity([one, other])
     np.testing.assert_allclose(found, [[1, expected], [expected, 1]], atol=tolerance() / step)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
 from lora_jax import Adapter, Factors, LoraParams
-from lora_jax._paths import flatten
+from lora_jax._weights.paths import flatten
 
 AXES = LoraParams(base=None, adapter=0)
 SUBSETS = {  # of targets, in a model of each kind; and a leaf to train whole
@@ -79,7 +79,9 @@ def several(make):
 
 def in_one_program(adapters, rank=None):
     """A stack of many shapes, of which each would be compiled; that jit changes nothing, below."""
-    make = jax.jit(lambda base, xs: lora_jax.stack([LoraParams(base, x) for x in xs], rank).adapter)
+    make = jax.jit(
+        lambda base, xs: lora_jax.many.stack([LoraParams(base, x) for x in xs], rank).adapter
+    )
     base = adapters[0].base
     return LoraParams(base, make(base, [p.adapter for p in adapters]))
 
@@ -139,7 +141,7 @@ def row(tree, n):
 def test_each_row_computes_what_its_adapter_does(make):
     case, adapters = several(make)
     if make is dict_case:
-        stacked, depth = lora_jax.stack(adapters), 8
+        stacked, depth = lora_jax.many.stack(adapters), 8
         assert stacked.base is case.params
     else:
         stacked, depth = scanned_layers(), 50
@@ -173,17 +175,17 @@ def test_each_row_computes_what_its_adapter_does(make):
 
 def test_one_input_goes_to_all():
     case, adapters = several(dict_case)
-    assert_rows(case.fn, lora_jax.stack(adapters), adapters, case.x)
+    assert_rows(case.fn, lora_jax.many.stack(adapters), adapters, case.x)
 
 
 def test_adapters_alone_stack():
     _, adapters = several(dict_case)
     alone = [p.adapter for p in adapters if not p.adapter.full]
-    stacked = lora_jax.stack(alone)
+    stacked = lora_jax.many.stack(alone)
     assert isinstance(stacked, Adapter)
-    whole = lora_jax.stack([p for p in adapters if not p.adapter.full])
+    whole = lora_jax.many.stack([p for p in adapters if not p.adapter.full])
     assert_same(stacked, whole.adapter)
-    assert_same(lora_jax.unstack(stacked), alone)
+    assert_same(lora_jax.many.unstack(stacked), alone)
 
 
 def test_tracers_and_shapes_stack_as_arrays_do():
@@ -191,9 +193,9 @@ def test_tracers_and_shapes_stack_as_arrays_do():
     alone = [p.adapter for p in adapters]
 
     def make(base, alone):
-        return lora_jax.stack([LoraParams(base, x) for x in alone], rank=6).adapter
+        return lora_jax.many.stack([LoraParams(base, x) for x in alone], rank=6).adapter
 
-    expected = lora_jax.stack(adapters, rank=6).adapter
+    expected = lora_jax.many.stack(adapters, rank=6).adapter
     assert_same(jax.jit(make)(case.params, alone), expected)
     shapes = jax.eval_shape(make, case.params, alone)
     assert (
@@ -201,7 +203,9 @@ def test_tracers_and_shapes_stack_as_arrays_do():
     )
     for shape, x in zip(jax.tree.leaves(shapes), jax.tree.leaves(expected), strict=True):
         assert (shape.shape, shape.dtype) == (x.shape, x.dtype)
-    closed = jax.jit(lambda: lora_jax.stack(adapters, rank=6).adapter)()  # constants of a trace
+    closed = jax.jit(
+        lambda: lora_jax.many.stack(adapters, rank=6).adapter
+    )()  # constants of a trace
     assert_same(closed, expected)
 
 
@@ -228,13 +232,13 @@ def test_a_base_of_low_precision_fills_in_masters():
     case = dict_case(jnp.bfloat16)
     one = lorafied(case.params, 2, targets="w1", full="b1")
     two = lorafied(case.params, 2, targets="w1")
-    assert lora_jax.stack([two, one]).adapter.full["b1"].dtype == jnp.float32
+    assert lora_jax.many.stack([two, one]).adapter.full["b1"].dtype == jnp.float32
 
     def narrow(p):
         cast = lambda x: jax.device_put(np.asarray(x).astype(jnp.bfloat16))  # noqa: E731
         return LoraParams(p.base, jax.tree.map(cast, p.adapter))
 
-    assert lora_jax.stack([narrow(one), narrow(two)]).adapter.full["b1"].dtype == jnp.bfloat16
+    assert lora_jax.many.stack([narrow(one), narrow(two)]).adapter.full["b1"].dtype == jnp.bfloat16
 
 
 # Few shapes: for each, stack and unstack compile programs.
@@ -265,43 +269,43 @@ def test_unstack_is_the_inverse(ranks, seed, fresh):
             else None,
         )
         adapters.append(made if fresh else randomize_b(made, seed))
-    stacked = lora_jax.stack(adapters, rank=4)
+    stacked = lora_jax.many.stack(adapters, rank=4)
     filled = {path for p in adapters for path in p.adapter.full}
-    for single, back in zip(adapters, lora_jax.unstack(stacked), strict=True):
+    for single, back in zip(adapters, lora_jax.many.unstack(stacked), strict=True):
         assert back.base is params
         assert_same(Adapter(back.adapter.factors), Adapter(single.adapter.factors))
         assert back.adapter.full.keys() == filled
         for path, x in back.adapter.full.items():
             np.testing.assert_array_equal(x, single.adapter.full.get(path, params[path]))
-    loose = lora_jax.unstack(stacked, trim=False)
-    assert_same(lora_jax.stack(loose), stacked)
+    loose = lora_jax.many.unstack(stacked, trim=False)
+    assert_same(lora_jax.many.stack(loose), stacked)
 
 
 def test_unstack_under_jit_does_not_look_at_values():
     _, adapters = several(dict_case)
-    stacked = lora_jax.stack([p.adapter for p in adapters[:2]])
-    rows = jax.jit(lambda x: lora_jax.unstack(x, trim=False))(stacked)
-    assert_same(rows, lora_jax.unstack(stacked, trim=False))
-    inside = jax.jit(lambda: lora_jax.unstack(stacked))()  # of a constant the values are known
-    assert_same(inside, lora_jax.unstack(stacked))
+    stacked = lora_jax.many.stack([p.adapter for p in adapters[:2]])
+    rows = jax.jit(lambda x: lora_jax.many.unstack(x, trim=False))(stacked)
+    assert_same(rows, lora_jax.many.unstack(stacked, trim=False))
+    inside = jax.jit(lambda: lora_jax.many.unstack(stacked))()  # of a constant the values are known
+    assert_same(inside, lora_jax.many.unstack(stacked))
     with pytest.raises(ValueError, match=r"unstack: the stack is traced.*trim=False"):
-        jax.jit(lora_jax.unstack)(stacked)
+        jax.jit(lora_jax.many.unstack)(stacked)
 
 
 @pytest.mark.devices(8)
 def test_a_stack_is_sharded_along_its_adapters_or_its_weights():
     case, adapters = several(dict_case)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("n", "t"))
-    stacked = lora_jax.stack(adapters)
+    stacked = lora_jax.many.stack(adapters)
     apply = jax.jit(jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None)))
     expected = apply(stacked, case.x)
     spread = jax.device_put(stacked.adapter, NamedSharding(mesh, PartitionSpec("n")))
     assert_close(apply(LoraParams(stacked.base, spread), case.x), expected)
     # By value: a row that comes from other devices is a sum of theirs, and -0.0 + 0 is 0.
-    rows = lora_jax.unstack(spread)
+    rows = lora_jax.many.unstack(spread)
     for single, p in zip(rows, adapters, strict=True):
         assert_close(Adapter(single.factors), Adapter(p.adapter.factors))
-    again = jax.jit(lambda stacked, x: lora_jax.replace_at(stacked, 2, x))(spread, rows[0])
+    again = jax.jit(lambda stacked, x: lora_jax.many.replace_at(stacked, 2, x))(spread, rows[0])
     for n, expected in enumerate((0, 1, 0, 3)):
         assert_close(row(again, n), row(stacked.adapter, expected))
 
@@ -425,7 +429,7 @@ def test_rows_that_are_kept_go_on_as_they_would_have():
         if k in (2, 4):  # successive halving: of 5 runs 3, then 2
             best = np.argsort(value)[: (len(rows) + 1) // 2]
             dropped = row((trainable, opt_state), best)
-            trainable, frozen, opt_state = lora_jax.take((trainable, frozen, opt_state), best)
+            trainable, frozen, opt_state = lora_jax.many.take((trainable, frozen, opt_state), best)
             assert_same((trainable, opt_state), dropped)
             rows = rows[best]
         x, y = (each[rows, k] for each in data)
@@ -444,7 +448,7 @@ def test_rows_that_are_kept_go_on_as_they_would_have():
 def test_a_weight_of_the_base_meets_all_inputs_in_one_product():
     case, adapters = several(dict_case)
     adapters = adapters[:2] + adapters[3:]
-    stacked, n, rows = lora_jax.stack(adapters), 3, 7
+    stacked, n, rows = lora_jax.many.stack(adapters), 3, 7
     x = normal(0, (n, rows, 24))
     apply = jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, 0))
     weights = {"w1": (24, 40), "layers/0/w2": (40, 16)}
@@ -516,7 +520,7 @@ def test_scanned_layers_of_a_stack_have_no_copy_of_the_base():
 def test_a_row_is_replaced_without_compiling_anything():
     case, adapters = several(dict_case)
     adapters = [*adapters[:2], adapters[3]]
-    stacked = lora_jax.stack(adapters, rank=6)
+    stacked = lora_jax.many.stack(adapters, rank=6)
     new = case.lorafy(4, alpha=5.0, key=jax.random.key(99), init=drawn)
     traces = []
 
@@ -527,27 +531,27 @@ def test_a_row_is_replaced_without_compiling_anything():
 
     before = np.asarray(run(stacked, case.x))
     expected = jax.jit(lora_jax.lora(case.fn))(new, case.x)
-    put = jax.jit(lambda *args: lora_jax.replace_at(*args))  # its cache is this test's own
+    put = jax.jit(lambda *args: lora_jax.many.replace_at(*args))  # its cache is this test's own
     for i in range(3):
         adapter = put(stacked.adapter, jnp.int32(i), new.adapter)
-        assert_same(adapter, lora_jax.replace_at(stacked, i, new).adapter)
-        assert_same(adapter, lora_jax.replace_at(stacked, np.int64(i), new.adapter).adapter)
+        assert_same(adapter, lora_jax.many.replace_at(stacked, i, new).adapter)
+        assert_same(adapter, lora_jax.many.replace_at(stacked, np.int64(i), new.adapter).adapter)
         after = np.asarray(run(LoraParams(case.params, adapter), case.x))
         assert_close(after[i], expected)
         others = [n for n in range(3) if n != i]
         assert bits(after[others]) == bits(before[others])
         swapped = [new if n == i else p for n, p in enumerate(adapters)]
-        assert_same(adapter, lora_jax.stack(swapped, rank=6).adapter)
+        assert_same(adapter, lora_jax.many.stack(swapped, rank=6).adapter)
     assert put._cache_size() == 1
     assert len(traces) == 1
 
 
 def test_what_a_new_row_lacks_is_filled_in():
     case, adapters = several(dict_case)
-    stacked, new = lora_jax.stack(adapters), case.lorafy(2, targets="w1")
-    expected = row(lora_jax.stack([new, *adapters]).adapter, 0)
+    stacked, new = lora_jax.many.stack(adapters), case.lorafy(2, targets="w1")
+    expected = row(lora_jax.many.stack([new, *adapters]).adapter, 0)
     for x in (new, new.adapter):
-        again = lora_jax.replace_at(stacked, 2, x).adapter
+        again = lora_jax.many.replace_at(stacked, 2, x).adapter
         assert_same(row(again, 2), expected)
         for n in (0, 1, 3):
             assert_same(row(again, n), row(stacked.adapter, n))
@@ -555,19 +559,19 @@ def test_what_a_new_row_lacks_is_filled_in():
 
 def test_a_traced_row_out_of_range_writes_nothing():
     _, adapters = several(dict_case)
-    stacked = lora_jax.stack([p.adapter for p in (*adapters[:2], adapters[3])])
-    put = jax.jit(lora_jax.replace_at)
+    stacked = lora_jax.many.stack([p.adapter for p in (*adapters[:2], adapters[3])])
+    put = jax.jit(lora_jax.many.replace_at)
     for i in (*map(np.int32, (3, -1, 255, 2**31 - 1, -(2**31))), np.uint8(255)):
         assert bits(put(stacked, i, adapters[0].adapter)) == bits(stacked), repr(i)
 
 
 def test_taking_rows():
     _, adapters = several(dict_case)
-    stacked = lora_jax.stack(adapters)
-    some = lora_jax.take(stacked, [3, 1, 1])
+    stacked = lora_jax.many.stack(adapters)
+    some = lora_jax.many.take(stacked, [3, 1, 1])
     assert some.base is stacked.base
     assert_same(some.adapter, row(stacked.adapter, np.array([3, 1, 1])))
-    traced = jax.jit(lora_jax.take)
+    traced = jax.jit(lora_jax.many.take)
     assert_same(traced(stacked.adapter, jnp.array([3, 1])), row(stacked.adapter, np.array([3, 1])))
     count = traced({"x": jnp.ones((2, 3)), "n": jnp.zeros(2, jnp.int32)}, jnp.array([1, 2, -1]))
     np.testing.assert_array_equal(np.isnan(count["x"]).all(1), [False, True, True])
@@ -579,18 +583,20 @@ def test_taking_rows():
 
 def test_an_adapter_that_is_not_finite():
     case, adapters = several(dict_case)
-    stacked = lora_jax.stack([adapters[0], adapters[1], adapters[3]])
-    traced = jax.jit(lambda base, xs: lora_jax.stack([LoraParams(base, x) for x in xs]).adapter)
-    put = jax.jit(lora_jax.replace_at)
+    stacked = lora_jax.many.stack([adapters[0], adapters[1], adapters[3]])
+    traced = jax.jit(
+        lambda base, xs: lora_jax.many.stack([LoraParams(base, x) for x in xs]).adapter
+    )
+    put = jax.jit(lora_jax.many.replace_at)
     apply = jax.jit(jax.vmap(lora_jax.lora(case.fn), in_axes=(AXES, None)))
     good = np.asarray(apply(stacked, case.x))
     for field, bad in itertools.product(("a", "b", "scale"), (np.nan, np.inf, -np.inf)):
         broken, at = spoilt(adapters[1], "w1", field, bad), (field, bad)
         message = rf"adapters\[1\] has NaNs or infinities in {field} of 'w1'.*0 \* NaN"
         with pytest.raises(ValueError, match=message):
-            lora_jax.stack([adapters[0], broken])
+            lora_jax.many.stack([adapters[0], broken])
         with pytest.raises(ValueError, match=rf"adapter has NaNs or infinities in {field} of 'w1'"):
-            lora_jax.replace_at(stacked, 1, broken)
+            lora_jax.many.replace_at(stacked, 1, broken)
         singles = [adapters[0].adapter, broken.adapter, adapters[3].adapter]
         made = traced(case.params, singles)
         for adapter in (made, put(stacked.adapter, jnp.int32(1), broken.adapter)):
@@ -603,7 +609,7 @@ def test_an_adapter_that_is_not_finite():
             assert np.isnan(outputs[1]).all(), at
             assert bits(outputs[::2]) == bits(good[::2]), at
             # it is not taken for padding
-            assert len(lora_jax.unstack(adapter)[1].factors) == 2, at
+            assert len(lora_jax.many.unstack(adapter)[1].factors) == 2, at
 
 
 def spoilt(lora_params, path, field, value):
@@ -622,7 +628,7 @@ def test_a_leaf_trained_whole_that_is_not_finite():
     full = {"b1": jnp.full(40, jnp.nan)}
     broken = LoraParams(case.params, dataclasses.replace(adapters[2].adapter, full=full))
     with pytest.raises(ValueError, match=r"adapters\[0\] has NaNs or infinities in full of 'b1'"):
-        lora_jax.stack([broken])
+        lora_jax.many.stack([broken])
 
 
 # --- DoRA, parts, rows, residuals --------------------------------------------------------------
@@ -649,33 +655,33 @@ def test_dora_beside_adapters_without_its_targets(keep_norms):
 
     if not keep_norms:
         one, two = without(one), without(two)
-    stacked = lora_jax.stack([one, two])
+    stacked = lora_jax.many.stack([one, two])
     f = stacked.adapter.factors["layers/0/w2"]
     norms = np.linalg.norm(np.asarray(case.params["layers"][0]["w2"], np.float64), axis=0)
     np.testing.assert_allclose(np.asarray(f.magnitude)[1], norms, rtol=tolerance(length=40))
     assert (f.norm is not None) == keep_norms
     assert_rows(case.fn, stacked, (one, two), case.x)
-    back = lora_jax.unstack(stacked)
+    back = lora_jax.many.unstack(stacked)
     assert_same(back[0].adapter, one.adapter)
     assert ("layers/0/w2" in back[1].adapter.factors) != keep_norms
-    again = lora_jax.replace_at(stacked, 0, two)
+    again = lora_jax.many.replace_at(stacked, 0, two)
     assert_same(row(again.adapter, 0), row(stacked.adapter, 1))
     with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'layers/0/w2'.*DoRA"):
-        lora_jax.stack([one.adapter, two.adapter])
+        lora_jax.many.stack([one.adapter, two.adapter])
     if keep_norms:
-        mixed = lora_jax.stack([without(one), one])  # where one has them, all do
-        assert_close(mixed.adapter, lora_jax.stack([one, one]).adapter)
-        pair = lora_jax.stack([one.adapter, one.adapter])
-        assert_same(pair, lora_jax.stack([one, one]).adapter)
-        mixed = lora_jax.stack([without(one).adapter, one.adapter])
+        mixed = lora_jax.many.stack([without(one), one])  # where one has them, all do
+        assert_close(mixed.adapter, lora_jax.many.stack([one, one]).adapter)
+        pair = lora_jax.many.stack([one.adapter, one.adapter])
+        assert_same(pair, lora_jax.many.stack([one, one]).adapter)
+        mixed = lora_jax.many.stack([without(one).adapter, one.adapter])
         assert mixed.factors["w1"].norm is None  # it is found at every call
         with pytest.raises(ValueError, match=r"adapter has no norms .* at '.*', as the stack has"):
-            lora_jax.replace_at(pair, 0, without(one).adapter)
+            lora_jax.many.replace_at(pair, 0, without(one).adapter)
         magnitude = np.array(f.magnitude)
         magnitude[1, 0] *= 2
         trained = dataclasses.replace(f, magnitude=jax.device_put(magnitude))
         trained = Adapter(stacked.adapter.factors | {"layers/0/w2": trained})
-        assert "layers/0/w2" in lora_jax.unstack(trained)[1].factors
+        assert "layers/0/w2" in lora_jax.many.unstack(trained)[1].factors
 
 
 def test_parts_and_rows_of_weights():
@@ -687,12 +693,12 @@ def test_parts_and_rows_of_weights():
     one = lorafied(params, 3, targets="c[:, 0:3]", rows={"embedding": [1, 2, 5]})
     two = lorafied(params, 1, targets=["c[:, 0:3]", "c[:, 6:9]"])
     adapters = [randomize_b(p, n) for n, p in enumerate((one, two))]
-    stacked = lora_jax.stack(adapters, rank=4)
+    stacked = lora_jax.many.stack(adapters, rank=4)
     ranks = {path: f.rank for path, f in stacked.adapter.factors.items()}
     assert ranks == {"c[:, 0:3]": 4, "c[:, 6:9]": 4, "embedding[[1, 2, 5]]": 3}
     assert_rows(fn, stacked, adapters, jnp.arange(8))
-    assert_same([p.adapter for p in lora_jax.unstack(stacked)], [p.adapter for p in adapters])
-    assert_same(lora_jax.stack([p.adapter for p in adapters], rank=4), stacked.adapter)
+    assert_same([p.adapter for p in lora_jax.many.unstack(stacked)], [p.adapter for p in adapters])
+    assert_same(lora_jax.many.stack([p.adapter for p in adapters], rank=4), stacked.adapter)
 
 
 def test_residual_adapters_of_one_base():
@@ -701,25 +707,25 @@ def test_residual_adapters_of_one_base():
     other = LoraParams(start.base, jax.tree.map(lambda x: x * 1.1, start.adapter))
     plain = randomize_b(lorafied(start.base, 2, targets="layers/0/w2"))
     adapters = (start, other, plain)
-    assert_rows(case.fn, lora_jax.stack(adapters), adapters, case.x)
+    assert_rows(case.fn, lora_jax.many.stack(adapters), adapters, case.x)
     with pytest.raises(ValueError, match=r"'w1' is not one array\. One is residual.*to_plain"):
-        lora_jax.stack([start, lora_jax.lorafy(case.params, 3, targets="w1")])
+        lora_jax.many.stack([start, lora_jax.lorafy(case.params, 3, targets="w1")])
     with pytest.raises(ValueError, match=r"adapters\[1\] has no factors of 'w1'.*residual"):
-        lora_jax.stack([start.adapter, plain.adapter])
+        lora_jax.many.stack([start.adapter, plain.adapter])
     with pytest.raises(ValueError, match=r"residual is False here and True there.*to_plain"):
-        lora_jax.stack([start.adapter, lora_jax.lorafy(case.params, 3, targets="w1").adapter])
+        lora_jax.many.stack([start.adapter, lora_jax.lorafy(case.params, 3, targets="w1").adapter])
     with pytest.raises(ValueError, match=r"the stack are over different bases.*to_plain"):
-        lora_jax.replace_at(lora_jax.stack([case.lorafy(3)]), 0, start)
+        lora_jax.many.replace_at(lora_jax.many.stack([case.lorafy(3)]), 0, start)
 
 
 def test_a_quantized_base_is_one_base():
     case = dict_case()
-    base = lora_jax.quantize(case.params, "int8", targets="w1")
+    base = lora_jax.quant.quantize(case.params, "int8", targets="w1")
     one, two = lorafied(base, 2, targets="w1"), dora(base, rank=3, targets="w1")
     again = LoraParams(jax.tree.map(lambda x: x, base), one.adapter)  # other boxes, same arrays
-    assert lora_jax.stack([one, again]).adapter.factors["w1"].a.shape == (2, 24, 2)
+    assert lora_jax.many.stack([one, again]).adapter.factors["w1"].a.shape == (2, 24, 2)
     three = dora(base, rank=1, targets="layers/0/w2")
-    stacked = lora_jax.stack([two, three])
+    stacked = lora_jax.many.stack([two, three])
     apply = lora_jax.lora(case.fn)
     outputs, alone = jax.jit(
         lambda stacked, adapters, x: (
@@ -740,7 +746,7 @@ def test_misuse_of_stack_is_explained():
 
     def refused(error, message, *xs, **options):
         with pytest.raises(error, match=message):
-            lora_jax.stack(*xs, **options)
+            lora_jax.many.stack(*xs, **options)
 
     refused(TypeError, r"adapters is LoraParams, expected a sequence", one)
     refused(TypeError, r"adapters is int, expected a sequence", 3)
@@ -750,7 +756,7 @@ def test_misuse_of_stack_is_explained():
     refused(TypeError, r"rank=2\.0: expected an int", [one], rank=2.0)
     refused(TypeError, r"rank=True: expected an int", [one], rank=True)
     refused(ValueError, r"rank=2, and adapters\[0\] has rank 3 at '.*': .*resize", [one], rank=2)
-    many = lora_jax.stack([one, one])
+    many = lora_jax.many.stack([one, one])
     refused(ValueError, r"adapters\[1\] is a stack: scale of '.*' has shape \(2,\)", [one, many])
     refused(TypeError, r"lora_jax\.combine", [lora_jax.split(one)[0]])
     copy = LoraParams(jax.tree.map(jnp.copy, case.params), one.adapter)
@@ -762,7 +768,7 @@ def test_misuse_of_stack_is_explained():
     tupled = LoraParams(case.params | {"layers": tuple(case.params["layers"])}, one.adapter)
     refused(ValueError, r"different bases: they differ in their containers", [one, tupled])
     with pytest.raises(ValueError, match=r"under jit let the base be one argument"):
-        jax.jit(lora_jax.stack)([one, one])
+        jax.jit(lora_jax.many.stack)([one, one])
     refused(
         ValueError,
         r"adapters\[0\] does not train 'b1' whole.*Pass LoraParams",
@@ -781,7 +787,7 @@ def test_what_differs_is_named():
 
     def refused(message, *adapters):
         with pytest.raises(ValueError, match=message):
-            lora_jax.stack([one.adapter, *adapters])
+            lora_jax.many.stack([one.adapter, *adapters])
 
     refused(
         r"adapters\[1\] and adapters\[0\] differ at 'w': layout is 'oi' here and 'io' .*layout=",
@@ -810,12 +816,12 @@ def test_what_differs_is_named():
         r"adapters\[0\] trains 'w' and adapters\[1\] 'w', whole, and these overlap", whole.adapter
     )
     with pytest.raises(ValueError, match=r"trains 'w' and adapters\[1\] 'w\[0:2, :\]'.*overlap"):
-        lora_jax.stack([one, part])
+        lora_jax.many.stack([one, part])
     tables = {"embedding": jnp.ones((8, 4))}
     ids = [lorafied(tables, targets=[], rows={"embedding": x}) for x in ([1], [2])]
     for xs in (ids, [p.adapter for p in ids]):
         with pytest.raises(ValueError, match=r"\[\[1\]\]' and adapters\[1\] 'embedding\[\[2\]\]'"):
-            lora_jax.stack(xs)
+            lora_jax.many.stack(xs)
 
     def with_full(x):
         return Adapter(one.adapter.factors, {"v": x})
@@ -826,24 +832,24 @@ def test_what_differs_is_named():
         (jnp.ones((4, 6), jnp.bfloat16), r"differ at 'v': its dtype is bfloat16 here and float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            lora_jax.stack([first, with_full(x)])
+            lora_jax.many.stack([first, with_full(x)])
     narrow = LoraParams(params, with_full(jnp.ones((4, 6), jnp.bfloat16)))
     with pytest.raises(
         ValueError, match=r"adapters\[1\] does not train 'v' whole, .*bfloat16, and"
     ):
-        lora_jax.stack([narrow, one])
+        lora_jax.many.stack([narrow, one])
 
 
 def test_misuse_of_the_other_three_is_explained():
     case, adapters = several(dict_case)
-    stacked = lora_jax.stack([adapters[0], adapters[1]])
+    stacked = lora_jax.many.stack([adapters[0], adapters[1]])
     one = adapters[1]
 
     def refused(error, message, f, *args, **options):
         with pytest.raises(error, match=message):
             f(*args, **options)
 
-    for f, rest in ((lora_jax.unstack, ()), (lora_jax.replace_at, (0, one))):
+    for f, rest in ((lora_jax.many.unstack, ()), (lora_jax.many.replace_at, (0, one))):
         name = f.__name__
         refused(TypeError, rf"{name}: stacked is dict, expected what", f, {}, *rest)
         refused(
@@ -877,14 +883,14 @@ def test_misuse_of_the_other_three_is_explained():
         refused(
             IndexError,
             rf"i={int(i)}: the stack has rows 0 to 1",
-            lora_jax.replace_at,
+            lora_jax.many.replace_at,
             stacked,
             i,
             one,
         )
     for i in (1.0, True, None, jnp.arange(2), jnp.float32(1)):
-        refused(TypeError, r"i=.*: expected an integer", lora_jax.replace_at, stacked, i, one)
-    replace_at = functools.partial(lora_jax.replace_at, stacked, 0)
+        refused(TypeError, r"i=.*: expected an integer", lora_jax.many.replace_at, stacked, i, one)
+    replace_at = functools.partial(lora_jax.many.replace_at, stacked, 0)
     refused(TypeError, r"adapter is int, expected a LoraParams", replace_at, 3)
     refused(ValueError, r"adapter is a stack", replace_at, stacked)
     refused(
@@ -895,11 +901,11 @@ def test_misuse_of_the_other_three_is_explained():
     )
     whole = case.lorafy(2, full="b1")
     refused(ValueError, r"nothing in full for b1, which the adapter has\. Stack", replace_at, whole)
-    few = lora_jax.stack([one])
+    few = lora_jax.many.stack([one])
     refused(
         ValueError,
         r"nothing in factors for layers/0/w2, which",
-        lora_jax.replace_at,
+        lora_jax.many.replace_at,
         few,
         0,
         adapters[0],
@@ -907,16 +913,16 @@ def test_misuse_of_the_other_three_is_explained():
     refused(
         TypeError,
         r"the stack is an Adapter and adapter a LoraParams",
-        lora_jax.replace_at,
+        lora_jax.many.replace_at,
         stacked.adapter,
         0,
         one,
     )
-    fulls = lora_jax.stack([whole]).adapter
+    fulls = lora_jax.many.stack([whole]).adapter
     refused(
         ValueError,
         r"does not train 'b1' whole, as the stack does",
-        lora_jax.replace_at,
+        lora_jax.many.replace_at,
         fulls,
         0,
         case.lorafy(2).adapter,
@@ -926,7 +932,7 @@ def test_misuse_of_the_other_three_is_explained():
     copy = LoraParams(jax.tree.map(jnp.copy, case.params), one.adapter)
     refused(ValueError, r"adapter and the stack are over different bases", replace_at, copy)
 
-    take = lora_jax.take
+    take = lora_jax.many.take
     refused(IndexError, r"row 2 is out of range: there are 0 to 1", take, stacked, [0, 2])
     refused(IndexError, r"row -1 is out of range", take, stacked, jnp.array([-1]))
     refused(
@@ -956,21 +962,21 @@ def test_misuse_of_the_other_three_is_explained():
 
 def test_a_stack_is_not_merged():
     _, adapters = several(dict_case)
-    stacked = lora_jax.stack(adapters)
-    with pytest.raises(ValueError, match=r"a stack of adapters.*lora_jax\.unstack"):
+    stacked = lora_jax.many.stack(adapters)
+    with pytest.raises(ValueError, match=r"a stack of adapters.*lora_jax\.many\.unstack"):
         lora_jax.merge(stacked)
-    merged = [lora_jax.merge(p) for p in lora_jax.unstack(stacked)]
+    merged = [lora_jax.merge(p) for p in lora_jax.many.unstack(stacked)]
     assert_same(merged, [lora_jax.merge(p) for p in adapters])
     assert math.prod(stacked.adapter.factors["w1"].scale.shape) == 4
 
 
 def test_rows_may_be_few_and_indices_narrow_but_not_none():
-    adapter = lora_jax.stack(several(dict_case)[1]).adapter
+    adapter = lora_jax.many.stack(several(dict_case)[1]).adapter
     stacked = Adapter({"w1": adapter.factors["w1"]})
-    many = lora_jax.take(stacked, np.zeros(200, int))
-    assert_same(lora_jax.take(many, np.array([5], np.int8)), lora_jax.take(stacked, [0]))
+    many = lora_jax.many.take(stacked, np.zeros(200, int))
+    assert_same(lora_jax.many.take(many, np.array([5], np.int8)), lora_jax.many.take(stacked, [0]))
     with pytest.raises(ValueError, match="take: indices are empty, and a stack has at least one"):
-        lora_jax.take(stacked, np.zeros(0, int))
+        lora_jax.many.take(stacked, np.zeros(0, int))
 
 
 def test_a_scale_that_is_an_integer_becomes_a_float():
@@ -979,4 +985,4 @@ def test_a_scale_that_is_an_integer_becomes_a_float():
             Adapter({"w": Factors(jnp.ones((6, 2)), jnp.ones((2, 8)), s, "io")})
             for s in (scale, 0.5)
         ]
-        assert lora_jax.stack(made).factors["w"].scale.tolist() == [2.0, 0.5], repr(scale)
+        assert lora_jax.many.stack(made).factors["w"].scale.tolist() == [2.0, 0.5], repr(scale)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from folders import check_output, write_results, written_at_once
 from helpers import assert_close
 from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lora_jax.recipes.folders import check_output, write_results, written_at_once
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -176,13 +177,13 @@ def test_all_at_once_is_each_on_its_own(together):
     )
     assert alive == rows
     accuracies = {}
-    for i, single in enumerate(lora_jax.unstack(stacked, trim=False)):
+    for i, single in enumerate(lora_jax.many.unstack(stacked, trim=False)):
         run = assert_is_alone(single, rows[i], np.stack(losses)[:, i])
         accuracies.setdefault(rows[i][0].rank, []).append(run.validation[-1][1])
     for trial, _ in rows:
         assert [step for step, _ in trial.scores] == [2, 4, 8]
         assert trial.scores[-1][1] == pytest.approx(np.mean(accuracies[trial.rank]))
-    ranks = [f.rank for x in lora_jax.unstack(stacked) for f in x.adapter.factors.values()]
+    ranks = [f.rank for x in lora_jax.many.unstack(stacked) for f in x.adapter.factors.values()]
     assert ranks == [trial.rank for trial, _ in rows for _ in range(2)]
 
 
@@ -201,14 +202,14 @@ def test_those_that_halving_keeps_are_those_of_whole_runs():
         assert all(t.scores[-1][0] == step for t in dropped)
     assert [seed for _, seed in alive] == [0, 7]
     assert alive == [row for row in rows if row in alive]
-    singles = lora_jax.unstack(stacked, trim=False)
+    singles = lora_jax.many.unstack(stacked, trim=False)
     runs = [
         assert_is_alone(single, alive[i], np.stack(losses[4:])[:, i])
         for i, single in enumerate(singles)
     ]
     accuracies = [run.validation[-1][1] for run in runs]
     assert alive[0][0].scores[-1] == (8, pytest.approx(np.mean(accuracies)))
-    (rank,) = {f.rank for x in lora_jax.unstack(stacked) for f in x.adapter.factors.values()}
+    (rank,) = {f.rank for x in lora_jax.many.unstack(stacked) for f in x.adapter.factors.values()}
     assert rank == alive[0][0].rank
 
 
@@ -221,10 +222,10 @@ def test_a_rate_that_diverges_loses_and_leaves_the_others_alone():
     ranked = sweep_report.best_first([trial for trial, _ in rows])
     assert [trial.rate for trial in ranked] == [1e-3, 1e300]
     assert math.isnan(ranked[1].scores[-1][1])
-    (good,) = lora_jax.unstack(lora_jax.take(stacked, [1]), trim=False)
+    (good,) = lora_jax.many.unstack(lora_jax.many.take(stacked, [1]), trim=False)
     assert_is_alone(good, rows[1], np.stack(losses)[:, 1])
 
-    both = lora_jax.take(stacked, [0, 0])
+    both = lora_jax.many.take(stacked, [0, 0])
     rows = [(Trial(2, rate, 16.0, "gaussian"), 0) for rate in (1e300, 1e299)]
     message = r"all 2 settings have diverged after 3 steps: lower --rates, now 1e.299 to 1e.300"
     with pytest.raises(ValueError, match=message):

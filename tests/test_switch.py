@@ -147,9 +147,9 @@ def test_what_cannot_be_switched_is_explained():
 
 def test_a_quantized_weight_is_told_what_to_do():
     pytest.importorskip("qwix")
-    params = lora_jax.quantize({"query": {"kernel": jnp.ones((64, 64))}}, "int8")
+    params = lora_jax.quant.quantize({"query": {"kernel": jnp.ones((64, 64))}}, "int8")
     x = lora_jax.lorafy({"query": {"kernel": jnp.ones((64, 64))}}, 2).adapter
-    with pytest.raises(ValueError, match=r"switch: 'query/kernel' is quantized.*lora_jax.dequant"):
+    with pytest.raises(ValueError, match=r"switch: 'query/kernel' is quantized.*quant.dequantize"):
         lora_jax.switch(params, x, x)
     with pytest.raises(ValueError, match=r"unmerge: 'query/kernel' is quantized"):
         lora_jax.unmerge(params, x)

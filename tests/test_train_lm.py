@@ -19,24 +19,24 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import lm_agree
-import lm_data
-import lm_mesh
-import lm_metrics
-import lm_step
 import numpy as np
 import optax
 import pytest
 import train_lm
 from helpers import assert_close, tolerance
 from jax.experimental.compilation_cache import compilation_cache
-from models import llama
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import lora_jax
 from lora_jax.io import hf, orbax, peft
+from lora_jax.recipes.lm import agree as lm_agree
+from lora_jax.recipes.lm import data as lm_data
+from lora_jax.recipes.lm import mesh as lm_mesh
+from lora_jax.recipes.lm import metrics as lm_metrics
+from lora_jax.recipes.lm import step as lm_step
+from lora_jax.recipes.models import llama
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),

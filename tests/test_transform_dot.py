@@ -18,8 +18,8 @@ from helpers import (
 from jax import lax
 
 import lora_jax
-from lora_jax._transform._contract import contract
-from lora_jax._transform._dot import product_cost
+from lora_jax._transform.labelled import contract
+from lora_jax._transform.rules.dot import product_cost
 
 SIZES = dict(zip("bcdehijkno", (3, 5, 6, 7, 2, 4, 5, 6, 3, 8), strict=True))
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax._transform._reshape import axis_groups
+from lora_jax._transform.regroup import axis_groups
 
 # shape, layout, and what happens to the weight before x @ it
 MOVES = {

@@ -1,6 +1,14 @@
-"""The interpreter: a jaxpr evaluated on weights and their low-rank deltas.
+"""``lora(fn)``: read the function's equations, and add the low-rank path beside each weight.
 
-In reading order: ``_value`` (what a weight is meanwhile), ``_rules`` (the table, and what happens
-without a rule), ``_dot`` and ``_move`` (rules), ``_interpret`` (the loop), ``_control`` (rules for
-control flow, which call the loop), ``_lora`` (the public transform).
+In reading order:
+
+* ``origin``: where an array comes from; ``lazy``: a weight that is not read yet.
+* ``labelled``: products of arrays with labelled axes.
+* ``delta``: an update ``scale * a b`` under all that happened to its weight; ``lora_array``: a
+  weight and its updates; ``dora``: the gains of its columns.
+* ``use``: one use of a weight; ``context``: what is known while equations are read.
+* ``rule``: the table of rules; ``rules``: one rule a primitive, in families.
+* ``regroup``: axes that are split and joined; ``interpret``: equation by equation.
+* ``call``: the arguments, traced; ``lora``: the transformation.
+* ``discover``: ``layout_of``; ``report``: uses and costs.
 """

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli._forms import Update
+from lora_jax.cli._read.forms import Update
 
 _CHUNK = 2**22  # entries that are in float64 at a time
 

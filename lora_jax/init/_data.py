@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._params import is_concrete
-from lora_jax._paths import PyTree, flatten, nearest
-from lora_jax._ranges import entry
+from lora_jax._adapter.factors import is_concrete
+from lora_jax._weights.paths import PyTree, flatten, nearest
+from lora_jax._weights.ranges import entry
+from lora_jax._weights.target import Initializer, Target
 from lora_jax.init._svd import take_out
-from lora_jax.init._target import Initializer, Target
 
 Moments = Mapping[str, jax.Array]
 
@@ -26,7 +26,7 @@ def eva(moments: Moments) -> Initializer:
     the inputs finds, without centering.
 
     Args:
-        moments: from :func:`lora_jax.input_moments`.
+        moments: from :func:`lora_jax.init.input_moments`.
 
     References:
         Paischer et al., Explained Variance Adaptation, arXiv:2410.07170.
@@ -49,7 +49,7 @@ def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, in
     of their weight's variance are chosen, ``rank`` times as many as there are weights.
 
     Args:
-        moments: from :func:`lora_jax.input_moments`.
+        moments: from :func:`lora_jax.init.input_moments`.
         rank: the mean rank.
         rho: the largest rank is ``rho * rank``; 1 gives every weight ``rank``.
 
@@ -87,7 +87,7 @@ def corda(
         a = C^-1 U sqrt(S / scale),  b = sqrt(S / scale) V^T,  base = W - scale * a b
 
     Args:
-        moments: from :func:`lora_jax.input_moments`.
+        moments: from :func:`lora_jax.init.input_moments`.
         mode: which parts train.
         damping: added to the diagonal of ``C``, in units of its mean.
 
@@ -166,7 +166,7 @@ def _of(moments: Moments, target: Target, name: str) -> Any:
         shape = getattr(moments.get(target.path), "shape", None)
         raise ValueError(
             f"{name}: moments has shape {shape} at {target.path!r}, expected {expected}. Let "
-            "lora_jax.input_moments see the same targets and layouts. Nearest paths: "
+            "lora_jax.init.input_moments see the same targets and layouts. Nearest paths: "
             f"{nearest(target.path, moments)}"
         )
     with jax.ensure_compile_time_eval():  # inside of a trace, too

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.init._target import Target
+from lora_jax._weights.target import Target
 
 
 def gaussian(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax._layout import factor_shapes
-from lora_jax._params import Factors, is_concrete
-from lora_jax._quantized import is_quantized
+from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._weights.axes import factor_shapes
+from lora_jax._weights.quantized import is_quantized
+from lora_jax._weights.target import Initializer, Target
 from lora_jax.init._random import gaussian, kaiming_uniform, orthogonal
 from lora_jax.init._svd import olora, pissa
-from lora_jax.init._target import Initializer, Target
 
 NAMES: Mapping[str, Initializer] = {
     "gaussian": gaussian,

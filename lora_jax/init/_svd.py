@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax.init._target import Target
+from lora_jax._adapter.lowrank import svd_lowrank
+from lora_jax._weights.target import Target
 
 
 def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax.Array, ...]:
@@ -37,20 +38,6 @@ def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple
     root = jnp.sqrt(s / target.scale)
     a, b = u * root[..., None, :], root[..., :, None] * vt
     return a, b, target.matrix() - target.scale * (a @ b)
-
-
-def svd_lowrank(
-    key: jax.Array, w: jax.Array, rank: int, niter: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The largest singular values by subspace iteration (Halko et al., arXiv:0909.4061)."""
-    size = min(rank + 6, *w.shape[-2:])
-    q = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), w.dtype)
-    q, _ = jnp.linalg.qr(q)
-    for _ in range(niter):
-        q, _ = jnp.linalg.qr(w.mT @ q)
-        q, _ = jnp.linalg.qr(w @ q)
-    u, s, vt = jnp.linalg.svd(q.mT @ w, full_matrices=False)
-    return q @ u, s, vt
 
 
 def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:

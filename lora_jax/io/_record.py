@@ -11,16 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._layout import check_layout, factor_shapes, is_array
-from lora_jax._norm import with_norms
-from lora_jax._params import Adapter, Factors, LoraParams, check
-from lora_jax._paths import PyTree, flatten, nearest
-from lora_jax._quantized import dequantize_array, is_quantized
-from lora_jax._ranges import split_range
-from lora_jax._together import check_single
+from lora_jax._adapter.checks import check_single
+from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.norms import with_norms
+from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._weights.axes import check_layout, factor_shapes, is_array
+from lora_jax._weights.paths import PyTree, flatten, nearest
+from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.ranges import split_range
 from lora_jax.io._checksum import checksum
 
 VERSION = 1
+
+
 _FIELDS = ("a", "b", "scale", "magnitude")  # norm is the base's, and is found again
 
 
@@ -42,7 +45,7 @@ def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapte
     if residual := [key for key, f in adapter_or_params.factors.items() if f.residual]:
         raise ValueError(
             f"{verb}: {residual[0]!r} belongs to what its initializer left of the base, which must "
-            "be known: pass the LoraParams; or turn it into plain LoRA by lora_jax.to_plain"
+            "be known: pass the LoraParams; or turn it into plain LoRA by lora_jax.algebra.to_plain"
         )
     return adapter_or_params, None
 
@@ -98,11 +101,11 @@ def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> di
     shown = [path for path in leaves if content or path in changed]
     return {
         "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
-        "content": {path: _content(leaves[path]) for path in shown},
+        "content": {path: content_of(leaves[path]) for path in shown},
     }
 
 
-def _content(x: Any) -> str:
+def content_of(x: Any) -> str:
     return checksum(dequantize_array(x) if is_quantized(x) else x)
 
 
@@ -133,11 +136,12 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
             f"{where} is an adapter of another model, without the leaves {sorted(more)[:5]}"
         )
     for path, known in record["content"].items():
-        if (found := _content(leaves[path])) != known:
+        if (found := content_of(leaves[path])) != known:
             raise ValueError(
                 f"{where} was trained on other weights: {path!r} has the contents {found}, "
                 f"expected {known}. An initializer such as PiSSA changes the base: pass that one, "
-                "or turn the adapter into plain LoRA by lora_jax.to_plain before it is saved"
+                "or turn the adapter into plain LoRA by lora_jax.algebra.to_plain before it is "
+                "saved"
             )
     for path, (dtype, *_) in wanted.items():
         if dtype != str(leaves[path].dtype) and path not in record["content"]:

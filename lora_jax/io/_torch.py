@@ -18,17 +18,22 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import numpy as np
 
-from lora_jax._choose import is_table
-from lora_jax._layout import _WRITES, check_layout, conventional, is_array
-from lora_jax._paths import nearest
-from lora_jax._quantized import dequantize_array, is_quantized
-from lora_jax._select import lookup
+from lora_jax._weights.axes import check_layout, is_array
+from lora_jax._weights.conventions import WRITES, conventional, is_table
+from lora_jax._weights.paths import nearest
+from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.selector import lookup
 from lora_jax.io._record import to_host
 
 Kind = Literal["Linear", "Conv1D", "Conv", "Embedding", "Parameter"]
+
+
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
 
+
 LAYER, EXPERT = "{layer}", "{expert}"
+
+
 _LEAVES = {
     **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
     **dict.fromkeys(("bias", "b"), "bias"),
@@ -208,7 +213,7 @@ class Map:
         if known is not None:
             return "Conv" if known.kind == "conv" else "Linear"
         inputs = letters.count("i")
-        if inputs == 1 or (inputs == 2 and _WRITES & set(path.split("/"))):
+        if inputs == 1 or (inputs == 2 and WRITES & set(path.split("/"))):
             return "Linear"
         if inputs > 2:
             return "Conv"
@@ -275,7 +280,7 @@ def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
     if not letters:
         return x.reshape(-1)
     if kind == "Conv":
-        return x.transpose([letters.index("o"), *_channels_first(letters)])
+        return x.transpose([letters.index("o"), *channels_first(letters)])
     sizes = [
         prod(n for n, letter in zip(x.shape, letters, strict=True) if letter == r) for r in "io"
     ]
@@ -289,7 +294,7 @@ def from_torch(x: np.ndarray, shape: tuple[int, ...], letters: str, kind: Kind) 
     if not letters:
         return x.reshape(shape)
     if kind == "Conv":
-        order = [letters.index("o"), *_channels_first(letters)]
+        order = [letters.index("o"), *channels_first(letters)]
     else:
         order = [k for role in "io" for k, letter in enumerate(letters) if letter == role]
         x = x.T if kind == "Linear" else x
@@ -301,7 +306,7 @@ def torch_shape(shape: tuple[int, ...], letters: str, kind: Kind) -> tuple[int, 
     return to_torch(np.broadcast_to(np.zeros(()), shape), letters, kind).shape
 
 
-def _channels_first(letters: str) -> list[int]:
+def channels_first(letters: str) -> list[int]:
     """The input axes, channels before the window: Flax has them last, PyTorch first."""
     inputs = [k for k, letter in enumerate(letters) if letter == "i"]
     return inputs if letters[0] == "o" else [inputs[-1], *inputs[:-1]]

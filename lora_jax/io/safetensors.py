@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._params import Adapter, LoraParams
-from lora_jax._paths import PyTree
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.paths import PyTree
 from lora_jax.io import _files as files
 from lora_jax.io import _record as records
 

@@ -13,7 +13,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "peft"
 
 
 class Net(torch.nn.Module):

@@ -1,0 +1,37 @@
+"""The norms of a weight's columns, which DoRA trains apart from their directions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapter.factors import wide
+from lora_jax._adapter.params import LoraParams
+from lora_jax._weights.axes import role_axes
+from lora_jax._weights.paths import flatten
+from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.ranges import entry
+
+
+def squared_norm(w: jax.Array, layout: str) -> jax.Array:
+    """``|W|^2`` of every column: ``[*batch, *out]``, in at least float32."""
+    x = w.astype(wide(w.dtype))
+    kept = [*role_axes(layout, "b"), *role_axes(layout, "o")]
+    squares = jnp.square(x).sum(role_axes(layout, "i"))
+    left = [i for i in range(len(layout)) if i in kept]
+    return squares.transpose([left.index(i) for i in kept])
+
+
+def with_norms(lora_params: LoraParams) -> LoraParams:
+    """The same with the norms of this base's columns, wherever there is a magnitude."""
+    leaves, adapter = flatten(lora_params.base)[0], lora_params.adapter
+    factors = dict(adapter.factors)
+    for key, f in factors.items():
+        if f.magnitude is not None:
+            path, ranges = entry(key, leaves)
+            bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
+            index = tuple(bounds.get(axis, slice(None)) for axis in range(len(f.layout)))
+            leaf = leaves[path]
+            leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
+            factors[key] = dataclasses.replace(f, norm=squared_norm(leaf[index], f.layout))
+    return dataclasses.replace(lora_params, adapter=dataclasses.replace(adapter, factors=factors))

@@ -1,0 +1,212 @@
+"""The containers: Adapter and LoraParams. Immutable pytrees that validate nothing.
+
+Nothing is checked on construction, so that prefix trees such as ``LoraParams(None, 0)`` build;
+``lora`` and ``merge`` call :func:`check`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._weights.axes import factor_shapes, is_array, role_shape
+from lora_jax._weights.layouts import table
+from lora_jax._weights.paths import PyTree, flatten, nearest
+from lora_jax._weights.ranges import entry, overlap, part_shape
+
+_OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which is made of these classes
+
+
+class _Arithmetic:
+    """``x + y``, ``x - y``, ``-x``, ``c * x``, ``x / c``: of the updates, not of the factors."""
+
+    __array_ufunc__ = None  # NumPy's numbers leave ``c * x`` to us
+
+    def __add__(self, other: Any) -> Self:
+        return _OPERATORS["add"](self, other)
+
+    def __mul__(self, number: Any) -> Self:
+        return _OPERATORS["times"](self, number)
+
+    __radd__, __rmul__ = __add__, __mul__  # sum() begins with 0
+
+    def __neg__(self) -> Self:
+        return -1 * self
+
+    def __sub__(self, other: Any) -> Self:
+        return self + -other
+
+    def __truediv__(self, number: Any) -> Self:
+        return _OPERATORS["over"](self, number)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter(_Arithmetic):
+    """All that training changes: what you save, stack, average and send.
+
+    It adds up as its update ``dW = scale * a b`` does: ``0.7 * math + 0.3 * code - toxic`` is the
+    adapter of ``0.7 dW_math + 0.3 dW_code - dW_toxic``, exactly, of the sum of their ranks;
+    ``lora_jax.algebra.resize`` makes it smaller. A weight that one of them does not adapt gets
+    nothing from it. With leaves trained whole, add up :class:`LoraParams` of one base. DoRA does
+    not add up.
+
+    Attributes:
+        factors: :class:`Factors` by the path of their weight, such as
+            ``layers_0/attn/query/kernel``, or of a part of one: ``c_attn/kernel[:, 0:768]``.
+        full: leaves that are trained whole, by path; float32 masters.
+    """
+
+    factors: dict[str, Factors]
+    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraParams(_Arithmetic):
+    """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
+
+    It unpacks: ``base, adapter = lora_params``. The base is the tree that was given, with the
+    very same arrays: calling the unadapted function on it is calling the model without LoRA.
+
+    Those of the very same base add up as their adapters do, leaves trained whole by what they
+    differ from the base.
+
+    Attributes:
+        base: the frozen parameters.
+        adapter: an :class:`Adapter`.
+    """
+
+    base: PyTree
+    adapter: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.base, self.adapter))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.adapter, Adapter) or not isinstance(self.adapter.factors, dict):
+            return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
+        try:
+            counts = count_line(self)
+        except (AttributeError, TypeError):  # a tree of labels, of specs, ...
+            return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
+        return (
+            f"LoraParams({len(self.adapter.factors)} adapted weights, "
+            f"{len(self.adapter.full)} trained whole; {counts})"
+        )
+
+    def summary(self) -> str:
+        """A table of what trains: path, shape, layout, rank, scale, and parameters.
+
+        The last line is the total, as PEFT prints it.
+        """
+        rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
+        leaves = check(self)
+        for path, f in self.adapter.factors.items():
+            weight, ranges = entry(path, leaves)
+            shape = "x".join(map(str, part_shape(leaves[weight].shape, ranges)))
+            scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"
+            size = f"{f.size:,}"
+            rows.append((path, shape, f.layout, str(f.rank), scale, size))
+        for path, leaf in self.adapter.full.items():
+            shape = "x".join(map(str, leaf.shape))
+            rows.append((path, shape, "-", "full", "-", f"{leaf.size:,}"))
+        text = table(rows, right=3)
+        return "\n".join([text, text.split("\n")[1], count_line(self)])
+
+
+def count_line(lora_params: LoraParams) -> str:
+    """``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
+    adapter = lora_params.adapter
+    factors = adapter.factors.values()
+    trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
+    added = sum(x.size for f in factors for x in (f.a, f.b, f.magnitude) if x is not None)
+    base = flatten(lora_params.base)[0].values()
+    total = added + sum(prod(x.shape) for x in base if is_array(x))
+    return (
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / max(total, 1):.3g}"
+    )
+
+
+def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Raise unless the adapter fits the base; return the base's leaves by path."""
+    base, adapter = lora_params
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"LoraParams.adapter is {type(adapter).__name__}, expected an Adapter: build it with "
+            "lora_jax.lorafy(params, ...)"
+        )
+    leaves = flatten(base)[0] if leaves is None else leaves
+    parts: dict[str, list[Any]] = {}
+    for key in dict.fromkeys((*adapter.factors, *adapter.full)):
+        path, ranges = entry(key, leaves)
+        if path not in leaves:
+            raise ValueError(
+                f"the adapter has an entry for {key!r}, and the base has no such leaf: this "
+                f"adapter was made for another model. Nearest in the base: {nearest(key, leaves)}"
+            )
+        if key in adapter.factors:
+            _check_factors(key, adapter.factors[key], part_shape(leaves[path].shape, ranges))
+            for other, other_ranges in parts.setdefault(path, []):
+                if overlap(ranges, other_ranges):
+                    raise ValueError(
+                        f"adapter.factors: {other!r} and {key!r} overlap: an entry of a weight has "
+                        "one update. Give them disjoint ranges"
+                    )
+            parts[path].append((key, ranges))
+    for path, leaf in adapter.full.items():
+        if jnp.shape(leaf) != leaves[path].shape:
+            raise ValueError(
+                f"adapter.full[{path!r}] has shape {jnp.shape(leaf)}, the base's leaf has shape "
+                f"{leaves[path].shape}: this adapter was made for another model"
+            )
+        if path in parts:
+            raise ValueError(f"{path!r} is both in adapter.factors and in adapter.full: keep one")
+    return leaves
+
+
+def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
+    for name in ("a", "b", "scale"):
+        is_number = name == "scale" and isinstance(f.scale, int | float)
+        if not is_array(getattr(f, name)) and not is_number:
+            raise TypeError(
+                f"adapter.factors[{path!r}].{name} is {type(getattr(f, name)).__name__}, expected "
+                "an array. After lora_jax.split, put the two halves together again with "
+                "lora_jax.combine"
+            )
+    if jnp.ndim(f.scale) != 0:
+        raise ValueError(
+            f"adapter.factors[{path!r}].scale has shape {jnp.shape(f.scale)}, expected a 0-d "
+            "array. Of a stack of adapters, give each row of a batch its own by "
+            "lora_jax.many.lora_rows, call all by jax.vmap with in_axes=LoraParams(base=None, "
+            "adapter=0), or take them apart by lora_jax.many.unstack"
+        )
+    if unknown := set(f.frozen) - {"a", "b", "magnitude"}:
+        raise ValueError(
+            f"adapter.factors[{path!r}].frozen names {sorted(unknown)}: expected some of 'a', 'b' "
+            "and 'magnitude'"
+        )
+    expected = None
+    if len(f.layout) == len(shape):
+        expected = factor_shapes(f.layout, shape, f.a.shape[-1] if f.a.ndim else 0)
+    if expected != (f.a.shape, f.b.shape):
+        wanted = f"a {expected[0]} and b {expected[1]}" if expected else "another layout"
+        raise ValueError(
+            f"the factors of {path!r} do not fit its weight of shape {shape} (layout "
+            f"{f.layout!r}): a has shape {f.a.shape} and b {f.b.shape}, expected {wanted}. This "
+            "adapter was made for another model, or is a stack that wants jax.vmap"
+        )
+    norms = tuple(size for role in "bo" for size in role_shape(f.layout, shape, role))
+    for name in ("magnitude", "norm"):
+        x = getattr(f, name)
+        if x is not None and jnp.shape(x) != norms:
+            raise ValueError(
+                f"adapter.factors[{path!r}].{name} has shape {jnp.shape(x)}, expected [*batch, "
+                f"*out] = {norms} for a weight of shape {shape} (layout {f.layout!r})"
+            )

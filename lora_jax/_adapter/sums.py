@@ -1,0 +1,95 @@
+"""Arithmetic of adapters: ``0.7 * math + 0.3 * code - toxic`` adds up their updates, exactly.
+
+The update of a weight is ``dW = scale * a b``. A sum of updates is again one of low rank::
+
+    s1 a1 b1 + s2 a2 b2  =  [a1, a2] [s1 b1; s2 b2]
+
+so nothing of the weight's size is formed, ranks and scales may differ, and the ranks add up. A
+number goes into the scale; one that is traced, which may want a gradient, where there is one: into
+the factor that trains. The operators of ``params`` come here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._adapter.factors import Factors, is_concrete, wide
+from lora_jax._adapter.lowrank import terms
+from lora_jax._adapter.params import _OPERATORS, Adapter
+from lora_jax._adapter.updates import adapter_of, differences, like, operands, plain
+from lora_jax._weights.axes import is_array
+from lora_jax._weights.ranges import rows_of
+
+
+def add(x: Any, y: Any) -> Any:
+    """``x + y``: the sum of the updates."""
+    if isinstance(y, int) and y == 0:
+        return x
+    if type(y) is not type(x):
+        return NotImplemented
+    one, other = operands("x + y", (x, y))
+    factors = dict(one.factors)
+    for key, f in other.factors.items():
+        factors[key] = sum_of(key, [factors[key], f]) if key in factors else f
+    return like(x, Adapter(factors, sum_of_full((x, y))))
+
+
+def times(x: Any, number: Any) -> Any:
+    """``number * x``: of the scale, free and exact; of a factor where the number is traced."""
+    if is_array(number) and number.shape != ():
+        raise ValueError(
+            f"number * x: the number has shape {number.shape}, expected one number. For an adapter "
+            "by each of them: jax.vmap(lambda number: number * x)(numbers)"
+        )
+    if is_array(number) and jnp.issubdtype(number.dtype, jnp.complexfloating):
+        return NotImplemented
+    if not is_array(number) and not isinstance(number, Real):
+        return NotImplemented
+    (adapter,) = operands("number * x", (x,))
+    factors = {}
+    for key, f in adapter.factors.items():
+        trains = "" if is_concrete(number) else next(filter(f.trainable.__contains__, "ba"), "")
+        if trains:
+            factor = jnp.asarray(getattr(f, trains))
+            factors[key] = replace(f, **{trains: factor * jnp.asarray(number, factor.dtype)})
+            continue
+        scale = jnp.asarray(f.scale, wide(jnp.result_type(f.scale)))
+        factors[key] = replace(f, scale=scale * jnp.asarray(number, scale.dtype))
+    full = {  # base + number (leaf - base), and the leaf itself where the number is 1
+        path: adapter.full[path] + (jnp.asarray(number, d.dtype) - 1) * d
+        for path, d in differences(x).items()
+    }
+    return like(x, Adapter(factors, full))
+
+
+def over(x: Any, number: Any) -> Any:
+    """``x / number``, whose inverse is of at least float32."""
+    if is_array(number) and not jnp.issubdtype(number.dtype, jnp.complexfloating):
+        number = jnp.asarray(number, wide(number.dtype))
+    return x * (1 / number)
+
+
+def sum_of(key: str, fs: Sequence[Factors]) -> Factors:
+    parts = terms(fs)
+    if rows_of(key) is not None:  # all have the same a, which picks the rows
+        return plain(fs, parts[0][0], sum(b * s for _, b, s in parts))
+    is_b_frozen = all("b" in f.frozen for f in fs)  # then the scales, perhaps traced, are a's
+    a = jnp.concatenate([a * s if is_b_frozen else a for a, _, s in parts], -1)
+    b = [b if is_b_frozen else b * s for _, b, s in parts]
+    return plain(fs, a, jnp.concatenate(b, fs[0].layout.count("b")))
+
+
+def sum_of_full(xs: Sequence[Any]) -> dict[str, Any]:
+    """The leaves trained whole: the base's plus all that they differ from it."""
+    full: dict[str, Any] = {}
+    for x in xs:
+        for path, d in differences(x).items():
+            total, leaf = full.get(path), adapter_of(x).full[path]
+            full[path] = leaf if total is None else total + d.astype(total.dtype)
+    return full
+
+
+_OPERATORS.update(add=add, times=times, over=over)

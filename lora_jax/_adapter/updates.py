@@ -1,0 +1,110 @@
+"""Adapters as updates of one model: what can be added up, and what cannot.
+
+An update is ``scale * a b``, or what a leaf that is trained whole differs from the base.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapter.checks import check_parts, check_same_base, check_single
+from lora_jax._adapter.factors import Factors, weight_shape
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.paths import flatten
+
+
+def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
+    """The adapters of the operands.
+
+    Raises:
+        TypeError: they are not all Adapters, or all LoraParams.
+        ValueError: they have no updates to add up, or not of the same weights.
+    """
+    if not xs:
+        raise ValueError(f"{verb}: there are no adapters, expected at least one")
+    adapters = [check_single(x, f"{verb}: operand {n}") for n, x in enumerate(xs)]
+    if len({type(x) for x in xs}) > 1:
+        raise TypeError(
+            f"{verb}: Adapters and LoraParams together, expected one kind: LoraParams(base, x)"
+        )
+    if isinstance(xs[0], LoraParams):
+        for n, x in enumerate(xs[1:], 1):
+            check_same_base(f"{verb}: operands 0 and {n}", xs[0], x)
+    for adapter in adapters:
+        if adapter.full and not isinstance(xs[0], LoraParams):
+            raise ValueError(
+                f"{verb}: {next(iter(adapter.full))!r} is trained whole, and what it differs from "
+                "the base is not in an Adapter: use the LoraParams, of the very same base"
+            )
+        for key, f in adapter.factors.items():
+            check_linear(verb, key, f)
+    _check_alike(verb, adapters)
+    remedy = (
+        "Take both from what they make of the base: lora_jax.algebra.extract(base, merged, rank, "
+        "rest='full')"
+    )
+    base = flatten(xs[0].base)[0] if isinstance(xs[0], LoraParams) else None
+    check_parts(verb, {f"operand {n}": x for n, x in enumerate(adapters)}, base, remedy)
+    return adapters
+
+
+def differences(x: Any) -> dict[str, jax.Array]:
+    """What the leaves of a LoraParams that are trained whole differ from its base."""
+    leaves = flatten(x.base)[0] if adapter_of(x).full else {}
+    return {
+        path: leaf - leaves[path].astype(leaf.dtype) for path, leaf in adapter_of(x).full.items()
+    }
+
+
+def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Factors]]:
+    """The factors of each weight, by the number of the adapter, of those that adapt it."""
+    found: dict[str, dict[int, Factors]] = {}
+    for k, adapter in enumerate(adapters):
+        for key, f in adapter.factors.items():
+            found.setdefault(key, {})[k] = f
+    return found
+
+
+def plain(fs: Sequence[Factors], a: Any, b: Any) -> Factors:
+    """Factors in the place of ``fs``, of scale 1; frozen is what is frozen in all of them."""
+    frozen = tuple(name for name in fs[0].frozen if all(name in f.frozen for f in fs))
+    return Factors(a, b, jnp.ones((), jnp.float32), fs[0].layout, frozen=frozen)
+
+
+def like(x: Any, adapter: Adapter) -> Any:
+    """The adapter, with the base of ``x`` if it has one."""
+    return LoraParams(x.base, adapter) if isinstance(x, LoraParams) else adapter
+
+
+def adapter_of(x: Any) -> Adapter:
+    """The adapter of a LoraParams, or itself."""
+    return x.adapter if isinstance(x, LoraParams) else x
+
+
+def check_linear(verb: str, key: str, f: Factors) -> None:
+    """Raise unless the update is ``scale * a b`` of the base as it was."""
+    if f.magnitude is not None:
+        raise ValueError(
+            f"{verb}: {key!r} has a DoRA magnitude, and normalizing is not linear. As plain LoRA: "
+            "lora_jax.algebra.extract(base, lora_jax.merge(lora_params), rank), with rest='full' "
+            "where leaves train whole"
+        )
+    if f.residual:
+        raise ValueError(
+            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA of "
+            "the base as it was: lora_jax.algebra.to_plain"
+        )
+
+
+def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
+    """Raise unless what is of one weight is of one shape and layout."""
+    for key, fs in by_key(adapters).items():
+        forms = dict.fromkeys((f.layout, weight_shape(f)) for f in fs.values())
+        if len(forms) > 1:
+            one, other, *_ = forms
+            raise ValueError(
+                f"{verb}: the adapters are of different models: {key!r} has shape {one[1]} (layout "
+                f"{one[0]!r}) in one and {other[1]} (layout {other[0]!r}) in another"
+            )

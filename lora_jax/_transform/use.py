@@ -1,0 +1,81 @@
+"""``Use``: one reading of an adapted weight, and what there is to say if it is built there."""
+
+import warnings
+from dataclasses import dataclass
+from traceback import FrameSummary
+from typing import Any
+
+from lora_jax import _jax
+from lora_jax._transform.origin import Leaf
+
+_WARNED: dict[Any, Any] = {}  # Python notes here which warnings it has shown
+
+
+MATERIALIZE = "materialize"  # the primitive of a Use that built the whole weight
+
+
+@dataclass(frozen=True)
+class Use:
+    """One reading of an adapted weight.
+
+    Attributes:
+        leaf: the weight.
+        primitive: that reads it.
+        contracted: the axes of the weight's leaf that are summed over, or looked up.
+        free: the axes of the leaf that the result has, and the other operand has not.
+        eqns: the equation that reads it, inside those it is part of, outermost first.
+        why: of a materialization, what for.
+        form: of a materialization, the dtype and shape that is built.
+    """
+
+    leaf: Leaf
+    primitive: str
+    contracted: frozenset[int]
+    free: frozenset[int]
+    eqns: tuple[Any, ...]
+    why: str = ""
+    form: str = ""
+
+    @property
+    def frame(self) -> FrameSummary | None:
+        """The line of the user's code: that of the innermost equation which has one."""
+        return next(filter(None, map(_jax.source_frame, reversed(self.eqns))), None)
+
+    @property
+    def source(self) -> str:
+        """That line in words: ``model.py:41 (Mlp.__call__): y = ...``."""
+        if (frame := self.frame) is None:
+            return "an unknown line"
+        text = f": {frame.line}" if frame.line else ""
+        return f"{frame.filename}:{frame.lineno} ({frame.name}){text}"
+
+    @property
+    def tells(self) -> bool:
+        """Whether it tells what the weight reads and what it writes."""
+        return bool(self.contracted) and bool(self.free)
+
+    @property
+    def reason(self) -> str:
+        """Of a materialization: what for, and where."""
+        return f"{self.why}, at {self.source}" if self.eqns else self.why
+
+    @property
+    def complaint(self) -> str:
+        """Of a materialization: all that there is to say."""
+        path = self.leaf.path
+        return (
+            f"lora: the weight {path!r} {self.form} {self.reason}\n"
+            "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
+            f"out: lorafy(..., exclude={path!r}); or allow it, at the cost of its memory: "
+            "lora(fn, on_materialize='allow') (or 'warn')."
+        )
+
+    def warn(self) -> None:
+        """Say so, as a warning of the user's line."""
+        frame = self.frame
+        file, line = (frame.filename, frame.lineno) if frame else ("lora(fn)", 0)
+        warnings.warn_explicit(self.complaint, UserWarning, file, line or 0, registry=_WARNED)
+
+    def role(self, axis: int) -> str:
+        """The letter of the leaf's axis in this use: scanned and matched ones are batch axes."""
+        return "i" if axis in self.contracted else "o" if axis in self.free else "b"

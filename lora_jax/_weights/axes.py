@@ -1,0 +1,77 @@
+"""Which axes of a weight are read and which are written.
+
+A layout is a string with one letter an axis of the weight ``W``:
+
+* ``i``: an input axis, contracted with the activations. Only ``a`` has it.
+* ``o``: an output axis. Only ``b`` has it.
+* ``b``: a batch axis: stacked layers, experts. Both have it, so each entry has its own factors.
+
+``"io"`` is a dense kernel, ``"oi"`` one stored transposed, ``"ioo"`` an attention query kernel
+``[embed, heads, head_dim]``, ``"bio"`` dense kernels stacked by ``nn.scan``.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def check_layout(layout: str, name: str, ndim: int | None = None) -> str:
+    """Return ``layout``, or raise if it is not one letter an axis with inputs and outputs."""
+    if not isinstance(layout, str) or not re.fullmatch("[bio]+", layout):
+        raise ValueError(
+            f"layout={layout!r} for {name}: expected one letter an axis, 'b' (batch), 'i' (input) "
+            "or 'o' (output), such as 'io' for a dense kernel [in, out]"
+        )
+    if "i" not in layout or "o" not in layout:
+        raise ValueError(
+            f"layout={layout!r} for {name}: a LoRA needs at least one 'i' and one 'o' axis"
+        )
+    if ndim is not None and len(layout) != ndim:
+        raise ValueError(
+            f"layout={layout!r} for {name}: {len(layout)} letters for a weight of {ndim} axes"
+        )
+    return layout
+
+
+def role_axes(layout: str, role: str) -> tuple[int, ...]:
+    """The axes of the weight with this role: ``role_axes("bio", "i") == (1,)``."""
+    return tuple(i for i, letter in enumerate(layout) if letter == role)
+
+
+def role_shape(layout: str, shape: Sequence[int], role: str) -> tuple[int, ...]:
+    """The sizes of the axes with this role."""
+    return tuple(shape[i] for i in role_axes(layout, role))
+
+
+def factor_shapes(
+    layout: str, shape: Sequence[int], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of ``a`` and ``b``: ``[*batch, *in, rank]`` and ``[*batch, rank, *out]``.
+
+    >>> factor_shapes("ioo", (64, 4, 16), 8)
+    ((64, 8), (8, 4, 16))
+    """
+    batch, inputs, outputs = (role_shape(layout, shape, role) for role in "bio")
+    return (*batch, *inputs, rank), (*batch, rank, *outputs)
+
+
+def max_rank(layout: str, shape: Sequence[int]) -> int:
+    """``min(in, out)``: at this rank a LoRA can express any update."""
+    return min(math.prod(role_shape(layout, shape, role)) for role in "io")
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype: an array, a tracer, or a ShapeDtypeStruct."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def not_trainable(leaf: Any) -> str | None:
+    """Why no gradient step can move this leaf; None if one can."""
+    if not is_array(leaf):
+        return f"not an array but {type(leaf).__name__}"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"dtype {leaf.dtype}, not a real floating type"
+    return None

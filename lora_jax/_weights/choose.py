@@ -1,0 +1,107 @@
+"""Which leaves get factors, which train whole, and which layers of them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from lora_jax._weights.axes import max_rank, not_trainable
+from lora_jax._weights.conventions import QUERY_VALUE, is_bias, is_head, is_table, why_not
+from lora_jax._weights.layers import of_layers
+from lora_jax._weights.layouts import Layouts
+from lora_jax._weights.paths import nearest
+from lora_jax._weights.quantized import is_quantized
+from lora_jax._weights.ranges import entry
+from lora_jax._weights.selector import Chosen, Selector, lookup, select
+
+Bias = Literal["none", "all", "lora_only"]
+
+
+def choose(
+    leaves: Mapping[str, Any],
+    targets: Selector,
+    exclude: Selector,
+    full: Selector,
+    bias: Bias,
+    layers: Iterable[int] | None,
+    layout: Mapping[str, str],
+    may_be_empty: bool = False,
+) -> tuple[Chosen, list[str]]:
+    """The keys to adapt, with the selector's answers, and the paths to train whole."""
+    if bias not in get_args(Bias):
+        raise ValueError(f"bias={bias!r}: expected one of {get_args(Bias)}")
+    fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
+    if exclude is not None:
+        fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
+    quantized = {p: "quantized: dequantize it first" for p, x in leaves.items() if is_quantized(x)}
+    whole = [] if full is None else list(select(full, leaves, fixed | quantized, "full"))
+    biases = [path for path in leaves if is_bias(path) and path not in fixed]
+    if bias == "all":
+        whole += [path for path in _found(biases, bias, leaves) if path not in whole]
+
+    blocked = {
+        path: reason
+        for path, leaf in leaves.items()
+        if (reason := why_not(path, leaf)) and not lookup(layout, path, "layout", "")
+    }
+    if isinstance(layout, Layouts):
+        blocked |= {p: w.why_not for p, w in layout.weights.items() if w.why_not and p in leaves}
+    blocked |= fixed | dict.fromkeys(whole, f"trained whole, {full=}, {bias=}")
+    if targets is None:
+        chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
+    else:
+        not_linear = {
+            path
+            for path, leaf in leaves.items()
+            if is_head(path) or is_table(path, layout) or _is_vector(path, leaf, layout)
+        }
+        chosen = select(targets, leaves, blocked, "targets", not_linear)
+    if layers is not None:
+        chosen = of_layers(chosen, layers, leaves, layout)
+    if bias == "lora_only":
+        modules = {entry(name, leaves)[0].rpartition("/")[0] for name in chosen}
+        beside = [path for path in biases if path.rpartition("/")[0] in modules]
+        whole += [path for path in _found(beside, bias, leaves) if path not in whole]
+    if not chosen and not whole and not may_be_empty:
+        raise ValueError(
+            f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "
+            f"leave no leaf. Leaves: {nearest('', leaves)}"
+        )
+    order = {path: i for i, path in enumerate(leaves)}
+
+    def place(name):
+        path, ranges = entry(name, leaves)
+        return order[path], ranges
+
+    return {name: chosen[name] for name in sorted(chosen, key=place)}, whole
+
+
+def _found(biases: list[str], bias: str, leaves: Mapping[str, Any]) -> list[str]:
+    if not biases:
+        raise ValueError(
+            f"bias={bias!r} selects nothing: no leaf named 'bias', 'b' or 'beta'"
+            f"{' beside an adapted weight' if bias == 'lora_only' else ''}. Leaves: "
+            f"{nearest('bias', leaves)}"
+        )
+    return biases
+
+
+def _is_vector(path: str, leaf: Any, layout: Mapping[str, str]) -> bool:
+    """Whether a weight is known to read or write one entry, as a bias stored ``[n, 1]`` does."""
+    found = layout.get(path) if isinstance(layout, Layouts) else None
+    return found is not None and max_rank(found, leaf.shape) == 1
+
+
+def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
+    """The default targets: query and value projections, by the field's names for them."""
+    chosen = {
+        path: True
+        for path, leaf in leaves.items()
+        if QUERY_VALUE.intersection(path.split("/")) and why_not(path, leaf) is None
+    }
+    if not chosen:
+        able = [p for p, leaf in leaves.items() if why_not(p, leaf) is None]
+        raise ValueError(
+            "targets=None adapts query and value projections, and no weight lies under a module "
+            f"named {', '.join(sorted(QUERY_VALUE))}. Say which to adapt: targets='all-linear', "
+            f"or a regular expression over paths such as {nearest('query/kernel', able)}"
+        )
+    return chosen

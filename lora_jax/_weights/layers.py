@@ -1,0 +1,88 @@
+"""Some layers of a model: of numbered modules, and of stacked weights."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_jax._weights.axes import role_axes
+from lora_jax._weights.ranges import Range, entry, spell
+from lora_jax._weights.selector import Chosen, letters_of
+
+_NUMBERED = re.compile(r"(?:.*_)?(\d+)")
+
+
+def of_layers(
+    chosen: Mapping[str, bool | int],
+    layers: Iterable[int],
+    leaves: Mapping[str, Any],
+    layout: Mapping[str, str],
+) -> Chosen:
+    """Those of the chosen weights, and parts of stacked ones, that are of these layers."""
+    layers, numbers = list(layers), _layer_numbers(leaves)
+    stacks = {
+        path: leaves[path].shape[role_axes(letters, "b")[0]]
+        for path in dict.fromkeys(entry(name, leaves)[0] for name in chosen)
+        if path not in numbers and "b" in (letters := letters_of(path, leaves, layout))
+    }
+    sizes = [1 + max(numbers[path] for path in numbers)] if numbers else []
+    count = max([*sizes, *stacks.values()], default=0)
+    wanted = sorted({k + count if k < 0 else k for k in layers})
+    if not wanted or not all(0 <= k < count for k in wanted):
+        raise ValueError(
+            f"layers={layers!r}: expected numbers of layers, and the chosen weights have "
+            f"{count}, by the numbers in their paths or the layer axis of stacked ones"
+        )
+    kept: Chosen = {}
+    for name, answer in chosen.items():
+        path, ranges = entry(name, leaves)
+        if path in numbers:
+            if numbers[path] in wanted:
+                kept[name] = answer
+        elif path in stacks:
+            axis = role_axes(letters_of(path, leaves, layout), "b")[0]
+            if any(r.axis == axis for r in ranges):
+                raise ValueError(
+                    f"layers={layers!r} and targets={name!r} both choose along axis {axis} "
+                    "of the stacked weight: leave one of them out"
+                )
+            for start, stop in _runs([k for k in wanted if k < stacks[path]]):
+                is_whole = (start, stop) == (0, stacks[path])
+                part = ranges if is_whole else sorted([*ranges, Range(axis, start, stop)])
+                kept[spell(path, part, len(leaves[path].shape))] = answer
+    return kept
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """The numbers as ranges: ``[0, 1, 5]`` as ``[(0, 2), (5, 6)]``."""
+    runs: list[tuple[int, int]] = []
+    for k in numbers:
+        if runs and runs[-1][1] == k:
+            runs[-1] = (runs[-1][0], k + 1)
+        else:
+            runs.append((k, k + 1))
+    return runs
+
+
+def _layer_numbers(leaves: Iterable[str]) -> dict[str, int]:
+    """The layer of every path that has one: of ``encoder/layers_3/attn/kernel``, 3.
+
+    It is the first number in a path under which others stand beside it, in the modules above the
+    last: ``Dense_0/kernel`` is a layer among ``Dense_1``, ``Transformer_0`` alone is none.
+    """
+    siblings: dict[tuple[str, str], set[str]] = {}
+    split = [path.split("/") for path in leaves]
+    for names in split:
+        for depth, name in enumerate(names[:-1]):
+            if match := _NUMBERED.fullmatch(name):
+                stem = name[: match.start(1)]
+                siblings.setdefault(("/".join(names[:depth]), stem), set()).add(name)
+    numbers = {}
+    for names in split:
+        found = []
+        for depth, name in enumerate(names[:-1]):
+            if match := _NUMBERED.fullmatch(name):
+                beside = siblings["/".join(names[:depth]), name[: match.start(1)]]
+                found.append((len(beside) == 1, depth, int(match[1])))
+        if found:
+            numbers["/".join(names)] = min(found)[2]
+    return numbers

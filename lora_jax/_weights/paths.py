@@ -1,0 +1,74 @@
+"""Names for the leaves of a parameter tree: ``layers_0/attn/query/kernel``.
+
+Every container that JAX can flatten has paths: dicts, FrozenDicts, lists, dataclasses,
+``nnx.State``. A box around one array (``nn.Partitioned``, ``nnx.Variable``) adds nothing to
+the path.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from lora_jax._weights.quantized import is_quantized
+
+PyTree: TypeAlias = Any
+
+
+def is_box(x: Any) -> bool:
+    """Whether ``x`` is Flax metadata around an array, rather than an array or a container."""
+    return is_flax(x, "core.meta", "AxisMetadata") or is_flax(x, "nnx", "Variable")
+
+
+def is_flax(x: Any, module: str, name: str) -> bool:
+    """Whether ``x`` is of a Flax type; before Flax is imported nothing can be."""
+    flax = sys.modules.get(f"flax.{module}")
+    return flax is not None and isinstance(x, getattr(flax, name))
+
+
+def _name(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name) | GetAttrKey(name=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+    return str(key)
+
+
+def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
+    """Flatten a tree into ``{path: leaf}``, in JAX's leaf order, and its treedef.
+
+    A quantized array is one leaf.
+
+    A top-level ``"params"`` collection, as in ``{"params": ..., "batch_stats": ...}``, is not
+    part of the paths of its leaves, so that paths are the same with and without it.
+
+    Raises:
+        ValueError: two leaves would spell the same path, as in ``{"a/b": x, "a": {"b": y}}``.
+    """
+    paths: dict[str, Any] = {}
+    wrapped = isinstance(tree, Mapping) and "params" in tree
+    is_whole = lambda x: is_box(x) or is_quantized(x)  # noqa: E731
+    for outer, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)[0]:
+        inner = jax.tree_util.tree_flatten_with_path(node)[0] if is_box(node) else [((), node)]
+        for keys, leaf in inner:
+            names = [_name(k) for k in (outer if len(inner) == 1 else (*outer, *keys))]
+            path = "/".join(names[1:] if wrapped and names[0] == "params" else names)
+            if path in paths:
+                raise ValueError(
+                    f"params: two leaves spell the same path {path!r}: at "
+                    f"{jax.tree_util.keystr(outer)} and at another place before it. Adapter "
+                    "entries are keyed by path, so paths must be unique: rename one of the keys."
+                )
+            paths[path] = leaf
+    return paths, jax.tree.structure(tree, is_leaf=is_quantized)
+
+
+def nearest(path: str, paths: Iterable[str], n: int = 5) -> str:
+    """The paths most like ``path``, for the end of an error message."""
+    paths = list(paths)
+    found = difflib.get_close_matches(path, paths, n=n, cutoff=0.3) or paths[:n]
+    return ", ".join(found) if found else "(none)"

@@ -1,0 +1,109 @@
+"""``Target``: a weight as initializers see it, a matrix; and what they return."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._weights.axes import role_axes, role_shape
+from lora_jax._weights.quantized import is_quantized
+from lora_jax._weights.ranges import Range, part_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A weight, or the part of one, that is to get factors.
+
+    Attributes:
+        path: the key of its factors, such as ``layers_0/attn/query/kernel``.
+        leaf: the array it is, or is a part of.
+        ranges: the part of the array.
+        layout: one letter an axis.
+        rank: of the factors.
+        scale: that the product of the factors is multiplied by.
+        fan_in: how many entries of the input make an entry of the output: for a lookup, 1.
+    """
+
+    path: str
+    leaf: Any
+    ranges: tuple[Range, ...]
+    layout: str
+    rank: int
+    scale: float
+    fan_in: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, in its own axes."""
+        return part_shape(self.leaf.shape, self.ranges)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The sizes of the batch axes: every entry of them is a matrix of its own."""
+        return role_shape(self.layout, self.shape, "b")
+
+    @property
+    def inputs(self) -> int:
+        """The number of inputs: the product of the input axes' sizes."""
+        return math.prod(role_shape(self.layout, self.shape, "i"))
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs."""
+        return math.prod(role_shape(self.layout, self.shape, "o"))
+
+    def matrix(self) -> jax.Array:
+        """The weight as float32 ``[*batch, in, out]``.
+
+        Raises:
+            ValueError: it is quantized.
+        """
+        if is_quantized(self.leaf):
+            raise ValueError(
+                f"{self.path!r} is quantized, and this initializer takes its factors out of the "
+                "weight: quantize afterwards, lora_jax.quant.quantize(lora_params.base, ...); or "
+                "use init=lora_jax.init.loftq(...) on the plain weights"
+            )
+        return self.as_matrix(self.leaf[self.index])
+
+    def as_matrix(self, x: jax.Array) -> jax.Array:
+        """An array with the weight's axes as float32 ``[*batch, in, out]``."""
+        x = jnp.asarray(x, jnp.float32).transpose(self._order)
+        return x.reshape(*self.batch, self.inputs, self.outputs)
+
+    def leaf_with(self, matrix: jax.Array) -> jax.Array:
+        """The array with the weight replaced by ``matrix``, ``[*batch, in, out]``."""
+        back = sorted(range(len(self.shape)), key=lambda i: self._order[i])
+        weight = matrix.reshape([self.shape[i] for i in self._order]).transpose(back)
+        weight = weight.astype(self.leaf.dtype)
+        return jnp.asarray(self.leaf).at[self.index].set(weight) if self.ranges else weight
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return tuple(i for role in "bio" for i in role_axes(self.layout, role))
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where the weight is in the leaf."""
+        bounds = {r.axis: slice(r.start, r.stop) for r in self.ranges}
+        return tuple(bounds.get(axis, slice(None)) for axis in range(len(self.layout)))
+
+
+# (key, target) -> a [*batch, in, rank], b [*batch, rank, out]; and, where scale * a b is not
+# zero, what is left of the weight, [*batch, in, out].
+Initializer: TypeAlias = Callable[[jax.Array, Target], tuple[jax.Array, ...]]
+
+
+def fold_in_path(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for every path, the same in every process.
+
+    ``hash()`` would differ between processes; a SHA-256 does not.
+    """
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
+    return key

@@ -1,0 +1,227 @@
+"""``extract``: what fine-tuning changed, as a LoRA of the base."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax._adapter.factors import Factors, master
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._jax import whole
+from lora_jax._weights.axes import check_layout, factor_shapes, is_array, not_trainable
+from lora_jax._weights.choose import choose
+from lora_jax._weights.paths import PyTree, flatten, nearest
+from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.ranges import entry
+from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
+from lora_jax._weights.target import Target
+
+Rest = Literal["error", "ignore", "full"]
+
+
+def extract(
+    base: PyTree,
+    tuned: PyTree,
+    rank: int | Mapping[str, int] | None = None,
+    *,
+    energy: float | None = None,
+    alpha: float | None = None,
+    targets: Selector = "all-linear",
+    exclude: Selector = None,
+    layout: Mapping[str, str] | None = None,
+    rest: Rest = "error",
+    dtype: DTypeLike = jnp.float32,
+) -> LoraParams:
+    """Find the LoRA of ``base`` that comes nearest to ``tuned``.
+
+    With the singular values and vectors of what changed, ``tuned - base = U S V^T``, the largest
+    ``rank`` of them, a batch entry (layer, expert) at a time::
+
+        a = U sqrt(S / scale),  b = sqrt(S / scale) V^T,  scale = alpha / rank
+
+    No matrix of that rank is nearer in the Frobenius norm. Weights that did not change get no
+    factors. It looks at values, and so does not go under ``jit``.
+
+    Args:
+        base: the parameters before.
+        tuned: the parameters after, a tree of the same paths and shapes.
+        rank: of the factors, or ``{pattern: rank}``; a weight with fewer inputs or outputs gets
+            as many as it has, and is exact.
+        energy: instead of ``rank``: for each weight the smallest rank that keeps this share of the
+            sum of the squared singular values; of a stacked one, in every layer.
+        alpha: the update is scaled by ``alpha / rank``; None: by 1.
+        targets: as in :func:`lorafy`: of which weights.
+        exclude: as there.
+        layout: as there.
+        rest: what to do with all else that changed (biases, norms, embeddings): ``"error"``,
+            ``"ignore"``, or ``"full"``, which makes them leaves trained whole.
+        dtype: of the factors.
+
+    Returns:
+        A LoraParams of ``base``.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: the two are of different models, equal, or not finite; something changed that
+            is no target; or an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> base = {"query": {"kernel": jnp.zeros((3, 2))}}
+        >>> tuned = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> lora_params = lora_jax.algebra.extract(base, tuned, rank=1)
+        >>> float(jnp.abs(lora_jax.merge(lora_params)["query"]["kernel"] - 1).max()) < 1e-6
+        True
+
+    References:
+        Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    check_options(rank, energy, alpha, rest)
+    leaves = {path: x for path, x in flatten(base)[0].items() if is_array(x)}
+    after = {path: x for path, x in flatten(tuned)[0].items() if is_array(x)}
+    _check_same(leaves, after)
+    changed = {path: _changed(leaves[path], after[path]) for path in leaves}
+    if not any(where.any() for where in changed.values()):
+        raise ValueError("extract: base and tuned are equal: there is nothing to extract")
+    layout = {} if layout is None else layout
+    chosen = choose(leaves, targets, exclude, None, "none", None, layout)[0]
+    check_patterns(rank, "rank", {entry(key, leaves)[0] for key in chosen})
+    factors = {}
+    for key, answer in chosen.items():
+        path, ranges = entry(key, leaves)
+        if not changed[path].any():
+            continue
+        letters = letters_of(path, leaves, layout)
+        letters = check_layout(letters, path, len(leaves[path].shape))
+        wanted = lookup(rank, path, "rank") if answer is True else answer
+        if energy is None and wanted is None:
+            raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")
+        before = Target(key, _plain(leaves[path]), ranges, letters, 0, 1.0, 1)
+        now = Target(key, _plain(after[path]), ranges, letters, 0, 1.0, 1)
+        if not changed[path][now.index].any():
+            continue
+        part = truncated(now.matrix() - before.matrix(), wanted, energy, alpha, key)
+        shapes = factor_shapes(letters, now.shape, part.rank)
+        a, b = (jnp.asarray(x, dtype).reshape(s) for x, s in zip(part[:2], shapes, strict=True))
+        factors[key] = Factors(a, b, jnp.asarray(part.scale, jnp.float32), letters)
+        changed[path][now.index] = False
+    left = [path for path, where in changed.items() if where.any()]
+    check_rest(left, rest, "extract: ", "rest=")
+    full = {}
+    for path in left if rest == "full" else ():
+        if reason := not_trainable(after[path]):
+            raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
+        if any(entry(key, leaves)[0] == path for key in factors):
+            raise ValueError(
+                f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
+                "train whole as well: take the whole weight, or rest='ignore'"
+            )
+        full[path] = master(_plain(after[path]))
+    return LoraParams(base, Adapter(factors, full))
+
+
+class Part(NamedTuple):
+    """The nearest matrix of some rank: ``scale * a b``.
+
+    Attributes:
+        a: ``[*batch, in, rank]``.
+        b: ``[*batch, rank, out]``.
+        rank: of both.
+        scale: of their product.
+        kept: the share of the energy that they have.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    rank: int
+    scale: float
+    kept: float
+
+    @property
+    def error(self) -> float:
+        """What is missing, in parts of the whole, in the Frobenius norm."""
+        return math.sqrt(max(0.0, 1.0 - self.kept))
+
+
+def truncated(
+    delta: jax.Array, rank: int | None, energy: float | None, alpha: float | None, name: str
+) -> Part:
+    """The best factors of ``delta``, ``[*batch, in, out]``, of a rank or of a share of its energy.
+
+    Raises:
+        ValueError: ``delta`` is not finite.
+    """
+    if not jnp.isfinite(delta).all():
+        raise ValueError(f"extract: {name!r} is not finite in base or tuned")
+    u, s, vt = jnp.linalg.svd(whole(delta), full_matrices=False)
+    squares = np.square(np.asarray(s, np.float64))  # [*batch, min(in, out)]
+    limit = squares.shape[-1]
+    if rank is None:
+        shares = squares.cumsum(-1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
+        short = (shares < (energy or 1.0)) & (squares.sum(-1, keepdims=True) > 0)
+        rank = 1 + int(short.sum(-1).max())
+    r = min(rank, limit)
+    scale = 1.0 if alpha is None else alpha / r
+    root = jnp.sqrt(s[..., :r] / scale)
+    a = u[..., :r] * root[..., None, :]
+    b = root[..., :, None] * vt[..., :r, :]
+    return Part(a, b, r, scale, float(squares[..., :r].sum() / squares.sum()))
+
+
+def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
+    """Raise unless the options make sense together."""
+    if (rank is None) == (energy is None):
+        raise ValueError(f"extract: {rank=} and {energy=}: expected one of the two")
+    for r in rank.values() if isinstance(rank, Mapping) else [rank]:
+        if energy is None and (isinstance(r, bool) or not isinstance(r, int | np.integer)):
+            raise TypeError(f"extract: rank={r!r}: expected an int")
+        if energy is None and r < 1:
+            raise ValueError(f"extract: rank={r}: expected at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"extract: {energy=}: expected a share, above 0 and up to 1")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"extract: {alpha=}: expected a finite number > 0")
+    if rest not in get_args(Rest):
+        raise ValueError(f"extract: {rest=}: expected one of {get_args(Rest)}")
+
+
+def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
+    """Raise if something changed that nobody speaks of."""
+    if left and rest == "error":
+        shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+        quote = "'" if option.endswith("=") else ""
+        raise ValueError(
+            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as the "
+            f"base has them: {option}{quote}ignore{quote}; to take them whole: "
+            f"{option}{quote}full{quote}"
+        )
+
+
+def _plain(leaf: Any) -> Any:
+    return dequantize_array(leaf) if is_quantized(leaf) else leaf
+
+
+def _changed(before: Any, after: Any) -> np.ndarray:
+    """Which entries are others."""
+    return np.asarray(np.asarray(_plain(before)) != np.asarray(_plain(after)))
+
+
+def _check_same(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
+    if not base:
+        raise ValueError("extract: base has no arrays")
+    for path in [*base, *tuned]:
+        if path not in base or path not in tuned:
+            has, other = ("tuned", base) if path not in base else ("base", tuned)
+            raise ValueError(
+                f"extract: only {has} has a leaf {path!r}: these are two models. Nearest in the "
+                f"other: {nearest(path, other)}"
+            )
+        if tuple(base[path].shape) != tuple(tuned[path].shape):
+            raise ValueError(
+                f"extract: {path!r} has shape {tuple(base[path].shape)} in base and "
+                f"{tuple(tuned[path].shape)} in tuned: these are two models"
+            )

@@ -1,0 +1,73 @@
+"""Sums of factors, which are no sums of updates."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._adapter.lowrank import terms
+from lora_jax._adapter.params import Adapter
+from lora_jax._adapter.sums import sum_of, sum_of_full
+from lora_jax._adapter.updates import adapter_of, by_key, like, operands, plain
+from lora_jax._weights.ranges import rows_of
+
+
+def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = None) -> Any:
+    """Add up the factors, not the updates: of unchanged rank, and not the sum.
+
+    With the weights ``c_k`` and the scales ``s_k``::
+
+        a = sum_k c_k sqrt|s_k| a_k,  b = sum_k c_k sign(s_k) sqrt|s_k| b_k,  scale = 1
+
+    So ``a b`` has every product of one adapter's ``a`` with another's ``b`` in it: what others call
+    a linear combination. It means something where the factors belong together: the mean of the
+    checkpoints of one run, or of adapters that share a frozen ``a``. The sum of any adapters is
+    ``c * x + d * y``, and the nearest to it of some rank ``lora_jax.algebra.resize`` of that.
+
+    Args:
+        adapters: Adapters, or LoraParams of the very same base, whose leaves trained whole are
+            added up as what they differ from it.
+        weights: a number each; None: the mean. PEFT's ``linear`` takes their square roots.
+
+    Returns:
+        One of the same kind. Of a weight that some do not adapt, the others' factors.
+
+    Raises:
+        TypeError: the adapters are not of one kind.
+        ValueError: the ranks differ, or the adapters have no sum.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> x = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1).adapter
+        >>> lora_jax.algebra.linear_in_factors([x, x]).factors["query/kernel"].rank
+        1
+    """
+    adapters = list(adapters)
+    each = operands("linear_in_factors", adapters)
+    weights = [1 / len(adapters)] * len(adapters) if weights is None else weights
+    if len(weights) != len(adapters):
+        raise ValueError(
+            f"linear_in_factors: {len(weights)} weights for {len(adapters)} adapters: expected one "
+            "each"
+        )
+    weighted = [c * x for c, x in zip(weights, adapters, strict=True)]
+    factors = {}
+    for key, found in by_key(each).items():
+        fs = list(found.values())
+        if rows_of(key) is not None:
+            factors[key] = sum_of(key, [adapter_of(weighted[k]).factors[key] for k in found])
+            continue
+        if len({f.rank for f in fs}) > 1:
+            raise ValueError(
+                f"linear_in_factors: {key!r} has the ranks {[f.rank for f in fs]}, expected equal "
+                "ones. x + y adds up updates of any ranks; lora_jax.algebra.resize makes ranks "
+                "equal"
+            )
+        parts = [
+            (jnp.asarray(weights[k], a.dtype), a, b, s)
+            for k, (a, b, s) in zip(found, terms(fs), strict=True)
+        ]
+        a = sum(c * jnp.sqrt(abs(s)) * a for c, a, _, s in parts)
+        b = sum(c * jnp.sign(s) * jnp.sqrt(abs(s)) * b for c, _, b, s in parts)
+        factors[key] = plain(fs, a, b)
+    return like(adapters[0], Adapter(factors, sum_of_full(weighted)))

@@ -1,0 +1,138 @@
+"""``resize``: an adapter at another rank."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import _jax
+from lora_jax._adapter.checks import check_finite, check_single, with_adapter
+from lora_jax._adapter.factors import Factors, weight_shape, wide
+from lora_jax._adapter.lowrank import padded
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.axes import factor_shapes, max_rank, role_shape
+from lora_jax._weights.conventions import is_table
+from lora_jax._weights.ranges import rows_of, split_range
+from lora_jax._weights.selector import check_patterns, lookup
+from lora_jax._weights.target import Target, fold_in_path
+from lora_jax.init._random import gaussian
+
+Lora = TypeVar("Lora", LoraParams, Adapter)
+
+
+def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | None = None) -> Lora:
+    """Change the rank of an adapter; ``scale`` stays.
+
+    A larger rank leaves the function as it is: the new rows of ``b`` are zero. A smaller one keeps
+    the largest singular values, a batch entry (layer, expert) at a time::
+
+        a = Qa Ra,   b^T = Qb Rb,   Ra Rb^T = U S V^T
+        a' = Qa U sqrt(S),   b' = sqrt(S) V^T Qb^T
+
+    No matrix of that rank is nearer to ``a b`` in the Frobenius norm. ``a b`` itself is never
+    built: the products and the SVD are of the size of the factors, in at least float32.
+
+    What ``freeze`` keeps from training is changed, too, and so is DoRA's direction; its magnitude
+    stays. Where ``a b`` has a lower rank than ``rank``, as of a fresh adapter, the rest of both
+    factors is zero, and stays so in training. An optimizer's state is of the old shapes: make a new
+    one.
+
+    Args:
+        adapter: a LoraParams or an Adapter.
+        rank: from 1 to ``min(in, out)``; or ``{pattern: rank}``, where the first pattern that
+            matches a path counts. A rank that is larger than ``min(in, out)``, as a sum's may be,
+            shrinks at least to that. Rows that train on their own keep theirs.
+        key: a PRNG key. With it the new columns of ``a`` are drawn as :func:`lorafy` draws them by
+            the names of weights, and the new directions train. None: they are zero, as in
+            :func:`stack`, and never do.
+
+    Returns:
+        What was given, with other factors.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a rank is out of range, ``adapter`` is a stack or does not fit its base, or
+            what is to shrink is not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}}
+        >>> adapter = lora_jax.lorafy(params, rank=4, init="pissa").adapter
+        >>> smaller = lora_jax.algebra.resize(adapter, 2).factors["query/kernel"]
+        >>> smaller.a.shape, smaller.b.shape
+        ((6, 2), (2, 4))
+        >>> f = adapter.factors["query/kernel"]  # of PiSSA, singular vectors already
+        >>> bool(jnp.allclose(smaller.a @ smaller.b, f.a[:, :2] @ f.b[:2], atol=1e-5))
+        True
+
+    References:
+        Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    single = check_single(adapter, "resize: adapter")
+    able = {name: f for name, f in single.factors.items() if rows_of(name) is None}
+    check_patterns(rank, "rank", {split_range(name)[0] for name in able})
+    ranks = {name: _rank_of(rank, name, f) for name, f in able.items()}
+    check_finite(single, "resize: adapter", "of NaNs there are no singular values")
+    factors = dict(single.factors)
+    for name, r in ranks.items():
+        f = factors[name]
+        if r < f.rank:
+            factors[name] = _shrunk(f, r)
+        elif r > f.rank:
+            factors[name] = padded(f, r) if key is None else _grown(name, f, r, key)
+    return with_adapter(adapter, Adapter(factors, single.full))
+
+
+def _rank_of(rank: Any, name: str, f: Factors) -> int:
+    r = lookup(rank, split_range(name)[0], "rank")
+    if r is None:
+        raise ValueError(f"rank: no pattern of the mapping matches {name!r}; end with '.*'")
+    if isinstance(r, bool) or not isinstance(r, int | np.integer):
+        raise TypeError(f"resize: rank={r!r} for {name!r}: expected an int")
+    shape = weight_shape(f)
+    limit = max_rank(f.layout, shape)
+    r = min(r, limit) if r < f.rank else r  # no update of this shape has more
+    if not 1 <= r <= limit:
+        raise ValueError(
+            f"resize: rank={r} for {name!r} of shape {shape} (layout {f.layout!r}): expected 1 to "
+            f"min(in, out) = {limit}, at which a LoRA can express any update"
+        )
+    return int(r)
+
+
+def _shrunk(f: Factors, rank: int) -> Factors:
+    """The ``rank`` largest singular values of ``a b``, through the QR of both factors."""
+    shape = weight_shape(f)
+    batch, inputs, outputs = (role_shape(f.layout, shape, role) for role in "bio")
+    dtype = max((wide(x.dtype) for x in (f.a, f.b)), key=lambda x: jnp.dtype(x).itemsize)
+    a, b = (_jax.whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
+    a = a.reshape(*batch, math.prod(inputs), f.rank)
+    b = b.reshape(*batch, f.rank, math.prod(outputs))
+    with jax.default_matmul_precision("highest"):
+        qa, ra = jnp.linalg.qr(a)  # [*batch, in, k], [*batch, k, r]
+        qb, rb = jnp.linalg.qr(b.mT)
+        u, s, vt = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
+        root = jnp.sqrt(s[..., :rank])
+        a = qa @ (u[..., :rank] * root[..., None, :])  # [*batch, in, rank]
+        b = (root[..., :, None] * vt[..., :rank, :]) @ qb.mT  # [*batch, rank, out]
+    shapes = factor_shapes(f.layout, shape, rank)
+    return replace(
+        f, a=a.reshape(shapes[0]).astype(f.a.dtype), b=b.reshape(shapes[1]).astype(f.b.dtype)
+    )
+
+
+def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Factors:
+    """The factors with columns of ``a`` as ``lorafy`` draws them, and rows of ``b`` of zeros."""
+    shape, extra = weight_shape(f), rank - f.rank
+    fan_in = 1 if is_table(name, {}) else math.prod(role_shape(f.layout, shape, "i"))
+    leaf = jax.ShapeDtypeStruct(shape, f.a.dtype)
+    a, _ = gaussian(fold_in_path(key, name), Target(name, leaf, (), f.layout, extra, 1.0, fan_in))
+    a = a.reshape(factor_shapes(f.layout, shape, extra)[0]).astype(f.a.dtype)
+    old = jnp.asarray(f.a)
+    if (spec := _jax.explicit_spec(old)) is not None:
+        a = jax.device_put(a, _jax.explicit_sharding(old, spec))
+    return replace(padded(f, rank), a=jnp.concatenate([old, a], -1))

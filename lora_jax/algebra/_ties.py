@@ -1,0 +1,205 @@
+"""Combinations that are not sums: TIES, DARE, and magnitude pruning.
+
+They look at the entries of the updates ``dW = scale * a b``, as their papers do, and not at those
+of ``a`` and ``b``. What comes out has no low rank: it is given back as the best factors of the rank
+asked for, together with what they miss. One weight, and of a stack one layer, is worked on at a
+time, and its updates are made one after the other: the memory is that of a few arrays of its shape,
+however many adapters there are.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.checks import check_finite
+from lora_jax._adapter.factors import is_concrete
+from lora_jax._adapter.lowrank import terms
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.updates import by_key, differences, like, operands, plain
+from lora_jax._weights.paths import flatten
+from lora_jax._weights.ranges import rows_of
+from lora_jax._weights.target import fold_in_path
+from lora_jax.algebra._entries import Rule, of_arrays, of_factors
+
+Errors = dict[str, jax.Array]
+
+
+def ties(
+    adapters: Any,
+    *,
+    density: float,
+    rank: int | None,
+    niter: int | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, Errors]:
+    """Combine updates without those that contradict the others: trim, elect signs, merge.
+
+    Of every update ``dW_k`` of a weight, the ``density * size`` entries of largest magnitude stay.
+    Then, entry by entry::
+
+        sign = sign(sum_k dW_k),  dW = the mean of the dW_k that are not 0 and of that sign
+
+    and 0 where the trimmed updates cancel. Weights are said by arithmetic: ``ties([2 * x, y])``
+    has ``x`` vote twice as loud, and ``1.5 * ties(...)[0]`` is the paper's ``lambda = 1.5``.
+
+    Args:
+        adapters: Adapters; or LoraParams of the very same base, whose leaves trained whole go
+            through the same, as what they differ from it. One of them need not stand in a list.
+        density: the share of the entries that stay, of each weight, and of each layer of a stack.
+        rank: of the result, by the singular value decomposition; None for all of it, exactly, in
+            factors as large as the weight, of which one is the identity: to be merged.
+        niter: None for all singular values; or find the largest by that many steps of subspace
+            iteration from a random start, which is much faster, nearly as good, and decomposes
+            none but thin matrices.
+        key: of that random start.
+
+    Returns:
+        What the adapters are, of scale 1; and for every weight the share that the rank misses:
+        ``|dW - a b| / |dW|`` in the Frobenius norm.
+
+    Raises:
+        TypeError: some are of another kind.
+        ValueError: an argument is out of range, or the adapters have no sum.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> f = lora_jax.Factors(jnp.ones((2, 1)), jnp.array([[3.0, -1.0]]), 1.0, "io")
+        >>> g = lora_jax.Factors(jnp.ones((2, 1)), jnp.array([[1.0, 2.0]]), 1.0, "io")
+        >>> x, y = lora_jax.Adapter({"w": f}), lora_jax.Adapter({"w": g})
+        >>> z, error = lora_jax.algebra.ties([x, y], density=1.0, rank=None)
+        >>> lora_jax.merge(lora_jax.LoraParams({"w": jnp.zeros((2, 2))}, z))
+        {'w': Array([[2., 2.],
+               [2., 2.]], dtype=float32)}
+
+    References:
+        Yadav et al., TIES-Merging, arXiv:2306.01708. Halko et al., arXiv:0909.4061.
+    """
+    return _combine("ties", adapters, Rule(density, False, True), rank, niter, key)
+
+
+def dare(
+    adapters: Any,
+    *,
+    density: float,
+    rank: int | None,
+    key: jax.Array,
+    elect: bool = False,
+    niter: int | None = None,
+) -> tuple[Any, Errors]:
+    """Drop entries of the updates at random, make the others larger, and add up.
+
+    ::
+
+        dW = sum_k mask_k * dW_k / density,  mask_k ~ Bernoulli(density)
+
+    The mean over all masks is the sum of the updates.
+
+    Args:
+        adapters: as of :func:`ties`.
+        density: the share of the entries that stay: one less the paper's drop rate.
+        rank: as there.
+        key: of the masks, and of ``niter``.
+        elect: elect signs and take means, as :func:`ties` does, instead of adding up.
+        niter: as there.
+
+    Returns:
+        As :func:`ties`.
+
+    Raises:
+        TypeError: some are of another kind, or there is no key.
+        ValueError: an argument is out of range, or the adapters have no sum.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> x = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1).adapter
+        >>> z, error = lora_jax.algebra.dare([x, x], density=0.5, rank=1, key=jax.random.key(0))
+        >>> z.factors["query/kernel"].rank, float(error["query/kernel"])  # b was zero
+        (1, 0.0)
+
+    References:
+        Yu et al., Language Models are Super Mario, arXiv:2311.03099.
+    """
+    if key is None:
+        raise TypeError("dare: key=None: expected a PRNG key, such as jax.random.key(0)")
+    return _combine("dare", adapters, Rule(density, True, elect), rank, niter, key)
+
+
+def prune(
+    adapters: Any,
+    *,
+    density: float,
+    rank: int | None,
+    niter: int | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, Errors]:
+    """Keep the entries of largest magnitude of every update, and add up.
+
+    Args:
+        adapters: as of :func:`ties`.
+        density: as there.
+        rank: as there.
+        niter: as there.
+        key: as there.
+
+    Returns:
+        As :func:`ties`.
+
+    Raises:
+        TypeError: some are of another kind.
+        ValueError: an argument is out of range, or the adapters have no sum.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> f = lora_jax.Factors(jnp.ones((2, 1)), jnp.array([[3.0, -1.0]]), 1.0, "io")
+        >>> z, error = lora_jax.algebra.prune(lora_jax.Adapter({"w": f}), density=0.5, rank=1)
+        >>> lora_jax.merge(lora_jax.LoraParams({"w": jnp.zeros((2, 2))}, z))["w"].round(5)
+        Array([[3., 0.],
+               [3., 0.]], dtype=float32)
+    """
+    return _combine("prune", adapters, Rule(density, False, False), rank, niter, key)
+
+
+def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: Any) -> Any:
+    xs = [adapters] if isinstance(adapters, Adapter | LoraParams) else list(adapters)
+    each = operands(verb, xs)
+    remedy = "comparing hides NaNs, and all would come out wrong. Leave it out"
+    checks = [check_finite(x, f"{verb}: operand {n}", remedy) for n, x in enumerate(each)]
+    # What is traced cannot be refused: its scales are NaN.
+    scales = [jnp.where(ok, 1.0, jnp.nan) for ok in checks if ok is not None]
+    if not is_concrete(rule.density):
+        raise TypeError(f"{verb}: density is traced, expected a number: shapes depend on it")
+    if not 0 < rule.density <= 1:
+        raise ValueError(f"{verb}: density={rule.density}: expected a share, above 0 and up to 1")
+    rule = rule._replace(density=float(rule.density))  # a static argument
+    for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
+        whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
+        if x is not None and not (whole and x >= least):
+            raise ValueError(f"{verb}: {name}={x!r}: expected None or an int from {least} on")
+    key = jax.random.key(0) if key is None else key
+    factors, errors = {}, {}
+    for path, found in by_key(each).items():
+        fs, own = list(found.values()), fold_in_path(key, path)
+        if rows_of(path) is not None:  # all have the same a, which picks the rows
+            b = of_arrays([b * s for _, b, s in terms(fs)], own, rule)
+            factors[path], errors[path] = plain(fs, fs[0].a, b), jnp.zeros((), b.dtype)
+        else:
+            a, b, errors[path] = of_factors(fs, own, rule, rank, niter)
+            factors[path] = plain(fs, a, b)
+        for scale in scales:
+            factors[path] = replace(factors[path], scale=factors[path].scale * scale)
+    return like(xs[0], Adapter(factors, _full(xs, key, rule))), errors
+
+
+def _full(xs: list[Any], key: jax.Array, rule: Rule) -> dict[str, jax.Array]:
+    moved: dict[str, list[jax.Array]] = {}
+    for x in xs:
+        for path, d in differences(x).items():
+            moved.setdefault(path, []).append(d)
+    leaves = flatten(xs[0].base)[0] if moved else {}
+    return {
+        path: leaves[path].astype(ds[0].dtype) + of_arrays(ds, fold_in_path(key, path), rule)
+        for path, ds in moved.items()
+    }

@@ -1,0 +1,5 @@
+"""What adapters have in common: angles and distances between their updates."""
+
+from lora_jax.analysis._similarity import distance, similarity, subspace_similarity
+
+__all__ = ["distance", "similarity", "subspace_similarity"]

@@ -1,0 +1,200 @@
+"""How alike adapters are: cosines, distances and common subspaces of their updates.
+
+All from the factors, without an update: of ``dW_k = scale_k a_k b_k``::
+
+    <dW_1, dW_2> = scale_1 scale_2 sum((a_1^T a_2) * (b_1 b_2^T))
+
+where first each ``b`` is made orthonormal.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.lowrank import matrices
+from lora_jax._adapter.updates import adapter_of, by_key, differences, operands
+from lora_jax._jax import whole
+
+Side = Literal["a", "b"]
+
+
+def similarity(adapters: Iterable[Any], *, per_weight: bool = False) -> Any:
+    """The cosines between the updates of adapters, as one would between vectors.
+
+    ::
+
+        <dW_i, dW_j> / (|dW_i| |dW_j|),  <X, Y> = the sum of X * Y over all weights
+
+    A weight that an adapter does not adapt is zero there. An adapter whose update is zero, as
+    every fresh one, is like nothing: its row is 0, the diagonal included.
+
+    Args:
+        adapters: Adapters; or LoraParams of the very same base, whose leaves trained whole count
+            as what they differ from it.
+        per_weight: for every weight on its own.
+
+    Returns:
+        ``[adapters, adapters]``; with ``per_weight``, one of them by the key of each weight.
+
+    Raises:
+        TypeError: some are of another kind.
+        ValueError: the adapters are of different models, or have no sum.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> x = lora_jax.Adapter({"w": lora_jax.Factors(jnp.eye(2), jnp.eye(2), 1.0, "io")})
+        >>> y = lora_jax.Adapter({"w": lora_jax.Factors(jnp.eye(2), jnp.ones((2, 2)), 1.0, "io")})
+        >>> lora_jax.analysis.similarity([x, -x, y]).round(3)
+        Array([[ 1.   , -1.   ,  0.707],
+               [-1.   ,  1.   , -0.707],
+               [ 0.707, -0.707,  1.   ]], dtype=float32)
+    """
+    xs = list(adapters)
+    grams = {
+        key: _gram(found, len(xs)) for key, found in by_key(operands("similarity", xs)).items()
+    }
+    grams |= _grams_of_full(xs)
+    if per_weight:
+        return {key: _cosines(gram) for key, gram in grams.items()}
+    none = jnp.zeros((len(xs), len(xs)))
+    return _cosines(functools.reduce(jnp.add, grams.values()) if grams else none)
+
+
+def distance(x: Any, y: Any) -> jax.Array:
+    """The Frobenius norm of the difference of two adapters' updates, over all weights.
+
+    ``|dW_x - dW_y|``, by QR decompositions of the factors of ``x - y``, so that it is also right of
+    adapters that are nearly equal. ``distance(x, 0 * x)`` is the norm of ``x``.
+
+    Args:
+        x: an Adapter, or a LoraParams, as of :func:`similarity`.
+        y: one of the same kind.
+
+    Returns:
+        A 0-d array.
+
+    Raises:
+        TypeError: they are of different kinds.
+        ValueError: the adapters are of different models, or have no difference.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> x = lora_jax.Adapter({"w": lora_jax.Factors(jnp.eye(2), jnp.eye(2), 1.0, "io")})
+        >>> lora_jax.analysis.distance(3 * x, x).round(5)
+        Array(2.828..., dtype=float32)
+    """
+    operands("distance", (x, y))
+    difference = x - y
+    squares = [_squared_norm(f) for f in adapter_of(difference).factors.values()]
+    squares += [jnp.square(d).sum() for d in differences(difference).values()]
+    return jnp.sqrt(jnp.asarray(sum(squares)))
+
+
+def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.Array]:
+    """How much of the leading directions of one adapter are in those of another.
+
+    With ``U`` the left singular vectors of ``a``, the directions that it reads, most important
+    first, for every ``i`` and ``j``::
+
+        phi(i, j) = |U_x[:, :i]^T U_y[:, :j]|^2 / min(i, j)
+
+    1 where the smaller subspace is within the larger one, 0 where they are orthogonal.
+
+    Args:
+        x: an Adapter, or a LoraParams.
+        y: one of the same kind; the ranks may differ.
+        factor: ``"a"``, or ``"b"`` for the directions that are written.
+
+    Returns:
+        ``[*batch, rank of x, rank of y]`` by the key of every weight that both adapt, or less where
+        a rank is larger than the side that ``factor`` is on; entry ``[i - 1, j - 1]`` is of the
+        first ``i`` and ``j`` directions. A factor whose rank is less
+        than it says, such as a ``b`` of zeros, has arbitrary directions from there on.
+
+    Raises:
+        TypeError: they are of different kinds.
+        ValueError: ``factor`` is neither; or the adapters are of different models.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((8, 8))}}
+        >>> x = lora_jax.lorafy(params, rank=2).adapter
+        >>> lora_jax.analysis.subspace_similarity(x, x)["query/kernel"].round(3)
+        Array([[1., 1.],
+               [1., 1.]], dtype=float32)
+
+    References:
+        Hu et al., LoRA, arXiv:2106.09685, section 7.2.
+    """
+    if factor not in get_args(Side):
+        raise ValueError(f"subspace_similarity: factor={factor!r}: expected 'a' or 'b'")
+    one, other = operands("subspace_similarity", (x, y))
+    found = {}
+    for key in [key for key in one.factors if key in other.factors]:
+        u, v = (_directions(f, factor) for f in (one.factors[key], other.factors[key]))
+        squares = jnp.square(jnp.matmul(u.mT, v, precision="highest"))
+        i, j = np.ogrid[1 : u.shape[-1] + 1, 1 : v.shape[-1] + 1]
+        phi = squares.cumsum(-2).cumsum(-1)
+        least = jnp.asarray(np.minimum(i, j), phi.dtype)
+        found[key] = phi / jnp.broadcast_to(least, phi.shape)
+    return found
+
+
+def _gram(found: Mapping[int, Factors], count: int) -> jax.Array:
+    """The inner products of updates of one weight: ``[count, count]``."""
+    parts = [_orthonormal(a, b) for a, b in matrices(list(found.values()))]
+    a = jnp.concatenate([a for a, _ in parts], -1)  # [layers, in, all ranks]
+    b = jnp.concatenate([b for _, b in parts], -2)
+    kind: Any = {"precision": "highest"}
+    product = (jnp.matmul(a.mT, a, **kind) * jnp.matmul(b, b.mT, **kind)).sum(0)
+    whose = np.repeat(list(found), [a.shape[-1] for a, _ in parts])
+    member = jnp.asarray(whose[:, None] == np.arange(count), product.dtype)
+    return jnp.matmul(jnp.matmul(member.T, product, **kind), member, **kind)
+
+
+def _orthonormal(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same product, of a ``b`` with orthonormal rows.
+
+    So what cancels within ``a b``, as in the difference of two checkpoints, has done so, and not
+    only in its square.
+    """
+    (q, r), (p, s) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    core = jnp.matmul(r, s.mT, precision="highest")
+    return jnp.matmul(q, core, precision="highest"), p.mT
+
+
+def _grams_of_full(xs: Sequence[Any]) -> dict[str, jax.Array]:
+    moved = [differences(x) for x in xs]
+    grams = {}
+    for path in dict.fromkeys(path for own in moved for path in own):
+        like = next(own[path] for own in moved if path in own)
+        ds = [own.get(path, jnp.zeros_like(like)) for own in moved]
+        grams[path] = jnp.stack([jnp.stack([(d * e).sum() for e in ds]) for d in ds])
+    return grams
+
+
+def _cosines(gram: jax.Array) -> jax.Array:
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    return jnp.clip(inverse[:, None] * gram * inverse[None, :], -1, 1)
+
+
+def _squared_norm(f: Factors) -> jax.Array:
+    """Of ``Q R (P S)^T`` that of ``R S^T``, as small as the rank."""
+    ((a, b),) = matrices([f])
+    r, s = jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r")
+    return jnp.square(jnp.matmul(r, s.mT, precision="highest")).sum()
+
+
+def _directions(f: Factors, factor: Side) -> jax.Array:
+    """Orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
+    n = f.layout.count("b")
+    batch, rank = f.a.shape[:n], f.rank
+    x = whole(getattr(f, factor))
+    x = x.reshape(*batch, -1, rank) if factor == "a" else x.reshape(*batch, rank, -1).mT
+    return jnp.linalg.svd(x.astype(wide(x.dtype)), full_matrices=False)[0]

@@ -1,0 +1,79 @@
+"""``convert`` of whole models: GGUF and Orbax into a Hugging Face folder, and that into Orbax."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from lora_jax.cli._options import writing
+from lora_jax.cli._read.forms import Checkpoint, size_of
+from lora_jax.cli._read.path import open_checkpoint
+from lora_jax.cli._show import Show, size
+from lora_jax.io import hf, orbax
+
+
+def run(
+    found: Checkpoint, args: argparse.Namespace, show: Show, names: Any, kinds: Mapping | None
+) -> int:
+    """The command, of a model."""
+    if args.to not in ("hf", "orbax") or args.to == found.format:
+        raise ValueError(
+            f"{args.path} is a model, in the format {found.format}: expected --to hf, or from "
+            "there --to orbax; --to peft and safetensors are for adapters"
+        )
+    if found.format == "safetensors":
+        raise ValueError(f"{args.path} is one file of tensors: give the folder of the model")
+    with (
+        writing(args.out, overwrite=args.overwrite) as out,
+        show.progress("converting", stays=True) as progress,
+    ):
+        if args.to == "orbax":
+            params = _loaded(found, args, names, kinds, progress)
+            orbax.save_params(out, unflatten_dict(params, sep="/"))
+        elif found.format == "orbax":
+            params = {path: np.asarray(x) for path, x in found.tensors.items()}
+            hf.save(
+                out,
+                params,
+                source=args.like,
+                names=names,
+                kinds=kinds,
+                dtype=args.dtype,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+        else:
+            hf.merge(
+                found.path, {}, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
+            )
+    show.line(f"{out}: {len(found.tensors)} tensors, {size(size_of(out))}, as {args.to}")
+    show.document(
+        {
+            "path": str(out),
+            "format": args.to,
+            "from": found.format,
+            "tensors": len(found.tensors),
+            "bytes": size_of(out),
+        }
+    )
+    return 0
+
+
+def _loaded(
+    found: Checkpoint, args: argparse.Namespace, names: Any, kinds: Any, progress: Any
+) -> dict[str, Any]:
+    """The parameters by path: those of ``--like``, an Orbax checkpoint, or the names there."""
+    if args.dtype is not None:
+        raise ValueError("--dtype goes with --to hf: parameters have the dtypes of --like")
+    if args.like is None:
+        if names is not None:
+            raise ValueError("--names is of the paths in --like, an Orbax checkpoint of parameters")
+        return {name.replace(".", "/"): np.asarray(x) for name, x in found.tensors.items()}
+    like = {
+        path: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
+        for path, x in open_checkpoint(args.like).tensors.items()
+    }
+    return hf.load(found.path, like, names=names, kinds=kinds, progress=progress)

@@ -1,0 +1,166 @@
+"""``diff``: two adapters, or two models, entry by entry."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.cli._numbers import inner, is_float, norm, singular_values
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
+from lora_jax.cli._read.match import canonical
+from lora_jax.cli._read.path import open_path
+from lora_jax.cli._show import Column, Show, number
+
+_CHUNK = 2**22  # entries that are in float64 at a time
+
+
+def run(args: argparse.Namespace, show: Show) -> int:
+    """The command: 0 if they are equal, 1 if not."""
+    one, two = open_path(args.one), open_path(args.two)
+    if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
+        rows, only = _adapters(one, two)
+        columns = [Column("path", False), Column("rank"), Column("|A|", spare=2)]
+        columns += [Column("|B|", spare=1), Column("|A-B|/max"), Column("cosine")]
+        cell = _adapter_cells
+    elif isinstance(one, Checkpoint) and isinstance(two, Checkpoint):
+        rows, only = _models(one, two, show)
+        columns = [Column("name", False), Column("shape", False, 2), Column("dtype", False, 1)]
+        columns += [Column("max |A-B|"), Column("|A-B|/max")]
+        cell = _model_cells
+    else:
+        raise ValueError(f"{args.one} and {args.two}: one is an adapter, and one a model")
+    for row in rows:
+        relative = row["relative"]
+        close = relative is not None and relative <= args.tolerance and args.tolerance > 0
+        row["equal"] = row["equal"] or close
+    different = [row for row in rows if not row["equal"]]
+    equal = not different and not any(only.values())
+    if args.top:
+        different = sorted(different, key=lambda row: -_size(row["relative"]))[: args.top]
+    show.table([*columns], [cell(row) for row in different])
+    for side, path in (("A", args.one), ("B", args.two)):
+        for name in only[side]:
+            show.line(f"only in {path}: {name}")
+    count = sum(row["equal"] for row in rows)
+    show.line(f"{count} of {len(rows)} entries of both are equal" if not equal else "equal")
+    shown = different if args.top else rows
+    document = {"equal": equal, "entries": shown, "only_in_a": only["A"], "only_in_b": only["B"]}
+    show.document(document)
+    return 0 if equal else 1
+
+
+def _size(x: float | None) -> float:
+    return float("inf") if x is None else x
+
+
+def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    ours, theirs = [{**f.updates, **f.whole} for f in (one, two)]
+    if (one.format == "peft") != (two.format == "peft"):  # in other words
+        ours, theirs = _renamed(ours), _renamed(theirs)
+    rows = []
+    for path in _both(ours, theirs):
+        a, b = ours[path], theirs[path]
+        if isinstance(a, Update) and isinstance(b, Update):
+            row = _updates(a, b)
+        elif isinstance(a, Update) or isinstance(b, Update):
+            row = {"relative": None, "cosine": None, "equal": False, "ranks": [None, None]}
+        else:
+            row = _arrays(np.asarray(a), np.asarray(b)) | {"ranks": [None, None], "cosine": None}
+        rows.append({"path": path} | row)
+    return rows, _only(ours, theirs)
+
+
+def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    new = {canonical(path): x for path, x in entries.items()}
+    return new if len(new) == len(entries) else entries
+
+
+def _updates(a: Update, b: Update) -> dict[str, Any]:
+    row: dict[str, Any] = {"ranks": [a.rank, b.rank], "norms": [None, None]}
+    row |= {"norms": [norm(singular_values([u])) for u in (a, b)]}
+    if a.shape != b.shape:
+        return row | {
+            "relative": None,
+            "cosine": None,
+            "equal": False,
+            "shapes": [a.shape, b.shape],
+        }
+    fields = [(a.a, b.a), (a.b, b.b), (a.scale, b.scale), (a.magnitude, b.magnitude)]
+    is_same = all(_is_same(x, y) for x, y in fields)
+    largest = max(row["norms"])
+    difference = 0.0 if is_same else norm(singular_values([a, b], [1.0, -1.0]))
+    relative = difference / largest if largest else 0.0
+    if a.magnitude is not None and b.magnitude is not None:
+        relative = max(relative, _arrays(a.magnitude, b.magnitude)["relative"])
+    elif (a.magnitude is None) != (b.magnitude is None):
+        return row | {"relative": None, "cosine": None, "equal": False}
+    both = row["norms"][0] * row["norms"][1]
+    cosine = inner(a, b) / both if both else None
+    return row | {"relative": relative, "cosine": cosine, "equal": is_same or relative == 0}
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    if x is None or y is None:
+        return x is y
+    return np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def _arrays(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """How two tensors differ, some entries at a time."""
+    row = {"shapes": [list(a.shape), list(b.shape)], "dtypes": [str(a.dtype), str(b.dtype)]}
+    if a.shape != b.shape:
+        return row | {"max": None, "relative": None, "equal": False}
+    largest, squares, is_same = 0.0, np.zeros(3), a.dtype == b.dtype
+    a, b = a.reshape(-1), b.reshape(-1)
+    for k in range(0, a.size, _CHUNK):
+        x, y = a[k : k + _CHUNK], b[k : k + _CHUNK]
+        alike = x == y
+        if is_float(x.dtype) and is_float(y.dtype):
+            alike = alike | (np.isnan(x.astype(np.float32)) & np.isnan(y.astype(np.float32)))
+        if not alike.all():
+            is_same = False
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        d = np.where(alike, 0.0, x - y)
+        largest = max(largest, float(np.abs(d).max()))
+        squares += [np.square(z).sum() for z in (d, x, y)]
+    whole = np.sqrt(max(squares[1:]))
+    relative = float(np.sqrt(squares[0]) / whole) if whole else 0.0
+    return row | {"max": largest, "relative": relative, "equal": bool(is_same)}
+
+
+def _models(
+    one: Checkpoint, two: Checkpoint, show: Show
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows, names = [], _both(one.tensors, two.tensors)
+    with show.progress("comparing") as progress:
+        sizes = {name: int(np.prod(one.tensors[name].shape)) for name in names}
+        done, total = 0, sum(sizes.values())
+        for name in names:
+            a, b = (np.asarray(model.tensors[name].read()) for model in (one, two))
+            rows.append({"path": name} | _arrays(a, b))
+            progress(done := done + sizes[name], total)
+    return rows, _only(one.tensors, two.tensors)
+
+
+def _both(one: Iterable[str], two: Iterable[str]) -> list[str]:
+    return sorted({*one} & {*two}, key=natural)
+
+
+def _only(one: Iterable[str], two: Iterable[str]) -> dict[str, list[str]]:
+    one, two = {*one}, {*two}
+    return {"A": sorted(one - two, key=natural), "B": sorted(two - one, key=natural)}
+
+
+def _adapter_cells(row: dict[str, Any]) -> list[str]:
+    ranks = [str(r) for r in row["ranks"] if r is not None]
+    norms = row.get("norms", [None, None])
+    rank = "whole" if not ranks else ranks[0] if len({*ranks}) == 1 else "/".join(ranks)
+    relative = number(row["relative"], ".3g") if row["relative"] is not None else "other shape"
+    return [row["path"], rank, *map(number, norms), relative, number(row["cosine"], ".4f")]
+
+
+def _model_cells(row: dict[str, Any]) -> list[str]:
+    shapes = ["x".join(map(str, shape)) or "()" for shape in row["shapes"]]
+    pairs = [x if x == y else f"{x} {y}" for x, y in (shapes, row["dtypes"])]
+    return [row["path"], *pairs, number(row["max"], ".3g"), number(row["relative"], ".3g")]

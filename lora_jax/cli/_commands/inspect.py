@@ -1,0 +1,231 @@
+"""``inspect``: what a path holds, as a table."""
+
+import argparse
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from lora_jax.cli._numbers import effective_rank, is_float, norm, singular_values, tensor_norm
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
+from lora_jax.cli._read.match import part_of
+from lora_jax.cli._read.path import open_checkpoint, open_path
+from lora_jax.cli._show import Column, Show, number, size
+
+_FORMATS = {
+    "peft": "PEFT adapter",
+    "safetensors": "adapter in one file",
+    "orbax": "adapter in an Orbax checkpoint",
+}
+
+
+_MODELS = {
+    "huggingface": "Hugging Face model",
+    "safetensors": "tensors in one file",
+    "gguf": "GGUF model",
+    "orbax": "parameters in an Orbax checkpoint",
+}
+
+
+def run(args: argparse.Namespace, show: Show) -> int:
+    """The command."""
+    found = open_path(args.path)
+    if isinstance(found, Checkpoint):
+        if args.base:
+            raise ValueError(f"--base is for adapters, and {args.path} is a model")
+        _model(found, args, show)
+    else:
+        if args.spectrum:
+            raise ValueError(f"--spectrum is for models, and {args.path} is an adapter")
+        _adapter(found, args, show)
+    return 0
+
+
+def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
+    base = open_checkpoint(args.base) if args.base else None
+    rows = [_row(u, base) for u in found.updates.values()]
+    rows += [_whole(path, x, base) for path, x in found.whole.items()]
+    shown = _sorted(rows, args)
+    totals = _totals(found, base)
+    dora = sum(u.magnitude is not None for u in found.updates.values())
+    columns = [Column("path", False), Column("shape", False), Column("kind", False, 3)]
+    columns += [Column("rank"), Column("alpha", spare=2), Column("|dW|"), Column("eff.")]
+    columns += [Column("|dW|/|W|")] if base else []
+    columns += [Column("params", spare=1)]
+    note = f", {found.note}" if found.note else ""
+    show.line(f"{found.path}: {_FORMATS[found.format]}{note}, {size(found.size)}")
+    show.table(columns, [_cells(row, base) for row in shown])
+    if len(shown) < len(rows):
+        show.line(f"... {len(shown)} of {len(rows)} rows")
+    show.line(_count_line(totals))
+    if dora:
+        show.line(f"DoRA: {dora} of {len(found.updates)} weights have magnitudes of their own")
+    show.line(f"base: {found.base}")
+    show.document(
+        {
+            "what": "adapter",
+            "path": str(found.path),
+            "format": found.format,
+            "base": found.base,
+            "note": found.note,
+            "entries": shown,
+            "totals": totals | {"bytes": found.size},
+        }
+    )
+
+
+def _row(u: Update, base: Checkpoint | None) -> dict[str, Any]:
+    s = singular_values([u])
+    row = {
+        "path": u.path,
+        "shape": list(u.shape),
+        "kind": u.kind,
+        "dora": u.magnitude is not None,
+        "rank": u.rank,
+        "alpha": u.alpha,
+        "scale": u.scale,
+        "norm": norm(s),
+        "effective_rank": effective_rank(s),
+        "parameters": u.trainable,
+    }
+    if base is not None:
+        shape = u.shape if u.kind != "rows" else ()
+        row["relative"] = _ratio(row["norm"], _weight_norm(u.path, base, shape))
+    return row
+
+
+def _weight_norm(path: str, base: Checkpoint, shape: tuple[int, ...]) -> float:
+    if not shape:  # rows: of the whole table
+        from lora_jax.cli._read.match import find
+
+        return tensor_norm(base.tensors[find(path, base.tensors, base.path)[0]].read()) or 0.0
+    return tensor_norm(part_of(path, base.tensors, shape, base.path)) or 0.0
+
+
+def _whole(path: str, x: np.ndarray, base: Checkpoint | None) -> dict[str, Any]:
+    row = {
+        "path": path,
+        "shape": list(x.shape),
+        "kind": "rows" if path.endswith(" (rows)") else "whole",
+        "dora": False,
+        "rank": None,
+        "alpha": None,
+        "scale": None,
+        "norm": None,
+        "effective_rank": None,
+        "parameters": int(x.size),
+    }
+    if base is not None and row["kind"] == "whole":
+        w = part_of(path, base.tensors, x.shape, base.path).astype(np.float64).reshape(x.shape)
+        row["norm"] = tensor_norm(x.astype(np.float64) - w)
+        row["relative"] = _ratio(row["norm"], tensor_norm(w))
+    return row
+
+
+def _ratio(change: Any, weight: Any) -> float | None:
+    return change / weight if weight else None
+
+
+def _cells(row: dict[str, Any], base: Checkpoint | None) -> list[str]:
+    rank = row["kind"] if row["rank"] is None else str(row["rank"])
+    cells = [
+        row["path"],
+        "x".join(map(str, row["shape"])) or "()",
+        row["kind"] + " DoRA" * row["dora"],
+        rank,
+        number(row["alpha"], "g"),
+        number(row["norm"]),
+        number(row["effective_rank"], ".1f"),
+    ]
+    cells += [number(row.get("relative"), ".3g")] if base else []
+    return [*cells, f"{row['parameters']:,}"]
+
+
+def _totals(found: AdapterFile, base: Checkpoint | None) -> dict[str, Any]:
+    added = sum(u.a.size + u.b.size for u in found.updates.values())
+    added += sum(u.magnitude.size for u in found.updates.values() if u.magnitude is not None)
+    shapes = None
+    if base is not None:
+        shapes = [t.shape for t in base.tensors.values()]
+    elif found.native is not None and found.native[1]["base"] is not None:
+        shapes = [said[1:] for said in found.native[1]["base"]["leaves"].values()]
+    every = None if shapes is None else added + sum(map(prod, shapes))
+    percent = None if not every else 100 * found.trainable / every
+    return {"trainable": found.trainable, "all": every, "trainable_percent": percent}
+
+
+def _count_line(totals: dict[str, Any]) -> str:
+    text = f"trainable params: {totals['trainable']:,}"
+    if totals["all"] is None:
+        return text
+    return (
+        f"{text} || all params: {totals['all']:,} || trainable%: {totals['trainable_percent']:.3g}"
+    )
+
+
+def _model(found: Checkpoint, args: argparse.Namespace, show: Show) -> None:
+    if args.sort == "rank" and not args.spectrum:
+        raise ValueError("--sort rank: of a model, effective ranks want --spectrum")
+    rows, total = [], sum(prod(t.shape) for t in found.tensors.values())
+    with show.progress("reading") as progress:
+        done = 0
+        for name, tensor in found.tensors.items():
+            x = np.asarray(tensor.read())
+            row = {
+                "path": name,
+                "shape": list(x.shape),
+                "dtype": getattr(tensor, "kind", str(x.dtype)),
+            }
+            row |= {"norm": tensor_norm(x), "parameters": int(x.size)}
+            if args.spectrum:
+                is_matrix = x.ndim == 2 and is_float(x.dtype) and 0 not in x.shape
+                row["effective_rank"] = _spectrum(x) if is_matrix else None
+            rows.append(row)
+            progress(done := done + x.size, total)
+    shown = _sorted(rows, args)
+    columns = [Column("name", False), Column("shape", False), Column("dtype", False, 1)]
+    columns += [Column("norm")] + [Column("eff.")] * args.spectrum + [Column("params")]
+    cells = [
+        [
+            row["path"],
+            "x".join(map(str, row["shape"])) or "()",
+            row["dtype"],
+            number(row["norm"]),
+            *[number(row.get("effective_rank"), ".1f")] * args.spectrum,
+            f"{row['parameters']:,}",
+        ]
+        for row in shown
+    ]
+    show.line(f"{found.path}: {_MODELS[found.format]}, {size(found.size)}")
+    show.table(columns, cells)
+    if len(shown) < len(rows):
+        show.line(f"... {len(shown)} of {len(rows)} rows")
+    kinds = sorted({row["dtype"] for row in rows})
+    show.line(f"{len(rows)} tensors, {total:,} parameters, {', '.join(kinds)}")
+    totals = {"tensors": len(rows), "parameters": total, "bytes": found.size, "dtypes": kinds}
+    show.document(
+        {
+            "what": "model",
+            "path": str(found.path),
+            "format": found.format,
+            "entries": shown,
+            "totals": totals,
+        }
+    )
+
+
+def _spectrum(x: np.ndarray) -> float | None:
+    x = x.astype(np.float32)
+    if not np.isfinite(x).all():
+        return None
+    return effective_rank(np.linalg.svd(x, compute_uv=False).astype(np.float64)[None])
+
+
+def _sorted(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows in the order asked for, and as many: the greatest first, or by path."""
+    if args.sort == "path":
+        rows = sorted(rows, key=lambda row: natural(row["path"]))
+    else:
+        keys = {"norm": "norm", "rank": "effective_rank" if args.spectrum else "rank"}
+        rows = sorted(rows, key=lambda row: -(row.get(keys[args.sort]) or 0.0))
+    return rows[: args.top]

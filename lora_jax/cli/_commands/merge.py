@@ -1,0 +1,85 @@
+"""``merge``: adapters of any format into a model's files."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from lora_jax.cli._commands.convert import to_peft
+from lora_jax.cli._options import names_and_kinds, writing
+from lora_jax.cli._read.base import is_torch
+from lora_jax.cli._read.forms import AdapterFile, size_of
+from lora_jax.cli._read.match import canonical
+from lora_jax.cli._read.path import open_adapter
+from lora_jax.cli._show import Show, size
+from lora_jax.io import hf
+from lora_jax.io.hf._families import FAMILIES
+from lora_jax.io.hf._source import open_source
+
+
+def run(args: argparse.Namespace, show: Show) -> int:
+    """The command."""
+    weights = args.weight or [1.0] * len(args.adapters)
+    if len(weights) != len(args.adapters):
+        raise ValueError(
+            f"{len(weights)} weights for {len(args.adapters)} adapters: say --weight once for each"
+        )
+    if len({os.path.realpath(path) for path in args.adapters}) < len(args.adapters):
+        raise ValueError("an adapter is there twice: add up its weights")
+    names, kinds = names_and_kinds(args)
+    source = open_source(args.model)
+    family = FAMILIES.get((source.config or {}).get("model_type", ""))
+    if names is None and family is not None:
+        names, kinds = family.names, {**(family.kinds or {}), **(kinds or {})}
+    opened = [open_adapter(path) for path in args.adapters]
+    with (
+        writing(args.out, overwrite=args.overwrite) as out,
+        tempfile.TemporaryDirectory() as temporary,
+        show.progress("merging", stays=True) as progress,
+    ):
+        paths = []
+        for k, found in enumerate(opened):
+            if found.format != "peft":
+                folder = Path(temporary) / str(k)
+                like = args.like
+                if like is None and found.native and is_torch(found.native[0]):
+                    like = args.model  # it is in the model's own names
+                to_peft(found, folder, like=like, names=names, kinds=kinds)
+                found = open_adapter(folder)
+            paths.append(found.path)
+        hf.merge(
+            args.model,
+            dict(zip(paths, weights, strict=True)),
+            out,
+            dtype=args.dtype,
+            shard_size=args.shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+        changed = set().union(*(_changed(open_adapter(path)) for path in paths))
+    written = sorted(out.glob("*.safetensors"))
+    total = len(source.tensors)
+    show.line(
+        f"{out}: {len(changed)} of {total} tensors changed; {len(written)} "
+        f"file{'s' * (len(written) != 1)} of weights, {size(size_of(out))} in all"
+    )
+    show.document(
+        {
+            "path": str(out),
+            "adapters": [
+                {"path": path, "format": found.format, "weight": weight}
+                for path, found, weight in zip(args.adapters, opened, weights, strict=True)
+            ],
+            "tensors": total,
+            "tensors_changed": len(changed),
+            "files": [file.name for file in written],
+            "bytes": size_of(out),
+        }
+    )
+    return 0
+
+
+def _changed(found: AdapterFile) -> set[str]:
+    """The tensors that an adapter of PEFT's changes, by what they are called without an ending."""
+    whole = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
+    return {canonical(path) for path in [*found.updates, *whole]}

@@ -1,0 +1,158 @@
+"""``verify``: is this adapter for this model?"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.params import LoraParams, check
+from lora_jax.cli._options import names_and_kinds
+from lora_jax.cli._read.base import (
+    UnknownBaseError,
+    adapted_leaves,
+    is_torch,
+    leaves_of,
+    recorded_leaves,
+    torch_forms,
+)
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint
+from lora_jax.cli._read.path import open_adapter, open_checkpoint
+from lora_jax.cli._show import Show
+from lora_jax.io import _record as records
+from lora_jax.io._torch import Map
+from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
+from lora_jax.io.hf._families import FAMILIES, Family
+from lora_jax.io.hf._merge import Change
+from lora_jax.io.hf._names import Names
+from lora_jax.io.hf._source import Source, open_source
+from lora_jax.io.peft._load import open_reader
+
+
+def run(args: argparse.Namespace, show: Show) -> int:
+    """The command: 0 if it is, 1 if not."""
+    found, model = open_adapter(args.adapter), open_checkpoint(args.base)
+    names, kinds = names_and_kinds(args)
+    options = {"names": names, "kinds": kinds}
+    try:
+        reason, fits = _seen(found, model, options), True
+    except UnknownBaseError:
+        raise
+    except ValueError as error:
+        reason, fits = " ".join(str(error).split()), False
+    said = found.config.get("base_model_name_or_path")
+    show.line(f"{'yes' if fits else 'no'}: {reason}")
+    if said:
+        show.line(f"its configuration says it is of {said}")
+    document = {"fits": fits, "reason": reason, "format": found.format, "base": found.base}
+    show.document(document | {"adapter": str(found.path), "model": str(model.path)})
+    return 0 if fits else 1
+
+
+def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> str:
+    """What was looked at, and found to be right.
+
+    Raises:
+        ValueError: the adapter is another model's, and why.
+    """
+    if found.format == "peft":
+        if model.format == "orbax":
+            _peft_tree(found, model, options)
+        else:
+            config = open_source(model.path).config if model.format != "safetensors" else None
+            is_conv1d = (config or {}).get("model_type") in CONV1D_MODELS
+            Change(str(found.path), model.tensors, 1.0, is_conv1d=is_conv1d)
+        entries = len(found.updates) + len(found.whole)
+        return f"each of its {entries} entries has its place, of the right shape"
+    assert found.native is not None
+    if model.format == "orbax" or (not found.native[1]["base"] and is_torch(found.native[0])):
+        return _native(found, leaves_of(model), model)
+    return _native(found, _leaves_in(found, model, options), model)
+
+
+def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) -> str:
+    """An adapter of ours and the leaves of a model, each read when it is asked for."""
+    assert found.native is not None
+    adapter, record = found.native
+    base, where = record["base"], str(found.path)
+    check(LoraParams(leaves, adapter), dict(leaves))
+    if base is None:
+        return f"its {len(adapter.factors) + len(adapter.full)} entries fit; it has no record"
+    structs = {p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for p, x in leaves.items()}
+    records.check_base({"leaves": base["leaves"], "content": {}}, structs, where)
+    for path, known in base["content"].items():
+        if (content := records.content_of(jnp.asarray(np.asarray(leaves[path])))) != known:
+            raise ValueError(
+                f"{where} was trained on other weights: {path!r} has the contents {content} in "
+                f"{model.path}, expected {known}"
+            )
+    known = len(base["content"])
+    seen = f"and the contents of {known} of them" if known else "contents are not recorded"
+    return f"the names and shapes of all {len(base['leaves'])} leaves are its base's, {seen}"
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf of ours that lies in the files of a model."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.read() if dtype is None else self.read().astype(dtype)
+
+
+def _leaves_in(
+    found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]
+) -> dict[str, _Leaf]:
+    """The leaves of an adapter's base in the files of a model, by their names there.
+
+    Raises:
+        ValueError: they are not there, or have other shapes.
+    """
+    assert found.native is not None
+    adapter, record = found.native
+    wanted = recorded_leaves(found) or adapted_leaves(adapter, whole=True)
+    config = None if model.format == "safetensors" else open_source(model.path).config
+    source = Source(str(model.path), model.tensors, config)
+    known = FAMILIES.get((config or {}).get("model_type", ""), Family())
+    if is_torch(adapter):
+        letters = {path: f.layout for path, f in adapter.factors.items()}
+        layout, kinds = torch_forms(wanted, letters, {})
+        known = Family(None, kinds, layout=layout)
+    else:
+        layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
+        known = dataclasses.replace(known, layout=layout or None)
+    said = {name: x for name, x in options.items() if x is not None}
+    names = Names(wanted, dataclasses.replace(known, **said), source, None)
+    leaves, used = {}, []
+    for path, leaf in wanted.items():
+        parts = [(place, names.name(place)) for place in names.places.of(path)]
+        for place, name in parts:
+            names.check_shape(place, name)
+            used.append(name)
+
+        def read(parts=parts, leaf=leaf):
+            arrays = [names.inward(model.tensors[n].read(), place, n) for place, n in parts]
+            return np.stack(arrays).reshape(leaf.shape).astype(leaf.dtype)
+
+        leaves[path] = _Leaf(leaf.shape, leaf.dtype, read)
+    if record["base"] is not None:
+        names.left_over(used)
+    return leaves
+
+
+def _peft_tree(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Every tensor of PEFT's has its place in a tree of ours."""
+    reader = open_reader(found.path, Map(leaves_of(model), **options))
+    reader.factors()
+    reader.trained_whole()
+    reader.lora_biases()
+    reader.rows()
+    reader.check_complete()

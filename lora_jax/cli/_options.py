@@ -1,0 +1,56 @@
+"""Files of options, and outputs that are written once it is known that they may be."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_jax.io import _files as files
+from lora_jax.io.hf._families import FAMILIES
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """An output, checked before the work begins; errors of the system say which it was.
+
+    Raises:
+        OSError: it is there already, or its folder is not, or it cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists: say --overwrite, or another path")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent} to write in")
+    try:
+        yield path
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | None]:
+    """What ``--names`` and ``--kinds`` say: the name of a family, or a file.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: it does not map strings to strings.
+    """
+    if args.names in FAMILIES:
+        family = FAMILIES[args.names]
+        return family.names, _strings_in(args.kinds, "--kinds") or dict(family.kinds or {})
+    if args.names is not None and not Path(args.names).exists():
+        known = ", ".join(sorted(FAMILIES))
+        raise FileNotFoundError(f"--names {args.names}: no such file, and no family: {known}")
+    return _strings_in(args.names, "--names"), _strings_in(args.kinds, "--kinds")
+
+
+def _strings_in(path: str | None, option: str) -> dict[str, str] | None:
+    if path is None:
+        return None
+    said = files.read_json(Path(path))
+    if not isinstance(said, dict) or not all(isinstance(x, str) for x in said.values()):
+        raise ValueError(f"{option} {path}: expected one object of strings, such as {{'a': 'b'}}")
+    return said

@@ -1,0 +1,69 @@
+"""Where in a model's tensors the weight of an adapter's entry is."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from lora_jax._weights.paths import nearest
+from lora_jax._weights.ranges import Range, part_shape, rows_of, split_range
+from lora_jax._weights.ranges import entry as entry_in
+
+_ENDINGS = ("weight", "kernel", "embedding")
+
+
+def canonical(path: str) -> str:
+    """The name of an entry's module, whatever the file calls it.
+
+    >>> canonical("model/layers/0/q_proj/kernel"), canonical("model.layers.0.q_proj")
+    ('model.layers.0.q_proj', 'model.layers.0.q_proj')
+    """
+    module, _, last = path.replace("/", ".").rpartition(".")
+    return module if module and last in _ENDINGS else path.replace("/", ".")
+
+
+def names_of(path: str) -> list[str]:
+    """What the tensor of an entry may be called, the likeliest first."""
+    bare = path.partition("[[")[0] if rows_of(path) else split_range(path)[0]
+    module = canonical(bare)
+    found = [bare, bare.replace("/", "."), bare.replace(".", "/")]
+    for ending in _ENDINGS:
+        found += [f"{module}.{ending}", f"{module.replace('.', '/')}/{ending}"]
+    return found
+
+
+def find(path: str, tensors: Mapping[str, Any], where: Any) -> tuple[str, tuple[Range, ...]]:
+    """The name of the tensor that an entry is of, and which part of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = next((name for name in names_of(path) if name in tensors), None)
+    if name is None:
+        raise ValueError(
+            f"{where} has no tensor for {path!r}: the adapter is another model's. Nearest: "
+            f"{nearest(path, tensors)}"
+        )
+    own = split_range(path)[1]
+    if own is None or rows_of(path):
+        return name, ()
+    return name, entry_in(f"{name}[{own}]", tensors)[1]
+
+
+def part_of(path: str, tensors: Mapping[str, Any], shape: tuple[int, ...], where: Any) -> Any:
+    """The part of a tensor that an entry is of, which has as many entries as ``shape``.
+
+    Raises:
+        ValueError: it has not.
+    """
+    name, ranges = find(path, tensors, where)
+    found = part_shape(tensors[name].shape, ranges)
+    if prod(found) != prod(shape):
+        raise ValueError(
+            f"{where}: {name!r} has shape {tuple(found)}, and the adapter's {path!r} is of one of "
+            f"shape {shape}: it is another model's"
+        )
+    x = np.asarray(tensors[name].read())
+    bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
+    return x[tuple(bounds.get(axis, slice(None)) for axis in range(x.ndim))]

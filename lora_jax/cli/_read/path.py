@@ -1,0 +1,120 @@
+"""What a path holds, found out by looking.
+
+Each of the formats that follow is one function.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax._adapter.params import Adapter
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint, update_of
+from lora_jax.cli._read.peft import open_peft
+from lora_jax.io import _files as files
+from lora_jax.io import orbax, safetensors
+from lora_jax.io.hf import _shards as shards
+from lora_jax.io.peft._config import CONFIG, TENSORS
+
+
+def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
+    """What is at a path.
+
+    Raises:
+        OSError: nothing is, or it cannot be read.
+        ValueError: it is of no kind that is known, or is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _file(path)
+    if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
+        return open_peft(path)
+    if (path / shards.SINGLE).exists() or (path / shards.INDEX).exists():
+        return Checkpoint(path, "huggingface", shards.tensors_in(path))
+    if (path / "_CHECKPOINT_METADATA").exists() or (path / "config").is_dir():
+        return _orbax(path)
+    steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir())
+    if steps:
+        note = f"step {steps[-1]}, the last of {len(steps)}"
+        return _orbax(path / str(steps[-1]), note)
+    inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    pickles = sorted(p.name for p in path.glob("*.bin"))
+    if inside:
+        hint = f"an adapter is in a folder within: {', '.join(inside)}"
+    elif pickles:
+        hint = f"{pickles[0]} is a pickle, which could run anything when it is read: convert it"
+    else:
+        hint = "expected a PEFT adapter, an Orbax checkpoint of lora_jax or a model's safetensors"
+    is_empty = not any(path.iterdir())
+    raise ValueError(f"{path} {'is empty' if is_empty else 'holds nothing known'}: {hint}")
+
+
+def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """The adapter at a path.
+
+    Raises:
+        ValueError: there is a model.
+    """
+    found = open_path(path)
+    if not isinstance(found, AdapterFile):
+        raise ValueError(f"{path} is a model or a file of tensors, expected an adapter")
+    return found
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The model at a path.
+
+    Raises:
+        ValueError: there is an adapter.
+    """
+    found = open_path(path)
+    if not isinstance(found, Checkpoint):
+        raise ValueError(f"{path} is an adapter, expected a model")
+    return found
+
+
+def _file(path: Path) -> AdapterFile | Checkpoint:
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            from lora_jax.io.hf._gguf import model as _gguf
+
+            return Checkpoint(path, "gguf", _gguf.tensors_in(path))
+    with files.open_tensors(path) as tensors:
+        metadata, names = tensors.metadata, list(tensors)
+    if "lora_jax" not in metadata:
+        if any(name.startswith("base_model.model.") for name in names):
+            raise ValueError(
+                f"{path} holds the tensors of a PEFT adapter, which mean nothing without "
+                f"{CONFIG} beside them: give the folder of both"
+            )
+        return Checkpoint(path, "safetensors", shards.tensors_of(path))
+    adapter = safetensors.load(path)
+    return _native(path, "safetensors", adapter, json.loads(metadata["lora_jax"]))
+
+
+def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
+    from lora_jax.cli._read.orbax import tensors_in
+    from lora_jax.io.orbax._files import config_of
+
+    record, _ = config_of(str(path.absolute()))
+    if isinstance(record, dict) and record.get("format") == "lora_jax params":
+        return Checkpoint(path, "orbax", tensors_in(path))
+    return _native(path, "orbax", orbax.load(path), record, note)
+
+
+def _native(path: Path, kind: str, adapter: Adapter, record: Any, note: str = "") -> AdapterFile:
+    updates = {key: update_of(key, f) for key, f in adapter.factors.items()}
+    whole = {name: np.asarray(x) for name, x in adapter.full.items()}
+    if any(f.residual for f in adapter.factors.values()):
+        note = ", ".join([*([note] if note else []), "on what its initializer left of its base"])
+    if record["base"] is None:
+        base = "not recorded"
+    else:
+        known = len(record["base"]["content"])
+        content = f"the contents of {known} of them" if known else "not their contents"
+        base = f"{len(record['base']['leaves'])} leaves: names, shapes and dtypes, {content}"
+    return AdapterFile(path, kind, updates, whole, base, (adapter, record), note=note)

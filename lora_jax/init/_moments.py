@@ -1,0 +1,100 @@
+"""``input_moments``: what the adapted weights read, summed up."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._transform.call import is_traced
+from lora_jax._transform.context import Context
+from lora_jax._transform.lora import run_lora
+from lora_jax._weights.axes import factor_shapes
+from lora_jax._weights.ranges import entry
+from lora_jax._weights.target import Target
+
+
+def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+    """Return ``sum x x^T`` over all that each adapted weight reads in a call of ``fn``.
+
+    One forward and one backward pass, with ``[in, in]`` numbers a weight. Add up the results of
+    several batches by ``jax.tree.map(jnp.add, moments, more)``.
+
+    Args:
+        fn: a function as for :func:`lora`.
+        *args: its arguments, with one LoraParams where it takes parameters: that says which
+            weights, and their layouts; its factors do not matter.
+        **kwargs: as ``args``.
+
+    Returns:
+        ``{path: [*batch, in, in]}`` in float32, by the keys of ``lora_params.adapter.factors``.
+        Lookups, and uses that read a weight from behind, as tied heads do, do not count.
+
+    Raises:
+        TypeError: there is not exactly one LoraParams among the arguments.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((2, 3))}}, rank=1)
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> lora_jax.init.input_moments(lambda p, x: x @ p["query"]["kernel"], lora_params, x)
+        {'query/kernel': Array([[2., 2.],
+               [2., 4.]], dtype=float32)}
+    """
+    is_lora = lambda x: isinstance(x, LoraParams)  # noqa: E731
+    nodes, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
+    places = [i for i, node in enumerate(nodes) if is_lora(node)]
+    if len(places) != 1:
+        raise TypeError(
+            f"input_moments: expected one LoraParams among the arguments, such as lorafy(params, "
+            f"...) returns, got {len(places)}: it says which weights"
+        )
+    lora_params = nodes[places[0]]
+    leaves, identities, shapes = check(lora_params), {}, {}
+    for name, f in lora_params.adapter.factors.items():
+        path, ranges = entry(name, leaves)
+        target = Target(name, leaves[path], ranges, f.layout, 1, 1.0, 1)
+        n = target.inputs
+        shapes[name] = (*target.batch, n, n)
+        a_shape, b_shape = factor_shapes(f.layout, target.shape, n)
+        a = jnp.broadcast_to(jnp.eye(n), shapes[name]).reshape(a_shape)
+        identities[name] = replace(
+            f, a=a, b=jnp.zeros(b_shape), scale=jnp.float32(1), magnitude=None, norm=None, frozen=()
+        )
+
+    arrays = {i: node for i, node in enumerate(nodes) if is_traced(node)}
+
+    def total(identities, base, arrays):
+        arrays[places[0]] = LoraParams(base, Adapter(identities))
+        probed = jax.tree.unflatten(tree, [arrays.get(i, node) for i, node in enumerate(nodes)])
+        outputs = run_lora(Context("error", observe=_observe), fn, *probed)
+        floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
+        return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
+
+    found = jax.jit(jax.grad(total))(identities, lora_params.base, arrays)
+    return {name: f.a.reshape(shapes[name]) for name, f in found.items()}
+
+
+def _observe(product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
+    """``product(x, a)``, bilinear, where the gradient of ``a`` is made to be ``x (x a)^T``.
+
+    With the identity for ``a`` that is ``x x^T``; autodiff adds it up over loops and uses.
+    """
+
+    @jax.custom_vjp
+    def observed(x, a):
+        return product(x, a)
+
+    def forward(x, a):
+        y = product(x, a)
+        return y, (x, a, y)
+
+    def backward(residuals, cotangent):
+        x, a, y = residuals
+        _, vjp = jax.vjp(product, x, a)
+        return vjp(cotangent)[0], vjp(y)[1]
+
+    observed.defvjp(forward, backward)
+    return observed(x, a)

@@ -1,0 +1,209 @@
+"""Families of models as Hugging Face's files name them, as data: our paths to their names.
+
+Each covers the Flax models of ``transformers`` (``model/layers/0/self_attn/q_proj``), modules that
+are numbered in Linen's way (``layers_0``) and stacked ones (``layers/self_attn/q_proj`` with the
+layers in front).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.io._torch import LAYER, Names
+
+# What files of many models hold beside their weights, and every implementation makes anew.
+BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
+
+
+# The models whose dense layers are Conv1D, stored [in, out].
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    r"""How the parameters of a kind of model are named, and laid out, in Hugging Face's files.
+
+    Attributes:
+        names: the name of a module there, by the path of it here: patterns to templates, such as
+            ``{r"h_(\d+)/(.+)": r"transformer.h.\1.\2"}``, as in :func:`lora_jax.io.peft.save`.
+            None: the paths with dots.
+        kinds: of the modules there, as in :func:`lora_jax.io.peft.save`.
+        prefix: of names that files of the model without a head do without, such as ``"model."``.
+        tied: the names of tensors that may be missing, because they are others; where they are
+            there, they must be the same.
+        tied_head: likewise, of an output head and where ``tie_word_embeddings`` of the
+            configuration is true.
+        ties_head: whether it is where the configuration does not say.
+        ignore: a regular expression of tensors that may be left over, as buffers always may.
+        layout: of our weights, as in ``lorafy``, where their names do not tell.
+    """
+
+    names: Names = None
+    kinds: Mapping[str, str] | None = None
+    prefix: str = ""
+    tied: Mapping[str, str] | None = None
+    tied_head: Mapping[str, str] | None = None
+    ties_head: bool = True
+    ignore: str | None = None
+    layout: Mapping[str, str] | None = None
+
+
+def _numbered(root: str, stack: str) -> dict[str, str]:
+    """The modules of a stack of layers below a root that may be missing here."""
+    return {
+        rf"(?:{root}/)?{stack}[/_](\d+)/(.+)": rf"{root}.{stack}.\1.\2",
+        rf"(?:{root}/)?{stack}/(\D.*)": rf"{root}.{stack}.{LAYER}.\1",
+    }
+
+
+def _beside(root: str, modules: str) -> dict[str, str]:
+    """The other modules below a root."""
+    return {rf"(?:{root}/)?((?:{modules})(?:/.+)?)": rf"{root}.\1"}
+
+
+def _encoder(root: str, beside: str, heads: str, head: Mapping[str, str] | None = None) -> Family:
+    """A BERT or what grew from it."""
+    names = _numbered(root, "encoder/layer") | _beside(root, beside)
+    names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
+    return Family(names, prefix=f"{root}.", tied_head=head)
+
+
+def _decoder(*, ties_head: bool) -> Family:
+    """A Llama or what grew from it."""
+    names = _numbered("model", "layers") | _beside("model", "embed_tokens|norm")
+    names |= {"lm_head|score": r"\g<0>"}
+    head = {"lm_head.weight": "model.embed_tokens.weight"}
+    return Family(names, prefix="model.", tied_head=head, ties_head=ties_head)
+
+
+_BERT_TABLE = "bert.embeddings.word_embeddings.weight"
+
+
+_ROBERTA_TABLE = "roberta.embeddings.word_embeddings.weight"
+
+
+_DEBERTA_TABLE = "deberta.embeddings.word_embeddings.weight"
+
+
+_BERT = _encoder(
+    "bert",
+    "embeddings|pooler",
+    "cls|classifier|qa_outputs",
+    {
+        "cls.predictions.decoder.weight": _BERT_TABLE,
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+)
+
+
+_ROBERTA = _encoder(
+    "roberta",
+    "embeddings|pooler",
+    "lm_head|classifier|qa_outputs",
+    {"lm_head.decoder.weight": _ROBERTA_TABLE, "lm_head.decoder.bias": "lm_head.bias"},
+)
+
+
+_DEBERTA = _encoder(
+    "deberta",
+    "embeddings|encoder/(?:rel_embeddings|LayerNorm|conv)",
+    "cls|lm_predictions|classifier|qa_outputs|pooler",
+    {
+        "cls.predictions.decoder.weight": _DEBERTA_TABLE,
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+)
+
+
+_T5 = Family(
+    {
+        r"(encoder|decoder)/block[/_](\d+)/layer[/_](\d+)/(.+)": r"\1.block.\2.layer.\3.\4",
+        r"(encoder|decoder)/(final_layer_norm|embed_tokens)": r"\1.\2",
+        "shared|lm_head": r"\g<0>",
+    },
+    tied={
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    },
+    tied_head={"lm_head.weight": "shared.weight"},
+    ignore=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+)
+
+
+_GPT2 = Family(
+    _numbered("transformer", "h") | _beside("transformer", "wte|wpe|ln_f") | {"lm_head": "lm_head"},
+    kinds={r".*/(c_attn|c_proj|c_fc|q_attn)/\w+": "Conv1D"},
+    prefix="transformer.",
+    tied_head={"lm_head.weight": "transformer.wte.weight"},
+)
+
+
+_CLIP = Family(
+    {
+        r"(text_model|vision_model)/encoder/layers[/_](\d+)/(.+)": r"\1.encoder.layers.\2.\3",
+        r"(text_model|vision_model)/encoder/layers/(\D.*)": rf"\1.encoder.layers.{LAYER}.\2",
+        r"(text_model|vision_model)/((?!encoder).+)": r"\1.\2",
+        "text_projection|visual_projection|logit_scale|classifier": r"\g<0>",
+    }
+)
+
+
+#: By the ``model_type`` of ``config.json``. Yours: ``hf.FAMILIES["mine"] = hf.Family({...})``.
+FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "clip": _CLIP,
+    "deberta-v2": _DEBERTA,
+    "dinov2": _encoder("dinov2", "embeddings|layernorm", "classifier"),
+    "gemma": _decoder(ties_head=True),
+    "gpt2": _GPT2,
+    "llama": _decoder(ties_head=False),
+    "mistral": _decoder(ties_head=False),
+    "qwen2": _decoder(ties_head=False),
+    "qwen3": _decoder(ties_head=False),
+    "roberta": _ROBERTA,
+    "t5": _T5,
+    "vit": _encoder("vit", "embeddings|layernorm|pooler", "classifier"),
+    "xlm-roberta": _ROBERTA,
+}
+
+
+def family_of(
+    config: Mapping[str, Any] | None, where: str, family: str | Family | None, **changes: Any
+) -> Family:
+    """The family of a model: said, or that of its configuration; with what is not None changed.
+
+    Raises:
+        ValueError: it is not known, and nothing says how the tensors are named.
+    """
+    known = f"known are {', '.join(sorted(FAMILIES))}"
+    yours = "names={pattern of paths here: name there}, or family=hf.Family(), for paths with dots"
+    if not (family is None or isinstance(family, str | Family)):
+        raise TypeError(f"family={family!r}: expected an hf.Family or the name of one")
+    kind = str((config or {}).get("model_type"))
+    if isinstance(family, str):
+        if family not in FAMILIES:
+            raise ValueError(f"family={family!r}: {known}. For another say {yours}")
+        family = FAMILIES[family]
+    elif family is None:
+        family = FAMILIES.get(kind, Family() if changes.get("names") is not None else None)
+    if family is None and config is None:
+        raise ValueError(
+            f"{where} holds no config.json, whose model_type tells how tensors are named: say "
+            f"family=, {known}; or {yours}"
+        )
+    if family is None:
+        raise ValueError(
+            f"{where}: model_type {kind!r} of config.json is no family that is known; {known}. Say "
+            f"{yours}; or make it known: hf.FAMILIES[{kind!r}] = hf.Family(names={{...}})"
+        )
+    if not (config or {}).get("tie_word_embeddings", family.ties_head):
+        family = dataclasses.replace(family, tied_head=None)
+    return dataclasses.replace(family, **{k: v for k, v in changes.items() if v is not None})
+
+
+def ties_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of tensors that are others, of the model of a configuration; none if unknown."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    is_tied = config.get("tie_word_embeddings", family.ties_head)
+    head = family.tied_head if is_tied else None
+    return {**(family.tied or {}), **(head or {})}

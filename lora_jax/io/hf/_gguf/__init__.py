@@ -1,0 +1,1 @@
+"""GGUF files: ``file`` reads bytes, ``tensor`` a tensor, ``model`` names, ``tokenizer`` words."""

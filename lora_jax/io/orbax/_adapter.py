@@ -1,0 +1,87 @@
+"""One adapter as an Orbax checkpoint."""
+
+import os
+from typing import Any
+
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.paths import PyTree
+from lora_jax.io import _record as records
+from lora_jax.io.orbax._files import (
+    Places,
+    absolute,
+    checkpointables,
+    config_of,
+    placed,
+    read,
+    write,
+)
+from lora_jax.io.orbax._leaves import by_name, labeled
+
+
+def save(
+    path: str | os.PathLike[str], adapter: Adapter | LoraParams, *, content: bool = False
+) -> None:
+    """Write an adapter as a new Orbax checkpoint.
+
+    Orbax writes it aside and renames it: a process killed at any point leaves no checkpoint, or a
+    whole one. An existing one is never replaced, since Orbax would delete it first.
+
+    Args:
+        path: of the checkpoint, a directory that does not exist.
+        adapter: with a LoraParams, the record also says which base it is of: the names, shapes
+            and dtypes of its leaves.
+        content: whether to note a checksum of every leaf of the base, which reads all of it.
+
+    Raises:
+        TypeError: ``adapter`` is of the wrong kind.
+        ValueError: it is of a base that an initializer changed and that is not given.
+        FileExistsError: there is something at ``path``.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax, tempfile
+        >>> from lora_jax.io import orbax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     orbax.save(f"{folder}/adapter", lora_jax.lorafy(params, rank=1))
+        ...     list(orbax.load(f"{folder}/adapter", params).adapter.factors)
+        ['query/kernel']
+    """
+    adapter, base = records.parts_of(adapter, "orbax.save")
+    record = records.record_of(adapter, base, content=content)
+    leaves = {"adapter": by_name(records.arrays_of(adapter))}
+    write(path, checkpointables(record, leaves))
+
+
+def load(
+    path: str | os.PathLike[str],
+    params: PyTree | None = None,
+    *,
+    shardings: Places = None,
+    finite: bool = True,
+) -> Any:
+    """Read the adapter of a checkpoint of :func:`save`, or of a step of a :class:`Checkpointer`.
+
+    Args:
+        path: of the checkpoint; of a step, ``directory/step``.
+        params: the parameters it was trained on, or None.
+        shardings: where the arrays go: one sharding for all, or a function of an array's name,
+            such as ``layers_0/query/kernel.a``, and its shape. None puts a copy on every device
+            of the mesh of ``params``, or, if they have none, all on the default device.
+        finite: whether to refuse values that are not.
+
+    Returns:
+        A LoraParams of ``params``; without them the Adapter alone.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at ``path``.
+        ValueError: it is damaged, is no adapter, or is one of another model than ``params``; or
+            a sharding does not fit.
+        UserWarning: ``params`` are of another precision than its base was.
+    """
+    where = absolute(path)
+    record, notes = config_of(where)
+    records.check_record(record, where)
+    found = read(where, notes, {"adapter": placed(notes["adapter"], shardings, params)})
+    arrays = labeled(notes["adapter"], found["adapter"])
+    adapter = records.adapter_of(record, arrays, where, finite=finite)
+    return records.on_base(adapter, record, params, where)

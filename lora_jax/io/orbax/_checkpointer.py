@@ -1,0 +1,233 @@
+"""Checkpoints of a training."""
+
+import operator
+import os
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.paths import PyTree
+from lora_jax.io import _record as records
+from lora_jax.io.orbax._files import (
+    Places,
+    absolute,
+    agreed,
+    checkpointables,
+    config_of,
+    context,
+    default_place,
+    placed,
+    read,
+)
+from lora_jax.io.orbax._leaves import by_name, by_number, labeled, rebuilt
+
+
+class Restored(NamedTuple):
+    """What :meth:`Checkpointer.load` returns.
+
+    Attributes:
+        step: that was saved.
+        lora_params: the adapter of that step, on the parameters that were given.
+        opt_state: the optimizer's state, or None if it was not asked for.
+        extra: whatever else was saved, or None if it was not asked for.
+    """
+
+    step: int
+    lora_params: Any
+    opt_state: Any
+    extra: Any
+
+
+class Checkpointer:
+    """Checkpoints of a training, one directory a step, written while it goes on.
+
+    A process killed at any point leaves every step that was whole. One process, or one group of
+    JAX processes, writes to a directory; any may read it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax, optax, tempfile
+        >>> from lora_jax.io import orbax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> lora_params = lora_jax.lorafy(params, rank=1)
+        >>> tx = lora_jax.optimizer(optax.adamw(1e-3))
+        >>> state = tx.init(lora_params)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with orbax.Checkpointer(folder, every=5, keep=1) as checkpointer:
+        ...         for step in range(12):
+        ...             saved = checkpointer.save(step, lora_params, state, {"seen": 32 * step})
+        ...     with orbax.Checkpointer(folder) as checkpointer:
+        ...         found = checkpointer.load(params, tx.init(lora_params), {"seen": 0})
+        >>> found.step, found.extra
+        (10, {'seen': 320})
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, every: int = 1, keep: int | None = None
+    ):
+        """Open a directory, and make it if it is not there.
+
+        Args:
+            directory: of the checkpoints.
+            every: which steps are saved: its multiples.
+            keep: how many of the last ones are kept, or None for all.
+
+        Raises:
+            ValueError: ``every`` or ``keep`` is no positive number.
+        """
+        for name, n in (("every", every), ("keep", keep)):
+            if n is not None and n < 1:
+                raise ValueError(f"Checkpointer: {name}={n}, expected at least 1")
+        self.directory = absolute(directory)
+        due: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(every)
+        kept: Any = keep and ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(
+            self.directory, context=context(), save_decision_policy=due, preservation_policy=kept
+        )
+        self._pending: Any = None  # the save in progress
+        self._is_clean = False
+
+    def __enter__(self) -> "Checkpointer":
+        """The checkpointer itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Wait for what is being written, and close."""
+        self.close()
+
+    def save(
+        self, step: int, lora_params: Adapter | LoraParams, opt_state: Any = None, extra: Any = None
+    ) -> bool:
+        """Save a step, if it is due, while training goes on.
+
+        The arrays are copied before it returns, so that the next step may donate them, and written
+        thereafter: call :meth:`wait`, or leave the ``with`` block, before you rely on them. A save
+        that fails raises then, or at the next save.
+
+        Args:
+            step: its number, greater than those saved before.
+            lora_params: with the two halves of ``lora_jax.split``, what ``combine`` makes of them.
+            opt_state: the state of the optimizer, or any tree; None saves none.
+            extra: a tree of whatever else is needed to go on: PRNG keys, positions in the data,
+                scales. Leaves are arrays, numbers or strings.
+
+        Returns:
+            Whether the step is due, and so is being saved.
+
+        Raises:
+            TypeError: an argument or a leaf is of the wrong kind.
+            ValueError: a later step, or this one, has been saved before.
+        """
+        if (step := operator.index(step)) < 0:
+            raise ValueError(f"Checkpointer.save: step={step}, expected at least 0")
+        if not self._orbax.should_save(step):
+            if (last := self._orbax.latest) is not None and step <= last.step:
+                raise ValueError(
+                    f"Checkpointer.save: step={step}, and {self.directory} has step {last.step}: "
+                    "go on from there, with load(), or save to another directory"
+                )
+            return False
+        self.wait()
+        self._remove_partial()
+        adapter, base = records.parts_of(lora_params, "Checkpointer.save")
+        leaves = {"adapter": by_name(records.arrays_of(adapter))}
+        trees = {"opt_state": opt_state, "extra": extra}
+        leaves |= {part: by_number(tree, part) for part, tree in trees.items() if tree is not None}
+        written = checkpointables(records.record_of(adapter, base, content=False), leaves)
+        self._pending = self._orbax.save_checkpointables_async(step, written)
+        return True
+
+    def load(
+        self,
+        params: PyTree | None,
+        opt_state: Any = None,
+        extra: Any = None,
+        *,
+        step: int | None = None,
+        shardings: Places = None,
+        finite: bool = True,
+    ) -> Restored:
+        """Read a step that was saved.
+
+        Args:
+            params: the parameters that the adapter is trained on, or None for the adapter alone.
+            opt_state: a tree like the one that was saved, such as a fresh ``tx.init(...)``, of
+                arrays or ``jax.ShapeDtypeStruct``s. Each leaf comes back with the sharding of the
+                one given here; where that has none, as the adapter by default. None reads none.
+            extra: likewise. Of numbers and strings the type is looked at, not the value.
+            step: the number, or None for the last.
+            shardings: of the adapter's arrays, as in :func:`load`.
+            finite: whether to refuse an adapter with values that are not.
+
+        Returns:
+            ``Restored(step, lora_params, opt_state, extra)``.
+
+        Raises:
+            FileNotFoundError: there is no such step, or none at all.
+            ValueError: it is damaged, is of another model than ``params``, or ``opt_state`` or
+                ``extra`` has another structure, shape or dtype than what was saved; or a sharding
+                does not fit.
+            UserWarning: ``params`` are of another precision than the adapter's base was.
+        """
+        step = self._existing(step)
+        where = os.path.join(self.directory, str(step))
+        record, notes = config_of(where)
+        records.check_record(record, where)
+        places = {"adapter": placed(notes["adapter"], shardings, params)}
+        wanted = {"opt_state": opt_state, "extra": extra}
+        wanted = {part: by_number(tree, part) for part, tree in wanted.items() if tree is not None}
+        for part, leaves in wanted.items():
+            places[part] = agreed(leaves, notes.get(part), part, default_place(params), where)
+        found = read(where, notes, places)
+        arrays = labeled(notes["adapter"], found["adapter"])
+        adapter = records.adapter_of(record, arrays, where, finite=finite)
+        lora_params = records.on_base(adapter, record, params, where)
+        trees = (
+            None if tree is None else rebuilt(tree, found[part])
+            for part, tree in (("opt_state", opt_state), ("extra", extra))
+        )
+        return Restored(step, lora_params, *trees)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are saved, in order; it waits for one that is being written.
+
+        Of an old step, a process killed while deleting it may leave a part: it is listed, ``load``
+        refuses it, and the next save deletes it.
+        """
+        self.wait()
+        return [found.step for found in self._orbax.checkpoints]
+
+    @property
+    def latest(self) -> int | None:
+        """The last of :attr:`steps`, or None."""
+        return max(self.steps, default=None)
+
+    def wait(self) -> None:
+        """Wait until what is being written is on the disk; raise what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and give back what Orbax holds."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps
+        if not steps:
+            raise FileNotFoundError(f"{self.directory} has no checkpoint yet: latest is None")
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"{self.directory} has no step {step}, but {steps}")
+        return steps[-1] if step is None else step
+
+    def _remove_partial(self) -> None:
+        """What killed processes left: before the first save only, since readers must not."""
+        if not self._is_clean and jax.process_index() == 0:
+            for partial in self._orbax.directory.glob("*.orbax-checkpoint-tmp*"):
+                partial.rmtree()
+        self._is_clean = True

@@ -1,0 +1,95 @@
+"""Write an adapter as PEFT does."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_jax._adapter.params import LoraParams, check
+from lora_jax._weights.paths import PyTree
+from lora_jax.algebra._plain import to_plain
+from lora_jax.io import _files as files
+from lora_jax.io._torch import Map, Names
+from lora_jax.io.peft._axes import PARAMETER_ORDER
+from lora_jax.io.peft._config import CONFIG, TENSORS, refused_by_vllm
+from lora_jax.io.peft._modules import to_files
+
+_OURS = (TENSORS, CONFIG, "README.md")
+
+
+def save(
+    path: str | os.PathLike[str],
+    lora_params: LoraParams,
+    *,
+    initial: LoraParams | None = None,
+    params: PyTree = None,
+    names: Names = None,
+    kinds: Mapping[str, str] | None = None,
+    layout: Mapping[str, str] | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    task_type: str | None = None,
+    rslora: bool = False,
+    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
+    for_vllm: bool = False,
+    overwrite: bool = False,
+) -> None:
+    r"""Write an adapter as a folder that PEFT and vLLM read.
+
+    ``PeftModel.from_pretrained(model, path)`` of the PyTorch model with the same weights then
+    computes what ``lora(fn)`` computes here.
+
+    Args:
+        path: of the folder, in one that exists.
+        lora_params: what to write. What trains whole goes where PEFT keeps it: biases, whole
+            modules (``modules_to_save``), rows of tables.
+        initial: where the initializer changed the base (PiSSA, OLoRA, LoftQ, ...), the LoraParams
+            before training: what is written is then plain LoRA, of twice the rank, on ``params``.
+        params: the parameters that ``lorafy`` was given, with ``initial``.
+        names: the name of a module there, by the path of it here: ``{pattern: template}``, such as
+            ``{r"layers_(\d+)/attn/query": r"model.layers.\1.self_attn.q_proj"}``, or a function.
+            Patterns are regular expressions, matched in full; the first one counts. In a template
+            ``{layer}`` stands for the number of a layer, of leaves that have the layers stacked in
+            front, and ``{expert}`` likewise. None: the path with dots for slashes.
+        kinds: where the axes leave a doubt, ``{pattern of the leaf: kind}``, of ``"Linear"``,
+            ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` and ``"Parameter"`` (experts).
+        layout: as in ``lorafy``, for leaves that train whole; that of ``layout_of`` knows the
+            kinds as well.
+        base_model: the name or folder of the model, for the configuration.
+        task_type: such as ``"CAUSAL_LM"``, for the configuration.
+        rslora: whether the configuration is to say ``use_rslora``; the function is the same.
+        parameter_order: the order in which modules there register their parameters, where several
+            of one module are adapted.
+        for_vllm: whether to refuse what vLLM would.
+        overwrite: whether an existing adapter may be replaced.
+
+    Raises:
+        TypeError: ``lora_params`` is not a LoraParams.
+        ValueError: something in it has no name, no form in PEFT, or no exact one.
+        OSError: it cannot be written; FileExistsError without ``overwrite``.
+
+    References:
+        PEFT 0.21 and vLLM 0.33; the formats were checked by running them.
+    """
+    if not isinstance(lora_params, LoraParams):
+        raise TypeError(f"peft.save: expected a LoraParams, got {type(lora_params).__name__}")
+    if (initial is None) != (params is None):
+        raise ValueError("peft.save: initial and params go together: one of them is None")
+    if initial is not None:
+        lora_params = to_plain(lora_params, initial, params)
+    places = Map(check(lora_params), names, kinds, layout)
+    tensors, config = to_files(
+        lora_params,
+        places,
+        parameter_order,
+        rslora=rslora,
+        base_model_name_or_path=base_model and os.fspath(base_model),
+        task_type=task_type,
+    )
+    if for_vllm and (refused := refused_by_vllm(config, tensors)):
+        raise ValueError("peft.save: vLLM would refuse this adapter: " + "; ".join(refused))
+    with files.written_aside(path, overwrite=overwrite, owns=_OURS) as partial:
+        partial.mkdir()
+        files.write_tensors(partial / TENSORS, tensors, {"format": "pt"})
+        files.write_json(partial / CONFIG, config)
+        if (card := Path(path) / "README.md").exists():
+            shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced

@@ -1,0 +1,108 @@
+"""``lora_routed(fn)``: the same function, where every input is routed to the adapters for it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._transform.call import Among, enter
+from lora_jax._transform.context import Context
+from lora_jax._transform.lora import check_function, run_lora
+
+
+def lora_routed(
+    fn: Callable[..., Any], *, top_k: int = 2, temperature: float = 1.0
+) -> Callable[..., Any]:
+    """Return ``fn`` over a stack of adapters, mixed anew for every token at every weight.
+
+    The returned function takes what ``fn`` takes, with a LoraParams whose adapter is a stack, and
+    ``lora_router``, a direction ``v[n]`` for each adapter, as :func:`arrow` finds them. Where ``x``
+    meets an adapted weight it computes::
+
+        x W + sum_n g[n] scale[n] (x a[n]) b[n],   g = softmax of the top_k |x v[n]| / temperature
+
+    The factors of all adapters are read by every input, so it costs as one adapter of the sum of
+    their ranks. A mixture depends on the input: it cannot be merged, nor go where a weight is not
+    multiplied by an input, such as lookups and convolutions.
+
+    Args:
+        fn: a pure function of arrays in pytrees.
+        top_k: how many adapters an input is routed to, at most; those that tie with the last as
+            well.
+        temperature: the larger, the more alike their shares.
+
+    Raises:
+        TypeError: ``fn`` is not callable; or, at the call, the router is no mapping.
+        ValueError: an option is out of range, or ``fn`` has an argument ``lora_router``. At the
+            call: the adapter is no stack, has DoRA magnitudes or leaves trained whole; the router
+            is of other weights; or as :func:`lora`.
+        NotImplementedError: at the call: a weight is used otherwise than by a product with inputs.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> stacked = lora_jax.many.stack([lora_jax.lorafy(params, rank=1) for _ in range(3)])
+        >>> apply = lora_jax.many.lora_routed(lambda p, x: x @ p["query"]["kernel"])
+        >>> apply(stacked, jnp.ones((1, 3)), lora_router=lora_jax.many.arrow(stacked))
+        Array([[3., 3.]], dtype=float32)
+
+    References:
+        Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs,
+        arXiv:2405.11157, section 4.
+    """
+    check_function(fn, "lora_routed", "lora_router", "error")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"lora_routed: top_k={top_k!r}: expected an integer >= 1")
+    if not temperature > 0:
+        raise ValueError(f"lora_routed: temperature={temperature!r}: expected a number > 0")
+
+    @functools.wraps(fn)
+    def routed_fn(*args, lora_router, **kwargs):
+        def how(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[str, Any]:
+            _check(lora_params, lora_router)
+            among = Among(router=lora_router, routing=(top_k, float(temperature)))
+            return enter(lora_params, owner, leaves, among=among)
+
+        return run_lora(Context("error"), fn, args, kwargs, how)
+
+    return routed_fn
+
+
+def _check(lora_params: LoraParams, router: Any) -> None:
+    adapter = lora_params.adapter
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"lora_routed: LoraParams.adapter is {type(adapter).__name__}, expected an Adapter "
+            "that is a stack, such as lora_jax.many.stack([...]) returns"
+        )
+    if not isinstance(router, Mapping):
+        raise TypeError(
+            f"lora_router is {type(router).__name__}, expected directions by the key of every "
+            "weight, such as lora_jax.many.arrow(stacked) returns"
+        )
+    if adapter.full:
+        raise ValueError(
+            f"lora_routed: {next(iter(adapter.full))!r} is trained whole, and a mixture of such "
+            "leaves would have to be built for every input. Route adapters without full="
+        )
+    if router.keys() != adapter.factors.keys():
+        wrong = sorted(router.keys() ^ adapter.factors.keys())
+        raise ValueError(
+            f"lora_router is of other weights than the stack: {wrong[0]!r} is in one of them only. "
+            "Make it of this stack: lora_jax.many.arrow(stacked)"
+        )
+    for key, f in adapter.factors.items():
+        if f.magnitude is not None:
+            raise ValueError(
+                f"lora_routed: {key!r} has DoRA magnitudes, and what they normalize would be "
+                "another mixture for every input. Route plain LoRA"
+            )
+        expected = (*jnp.shape(f.a)[1:-1], *jnp.shape(f.scale))
+        if jnp.ndim(f.scale) != 1 or jnp.shape(router[key]) != expected:
+            raise ValueError(
+                f"lora_routed: at {key!r} the router has shape {jnp.shape(router[key])} and scale "
+                f"{jnp.shape(f.scale)}, expected a stack's, [adapters], and directions [*batch, "
+                "*in, adapters], such as lora_jax.many.arrow(stacked) returns"
+            )

@@ -1,0 +1,126 @@
+"""Stacks of adapters over one base: every array of the adapter has a leading axis, of adapters.
+
+A stack goes through ``jax.vmap`` with ``in_axes=LoraParams(base=None, adapter=0)``. Whatever an
+adapter lacks beside others is zeros in ``a`` *and* in ``b``: a saddle, where no gradient is.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.checks import check_parts, check_same_base, check_single, with_adapter
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.axes import is_array
+from lora_jax._weights.paths import flatten
+from lora_jax._weights.ranges import rows_of
+from lora_jax.many._fit import Slot, Slots, fitted
+
+Stack = TypeVar("Stack", LoraParams, Adapter)
+
+
+def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
+    """Stack adapters of one base, of any ranks, alphas and targets.
+
+    Every array of the adapter gets a leading axis, one row an adapter, in the order given::
+
+        a [N, *batch, *in, r]    b [N, *batch, r, *out]    scale [N]
+
+    and ``jax.vmap(lora_jax.lora(fn), in_axes=(LoraParams(base=None, adapter=0), ...))`` runs all of
+    them in one program, in which a weight of the base meets the inputs of all in one product.
+
+    Ranks are filled up with zeros in both factors, and a target that an adapter lacks has zero
+    factors and scale 0. Such an entry never has a gradient, so whatever moves entries by their
+    gradients (SGD, Adam, AdamW, Lion, clipping by the global norm) leaves it zero, and training the
+    stack is training each on its own; a mean over entries, such as Adafactor's, counts the zeros.
+    What cannot be zero is as the base has it and trains along: leaves that others train whole,
+    and the magnitudes of others' DoRA.
+
+    Args:
+        adapters: LoraParams over the very same arrays; or Adapters, all of one base.
+        rank: of all factors, so that adapters up to it can come in later by :func:`replace_at`;
+            None: at each weight the largest there. Rows that train on their own keep theirs.
+
+    Returns:
+        A LoraParams of that base, or an Adapter. Traced adapters cannot be refused for NaNs
+        or infinities: such a one has factors of zero and scales of NaN, so that its own results
+        are NaN, and no product over all rows can carry that to another. The rest of it stays.
+
+    Raises:
+        TypeError: these are no adapters, or of both kinds.
+        ValueError: there are none; they differ in base, layout, dtype, or what is static; parts of
+            a weight overlap; ``rank`` is too small; values are not finite; or what an adapter lacks
+            cannot be filled in without the base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}, "value": {"kernel": jnp.ones((3, 2))}}
+        >>> first = lora_jax.lorafy(params, rank=2)
+        >>> second = lora_jax.lorafy(params, rank=1, targets="value/kernel")
+        >>> both = lora_jax.many.stack([first, second])
+        >>> both.adapter.factors["query/kernel"].a.shape
+        (2, 3, 2)
+        >>> apply = lora_jax.lora(lambda p, x: (x @ p["query"]["kernel"], x @ p["value"]["kernel"]))
+        >>> axes = lora_jax.LoraParams(base=None, adapter=0)
+        >>> queries, values = jax.vmap(apply, in_axes=(axes, None))(both, jnp.ones((1, 3)))
+        >>> values.shape
+        (2, 1, 2)
+    """
+    if isinstance(adapters, LoraParams | Adapter | str) or not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"stack: adapters is {type(adapters).__name__}, expected a sequence: stack([one, two])"
+        )
+    adapters = list(adapters)
+    if not adapters:
+        raise ValueError("stack: there are no adapters: expected at least one")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | np.integer)):
+        raise TypeError(f"stack: rank={rank!r}: expected an int, or None")
+    first = adapters[0]
+    singles: dict[str, Adapter] = {}
+    for n, x in enumerate(adapters):
+        singles[f"adapters[{n}]"] = check_single(x, f"stack: adapters[{n}]")
+        if type(x) is not type(first):
+            raise TypeError(
+                f"stack: adapters[0] is {type(first).__name__} and adapters[{n}] "
+                f"{type(x).__name__}: pass LoraParams only, or Adapters only"
+            )
+    base, leaves = None, None
+    if isinstance(first, LoraParams):
+        base, leaves = first.base, flatten(first.base)[0]
+        others: list[Any] = adapters[1:]
+        for n, x in enumerate(others, 1):
+            check_same_base(f"stack: adapters[0] and adapters[{n}]", first, x)
+    remedy = "Train the same parts in all of them, or make two stacks"
+    check_parts("stack", singles, leaves, remedy)
+    full: dict[str, tuple[str, Any]] = {}
+    for name, x in singles.items():
+        for path, leaf in x.full.items():
+            full.setdefault(path, (name, leaf))
+    slots = Slots(_slots(singles, rank, leaves is not None), full, base, leaves)
+    rows = [fitted(x, f"stack: {name}", slots) for name, x in singles.items()]
+    return with_adapter(first, jax.tree.map(lambda *rows: jnp.stack(rows), *rows))
+
+
+def _slots(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dict[str, Slot]:
+    """All keys of any adapter: as the first has it that has it, with the largest rank."""
+    enough = any if has_base else all  # norms that are missing are found, or else at every call
+    slots: dict[str, Slot] = {}
+    for key in dict.fromkeys(key for x in singles.values() for key in x.factors):
+        has = {name: x.factors[key] for name, x in singles.items() if key in x.factors}
+        (owner, f), *_ = has.items()
+        largest = max(has, key=lambda name: has[name].rank)
+        r = has[largest].rank
+        if rank is not None and rows_of(key) is None:
+            if rank < r:
+                raise ValueError(
+                    f"stack: rank={rank}, and {largest} has rank {r} at {key!r}: expected at least "
+                    f"the largest; or shrink it, lora_jax.algebra.resize(adapter, {rank})"
+                )
+            r = int(rank)
+        norms = [f.norm for f in has.values()]
+        norm = next(filter(is_array, norms)) if enough(map(is_array, norms)) else None
+        slots[key] = Slot(owner, replace(f, norm=norm), r)
+    return slots

@@ -1,0 +1,118 @@
+"""``unstack``: the adapters of a stack, each without what was filled in."""
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.checks import check_single, with_adapter
+from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.axes import is_array
+from lora_jax._weights.ranges import rows_of
+
+Stack = TypeVar("Stack", LoraParams, Adapter)
+
+
+def unstack(stacked: Stack, *, trim: bool = True) -> list[Stack]:
+    """Take a stack apart: the inverse of :func:`stack`, up to what was filled in.
+
+    With ``trim`` the last entries of a rank where both ``a`` and ``b`` are zero are taken away,
+    down to rank 1, and so are targets whose factors and scale are zero. A fresh adapter, with only
+    ``b`` zero, is as it was. Leaves that were filled in for another adapter's ``full`` stay, as
+    they may have trained; and so does a DoRA target whose magnitude is not the base's norm any
+    more, or whose norms are not stored.
+
+    Args:
+        stacked: from :func:`stack`, perhaps trained.
+        trim: whether to take away what is zero; that looks at values.
+
+    Returns:
+        A list of LoraParams over the same base, or of Adapters.
+
+    Raises:
+        TypeError: ``stacked`` is neither.
+        ValueError: it is no stack; or, with ``trim``, it is traced.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((4, 4))}}
+        >>> both = lora_jax.many.stack([lora_jax.lorafy(params, rank) for rank in (1, 3)])
+        >>> [f.rank for x in lora_jax.many.unstack(both) for f in x.adapter.factors.values()]
+        [1, 3]
+    """
+    _, adapter = stack_of(stacked, "unstack")
+    if trim and not all(map(is_concrete, jax.tree.leaves(adapter))):
+        raise ValueError(
+            "unstack: the stack is traced, and what is padding is told by its values: "
+            "unstack(..., trim=False), or outside of jit"
+        )
+    leaves, tree = jax.tree.flatten(adapter)
+    columns = [jnp.unstack(x) for x in leaves]
+    rows = [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
+    if trim:
+        with jax.ensure_compile_time_eval():  # the values are there, also inside of a trace
+            used = jax.device_get({key: _used(f) for key, f in adapter.factors.items()})
+        rows = [_trimmed(row, n, used) for n, row in enumerate(rows)]
+    return [with_adapter(stacked, row) for row in rows]
+
+
+def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
+    """How many rows a stack has, and its adapter.
+
+    Raises:
+        TypeError: it is neither a LoraParams nor an Adapter.
+        ValueError: it is no stack, or of another base.
+    """
+    adapter = stacked.adapter if isinstance(stacked, LoraParams) else stacked
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"{verb}: stacked is {type(adapter).__name__}, expected what lora_jax.many.stack "
+            "returns"
+        )
+    for key, f in adapter.factors.items():
+        if not (is_array(f.scale) and len(f.scale.shape) == 1):
+            seen = f"of shape {jnp.shape(f.scale)}" if is_array(f.scale) else repr(f.scale)
+            raise ValueError(
+                f"{verb}: this is no stack: scale of {key!r} is {seen}, expected an array [N]. "
+                "lora_jax.many.stack([one, two]) makes one; halves of lora_jax.split are put "
+                "together by lora_jax.combine"
+            )
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(adapter)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"{verb}: this is no stack: its arrays have leading axes {sorted(sizes)}, expected one "
+            "size N for all"
+        )
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+    check_single(with_adapter(stacked, row), f"{verb}: a row of the stack")
+    return next(iter(sizes))[0], adapter
+
+
+def _used(f: Factors) -> tuple[Any, Any]:
+    """Of every row: which entries of the rank are not zero, and whether it does anything."""
+    n = f.layout.count("b")
+    a, b = jnp.moveaxis(f.a, -1, 1), jnp.moveaxis(f.b, n + 1, 1)
+    entries = [(x != 0).reshape(*x.shape[:2], -1).any(-1) for x in (a, b)]
+    entries = entries[0] | entries[1]  # [N, r]
+    acts = entries.any(-1) | (f.scale != 0)
+    if f.magnitude is not None:
+        start = jnp.sqrt(f.norm).astype(f.magnitude.dtype) if f.norm is not None else jnp.nan
+        acts |= (f.magnitude != start).reshape(len(acts), -1).any(-1)
+    return entries, acts
+
+
+def _trimmed(row: Adapter, n: int, used: dict[str, tuple[Any, Any]]) -> Adapter:
+    factors = {}
+    for key, f in row.factors.items():
+        entries, acts = used[key]
+        if not acts[n]:
+            continue
+        if rows_of(key) is None:
+            r = 1 + int(np.flatnonzero(entries[n]).max(initial=0))
+            axis = f.layout.count("b")
+            f = replace(f, a=f.a[..., :r], b=jax.lax.slice_in_dim(f.b, 0, r, axis=axis))
+        factors[key] = f
+    return replace(row, factors=factors)

@@ -1,0 +1,199 @@
+"""Optimizers that know ``a`` from ``b``: each wraps any Optax transformation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.axes import is_array
+from lora_jax._weights.paths import PyTree
+
+
+def lora_plus(tx: optax.GradientTransformation, ratio: float = 16.0) -> Any:
+    """Return ``tx`` with a learning rate for ``b`` that is ``ratio`` times that for ``a``.
+
+    ``b``'s update, whatever ``tx`` makes of it (moments, schedule, decoupled decay), is multiplied
+    by ``ratio``. It fits wherever ``tx`` does: in :func:`optimizer`, or on what ``split`` returns.
+
+    Args:
+        tx: any Optax transformation.
+        ratio: of the two rates.
+
+    Returns:
+        An Optax transformation.
+
+    Raises:
+        ValueError: ``ratio`` is not a positive number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, lora_jax
+        >>> trainable, _ = lora_jax.split(lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, 1))
+        >>> tx = lora_jax.optim.lora_plus(optax.sgd(1.0), ratio=4)
+        >>> grads = jax.tree.map(jnp.ones_like, trainable)
+        >>> updates, _ = tx.update(grads, tx.init(trainable), trainable)
+        >>> f = updates.factors["query/kernel"]
+        >>> float(f.a[0, 0]), float(f.b[0, 0])
+        (-1.0, -4.0)
+
+    References:
+        Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv:2402.12354.
+    """  # noqa: E501
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ValueError(f"lora_plus: ratio={ratio!r}: expected a positive number")
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra):
+        updates, state = tx.update(updates, state, params, **extra)
+        return _map_entries(lambda _, f: replace(f, b=_times(f.b, ratio)), updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def lora_fa(
+    tx: optax.GradientTransformation, lora_params: LoraParams, damping: float = 1e-8
+) -> Any:
+    """Return ``tx`` on the gradient of ``b`` that, with ``a`` frozen, moves ``W`` the most.
+
+    ``a`` never trains, so what it reads need not be kept for the backward pass. Among the updates
+    that ``a`` allows, the one nearest to ``W``'s own gradient has::
+
+        db = (a^T a)^-1 / scale^2 * grad_b
+
+    Args:
+        tx: any Optax transformation.
+        lora_params: from ``lorafy(..., freeze=("a",))``: its ``a`` are what is projected on.
+        damping: added to the diagonal of ``a^T a``, in units of its mean.
+
+    Returns:
+        An Optax transformation for these factors.
+
+    Raises:
+        TypeError: ``lora_params`` is not a LoraParams.
+        ValueError: an ``a`` of it trains, or it is a stack.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, lora_jax
+        >>> params = {"query": {"kernel": jnp.ones((3, 2))}}
+        >>> lora_params = lora_jax.lorafy(params, rank=1, freeze=("a",))
+        >>> tx = lora_jax.optim.lora_fa(optax.adamw(1e-3), lora_params)
+        >>> state = tx.init(lora_jax.split(lora_params)[0])
+
+    References:
+        Zhang et al., LoRA-FA, arXiv:2308.03303. The projection is that of LoRA-Pro's section 3.1
+        (Wang et al., arXiv:2407.18242) for a frozen ``a``, as in PEFT's ``LoraFAOptimizer``.
+    """
+    if not isinstance(lora_params, LoraParams):
+        raise TypeError(f"lora_fa: expected a LoraParams, got {type(lora_params).__name__}")
+    factors = lora_params.adapter.factors
+    if trains := [path for path, f in factors.items() if "a" in f.trainable]:
+        raise ValueError(
+            f"lora_fa: 'a' of {trains[0]!r} trains. Build the adapter with lorafy(..., "
+            "freeze=('a',))"
+        )
+    if stacked := [path for path, f in factors.items() if jnp.ndim(f.scale)]:
+        raise ValueError(
+            f"lora_fa: scale of {stacked[0]!r} has shape {jnp.shape(factors[stacked[0]].scale)}: "
+            "this is a stack, and what is projected on is of one adapter. Make it for each: "
+            "jax.vmap(step) of a step that calls lora_fa(tx, lora_params)"
+        )
+    tx = optax.with_extra_args_support(tx)
+    inverses = {
+        path: _inverse_gram(_as_matrix(f.a, f, "a"), damping) / jnp.square(f.scale)
+        for path, f in factors.items()
+    }
+
+    def project(path, f):
+        if path not in inverses:
+            raise ValueError(f"lora_fa: it was made for other factors, and not for {path!r}")
+        b = _as_matrix(f.b, f, "b")
+        return replace(f, b=(inverses[path].astype(b.dtype) @ b).reshape(f.b.shape))
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(_map_entries(project, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def riemannian(tx: optax.GradientTransformation, damping: float = 1e-6) -> Any:
+    """Return ``tx`` on gradients that do not depend on how ``a b`` is split into ``a`` and ``b``.
+
+    Each factor's gradient is scaled by the other one's Gram matrix::
+
+        da = grad_a (b b^T)^-1,    db = (a^T a)^-1 grad_b
+
+    Args:
+        tx: any Optax transformation.
+        damping: added to the diagonals of the Gram matrices; ``b`` starts at zero.
+
+    Returns:
+        An Optax transformation, whose ``update`` needs ``params``.
+
+    Raises:
+        ValueError: at ``update``: no ``params``, or a factor is frozen.
+
+    Example:
+        >>> import optax, lora_jax
+        >>> tx = lora_jax.optimizer(lora_jax.optim.riemannian(optax.adamw(1e-3)))
+
+    References:
+        Zhang and Pilanci, Riemannian Preconditioned LoRA, arXiv:2402.02347.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("riemannian: update(updates, state, params) needs params")
+
+        def scale(path, f, here):
+            if not is_array(here.a) or not is_array(here.b):
+                raise ValueError(f"riemannian: a factor of {path!r} is frozen, and both are needed")
+            a, b = (_as_matrix(getattr(here, name), f, name) for name in "ab")
+            da = _as_matrix(f.a, f, "a") @ _inverse_gram(b.mT, damping, relative=False)
+            db = _inverse_gram(a, damping, relative=False) @ _as_matrix(f.b, f, "b")
+            new = {"a": da.astype(f.a.dtype), "b": db.astype(f.b.dtype)}
+            return replace(f, **{n: x.reshape(getattr(f, n).shape) for n, x in new.items()})
+
+        return tx.update(_map_entries(scale, updates, params), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _inverse_gram(a: jax.Array, damping: float, relative: bool = True) -> jax.Array:
+    """``(a^T a + damping)^-1`` of ``[*batch, n, r]``."""
+    gram = a.mT @ a
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1] if relative else 1
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jnp.linalg.inv(gram + damping * size * eye)
+
+
+def _as_matrix(x: jax.Array, f: Factors, name: str) -> jax.Array:
+    """``a`` as ``[*batch, in, r]``, ``b`` as ``[*batch, r, out]``, in at least float32."""
+    n = f.layout.count("b")
+    batch, x = x.shape[:n], x.astype(wide(x.dtype))
+    return x.reshape(*batch, -1, x.shape[-1]) if name == "a" else x.reshape(*batch, x.shape[n], -1)
+
+
+def _times(x: Any, ratio: float) -> Any:
+    return x * jnp.asarray(ratio, x.dtype) if is_array(x) else x
+
+
+def _map_entries(f: Callable[..., Factors], tree: PyTree, *others: PyTree) -> PyTree:
+    """``tree`` with every adapter's factors replaced by ``f(path, factors, *others)``."""
+
+    def is_adapter(x):
+        return isinstance(x, Adapter)
+
+    def new(x, *others):
+        if not is_adapter(x):
+            return x
+        entries = x.factors.items()
+        factors = {path: f(path, own, *(o.factors[path] for o in others)) for path, own in entries}
+        return replace(x, factors=factors)
+
+    return jax.tree.map(new, tree, *others, is_leaf=is_adapter)

@@ -1,0 +1,227 @@
+"""Training: which leaves an optimizer moves, in the two styles."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.paths import PyTree, is_flax
+
+
+def labels(params: PyTree) -> PyTree:
+    """Label every leaf for ``optax.multi_transform``: ``"lora"`` trains, ``"frozen"`` does not.
+
+    Of a LoraParams, ``a``, ``b`` and the leaves trained whole are ``"lora"``; the base, by one
+    label for all of it, and ``scale`` are ``"frozen"``.
+
+    Args:
+        params: from ``lorafy``; a tree with LoraParams inside, whose other leaves train; or the
+            ``nnx.State`` that ``nnx.Optimizer`` makes of a LoraParams of ``nnx.Param``s.
+
+    Returns:
+        A tree of strings, a prefix of ``params``.
+
+    Raises:
+        TypeError: there is no LoraParams in ``params``.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1)
+        >>> base, adapter = lora_jax.labels(lora_params)
+        >>> base, adapter.factors["query/kernel"].a, adapter.factors["query/kernel"].scale
+        ('frozen', 'lora', 'frozen')
+    """
+    if is_flax(params, "nnx", "State") and params.keys() == {"base", "adapter"}:
+        return _label_state(params)
+    nodes, tree = jax.tree.flatten(params, is_leaf=_is_lora)
+    if not any(map(_is_lora, nodes)):
+        raise TypeError(
+            f"labels: no LoraParams in {type(params).__name__}: every leaf would train. Pass what "
+            "lora_jax.lorafy returned"
+        )
+    return jax.tree.unflatten(tree, [_label(node) if _is_lora(node) else "lora" for node in nodes])
+
+
+def _label(lora_params: LoraParams) -> LoraParams:
+    adapter = lora_params.adapter
+    factors = {
+        path: f.mapped(lambda name, _, f=f: "lora" if name in f.trainable else "frozen")
+        for path, f in adapter.factors.items()
+    }
+    return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
+
+
+def _label_state(state: Any) -> Any:
+    """The labels of a LoraParams that has become a State: by the names of its fields."""
+    from flax import nnx
+
+    names = ("a", "b", "magnitude")
+
+    def label(path, leaf):
+        del leaf
+        return "lora" if path[:2] == ("adapter", "full") or path[-1] in names else "frozen"
+
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state(
+        [(p, label(p, x) if p[0] == "adapter" else "frozen") for p, x in flat]
+    )
+
+
+def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return an optimizer of a whole LoraParams that runs ``tx`` on the adapter alone.
+
+    ``optax.multi_transform({"lora": tx, "frozen": freeze}, labels)``: ``tx`` sees ``a``, ``b`` and
+    the leaves trained whole, so weight decay, clipping and moments are theirs only, and its state
+    is of their size. The base and ``scale`` keep every bit. Use ``split`` instead, or
+    ``lora_jax.value_and_grad``, where the base should not be part of the trained state at all.
+
+    Args:
+        tx: any Optax transformation, such as ``optax.adamw(3e-4)``.
+
+    Returns:
+        An Optax transformation over trees of LoraParams' structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1)
+        >>> tx = lora_jax.optimizer(optax.adamw(1e-3))
+        >>> opt_state = tx.init(lora_params)
+        >>> grads = jax.tree.map(jnp.ones_like, lora_params)
+        >>> updates, opt_state = tx.update(grads, opt_state, lora_params)
+        >>> lora_params = optax.apply_updates(lora_params, updates)
+        >>> bool((lora_params.base["query"]["kernel"] == 1).all())
+        True
+
+    References:
+        Hu et al., arXiv:2106.09685, section 4.1: only A and B are trainable.
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no subclass
+        raise TypeError(
+            f"optimizer: expected an Optax transformation such as optax.adamw(3e-4), got {tx!r}"
+        )
+    return optax.multi_transform({"lora": tx, "frozen": _freeze()}, labels)
+
+
+def _freeze() -> optax.GradientTransformation:
+    """Updates that change no bit: ``x + -0.0`` is ``x``, while ``-0.0 + 0.0`` is ``0.0``."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: -jnp.zeros_like(u), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
+    """Split into what trains and what does not; ``combine`` is the inverse.
+
+    The adapter alone is then the first argument of the loss: any Optax optimizer fits as it is,
+    and the step neither takes gradients of the base nor returns it.
+
+    Args:
+        lora_params: from ``lorafy``.
+
+    Returns:
+        ``(trainable, frozen)``: an Adapter of ``a``, ``b`` and the leaves trained whole, and a
+        LoraParams of the base and the scales, each with None where the other has an array.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1)
+        >>> trainable, frozen = lora_jax.split(lora_params)
+        >>> jax.tree.map(jnp.shape, trainable.factors["query/kernel"])
+        Factors(a=(3, 1), b=(1, 2), scale=None, layout='io')
+        >>> lora_jax.combine(trainable, frozen)
+        LoraParams(1 adapted weights, 0 trained whole; trainable params: 5 || all params: 11 || trainable%: 45.5)
+    """  # noqa: E501
+    _check_lora(lora_params, "split")
+    base, adapter = lora_params
+
+    def half(trains):
+        return {
+            path: f.mapped(lambda name, x, f=f: x if (name in f.trainable) == trains else None)
+            for path, f in adapter.factors.items()
+        }
+
+    frozen = Adapter(half(trains=False), dict.fromkeys(adapter.full))
+    return Adapter(half(trains=True), adapter.full), LoraParams(base, frozen)
+
+
+def combine(trainable: Adapter, frozen: LoraParams) -> LoraParams:
+    """Put the halves that ``split`` made together again.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: the halves are not of one whole.
+    """
+    _check_lora(frozen, "combine")
+    if not isinstance(trainable, Adapter):
+        raise TypeError(
+            f"combine: trainable is {type(trainable).__name__}, expected the Adapter that "
+            "lora_jax.split returned first"
+        )
+    other = frozen.adapter
+    for name in ("factors", "full"):
+        if (ours := getattr(trainable, name).keys()) != (theirs := getattr(other, name).keys()):
+            raise ValueError(
+                f"combine: trainable.{name} and frozen.adapter.{name} differ in the paths "
+                f"{sorted(ours ^ theirs)[:5]}: the halves come from different splits"
+            )
+    factors = {
+        path: replace(other.factors[path], **{name: getattr(f, name) for name in f.trainable})
+        for path, f in trainable.factors.items()
+    }
+    return LoraParams(frozen.base, Adapter(factors, trainable.full))
+
+
+def value_and_grad(
+    fn: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Adapter]]:
+    """Return a function that evaluates ``fn`` and its gradient for the adapter alone.
+
+    As ``jax.value_and_grad``, but the gradient is that of ``split(lora_params)[0]``: the base may
+    hold integers, counters and PRNG keys, which ``jax.grad`` over a whole LoraParams refuses.
+
+    Args:
+        fn: a scalar function whose first argument is a LoraParams.
+        has_aux: whether ``fn`` returns ``(value, aux)``.
+
+    Returns:
+        A function of ``fn``'s arguments that returns ``(value, gradient)``, the gradient an
+        Adapter with ``scale`` None.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax
+        >>> lora_params = lora_jax.lorafy({"query": {"kernel": jnp.ones((3, 2))}}, rank=1)
+        >>> apply = lora_jax.lora(lambda p, x: x @ p["query"]["kernel"])
+        >>> loss = lambda lora_params, x: apply(lora_params, x).sum()
+        >>> value, grads = lora_jax.value_and_grad(loss)(lora_params, jnp.ones((1, 3)))
+        >>> float(value), grads.factors["query/kernel"].b.shape
+        (6.0, (1, 2))
+    """
+
+    def value_and_grad_fn(lora_params, *args, **kwargs):
+        _check_lora(lora_params, "value_and_grad")
+        trainable, frozen = split(lora_params)
+
+        def of_trainable(trainable):
+            return fn(combine(trainable, frozen), *args, **kwargs)
+
+        return jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable)
+
+    return value_and_grad_fn
+
+
+def _is_lora(x: Any) -> bool:
+    return isinstance(x, LoraParams)
+
+
+def _check_lora(x: Any, name: str) -> None:
+    if not _is_lora(x):
+        raise TypeError(
+            f"{name}: expected a LoraParams as lora_jax.lorafy returns, got {type(x).__name__}"
+        )

@@ -1,0 +1,134 @@
+"""``quantize``: a base in few bits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._weights.axes import is_array, role_axes
+from lora_jax._weights.choose import choose
+from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.quantized import (
+    dequantize_array,
+    is_quantized,
+    quantize_array,
+    relative_error,
+)
+from lora_jax._weights.selector import Selector, check_patterns, letters_of
+
+_BLOCKS = {"nf4": 64, "int4": 64, "int8": None, "fp8": None}
+
+
+_QTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
+
+
+def quantize(
+    params: PyTree,
+    qtype: str = "nf4",
+    *,
+    targets: Selector = "all-linear",
+    exclude: Selector = None,
+    layout: Mapping[str, str] | None = None,
+    block: int | None = None,
+) -> PyTree:
+    """Replace weights by quantized ones, for a base that does not train.
+
+    Such a base goes wherever parameters go: into ``lorafy``, and from there into ``lora(fn)``,
+    which makes each weight where it is used, in the forward and again in the backward pass, and
+    keeps it nowhere::
+
+        x dequantize(W) + scale * (x a) b
+
+    Args:
+        params: any pytree of arrays.
+        qtype: ``"nf4"`` (4-bit NormalFloat), ``"int4"``, ``"int8"`` or ``"fp8"`` (e4m3).
+        targets: as in :func:`lorafy`; every dense, convolution and expert kernel.
+        exclude: as in :func:`lorafy`.
+        layout: as in :func:`lorafy`.
+        block: how many inputs of an output share a step, or the largest divisor of their number
+            below; None is 64 for four bits, and all of them for eight.
+
+    Returns:
+        ``params`` with ``qwix.QArray`` for the targets: for nf4 in blocks of 64, with scales in
+        the weights' bfloat16 (float32), 4.25 (4.5) bits a weight.
+
+    Raises:
+        ImportError: qwix is not installed.
+        ValueError: ``qtype`` or ``block`` is unknown, or a pattern selects nothing.
+
+    References:
+        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
+    """
+    leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
+    layout = layout or {}
+    check_patterns(layout, "layout", leaves)
+    chosen, _ = choose(leaves, targets, exclude, None, "none", None, layout)
+    new: dict[str, Any] = {}
+    for path in chosen:
+        if path not in leaves:
+            raise ValueError(f"quantize: {path!r}: only whole weights can be quantized")
+        if is_quantized(leaves[path]):
+            raise ValueError(f"quantize: {path!r} is quantized already: exclude={path!r}")
+        letters = letters_of(path, leaves, layout)
+        new[path] = quantize_array(
+            leaves[path], *tiles_of(leaves[path].shape, letters, qtype, block, path)
+        )
+    every, tree = flatten(params)
+    return jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
+
+
+def tiles_of(
+    shape: Sequence[int], layout: str, qtype: str, block: int | None, path: str
+) -> tuple[str, dict[int, int]]:
+    """What qwix calls a type, and how many entries of which axes share a step."""
+    if qtype not in _QTYPES:
+        raise ValueError(f"quantize: qtype={qtype!r}: expected one of {sorted(_QTYPES)}")
+    if block is not None and block < 2:
+        raise ValueError(f"quantize: block={block!r}: expected at least 2 inputs, or None")
+    inputs, size = role_axes(layout, "i"), block or _BLOCKS[qtype]
+    if size is None:
+        return _QTYPES[qtype], {axis: shape[axis] for axis in inputs}
+    # along the last input axis; the others are channels
+    return _QTYPES[qtype], {inputs[-1]: _tile(shape[inputs[-1]], size, path)}
+
+
+def _tile(size: int, block: int, path: str) -> int:
+    """The largest divisor of ``size`` up to ``block``."""
+    tile = max(k for k in range(1, min(size, block) + 1) if size % k == 0)
+    if 4 * tile < min(size, block):
+        raise ValueError(
+            f"quantize: {path!r} has an input axis of {size}, whose largest divisor up to "
+            f"block={block} is {tile}: the scales would take more than they save. Pass another "
+            f"block, or leave the weight out: exclude={path!r}"
+        )
+    return tile
+
+
+def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
+    """The error that quantization made, by path: ``|W_q - W| / |W|``.
+
+    Args:
+        params: with quantized weights, from :func:`quantize` or
+            ``merge(..., quantized="requantize")``.
+        exact: the same parameters without: before ``quantize``, or from
+            ``merge(..., quantized="dequantize")``.
+
+    Returns:
+        ``{path: error}`` of the leaves that are quantized.
+
+    Raises:
+        ValueError: the two trees differ.
+    """
+    ours, theirs = flatten(params)[0], flatten(exact)[0]
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f"quantization_error: the trees differ in {sorted(ours.keys() ^ theirs.keys())[:5]}"
+        )
+    return {path: relative_error(x, theirs[path]) for path, x in ours.items() if is_quantized(x)}
+
+
+def dequantize(params: PyTree) -> PyTree:
+    """``params`` with plain arrays for the quantized ones, in the dtype of their scales."""
+    return jax.tree.map(
+        lambda x: dequantize_array(x) if is_quantized(x) else x, params, is_leaf=is_quantized
+    )

@@ -1,0 +1,106 @@
+"""From a base to the first step: what the trainer runs and ``benchmarks/scaling.py`` measures.
+
+``args`` is the command line of the trainer; no file is read here.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax.recipes.lm.data import Rows
+from lora_jax.recipes.lm.mesh import ROWS, placed
+from lora_jax.recipes.lm.step import Apply, State, make_step, on_mesh, on_pmap
+from lora_jax.recipes.models import llama
+
+
+class Job(NamedTuple):
+    """What trains.
+
+    Attributes:
+        plain: the model, of parameters and ids.
+        state: what a step changes, at first.
+        frozen: the other half of the LoraParams.
+        places: shardings of the LoraParams.
+        rate: the learning rate of a step.
+        step: of a state, the frozen half, rows from ``put`` and a number; see ``make_step``.
+        put: brings the rows of a batch to the devices.
+    """
+
+    plain: Apply
+    state: State
+    frozen: lora_jax.LoraParams
+    places: lora_jax.LoraParams
+    rate: Callable[[Any], Any]
+    step: Callable[..., Any]
+    put: Callable[[Rows], Rows]
+
+
+def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) -> llama.Llama:
+    """The network that a config.json describes."""
+    changes = {"scan_layers": True, "remat": args.remat, "dtype": jnp.dtype(args.dtype)}
+    if not args.pmap:  # or the compiler could gather the batch rather than the weights
+        changes["activations"] = NamedSharding(mesh, P(ROWS))
+    return llama.from_config(config, **changes)
+
+
+def ids_of(args: argparse.Namespace) -> jax.ShapeDtypeStruct:
+    """The shape of what the model reads at once."""
+    return jax.ShapeDtypeStruct((args.batch // args.accumulate, args.length), jnp.int32)
+
+
+def abstract(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> Any:
+    """The parameters' shapes, dtype and shardings."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids_of(args))["params"]
+    return placed(shapes, mesh, args.dtype)
+
+
+def plain_of(model: llama.Llama) -> Apply:
+    """The model as a function of parameters and ids."""
+    return lambda params, ids: model.apply({"params": params}, ids)
+
+
+def adapted(model: llama.Llama, base: Any, args: argparse.Namespace) -> lora_jax.LoraParams:
+    """A base with a new adapter."""
+    layout = lora_jax.layout_of(plain_of(model), base, ids_of(args))
+    options = {"alpha": args.alpha, "targets": args.targets, "key": jax.random.key(args.seed)}
+    return lora_jax.lorafy(base, args.rank, layout=layout, **options)
+
+
+def kinds_of(model: llama.Llama, like: Any, args: argparse.Namespace) -> dict[str, str]:
+    """What the adapter will be of, a line a weight."""
+    lora_params = jax.eval_shape(lambda base: adapted(model, base, args), like)
+    return {
+        f"the adapter of {path}": f"{f.layout}, a {f.a.dtype}{f.a.shape}, b {f.b.dtype}{f.b.shape}"
+        for path, f in lora_params.adapter.factors.items()
+    }
+
+
+def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh) -> Job:
+    """All that is between a base and the first step."""
+    lora_params = adapted(model, base, args)
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.warmup, args.steps)
+    tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))
+
+    # Factors go where the base goes, but whole along fsdp; and moments where the factors go.
+    places = lora_jax.shardings(lora_params, replicate=["fsdp"])
+    trainable, frozen = lora_jax.split(jax.device_put(lora_params, places))
+    of_adapter = lora_jax.split(places)[0]
+    of_state = lora_jax.state_shardings(jax.eval_shape(tx.init, trainable), trainable, of_adapter)
+    state = State(trainable, jax.jit(tx.init, out_shardings=of_state)(trainable))
+
+    plain = plain_of(model)
+    apply = lora_jax.lora(plain, dropout=args.dropout)
+    seed = args.seed if args.dropout else None
+    if args.pmap:
+        step, put = on_pmap(make_step(apply, tx, seed, "data"), mesh, args.accumulate)
+    else:
+        step = make_step(apply, tx, seed)
+        step, put = on_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
+    return Job(plain, state, frozen, places, rate, step, put)
