@@ -49,9 +49,9 @@ peft: ## PEFT itself, on the same weights; its PyTorch for the CPU wants Python 
 	$(MAKE) $(PEFT)/.test VENV=$(PEFT)
 	$(PEFT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peft.txt
 	$(PEFT)/bin/python -m pytest -m peer \
-		tests/test_peft.py tests/test_arithmetic_peft.py \
-		tests/test_io_peft_models.py tests/test_io_hf_models.py \
-		tests/test_io_gguf.py tests/test_example_models.py tests/test_real_models.py $(ARGS)
+		tests/test_peft.py tests/algebra/test_arithmetic_peft.py \
+		tests/io/test_peft_models.py tests/io/test_hf_models.py \
+		tests/io/test_gguf.py tests/recipes/test_models.py tests/examples/test_real_models.py $(ARGS)
 
 tpu: ## what TPUs would run, by their compiler; needs none
 	$(MAKE) $(TPU)/.test VENV=$(TPU)

@@ -367,3 +367,19 @@ def compilations():
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def bits(tree):
+    """The bytes of every leaf."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def assert_same(actual, expected):
+    """The same containers, statics, dtypes, shapes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    forms = [
+        [(x.dtype, x.shape) for x in map(np.asarray, jax.tree.leaves(t))]
+        for t in (actual, expected)
+    ]
+    assert forms[0] == forms[1]
+    assert bits(actual) == bits(expected)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import BASE, dense, split
 from helpers import assert_close, tolerance
-from test_arithmetic import BASE, dense, split
 
 import lora_jax
 from lora_jax import Adapter, Factors, LoraParams

@@ -1,4 +1,4 @@
-"""Files as this library writes them, for ``tests/test_golden.py``: small, and kept.
+"""Files as this library writes them, for ``tests/io/test_golden.py``: small, and kept.
 
 Run ``python tests/golden/make_own.py FOLDER`` to see what today's version writes. What
 ``tests/golden/own`` holds is never written again; a new version of a record gets another folder.

@@ -1,4 +1,4 @@
-"""Adapters as PEFT itself writes them, for ``tests/test_io_peft.py``: small, and kept.
+"""Adapters as PEFT itself writes them, for ``tests/io/test_peft_folders.py``: small, and kept.
 
 Run where PyTorch and PEFT are: ``python tests/golden/make_peft.py``. The experts come in two
 layouts: PEFT changed the axes with 0.19; with ``peft==0.18.1`` the script makes the older one only.

@@ -14,6 +14,8 @@ import pytest
 from helpers import (
     all_eqns,
     assert_close,
+    assert_same,
+    bits,
     dict_case,
     drawn,
     normal,
@@ -39,18 +41,6 @@ SUBSETS = {  # of targets, in a model of each kind; and a leaf to train whole
         ".*LayerNorm_0/bias",
     ),
 }
-
-
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    assert [x.dtype for x in jax.tree.leaves(actual)] == [
-        x.dtype for x in jax.tree.leaves(expected)
-    ]
-    assert bits(actual) == bits(expected)
 
 
 def lorafied(params, rank=8, seed=0, **options):

@@ -419,7 +419,7 @@ def test_adapters_go_to_peft_and_back(name, tmp_path):
 def test_the_adapter_of_the_demo_gives_the_same_labels_in_peft(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    examples = str(Path(__file__).parents[1] / "examples")
+    examples = str(Path(__file__).parents[2] / "examples")
     sys.path.append(examples)
     try:
         import bert

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import BASE, LAYOUT, dense, split
 from helpers import tolerance
-from test_arithmetic import BASE, LAYOUT, dense, split
 
 import lora_jax
 from lora_jax import Adapter, Factors

@@ -6,25 +6,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 
 import lora_jax
 from lora_jax.io import hf, orbax, peft, safetensors
 
-OWN = Path(__file__).parent / "golden" / "own"
+OWN = Path(__file__).parents[1] / "golden" / "own"
 spec = importlib.util.spec_from_file_location("make_own", OWN.parent / "make_own.py")
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
-
-
-def assert_same(found, expected):
-    """The same containers, statics, dtypes and bits."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
 
 
 def read(path):

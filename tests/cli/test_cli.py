@@ -466,7 +466,7 @@ def test_models_with_numbers_that_are_not(cli):
 
 def test_gguf_files_are_models(cli, here, capsys):
     pytest.importorskip("gguf", reason="gguf, which writes the file, is not installed")
-    from test_io_gguf import written
+    from gguf_files import written
 
     written(here / "m.gguf")
     found = cli("inspect", "m.gguf", "--json")

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, compilations, dict_case, drawn, normal, randomize_b, scan_case
+from helpers import (
+    assert_close,
+    bits,
+    compilations,
+    dict_case,
+    drawn,
+    normal,
+    randomize_b,
+    scan_case,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +30,6 @@ from lora_jax.io import orbax, peft, safetensors
 from lora_jax.many import AdapterBank
 
 EVERY = ["w1", "layers/0/w2"]  # the targets of dict_case
-
-
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def made(case, seed, rank, **options):

@@ -16,6 +16,7 @@ from helpers import (
     CASES,
     all_eqns,
     assert_close,
+    bits,
     dict_case,
     drawn,
     einsum_case,
@@ -32,10 +33,6 @@ import lora_jax
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TX = optax.adamw(1e-2, weight_decay=0.1)
-
-
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def ones(*shape):

@@ -20,7 +20,7 @@ from lora_jax.io import peft
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 PRE = "base_model.model."
-GOLDEN = Path(__file__).parent / "golden" / "peft"
+GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 EXPERTS = {"layout": {".*_proj": "boi"}}
 NET = {"kinds": {"conv/kernel": "Conv"}, "layout": {"conv/kernel": "iio"}}
 

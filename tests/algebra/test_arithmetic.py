@@ -6,61 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import all_eqns, assert_close, drawn, tolerance
+from adapters import BASE, LAYOUT, SHAPES, dense, split
+from helpers import all_eqns, assert_close, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
 from lora_jax.algebra._entries import Rule, of_factors
-
-SHAPES = {
-    "dense": ((6, 8), "io"),
-    "transposed": ((5, 7), "oi"),
-    "query": ((6, 2, 4), "ioo"),
-    "conv": ((3, 4, 6), "iio"),
-    "stack": ((3, 6, 5), "bio"),
-    "experts": ((5, 2, 4, 2), "obib"),
-    "one": ((4, 4), "io"),
-}
-LAYOUT = {name: letters for name, (_, letters) in SHAPES.items()}
-BASE = {
-    name: jax.device_put(np.random.default_rng(i).normal(size=shape).astype(np.float32))
-    for i, (name, (shape, _)) in enumerate(SHAPES.items())
-} | {"bias": jnp.arange(4.0), "norm": jnp.ones(3, jnp.bfloat16)}
-
-
-def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
-    """LoraParams with everything that trains drawn at random."""
-    options = {"targets": list(targets), "layout": LAYOUT, "init": drawn, **options}
-    lora_params = lora_jax.lorafy(base, rank, key=jax.random.key(seed), **options)
-    rng = np.random.default_rng(seed)
-
-    def with_b(name, x):
-        return jax.device_put(rng.normal(size=x.shape).astype(x.dtype)) if name == "b" else x
-
-    factors = {key: f.mapped(with_b) for key, f in lora_params.adapter.factors.items()}
-    full = {
-        path: jax.device_put(np.asarray(x) + rng.normal(size=x.shape).astype(x.dtype))
-        for path, x in lora_params.adapter.full.items()
-    }
-    return LoraParams(base, Adapter(factors, full))
-
-
-def dense(x):
-    """The updates in float64, in the weights' axes, from the definition."""
-    adapter = x.adapter if isinstance(x, LoraParams) else x
-    found = {}
-    for key, f in adapter.factors.items():
-        axes = {
-            role: "".join("abcd"[i] for i, c in enumerate(f.layout) if c == role) for role in "bio"
-        }
-        equation = f"{axes['b']}{axes['i']}z,{axes['b']}z{axes['o']}->{'abcd'[: len(f.layout)]}"
-        a, b = (np.asarray(y, np.float64) for y in (f.a, f.b))
-        found[key] = float(f.scale) * np.einsum(equation, a, b)
-    for path, leaf in adapter.full.items():
-        found[path] = np.asarray(leaf, np.float64) - np.asarray(x.base[path], np.float64)
-    return found
 
 
 def assert_updates(actual, expected, times=1):
