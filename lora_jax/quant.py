@@ -16,6 +16,8 @@ from lora_jax._weights.quantized import (
 )
 from lora_jax._weights.selector import Selector, check_patterns, letters_of
 
+__all__ = ["dequantize", "quantization_error", "quantize"]
+
 _BLOCKS = {"nf4": 64, "int4": 64, "int8": None, "fp8": None}
 
 

@@ -1,6 +1,7 @@
 """The command line: ``lora-jax inspect | merge | convert | diff | extract | verify | completion``.
 
-Here is what may be said; each command is a module of its own, which is imported when it is called.
+* ``_parser``: what can be passed; ``_commands``: a module a command, imported when it is called.
+* ``_read``: what a path holds; ``_options``, ``_numbers``, ``_show``: for several commands.
 """
 
 import functools
@@ -17,6 +18,8 @@ import jax
 
 from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show
+
+__all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 

@@ -16,6 +16,8 @@ from lora_jax._weights.paths import PyTree
 from lora_jax.io import _files as files
 from lora_jax.io import _record as records
 
+__all__ = ["about", "load", "save"]
+
 _KEYS = {"lora_jax", "sha256", "about"}
 
 
