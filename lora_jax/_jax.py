@@ -18,8 +18,6 @@ from jax.interpreters import partial_eval
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal = core.Literal
-
-
 _DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
 
 
@@ -202,8 +200,6 @@ def _folder(package: str) -> str:
 
 
 _OWN = os.path.dirname(__file__) + os.sep
-
-
 _JAX, *_OTHERS = (_folder(package) for package in ("jax", "flax", "optax"))
 
 

@@ -19,8 +19,6 @@ from lora_jax._weights.selector import Selector, check_patterns, letters_of
 __all__ = ["dequantize", "quantization_error", "quantize"]
 
 _BLOCKS = {"nf4": 64, "int4": 64, "int8": None, "fp8": None}
-
-
 _QTYPES = {"nf4": "nf4", "int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 

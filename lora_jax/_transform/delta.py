@@ -1,4 +1,4 @@
-"""``LoraArray``: what a weight is while ``lora(fn)`` runs: ``W`` and its low-rank deltas, apart.
+"""``Delta``: an update ``scale * a b``, apart from its weight ``W``, while ``lora(fn)`` runs.
 
 Every axis of ``W`` has a label, its position. A delta's factors are arrays whose axes are
 labelled: an axis of ``a`` or ``b`` belongs to the axis of ``W`` with its label, or is the rank
@@ -32,14 +32,8 @@ from lora_jax._weights.axes import role_axes
 from lora_jax._weights.ranges import Range
 
 R = -1
-
-
 N = -3  # the adapters of a stack
-
-
 M = -4  # the steps of the loop that the delta is in, where it has not been picked from yet
-
-
 Labels = tuple[Any, ...]
 
 

@@ -1,4 +1,4 @@
-"""``layout_of`` and ``report``: what a function does with its weights, by the rules of ``lora``."""
+"""``layout_of``: what a function does with its weights, by the rules of ``lora``."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A weight inside of an adapted function: what it was, and its update."""
+"""``LoraArray``: a weight while ``lora(fn)`` runs, ``W`` and its low-rank deltas, apart."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

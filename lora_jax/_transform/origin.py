@@ -1,4 +1,4 @@
-"""``Past``: which weight an update is of, and what has become of that weight's axes since."""
+"""``Origin``: which weight an update is of, and what has become of that weight's axes since."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

@@ -9,8 +9,6 @@ from lora_jax import _jax
 from lora_jax._transform.origin import Leaf
 
 _WARNED: dict[Any, Any] = {}  # Python notes here which warnings it has shown
-
-
 MATERIALIZE = "materialize"  # the primitive of a Use that built the whole weight
 
 

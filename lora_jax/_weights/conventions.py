@@ -12,18 +12,10 @@ QUERY_VALUE = frozenset(
     "query value q_proj v_proj q v wq wv to_q to_v q_lin v_lin query_proj value_proj".split()
 )
 
-
 READS = QUERY_VALUE | frozenset("key k_proj k wk to_k k_lin key_proj".split())
-
-
 WRITES = frozenset("out o_proj out_proj o wo to_out out_lin".split())
-
-
 VECTORS = frozenset("bias scale b beta gamma offset mean var".split())
-
-
 _EMBEDDING = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)")
-
 
 _HEAD = frozenset(
     "lm_head head classifier score logits logits_dense output_layer unembed unembedding".split()

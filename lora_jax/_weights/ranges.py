@@ -10,11 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _RANGED = re.compile(r"(?P<path>.*)\[(?P<ranges>[\d\s,:-]*:[\d\s,:-]*)\]")
-
-
 _ROWS = re.compile(r"(?P<path>.*)\[\[(?P<rows>\d+(, \d+)*)\]\]")
-
-
 _ONE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*")
 
 

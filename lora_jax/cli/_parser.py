@@ -4,8 +4,6 @@ import argparse
 from typing import Any, NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
 _FORMATS = ("peft", "safetensors", "orbax")
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Progress = Callable[[int, int], None]
-
-
 _PATH_WIDTH = 28  # a path that has less room costs columns that can be spared
 
 

@@ -16,8 +16,6 @@ import numpy as np
 import safetensors.numpy
 
 LARGEST_JSON = 64 * 2**20  # bytes: of a configuration or an index, far more than any has
-
-
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 

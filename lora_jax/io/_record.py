@@ -22,8 +22,6 @@ from lora_jax._weights.ranges import split_range
 from lora_jax.io._checksum import checksum
 
 VERSION = 1
-
-
 _FIELDS = ("a", "b", "scale", "magnitude")  # norm is the base's, and is found again
 
 

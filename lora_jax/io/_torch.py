@@ -26,13 +26,8 @@ from lora_jax._weights.selector import lookup
 from lora_jax.io._record import to_host
 
 Kind = Literal["Linear", "Conv1D", "Conv", "Embedding", "Parameter"]
-
-
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
-
-
 LAYER, EXPERT = "{layer}", "{expert}"
-
 
 _LEAVES = {
     **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),

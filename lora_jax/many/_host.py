@@ -1,6 +1,6 @@
 """Adapters as rows of a stack in the host's memory: checked, padded and cast in NumPy.
 
-As :mod:`lora_jax._rows` does it on the device, but nothing runs or compiles there meanwhile.
+As :mod:`lora_jax.many._fit` does it on the device, but nothing runs or compiles there meanwhile.
 """
 
 from collections.abc import Callable, Collection

@@ -18,7 +18,6 @@ _FORMATS = {
     "orbax": "adapter in an Orbax checkpoint",
 }
 
-
 _MODELS = {
     "huggingface": "Hugging Face model",
     "safetensors": "tensors in one file",

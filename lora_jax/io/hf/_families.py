@@ -14,7 +14,6 @@ from lora_jax.io._torch import LAYER, Names
 # What files of many models hold beside their weights, and every implementation makes anew.
 BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
 
-
 # The models whose dense layers are Conv1D, stored [in, out].
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
@@ -77,13 +76,8 @@ def _decoder(*, ties_head: bool) -> Family:
 
 
 _BERT_TABLE = "bert.embeddings.word_embeddings.weight"
-
-
 _ROBERTA_TABLE = "roberta.embeddings.word_embeddings.weight"
-
-
 _DEBERTA_TABLE = "deberta.embeddings.word_embeddings.weight"
-
 
 _BERT = _encoder(
     "bert",
@@ -95,14 +89,12 @@ _BERT = _encoder(
     },
 )
 
-
 _ROBERTA = _encoder(
     "roberta",
     "embeddings|pooler",
     "lm_head|classifier|qa_outputs",
     {"lm_head.decoder.weight": _ROBERTA_TABLE, "lm_head.decoder.bias": "lm_head.bias"},
 )
-
 
 _DEBERTA = _encoder(
     "deberta",
@@ -113,7 +105,6 @@ _DEBERTA = _encoder(
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
 )
-
 
 _T5 = Family(
     {
@@ -129,14 +120,12 @@ _T5 = Family(
     ignore=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 
-
 _GPT2 = Family(
     _numbered("transformer", "h") | _beside("transformer", "wte|wpe|ln_f") | {"lm_head": "lm_head"},
     kinds={r".*/(c_attn|c_proj|c_fc|q_attn)/\w+": "Conv1D"},
     prefix="transformer.",
     tied_head={"lm_head.weight": "transformer.wte.weight"},
 )
-
 
 _CLIP = Family(
     {
@@ -146,7 +135,6 @@ _CLIP = Family(
         "text_projection|visual_projection|logit_scale|classifier": r"\g<0>",
     }
 )
-
 
 #: By the ``model_type`` of ``config.json``. Yours: ``hf.FAMILIES["mine"] = hf.Family({...})``.
 FAMILIES: dict[str, Family] = {

@@ -17,8 +17,6 @@ from lora_jax.io.peft._load import open_reader
 from lora_jax.io.peft._torch_tree import forms_of
 
 _CHUNK = 2**22  # entries of a weight that are in float32 at a time
-
-
 Update: TypeAlias = tuple[str, np.ndarray, np.ndarray, Any, Any]  # letters, a, b, scale, magnitude
 
 

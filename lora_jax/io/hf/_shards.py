@@ -18,7 +18,6 @@ from lora_jax.io._files import open_tensors, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -33,7 +32,6 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-
 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

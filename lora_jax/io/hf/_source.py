@@ -12,8 +12,6 @@ from lora_jax.io._files import read_json
 from lora_jax.io.hf import _shards as shards
 
 CONFIG = "config.json"
-
-
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\.index\.json")
 
 

@@ -30,8 +30,6 @@ from lora_jax.io.orbax._leaves import (
 )
 
 Place: TypeAlias = Sharding | None  # None: the default device, where JAX may move it from
-
-
 Places: TypeAlias = Sharding | Callable[[str, tuple[int, ...]], Place] | None
 
 

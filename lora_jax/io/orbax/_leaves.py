@@ -14,8 +14,6 @@ from lora_jax._weights.paths import PyTree
 from lora_jax.io._checksum import checksum
 
 VALUES = ("bool", "int", "float", "str")  # kinds of leaves that the record itself holds
-
-
 Leaves: TypeAlias = Mapping[str, tuple[str, Any]]  # by name; with what they are called in errors
 
 

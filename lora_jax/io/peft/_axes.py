@@ -23,16 +23,9 @@ from lora_jax._weights.ranges import Range
 from lora_jax.io._torch import Kind, channels_first
 
 PREFIX = "base_model.model."
-
-
 TOKENS = "token_adapter.trainable_tokens_delta"
-
-
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-
-
 MAGNITUDE = "lora_magnitude_vector"
-
 
 TIED = (
     "peft.{verb}: the table {path!r} is an output head as well, and in PEFT an adapter or a new "

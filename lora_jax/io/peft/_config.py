@@ -10,13 +10,9 @@ import numpy as np
 
 VERSION = "0.21.2"  # of PEFT, whose format this is
 
-
 # What the file says of the mathematics, and what it must say for us to read it.
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")  # nothing was taken from the base
-
-
 REDONE = ("pissa", "olora")  # a function of the base
-
 
 _KNOWN: dict[str, type | tuple[type, ...]] = {
     "r": int,
@@ -40,7 +36,6 @@ _KNOWN: dict[str, type | tuple[type, ...]] = {
     "peft_version": str,
 }
 
-
 # What changes nothing of what a trained adapter computes.
 _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout "
@@ -48,13 +43,8 @@ _HARMLESS = frozenset(
     "qalora_group_size runtime_config velora_config".split()
 )
 
-
 _LARGEST = 2**31  # of ranks and alphas: what a file says beyond that is damage
-
-
 _VLLM_SAVES = {"classifier", "score"}
-
-
 _VLLM_RANK = 512
 
 

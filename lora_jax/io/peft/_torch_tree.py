@@ -1,4 +1,4 @@
-"""Layouts of trees of PyTorch's own tensors, as an adapter's files tell them."""
+"""Find the layouts of PyTorch's own tensors, as an adapter's files tell them."""
 
 import os
 import re

@@ -24,9 +24,7 @@ FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-
 _LARGEST = 64 * 2**20  # bytes of a header, far more than any has
-
 
 _SCALARS = {
     0: "B",
@@ -42,10 +40,7 @@ _SCALARS = {
     12: "d",
 }
 
-
 _STRING, _ARRAY = 8, 9
-
-
 _AXES = 4  # at most
 
 

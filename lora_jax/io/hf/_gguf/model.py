@@ -23,7 +23,6 @@ from lora_jax.io.hf._gguf.tensor import Tensor
 # Names there, names here, and axes: of hidden, inner, vocabulary, queries, keys and a head.
 _Table = Mapping[str, tuple[str, str]]
 
-
 _TOP: _Table = {
     "token_embd.weight": ("model.embed_tokens.weight", "vh"),
     "output_norm.weight": ("model.norm.weight", "h"),
@@ -31,9 +30,7 @@ _TOP: _Table = {
     "rope_freqs.weight": ("", ""),  # in the configuration here
 }
 
-
 _OPTIONAL = {"output.weight", "rope_freqs.weight"}
-
 
 _LAYER: _Table = {
     "attn_norm.weight": ("input_layernorm.weight", "h"),
@@ -47,13 +44,11 @@ _LAYER: _Table = {
     "ffn_down.weight": ("mlp.down_proj.weight", "hf"),
 }
 
-
 _BIASES: _Table = {
     "attn_q.bias": ("self_attn.q_proj.bias", "q"),
     "attn_k.bias": ("self_attn.k_proj.bias", "k"),
     "attn_v.bias": ("self_attn.v_proj.bias", "k"),
 }
-
 
 _HEAD_NORMS: _Table = {
     "attn_q_norm.weight": ("self_attn.q_norm.weight", "d"),
@@ -81,10 +76,7 @@ class _Family:
 
 
 _SILU = {"hidden_act": "silu", "attention_bias": False}
-
-
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-
 
 _FAMILIES = {
     "llama": _Family(  # and Mistral: without a window of attention the two are one
@@ -97,7 +89,6 @@ _FAMILIES = {
     "qwen3": _Family("Qwen3", {**_LAYER, **_HEAD_NORMS}, config=_SILU),
     "gemma": _Family("Gemma", _LAYER, norms=1.0, config={**_GELU, "attention_bias": False}),
 }
-
 
 # What there is to say of a model, after the name of its architecture; anything else is refused.
 _KEYS = {
@@ -118,7 +109,6 @@ _KEYS = {
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 }
-
 
 _TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}  # there, here
 

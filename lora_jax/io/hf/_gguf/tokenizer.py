@@ -43,10 +43,7 @@ _RULES = {
     "qwen2": _Rule(_words(r"\p{N}"), nfc=True),
 }
 
-
 _CONTROL, _ADDED = 3, 4  # types of tokens that text is searched for
-
-
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # there, here
 
 
