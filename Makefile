@@ -69,4 +69,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(PEFT) $(TPU) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(PEFT) $(TPU) .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,13 +13,11 @@ import re
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import tpu
 
 tpu.set_environment()
-sys.path.append(str(Path(__file__).parent.parent / "examples/models"))
 
 import hlo  # noqa: E402
 import jax  # noqa: E402

@@ -1,8 +1,6 @@
 """Eight virtual devices, a fast compiler and strict promotion, set before JAX is imported."""
 
-import functools
 import os
-import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of these tests is LLVM's; what XLA makes of a program, memory and cost are the
@@ -19,12 +17,11 @@ if os.environ["JAX_PLATFORMS"].split(",")[0] != "cpu":
 
 import hypothesis
 import jax
-import numpy as np
 import pytest
 from compile_report import CompileReport
+from missing import Missing
 from skips import Skips
 
-OPTIONAL = "gguf", "matplotlib", "qwix", "shtab", "tokenizers"  # packages of our extras
 collect_ignore = ["golden", "planted"]  # scripts, no tests
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -43,6 +40,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(Missing())
     if config.getoption("--compile-report"):
         config.pluginmanager.register(CompileReport())
     if path := config.getoption("--skips"):
@@ -54,42 +52,6 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers("devices"):
         if (count := jax.device_count()) < mark.args[0]:
             pytest.skip(f"needs {mark.args[0]} devices; {jax.default_backend()} has {count}")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector):
-    """Skip a file that imports a package which is not installed, if an extra would install it."""
-    report = yield
-    missing = re.search(r"No module named '(\w+)'", str(report.longrepr))
-    if report.failed and missing and missing[1] in OPTIONAL:
-        report.outcome = "skipped"
-        report.longrepr = str(collector.path), 0, f"Skipped: {missing[1]} is not installed"
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """Skip where a package of an extra is missing, as the library itself says, or float16."""
-    try:
-        return (yield)
-    except ImportError as error:
-        if "is not installed: pip install" not in str(error):
-            raise
-        pytest.skip(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if "Failed to materialize symbols" not in str(error) or has_float16():
-            raise
-        pytest.skip("XLA compiles no float16 for CPUs without F16C")
-
-
-@functools.cache
-def has_float16():
-    """Whether XLA compiles float16 at all."""
-    try:
-        jax.jit(lambda x: x.astype("float16"))(np.ones(1, np.float32))
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 @pytest.fixture(autouse=True)

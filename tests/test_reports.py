@@ -1,9 +1,13 @@
 """The suite's own tools: tolerances, foreseen skips, the report of what compiles."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import missing
 import numpy as np
 import pytest
 from compile_report import CompileReport
@@ -83,3 +87,44 @@ def test_too_few_devices_skip_by_name():
     with pytest.raises(pytest.skip.Exception, match=f"needs {wanted} devices; .* has {wanted - 1}"):
         pytest_runtest_setup(item)
     pytest_runtest_setup(SimpleNamespace(iter_markers=lambda name: [pytest.mark.devices(1).mark]))
+
+
+def run_under_missing(error):
+    """What becomes of a test that raises."""
+    running = missing.Missing().pytest_pyfunc_call()
+    next(running)
+    with pytest.raises(BaseException) as stop:  # noqa: PT011
+        running.throw(error)
+    return stop.value
+
+
+def test_float16_is_missing_only_where_xla_compiles_none(monkeypatch):
+    error = jax.errors.JaxRuntimeError("INTERNAL: Failed to materialize symbols: { f }")
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    monkeypatch.setattr(missing, "has_float16", lambda: True)
+    assert run_under_missing(error) is error
+    monkeypatch.setattr(missing, "has_float16", lambda: False)
+    assert "XLA compiles no float16" in str(run_under_missing(error))
+    assert run_under_missing(other) is other
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "numpyx"])
+def test_a_file_without_its_package_is_skipped_wherever_it_lies(package, tmp_path):
+    """In a folder that no conftest is for; a package that no extra has is an error."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{package}'\")"
+    )
+    (tmp_path / "module.py").write_text(f"import {package}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-rsE", "-p", "no:cacheprovider"]
+    command += ["--doctest-modules", "-p", "missing_here", "--rootdir", tmp_path, "module.py"]
+    (tmp_path / "missing_here.py").write_text(
+        "from missing import Missing\n"
+        "def pytest_configure(config):\n    config.pluginmanager.register(Missing())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(__file__)])
+    env = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    is_ours = package == "tokenizers"
+    assert ("SKIPPED" in run.stdout and f"{package} is not installed" in run.stdout) == is_ours
+    assert ("ERROR module.py" in run.stdout) != is_ours

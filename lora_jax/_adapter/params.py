@@ -19,7 +19,7 @@ from lora_jax._weights.layouts import table
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.ranges import entry, overlap, part_shape
 
-_OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which is made of these classes
+OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which is made of these classes
 
 
 class _Arithmetic:
@@ -28,10 +28,10 @@ class _Arithmetic:
     __array_ufunc__ = None  # NumPy's numbers leave ``c * x`` to us
 
     def __add__(self, other: Any) -> Self:
-        return _OPERATORS["add"](self, other)
+        return OPERATORS["add"](self, other)
 
     def __mul__(self, number: Any) -> Self:
-        return _OPERATORS["times"](self, number)
+        return OPERATORS["times"](self, number)
 
     __radd__, __rmul__ = __add__, __mul__  # sum() begins with 0
 
@@ -42,7 +42,7 @@ class _Arithmetic:
         return self + -other
 
     def __truediv__(self, number: Any) -> Self:
-        return _OPERATORS["over"](self, number)
+        return OPERATORS["over"](self, number)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapter.factors import Factors, is_concrete, wide
 from lora_jax._adapter.lowrank import terms
-from lora_jax._adapter.params import _OPERATORS, Adapter
+from lora_jax._adapter.params import OPERATORS, Adapter
 from lora_jax._adapter.updates import adapter_of, differences, like, operands, plain
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.ranges import rows_of
@@ -92,4 +92,4 @@ def sum_of_full(xs: Sequence[Any]) -> dict[str, Any]:
     return full
 
 
-_OPERATORS.update(add=add, times=times, over=over)
+OPERATORS.update(add=add, times=times, over=over)

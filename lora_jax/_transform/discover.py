@@ -110,7 +110,7 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
             shape=tuple(leaf.shape),
             dtype=leaf.dtype,
             layout=letters,
-            kind=_kind(uses[path]) if letters else None,
+            kind=kind_of(uses[path]) if letters else None,
             uses=tuple(
                 f"{use.primitive} at {use.source}"
                 for use in uses[path]
@@ -150,7 +150,7 @@ def _layout(uses: list[Use], shape: tuple[int, ...]) -> str | None:
     return "".join(letters)
 
 
-def _kind(uses: list[Use]) -> str:
+def kind_of(uses: list[Use]) -> str:
     use = _primary(uses)
     return _KINDS.get(use.primitive if use else "", "dot")
 

@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax._adapter.params import count_line
 from lora_jax._transform.call import Call
 from lora_jax._transform.context import Context
-from lora_jax._transform.discover import _kind
+from lora_jax._transform.discover import kind_of
 from lora_jax._transform.lora import materialized, rehearse
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.layouts import table
@@ -93,7 +93,7 @@ def _rows(ctx: Context, call: Call, owner: int):
         yield {
             "path": key,
             "shape": "x".join(map(str, leaves[path].shape)),
-            "kind": _kind(uses) if uses else "-",
+            "kind": kind_of(uses) if uses else "-",
             "layout": f.layout,
             "uses": len(uses),
             "rank": int(f.rank),

@@ -75,7 +75,7 @@ def kind(name):
 
 
 def training():
-    """The state of an optimizer after one step of an adapter."""
+    """An adapter, and a state of its optimizer with other numbers than it begins with."""
     lora_params = kind("plain")
     state = lora_jax.optimizer(optax.sgd(0.5, momentum=0.5)).init(lora_params)
     return lora_params, jax.tree.map(lambda x: jnp.asarray(whole(5, *x.shape), x.dtype), state)
