@@ -15,12 +15,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+from benchmarks import hlo
+from benchmarks.tpu import aot, slices
 
-import hlo  # noqa: E402
-import tpu  # noqa: E402
-import tpu_aot  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 SMALL = {"topology": "v5e:2x2", "model": "tiny", "length": 128, "rank": 8}
 
@@ -29,7 +27,7 @@ def python(*arguments, **environment):
     """Run a script without the environment that libtpu wants, but for what is given."""
     # JAX itself sets some of it, and where the library is.
     inherited = {k: v for k, v in os.environ.items() if not re.search("TPU|JAX_PLATFORMS", k)}
-    path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [inherited.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
         env=inherited | {"PYTHONPATH": path} | environment,
@@ -46,9 +44,9 @@ def need_libtpu():
 
 @functools.cache
 def measured(**case):
-    """What a case of benchmarks/tpu_programs.py takes."""
+    """What a case of benchmarks/tpu/programs.py takes."""
     need_libtpu()
-    done = python(str(ROOT / "benchmarks/tpu_programs.py"), json.dumps(SMALL | case))
+    done = python("-m", "benchmarks.tpu.programs", json.dumps(SMALL | case))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -62,24 +60,25 @@ def test_one_module_only_asks_for_descriptions_of_tpus():
     name = "get_topology" + "_desc"
     folders = [ROOT / folder for folder in ("lora_jax", "benchmarks", "examples", "tests", ".ci")]
     found = {p for folder in folders for p in folder.rglob("*.py") if name in p.read_text()}
-    assert found == {ROOT / "benchmarks/tpu.py"}
+    assert found == {ROOT / "benchmarks/tpu/slices.py"}
 
 
 def test_the_environment_comes_before_jax(monkeypatch):
-    for name, value in tpu.ENVIRONMENT.items():
+    for name, value in slices.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    tpu.set_environment()  # JAX is here already, but so is the environment
-    for name in tpu.ENVIRONMENT:
+    slices.set_environment()  # JAX is here already, but so is the environment
+    for name in slices.ENVIRONMENT:
         with monkeypatch.context() as patch:
             patch.delenv(name)
             with pytest.raises(RuntimeError, match=rf"jax.* imported before .*\['{name}'\]"):
-                tpu.set_environment()
+                slices.set_environment()
 
 
 LATE = """
-import jax, tpu
+import jax
+from benchmarks.tpu import slices
 try:
-    tpu.devices("v5e:2x2")
+    slices.devices("v5e:2x2")
 except RuntimeError as error:
     print(error)
 print("libtpu" in open("/proc/self/maps").read())
@@ -92,12 +91,15 @@ def test_libtpu_is_not_loaded_without_its_environment():
     done = python("-c", LATE, TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu")
     assert done.returncode == 0, done.stderr
     said, loaded = done.stdout.splitlines()
-    assert "Call tpu.set_environment() before anything that imports jax" in said
+    assert "Call slices.set_environment() before anything that imports jax" in said
     assert loaded == "False"
 
 
 def test_a_missing_libtpu_is_named():
-    code = "import sys, tpu; tpu.set_environment(); sys.modules['libtpu'] = None; tpu.devices('')"
+    code = (
+        "import sys; from benchmarks.tpu import slices; slices.set_environment(); "
+        "sys.modules['libtpu'] = None; slices.devices('')"
+    )
     done = python("-c", code)
     assert "RuntimeError: libtpu is not installed: pip install '.[tpu-aot]'" in done.stderr
 
@@ -108,7 +110,7 @@ def test_an_error_of_the_compiler_is_not_taken_for_a_size():
         "Ran out of memory in memory space hbm. Used 19.24G of 15.75G hbm.",
         "disk full",
     ]
-    code = f"import tpu_programs\nfor error in {errors!r}: print(tpu_programs.sizes_of(error))"
+    code = f"from benchmarks.tpu import programs as p\nfor e in {errors!r}: print(p.sizes_of(e))"
     done = python("-c", code)
     assert [*map(json.loads, done.stdout.splitlines())] == [[19.24 * 2**30, 15.75 * 2**30]] * 2
     message = "ValueError: the compiler's error does not say what would be needed: disk full"
@@ -117,7 +119,7 @@ def test_an_error_of_the_compiler_is_not_taken_for_a_size():
 
 def test_a_case_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"'colour': 'blue'.* failed:\n(.|\n)*argument 'colour'"):
-        tpu_aot.measured({"colour": "blue"})
+        aot.measured({"colour": "blue"})
 
 
 def test_what_does_not_fit_has_a_line_in_the_table():
@@ -126,10 +128,10 @@ def test_what_does_not_fit_has_a_line_in_the_table():
         **{"jax": "1", "libtpu": "2", "fits": False, "seconds": 2.4},
         **{"needs": 92.76 * 2**30, "has": 15.75 * 2**30},
     }
-    line = tpu_aot.markdown([row]).splitlines()[-1]
+    line = aot.markdown([row]).splitlines()[-1]
     assert line.startswith("| v5e:2x2 | pmap | train | full | - |")
     assert line.endswith("| does not fit: 92.76 of 15.75 GiB | 2 s |")
-    assert line.count("|") == tpu_aot.markdown([row]).splitlines()[-2].count("|")
+    assert line.count("|") == aot.markdown([row]).splitlines()[-2].count("|")
 
 
 @pytest.mark.devices(8)
@@ -299,7 +301,7 @@ def test_what_does_not_fit_says_so():
 def test_the_benchmark_keeps_what_it_measured(tmp_path):
     need_libtpu()
     kept, page = tmp_path / "kept.json", tmp_path / "page.md"
-    script = [str(ROOT / "benchmarks/tpu_aot.py"), "--quick", "--json", kept, "--markdown", page]
+    script = ["-m", "benchmarks.tpu.aot", "--quick", "--json", kept, "--markdown", page]
     done = python(*script, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(kept.read_text())
@@ -314,6 +316,6 @@ def test_the_benchmark_keeps_what_it_measured(tmp_path):
 @pytest.mark.tpu
 def test_an_unknown_slice_is_the_compilers_to_refuse():
     need_libtpu()
-    done = python("-c", "import tpu; tpu.devices('v5e:3x5x7')")
+    done = python("-c", "from benchmarks.tpu import slices; slices.devices('v5e:3x5x7')")
     assert done.returncode != 0
     assert "not installed" not in done.stderr

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_jax.recipes.folders import written_at_once
 
@@ -88,7 +89,8 @@ def untar(*members: str) -> Callable[[Path, Path], None]:
         tar = tarfile.open(archive)
         for name in outer:
             tar = tarfile.open(fileobj=tar.extractfile(name))
-        (folder / Path(member).name).write_bytes(tar.extractfile(member).read())
+        file: Any = tar.extractfile(member)
+        (folder / Path(member).name).write_bytes(file.read())
 
     return unpack
 

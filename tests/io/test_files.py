@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lora_jax.io import _files as _files
+from lora_jax.io import _files
 
 STEPS = "fsync", "rename", "replace", "unlink", "remove", "rmdir"
 

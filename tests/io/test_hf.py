@@ -12,10 +12,9 @@ from damage import killed_while_saving, ran
 from helpers import assert_close, drawn, randomize_b, tolerance
 
 import lora_jax
-from lora_jax.io import _files as _files
-from lora_jax.io import hf, peft
+from lora_jax.io import _files, hf, peft
 from lora_jax.io._torch import Map
-from lora_jax.io.hf import _shards as _shards
+from lora_jax.io.hf import _shards
 
 NIGHTLY = os.environ.get("LORA_JAX_LARGE")  # gigabytes of the checkpoint that is merged
 RNG = np.random.default_rng(0)

@@ -17,8 +17,7 @@ from helpers import drawn, normal, randomize_b
 from hypothesis import strategies as st
 
 import lora_jax
-from lora_jax.io import _files as _files
-from lora_jax.io import orbax, peft, safetensors
+from lora_jax.io import _files, orbax, peft, safetensors
 from lora_jax.io._checksum import checksum
 
 PARAMS = {

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from benchmarks import hlo
 from lora_jax import LoraParams
 from lora_jax.many import AdapterBank
 from lora_jax.many import _host as _host_rows

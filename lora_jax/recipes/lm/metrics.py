@@ -65,7 +65,8 @@ class Log:
         self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self._begin: float | None = None  # of the steps that are pending; None where one compiles
-        self._file = self._events = None
+        self._file: Any = None
+        self._events: Any = None
         if self.is_writer:
             if tensorboard:
                 self._events = event_writer()(str(folder / "tensorboard"), purge_step=start + 1)
@@ -122,15 +123,16 @@ class Log:
         self._begin = time.perf_counter()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            row |= {"rate": self.rate(row["step"] - 1)} if "loss" in row else {}
-            row = {name: float(x) for name, x in row.items() if not math.isnan(x)}
-            step = row["step"] = int(row["step"])
+        row: dict[str, Any] = {}
+        for found in rows:
+            found |= {"rate": self.rate(found["step"] - 1)} if "loss" in found else {}
+            row = {name: float(x) for name, x in found.items() if not math.isnan(x)}
+            row["step"] = int(row["step"])
             self._file.write(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n")
             for name in row.keys() - {"step"} if self._events else ():
-                self._events.add_scalar(name, row[name], step)
+                self._events.add_scalar(name, row[name], row["step"])
         self._file.flush()
-        words = [f"step {step:5d}"]
+        words = [f"step {row['step']:5d}"]
         words += [f"{name} {row[name]:.4f}" for name in ("loss", "validation") if name in row]
         if "tokens_per_second" in row:
             words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
@@ -168,7 +170,7 @@ def event_writer() -> Any:
         ValueError: its package is missing.
     """
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--tensorboard: tensorboardX is missing: pip install it") from error
     return SummaryWriter

@@ -78,8 +78,9 @@ def make_step(
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
         parts = jnp.arange(len(batch.ids))
         loss, grads = over_devices(jax.lax.scan(add, zero, (batch, parts))[0])
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        old: Any = state.trainable
+        updates, opt_state = tx.update(grads, state.opt_state, old)
+        trainable: Any = optax.apply_updates(old, updates)
         return State(trainable, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
     return step

@@ -329,7 +329,7 @@ def from_config(config: Mapping[str, Any]) -> MaskedLM | SequenceClassifier:
     if "id2label" in config:  # files have the labels and not their number
         given["num_labels"] = len(config["id2label"])
     c = Config(**given)
-    architecture = (config.get("architectures") or [None])[0]
+    architecture: Any = (config.get("architectures") or [None])[0]
     acts, size = list(_ACTIVATIONS), c.hidden_size
     known = {
         "model_type": ["deberta-v2"],

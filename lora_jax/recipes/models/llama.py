@@ -198,18 +198,20 @@ class Llama(nn.Module):
             x = self.spread(table(ids))
         else:
             x = table.embedding.astype(self.dtype).at[ids].get(out_sharding=self.explicit)
+        past: Any
         layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
         if self.scan_layers:
+            axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0,)
             stack = nn.scan(
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=self.num_hidden_layers,
-                in_axes=(Cache(0, 0, nn.broadcast) if cache else 0,),
+                in_axes=axes,
             )
             x, past = stack(shape, name="layers")(x, cache)
         else:
-            pasts = []
+            pasts: list[Any] = []
             for i in range(self.num_hidden_layers):
                 past = Cache(cache.keys[i], cache.values[i], cache.lengths) if cache else None
                 x, past = layer(shape, name=f"layers_{i}")(x, past)

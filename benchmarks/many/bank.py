@@ -5,8 +5,8 @@ A Llama of the shape of Llama-3-8B with random bfloat16 weights, rank 16 on all 
 64 in as many slots, and in fewer, where adapters are loaded as their turn comes. Before
 that, prompts by rows of the full bank beside the base alone, called without LoRA. All in one run::
 
-    python benchmarks/bank.py            # one GPU of 80 GB or more
-    python benchmarks/bank.py --quick    # a tiny model, anywhere
+    python -m benchmarks.many.bank            # one GPU of 80 GB or more
+    python -m benchmarks.many.bank --quick    # a tiny model, anywhere
 """
 
 import argparse
@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from many import AXES, random_like, random_llama, seconds
 from serving import Request, Server
 
 import lora_jax
+from benchmarks.many.together import AXES, random_like, random_llama, seconds
 from lora_jax import LoraParams
 from lora_jax.many import AdapterBank
 from lora_jax.recipes.models import llama

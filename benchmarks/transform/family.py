@@ -1,7 +1,7 @@
 """What DoRA, dropout, LoRA-FA and quantized bases cost beside plain LoRA.
 
-    python benchmarks/family.py --dim 512 --layers 4 --tokens 512      # a CPU
-    python benchmarks/family.py --dim 4096 --layers 16 --tokens 4096   # a GPU
+    python -m benchmarks.transform.family --dim 512 --layers 4 --tokens 512      # a CPU
+    python -m benchmarks.transform.family --dim 4096 --layers 16 --tokens 4096   # a GPU
 
 One training step (loss and gradient of the adapter) of transformer blocks in bfloat16, rank 16 on
 all their weights, unstacked and scanned, with and without checkpointed blocks. Prints, for each

@@ -1,9 +1,9 @@
 """Training steps and merges of Llamas, compiled for TPUs that are not there.
 
-    python benchmarks/tpu_programs.py '{"topology": "v5e:2x2", "model": "tiny"}'
+    python -m benchmarks.tpu.programs '{"topology": "v5e:2x2", "model": "tiny"}'
 
 compiles one program in a process of its own and prints what it takes as JSON: the fields of
-:class:`Case` may be given. ``tpu_aot.py`` and ``tests/test_tpu.py`` run it so.
+:class:`Case` may be given. ``aot.py`` and ``tests/test_tpu.py`` run it so.
 """
 
 import dataclasses
@@ -15,11 +15,10 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import tpu
+from benchmarks.tpu import slices
 
-tpu.set_environment()
+slices.set_environment()
 
-import hlo  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -28,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import lora_jax  # noqa: E402
+from benchmarks import hlo  # noqa: E402
 from lora_jax.recipes.models import llama  # noqa: E402
 
 MODELS = {
@@ -70,7 +70,7 @@ class Case:
 
 def compiled(case: Case) -> Any:
     """Compile a case; also returns what the chips have of the trained state and of the base."""
-    chips = tpu.devices(case.topology)
+    chips = slices.devices(case.topology)
     side = math.isqrt(len(chips)) if case.spread == "fsdp+tp" else 1
     mesh = Mesh(np.array(chips).reshape(-1, side), ("fsdp", "tp"))
     model = dataclasses.replace(MODELS[case.model], dtype=case.dtype, remat=True)

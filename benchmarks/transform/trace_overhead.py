@@ -1,6 +1,6 @@
 """How long tracing ``lora(fn)`` takes beside tracing ``fn``: 32 layers, not scanned.
 
-    python benchmarks/trace_overhead.py
+    python -m benchmarks.transform.trace_overhead
 
 Prints, for each model, the median of several ratios, each of two traces made one after the other
 with cold caches. Nothing is compiled or run, so the ratio depends little on the machine.

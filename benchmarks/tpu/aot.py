@@ -1,15 +1,15 @@
 """What training and merging Llama 3 8B takes on TPUs, by their compiler: no TPU is needed.
 
     pip install '.[tpu-aot]'
-    python benchmarks/tpu_aot.py                  # all cases, a minute of one core for each
-    python benchmarks/tpu_aot.py --quick          # one small case
-    python benchmarks/tpu_aot.py --topologies v6e:4x4 --spreads fsdp --methods lora full
+    python -m benchmarks.tpu.aot                  # all cases, a minute of one core for each
+    python -m benchmarks.tpu.aot --quick          # one small case
+    python -m benchmarks.tpu.aot --topologies v6e:4x4 --spreads fsdp --methods lora full
 
 One training step with AdamW, of sequences of 2048 tokens, one for each chip: LoRA of rank 16 on
 all projections, the same on a base in NF4 or int8, and full fine-tuning; the layers scanned and
 recomputed in the backward pass, the base in bfloat16, adapters and moments in float32. And
 ``merge`` with the base's memory donated. Prints a table; ``--json`` keeps what is measured, and
-what it has already is not compiled again; ``--markdown`` writes the table of ``tpu_aot.md``.
+what it has already is not compiled again; ``--markdown`` writes the table of ``aot.md``.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x2", "v6e:4x4")
 SPREADS = ("pmap", "fsdp", "fsdp+tp")
 METHODS = ("lora", "nf4", "int8", "full")
@@ -71,8 +71,8 @@ def measured(case: Row) -> Row:
     Raises:
         RuntimeError: it failed, other than for want of memory.
     """
-    command = [sys.executable, str(HERE / "tpu_programs.py"), json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.tpu.programs", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +119,7 @@ def markdown(rows: list[Row]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         "# Llama 3 8B on TPUs, by their compiler\n\n"
-        f"Written by `python benchmarks/tpu_aot.py --json FILE --markdown FILE`: {versions}.\n"
+        f"Written by `python -m benchmarks.tpu.aot --json FILE --markdown FILE`: {versions}.\n"
         "One step of AdamW on a sequence of 2048 tokens for each chip, rank 16 on all\n"
         "projections; base and activations bfloat16, adapters and moments float32, layers\n"
         f"scanned and recomputed.\n\n{NOTES}\n{table}\n"

@@ -6,9 +6,9 @@ What it compiles cannot run here.
 
 A program that does so starts with::
 
-    import tpu
+    from benchmarks.tpu import slices
 
-    tpu.set_environment()
+    slices.set_environment()
 
     import jax  # noqa: E402
 
@@ -43,8 +43,8 @@ def set_environment() -> None:
     if missing and (early := [name for name in ("jax", "libtpu") if name in sys.modules]):
         raise RuntimeError(
             f"{' and '.join(early)} was imported before the environment for libtpu was set: "
-            f"{sorted(missing)}. Call tpu.set_environment() before anything that imports jax, or "
-            "start another process"
+            f"{sorted(missing)}. Call slices.set_environment() before anything that imports jax, "
+            "or start another process"
         )
     os.environ.update(missing)
 

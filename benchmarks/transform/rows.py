@@ -4,8 +4,8 @@ One projection in bfloat16 with rank 16, in a scan over layers of their own weig
 gathers. ``sorted`` is ``jax.lax.ragged_dot``; it is left out where it takes seconds, and so is
 ``masked`` where its intermediate is larger than the device::
 
-    python benchmarks/rows.py            # a GPU
-    python benchmarks/rows.py --quick    # anywhere
+    python -m benchmarks.transform.rows            # a GPU
+    python -m benchmarks.transform.rows --quick    # anywhere
 """
 
 import argparse

@@ -5,26 +5,23 @@ bfloat16 weights, made on the devices, scanned and checkpointed layers, rank 16 
 projections, AdamW on the adapter. Each mode does a batch of the same size per device; the
 efficiency is the time of one device over that of several::
 
-    python benchmarks/scaling.py            # all devices there are
-    python benchmarks/scaling.py --quick    # a tiny model, anywhere
+    python -m benchmarks.recipes.scaling            # all devices there are
+    python -m benchmarks.recipes.scaling --quick    # a tiny model, anywhere
 """
 
 import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import hlo
 import jax
 import numpy as np
 
 import lora_jax
+from benchmarks import hlo
 from lora_jax.recipes.lm import flags as lm_flags
 from lora_jax.recipes.lm import job as lm_job
 from lora_jax.recipes.lm import mesh as lm_mesh

@@ -5,27 +5,24 @@ Training is one step of AdamW on N adapters, each with its part of the same numb
 Serving is the base alone, one adapter for all rows, and a row's own of a stack of 64: of prompts,
 and of one token a row with a cache of what came before. All in one run, medians of several::
 
-    python benchmarks/many.py            # one GPU of 80 GB or more
-    python benchmarks/many.py --quick    # a tiny model, anywhere
+    python -m benchmarks.many.together            # one GPU of 80 GB or more
+    python -m benchmarks.many.together --quick    # a tiny model, anywhere
 """
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
 import jax
 import jax.numpy as jnp
 import optax
-from scaling import LLAMA_8B, TINY
 
 import lora_jax
+from benchmarks.recipes.scaling import LLAMA_8B, TINY
 from lora_jax import LoraParams
 from lora_jax.recipes.models import llama
 

@@ -1,0 +1,1 @@
+"""Measure many adapters over one base."""

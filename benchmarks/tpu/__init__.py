@@ -1,0 +1,1 @@
+"""Compile for TPUs that are not there, and read what the programs take."""

@@ -1,0 +1,1 @@
+"""Measure what ``lora(fn)`` costs beside ``fn``."""

@@ -1,0 +1,116 @@
+"""Merging adapters into a model, by the command line."""
+
+import errno
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from cli_files import DORA, EQUAL, MORE, PARAMS, adapted, tensors_of, updates
+from helpers import assert_close
+
+import lora_jax
+from lora_jax.cli._read.match import canonical
+from lora_jax.io import _files, hf
+from lora_jax.io.hf import _shards
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter", "native", "orbax", "bare", "dora", "dora_native", "more"]
+)
+def test_merge_writes_what_merge_computes(name, cli):
+    options = {"dora": DORA, "more": MORE}.get(name.split("_")[0], {})
+    lora_params = adapted(options, 2, seed=3 if options else 1)
+    full = {p: x + 1 for p, x in lora_params.adapter.full.items()}
+    adapter = lora_jax.Adapter(lora_params.adapter.factors, full)
+    expected = lora_jax.merge(lora_jax.LoraParams(PARAMS, adapter))
+    found = cli("merge", "model", name, "out", "--json")
+    merged = hf.load("out", expected)
+    assert_close(merged, expected)
+    changed = sum(
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(expected), strict=True)
+    )
+    assert found["tensors_changed"] == changed
+    assert found["files"] == ["model.safetensors"]
+
+
+def test_merge_of_what_was_peft_s(cli):
+    cli("convert", "dora", "there", "--to", "orbax")
+    cli("merge", "model", "there", "one")
+    cli("merge", "model", "dora", "two")
+    cli("merge", "model", "more_native", "three", "--like", "params")
+    cli("merge", "model", "more", "four")
+    assert cli("diff", "one", "two") == cli("diff", "three", "four", *EQUAL) == "equal\n"
+
+
+def test_merge_weighs_and_shards(cli):
+    words = (
+        "merge",
+        "model",
+        "adapter",
+        "other_native",
+        "out",
+        "--weight",
+        "0.5",
+        "--weight",
+        "-2",
+    )
+    text = cli(*words, "--shard-size", "0.5kB", "--dtype", "float32")
+    count = len(list(Path("out").glob("*.safetensors")))
+    assert count > 1
+    assert f"out: 4 of 10 tensors changed; {count} files of weights" in text
+    other = adapted({}, {".*q_proj.*": 3, ".*": 2}, seed=7)
+    expected = tensors_of("model")
+    for weight, lora_params in ((0.5, adapted({}, 2)), (-2, other)):
+        for path, x in updates(lora_params).items():
+            expected[f"{canonical(path)}.weight"] = (
+                expected[f"{canonical(path)}.weight"] + weight * x.T
+            )
+    for name, x in tensors_of("out").items():
+        assert_close(x, np.asarray(expected[name], np.float64))
+
+
+def test_merge_refuses(refused, here, monkeypatch):
+    refused(
+        "merge", "model", "adapter", "other", "out", "--weight", "1", match="1 weights for 2 ad"
+    )
+    refused("merge", "model", "adapter", "adapter/", "out", match="an adapter is there twice")
+    refused("merge", "model", "adapter", "tuned", match="tuned exists: say --overwrite")
+    refused(
+        "merge", "model", "adapter", "no/out", match="no/out: there is no folder .*/no to write"
+    )
+    refused(
+        "merge", "model", "adapter", "out", "--dtype", "float17", match="invalid choice: 'float17'"
+    )
+    refused(
+        "merge", "model", "adapter", "out", "--shard-size", "5XB", match="'5XB': expected a size"
+    )
+    refused("merge", "nowhere", "adapter", "out", match="nowhere holds neither model")
+    refused("merge", "model", "tuned", "out", match="tuned is a model or a file of tensors")
+    refused("merge", "model", "out", match="the following arguments are required: OUT")
+    refused("merge", "model", "dora", "other", "out", match="can neither be weighted nor summed")
+    refused("merge", "model", "native", "out", "--names", "my", match="no such file, and no family")
+    (here / "names.json").write_text('{"a": 1}')
+    refused("merge", "model", "native", "out", "--names", "names.json", match="object of strings")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((os, "fsync"), (_shards, "_write_one"), (_files, "_put")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            refused("merge", "model", "adapter", "out", match="out: No space left on device")
+            refused("merge", "model", "adapter", "tuned", "--overwrite", match="No space left")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        words = ("adapter", "out", "--to", "safetensors")
+        refused("convert", *words, match="out: No space left on device")
+        refused("extract", "model", "tuned", "out", "--rank", "1", match="out: No space left")
+
+
+def test_merge_replaces_if_told_to(cli):
+    before = tensors_of("tuned")
+    cli("merge", "model", "other", "tuned", "--overwrite")
+    assert any((x != before[name]).any() for name, x in tensors_of("tuned").items())

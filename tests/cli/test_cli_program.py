@@ -1,0 +1,165 @@
+"""The program: help, completion, errors, terminals, by the command line."""
+
+import errno
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cli_files import run
+
+import lora_jax
+from lora_jax.cli import main
+from lora_jax.cli._parser import parser
+from lora_jax.cli._show import Show, plain, size
+from lora_jax.io.hf import _shards
+
+COMMANDS = ("inspect", "merge", "convert", "diff", "extract", "verify", "completion")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_the_help_runs(command, here, capsys):
+    if command == "completion":
+        pytest.importorskip("shtab", reason="shtab, of the extra cli, is not installed")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    example = re.search(r"example:\n  lora-jax (.*)\n", text)
+    assert example
+    assert main(example[1].split()) == (1 if command == "diff" else 0)
+    assert capsys.readouterr().out
+
+
+def test_completion_says_what_is_missing(refused, monkeypatch, cli):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    refused(
+        "completion", "bash", match=r"shtab, which is not installed: pip install 'lora-jax\[cli\]'"
+    )
+    refused("completion", "fish", match="invalid choice: 'fish'")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_commands(shell, cli):
+    pytest.importorskip("shtab", reason="shtab, of the extra cli, is not installed")
+    text = cli("completion", shell)
+    assert all(command in text for command in COMMANDS)
+    assert cli("completion", shell, "--json")["script"].strip() == text.strip()
+    assert cli("completion", shell, "--quiet") == ""
+
+
+@pytest.mark.long
+def test_a_process_says_no_more_than_it_is_to(here):
+    done = run("inspect", "native")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"native: adapter in one file, \d.* kB\npath ", done.stdout)
+    done = run("diff", "run", "native", "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    json.loads(done.stdout)
+    done = run("merge", "params", "adapter", "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("lora-jax merge: params holds neither model.safetensors")
+    assert done.stderr.count("\n") == 1
+    done = run("--version")
+    assert done.stdout == f"lora-jax {lora_jax.__version__}\n"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"lora-jax {lora_jax.__version__}\n"
+
+
+@pytest.mark.long
+def test_a_reader_that_goes_away_hears_nothing(here):
+    command = f"{sys.executable} -m lora_jax.cli inspect model | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_errors_of_ours_and_others(here, capsys, monkeypatch):
+    assert main(["insect"]) == 2
+    assert capsys.readouterr().err.startswith("lora-jax insect: argument COMMAND: invalid choice")
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("lora-jax: the following arguments are required")
+    assert main(["inspect", "nowhere", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    from lora_jax.cli._commands import inspect as _inspect
+
+    def stops(error):
+        def run(*_):
+            raise error
+
+        monkeypatch.setattr(_inspect, "run", run)
+        return main(["inspect", "adapter"])
+
+    assert stops(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""
+    assert stops(BrokenPipeError()) == 141
+    assert stops(KeyError("a name")) == 2
+    assert capsys.readouterr().err == "lora-jax inspect: a name\n"
+    assert stops(ValueError("two\n  lines")) == 2
+    assert capsys.readouterr().err == "lora-jax inspect: two lines\n"
+    assert stops(PermissionError(errno.EACCES, "Permission denied", "there")) == 2
+    assert capsys.readouterr().err == "lora-jax inspect: there: Permission denied\n"
+    assert stops(FileExistsError("x exists: pass overwrite=True, or another path")) == 2
+    assert (
+        capsys.readouterr().err == "lora-jax inspect: x exists: say --overwrite, or another path\n"
+    )
+    assert stops(ValueError()) == 2
+    assert capsys.readouterr().err == "lora-jax inspect: ValueError\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        stops(RuntimeError("a bug"))
+
+
+def test_an_interrupted_merge_leaves_nothing(here, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_shards, "_write_one", interrupt)
+    before = sorted(here.iterdir())
+    assert main(["merge", "model", "adapter", "out"]) == 130
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_of_a_terminal_are_as_wide_as_it_is(width, here, screen):
+    for words in (
+        ("inspect", "adapter", "--base", "model"),
+        ("inspect", "model"),
+        ("diff", "adapter", "other"),
+        ("diff", "model", "tuned"),
+    ):
+        console = screen(width)
+        main(list(words), Show(console))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        found = [line for line in lines if line.startswith("model") and "proj" in line]
+        assert len(found) == 4 + 2 * (words == ("inspect", "model"))  # no row is wrapped
+        assert width < 120 or not any("…" in line for line in found)
+    assert width > 60 or all("…" in line for line in found)
+
+
+def test_progress_is_drawn_where_somebody_looks(here, screen):
+    console = screen(100)
+    assert main(["merge", "model", "adapter", "out"], Show(console)) == 0
+    text = console.export_text()
+    assert re.search(r"merging .*100%", text)
+    assert "out: 4 of 10 tensors changed" in text
+
+
+def test_numbers_of_json_are_numbers():
+    found = plain({"a": np.float32(0.5), "b": [np.int64(2), float("nan")], "c": (None, "x", True)})
+    assert found == {"a": 0.5, "b": [2, None], "c": [None, "x", True]}
+    assert json.dumps(found)
+
+
+def test_every_command_has_the_common_options():
+    (commands,) = (a for a in parser()._actions if hasattr(a, "choices") and a.choices)
+    assert tuple(commands.choices) == COMMANDS
+    for command in commands.choices.values():
+        assert {"--json", "--quiet", "--debug", "--help"} <= {*command._option_string_actions}
+    assert size(0) == "0 bytes"

@@ -1,0 +1,92 @@
+"""Verifying that an adapter fits a base, by the command line."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cli_files import PARAMS, floats
+
+import lora_jax
+from lora_jax.cli import main
+from lora_jax.io import hf, orbax, safetensors
+
+
+@pytest.mark.parametrize("base", ["model", "params"])
+@pytest.mark.parametrize(
+    "name", ["adapter", "native", "orbax", "dora", "dora_native", "more", "more_native"]
+)
+def test_verify_says_yes(name, base, cli):
+    text = cli("verify", name, base)
+    assert text.startswith("yes: ")
+    assert ("configuration says it is of tiny/llama" in text) == (name == "adapter")
+    assert cli("verify", name, base, "--json")["fits"] is True
+
+
+@pytest.mark.parametrize("base", ["model", "params"])
+def test_verify_says_no_and_why(base, cli, here):
+    changed = jax.tree.map(lambda x: x, PARAMS)
+    changed["score"]["kernel"] = changed["score"]["kernel"] + 1
+    wide = jax.tree.map(lambda x: x, PARAMS)
+    wide["model"]["layers"]["1"]["self_attn"]["q_proj"]["kernel"] = floats(8, 9)
+    more = PARAMS | {"more": {"kernel": floats(2, 2)}}
+    less = {"model": PARAMS["model"]}
+    for name, params in (("changed", changed), ("wide", wide), ("more_m", more), ("less", less)):
+        if base == "model":
+            hf.save(name, params, hf.Family())
+            (here / name / "config.json").write_text('{"model_type": "llama"}')
+        else:
+            orbax.save_params(name, params)
+    text = cli("verify", "native", "changed", status=1)
+    assert text.startswith("no: native was trained on other weights: 'score/kernel' has")
+    cli("verify", "orbax", "changed")  # names, shapes and types only
+    cli("verify", "adapter", "changed")
+    for adapter in ("native", "orbax", "adapter", "bare"):
+        text = cli("verify", adapter, "wide", status=1)
+        assert re.search(r"q_proj.*shape|shape.*q_proj", text), text
+    for adapter in ("native", "orbax"):
+        assert "more" in cli("verify", adapter, "more_m", status=1)
+        assert "score" in cli("verify", adapter, "less", status=1)
+    assert cli("verify", "orbax", "less", "--json", status=1)["fits"] is False
+    assert cli("verify", "orbax", "less", "--quiet", status=1) == ""
+    for adapter in ("adapter", "bare"):
+        cli("verify", adapter, "more_m")
+    cli("convert", "dora", "dora_torch", "--to", "safetensors")
+    cli("convert", "adapter", "torch", "--to", "safetensors")
+    assert cli("verify", "torch", "wide", status=1).startswith("no: ")
+    if base == "model":
+        assert "it has no record" in cli("verify", "torch", "model")
+        assert "it has no record" in cli("verify", "dora_torch", "model")
+        cli("convert", "dora", "like_torch", "--to", "safetensors", "--like", "model")
+        assert "all 10 leaves" in cli("verify", "like_torch", "model")
+        assert cli("verify", "like_torch", "wide", status=1).startswith("no: ")
+
+
+def test_verify_of_an_adapter_that_says_nothing_of_its_base(cli, refused):
+    lora_params = safetensors.load("dora_native", PARAMS)
+    safetensors.save("alone", lora_params.adapter)
+    for base in ("model", "params"):
+        assert "its 5 entries fit" in cli("verify", "alone", base)
+    parts = lora_jax.lorafy(PARAMS, 2, targets=".*q_proj/kernel[:, 0:4]")
+    safetensors.save("parts", parts.adapter)
+    cli("verify", "parts", "params")
+    refused("verify", "parts", "model", match="no record of its base, and without '.*0:4]' means")
+    relative = [
+        row["relative"] for row in cli("inspect", "parts", "--base", "params", "--json")["entries"]
+    ]
+    assert relative == [0, 0]
+
+
+def test_verify_notes_another_precision(here, capsys):
+    orbax.save_params("half", jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
+    assert main(["verify", "orbax", "half"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("yes: ")
+    assert "note: " in err
+    assert "base of another precision" in err
+
+
+def test_verify_refuses(refused):
+    refused("verify", "model", "adapter", match="model is a model or a file of tensors")
+    refused("verify", "adapter", "other", match="other is an adapter, expected a model")
+    refused("verify", "adapter", "nowhere", match="no such file or folder")
