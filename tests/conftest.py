@@ -15,6 +15,7 @@ if os.environ["JAX_PLATFORMS"].split(",")[0] != "cpu":
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import cli_fixtures
 import hypothesis
 import jax
 import pytest
@@ -41,6 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Missing())
+    config.pluginmanager.register(cli_fixtures)
     if config.getoption("--compile-report"):
         config.pluginmanager.register(CompileReport())
     if path := config.getoption("--skips"):

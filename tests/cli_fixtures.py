@@ -1,20 +1,19 @@
-"""The fixtures of the commands: files to work on, and commands to run."""
+"""The fixtures of the commands: files to work on, and commands to run. A plugin of conftest."""
 
 import json
 import os
 import re
 import shutil
 
-import cli_files
 import jax
 import pytest
-
-from lora_jax.cli import main
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """The files, written once."""
+    import cli_files
+
     folder = tmp_path_factory.mktemp("made")
     with jax.numpy_dtype_promotion("strict"):
         cli_files.write_all(folder)
@@ -34,7 +33,7 @@ def cli(here, capsys):
     """Run a command: its status and stdout; nothing may be on stderr."""
 
     def run(*words, status=0):
-        code = main([str(word) for word in words])
+        code = _main([str(word) for word in words])
         out, err = capsys.readouterr()
         assert (code, err) == (status, "")
         return json.loads(out) if "--json" in words else out
@@ -48,7 +47,7 @@ def refused(here, capsys):
 
     def run(*words, match):
         before = sorted(p.name for p in here.iterdir())
-        code = main([str(word) for word in words])
+        code = _main([str(word) for word in words])
         out, err = capsys.readouterr()
         assert (code, out) == (2, "")
         assert err.count("\n") == 1
@@ -68,3 +67,9 @@ def screen():
     with open(os.devnull, "w") as nowhere:
         options = {"record": True, "file": nowhere, "force_terminal": True, "highlight": False}
         yield lambda width: console.Console(width=width, **options)
+
+
+def _main(words):
+    from lora_jax.cli import main
+
+    return main(words)
