@@ -18,7 +18,7 @@ More lives in modules:
 from typing import NoReturn
 
 from lora_jax import algebra, analysis, init, io, many, optim, quant
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._adapter.shardings import shardings, state_shardings
 from lora_jax._lorafy import lorafy
@@ -37,6 +37,7 @@ __all__ = [
     "Layouts",
     "LoraParams",
     "Report",
+    "Rows",
     "algebra",
     "analysis",
     "combine",

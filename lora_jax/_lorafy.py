@@ -1,7 +1,7 @@
 """``lorafy``: split a parameter tree into a frozen base and trainable factors."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -9,24 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax._adapter.factors import Factors, master
+from lora_jax._adapter.factors import Factors, Rows, master
 from lora_jax._adapter.norms import squared_norm
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._adapter.place import make_sharded
-from lora_jax._weights.axes import check_layout, is_array, role_shape
-from lora_jax._weights.choose import Bias, choose
-from lora_jax._weights.conventions import is_table
-from lora_jax._weights.paths import PyTree, flatten
-from lora_jax._weights.plan import (
-    check_alpha,
-    check_distinct,
-    check_rank,
-    check_same_model,
-    tables_of,
-)
-from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import entry, part_shape, rows_of
-from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
+from lora_jax._weights.axes import role_shape
+from lora_jax._weights.choose import Bias
+from lora_jax._weights.paths import PyTree, arrays_in, flatten
+from lora_jax._weights.plan import Plan, make_plan
+from lora_jax._weights.quantized import plain_array
+from lora_jax._weights.selector import Selector
 from lora_jax._weights.target import Initializer, Target, fold_in_path
 from lora_jax.init._start import check_started, resolve_init, start
 
@@ -125,74 +117,34 @@ def lorafy(
     """  # noqa: E501
     if isinstance(params, LoraParams):
         raise TypeError("lorafy: params is already a LoraParams; pass its .base to start anew")
-    leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
+    leaves = arrays_in(params)
     if not leaves:
         raise ValueError(f"lorafy: params has no arrays (got {type(params).__name__} {params!r})")
-    layout = {} if layout is None else layout
-    if not isinstance(layout, Mapping):
-        raise TypeError(
-            f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}, or what "
-            "lora_jax.layout_of returned"
-        )
-    check_same_model(layout, leaves)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
-    check_patterns(layout, "layout", leaves)
-
-    if isinstance(freeze, str) or not set(freeze) < {"a", "b", "magnitude"}:
+    if isinstance(freeze, str) or not set(freeze) < {*Factors.TRAINABLE}:
         raise ValueError(
             f"freeze={freeze!r}: expected a collection such as ('a',), of 'a', 'b' and "
             "'magnitude', not of all of them"
         )
     init = resolve_init(init)
-
-    tables = tables_of(rows or {}, leaves, layout)
-    chosen, whole = choose(
-        leaves, targets, exclude, full, bias, layers, layout, may_be_empty=bool(tables)
+    plan = make_plan(
+        leaves,
+        rank,
+        alpha,
+        rslora=rslora,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        full=full,
+        bias=bias,
+        rows=rows,
+        layout=layout,
     )
-    parts = {name: entry(name, leaves) for name in chosen}
-    check_patterns(rank, "rank", {path for path, _ in parts.values()})
-    check_patterns(alpha, "alpha", {path for path, _ in parts.values()})
-    check_distinct(parts | {name: (path, ()) for name, path in tables.items()}, leaves)
-    targets = []
-    for name, answer in chosen.items():
-        path, ranges = parts[name]
-        shape = part_shape(leaves[path].shape, ranges)
-        letters = check_layout(letters_of(path, leaves, layout), path, len(shape))
-        r = lookup(rank, path, "rank") if answer is True else answer
-        r = check_rank(r, name, letters, shape)
-        scale = check_alpha(lookup(alpha, path, "alpha"), name) / (math.sqrt(r) if rslora else r)
-        fan_in = 1 if is_table(path, layout) else math.prod(role_shape(letters, shape, "i"))
-        targets.append((path, Target(name, leaves[path], ranges, letters, r, scale, fan_in)))
-
-    def made(leaves: dict[str, Any], key: jax.Array) -> tuple[dict[str, Any], Adapter]:
-        """The leaves that an initializer changes, and the adapter."""
-        factors, new = {}, {}
-        for path, target in targets:
-            target = dataclasses.replace(target, leaf=new.get(path, leaves[path]))
-            a, b, rest = start(init, fold_in_path(key, target.path), target, dtype)
-            if rest is not None:
-                new[path] = rest
-            magnitude, norm = _norms(target, new.get(path, target.leaf)) if dora else (None, None)
-            factors[target.path] = Factors(
-                a,
-                b,
-                jnp.asarray(target.scale, jnp.float32),
-                target.layout,
-                magnitude,
-                norm,
-                frozen=tuple(sorted(freeze)),
-                residual=rest is not None,
-            )
-        for name, (path, letters) in rows_in.items():
-            factors[name] = _row_factors(name, leaves[path], letters, dtype)
-        return new, Adapter(factors, {path: master(leaves[path]) for path in whole})
-
-    rows_in = {name: (path, letters_of(path, leaves, layout)) for name, path in tables.items()}
-    touched = dict.fromkeys([*(path for path, _ in targets), *tables.values(), *whole])
+    made = functools.partial(_make, plan, init=init, dora=dora, freeze=freeze, dtype=dtype)
     key = jax.random.key(0) if key is None else key
-    new, adapter = make_sharded(made, {path: leaves[path] for path in touched}, key)
-    for _, target in targets:
+    new, adapter = make_sharded(made, {path: leaves[path] for path in plan.paths}, key)
+    for target in plan.targets:
         check_started(init, target.path, adapter.factors[target.path])
     if new:
         every, tree = flatten(params)
@@ -200,18 +152,47 @@ def lorafy(
     return LoraParams(params, adapter)
 
 
-def _row_factors(name: str, leaf: Any, letters: str, dtype: DTypeLike) -> Factors:
-    """``W + E b``, where the columns of ``E`` pick the rows: ``b`` is what is added to them."""
-    ids = rows_of(name) or ()
-    (size,) = role_shape(letters, leaf.shape, "i")
-    a = jax.nn.one_hot(jnp.array(ids), size, dtype=dtype).T
-    b = jnp.zeros((len(ids), *role_shape(letters, leaf.shape, "o")), dtype)
-    return Factors(a, b, jnp.ones((), jnp.float32), letters, frozen=("a",))
+def _make(
+    plan: Plan,
+    leaves: dict[str, Any],
+    key: jax.Array,
+    *,
+    init: Initializer,
+    dora: bool,
+    freeze: Collection[str],
+    dtype: DTypeLike,
+) -> tuple[dict[str, Any], Adapter]:
+    """Make the adapter, and the leaves that an initializer changes."""
+    entries: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    for target in plan.targets:
+        path = target.part.path
+        target = dataclasses.replace(target, leaf=new.get(path, leaves[path]))
+        a, b, rest = start(init, fold_in_path(key, target.path), target, dtype)
+        if rest is not None:
+            new[path] = rest
+        magnitude, norm = _norms(target, new.get(path, target.leaf)) if dora else (None, None)
+        entries[target.path] = Factors(
+            a,
+            b,
+            jnp.asarray(target.scale, jnp.float32),
+            target.layout,
+            magnitude,
+            norm,
+            frozen=tuple(sorted(freeze)),
+            residual=rest is not None,
+        )
+    for path, table in plan.tables.items():
+        shape = leaves[path].shape
+        b = jnp.zeros((len(table.ids), *role_shape(table.layout, shape, "o")), dtype)
+        (size,) = role_shape(table.layout, shape, "i")
+        entries[path] = Rows(b, jnp.ones((), jnp.float32), table.layout, table.ids, size)
+    return new, Adapter(entries, {path: master(leaves[path]) for path in plan.full})
 
 
 def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """DoRA's magnitude: the norms of the weight's columns; and those of the base, squared."""
-    index = target.index
-    plain = [dequantize_array(x) if is_quantized(x) else x for x in (target.leaf, base)]
-    squared = [squared_norm(x[index], target.layout) for x in plain]
+    """Return DoRA's magnitude, the norms of the weight's columns, and the base's, squared."""
+    squared = [
+        squared_norm(plain_array(x)[target.index], target.layout) for x in (target.leaf, base)
+    ]
     return jnp.sqrt(squared[0]), squared[1]

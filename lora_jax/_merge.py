@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.factors import Entry, Factors, is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._adapter.updates import check_linear
 from lora_jax._transform.dora import delta_of
@@ -19,9 +19,9 @@ from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import PyTree, flatten
 from lora_jax._weights.quantized import dequantize_array, is_quantized, requantize
-from lora_jax._weights.ranges import Range, entry
+from lora_jax._weights.ranges import Range, part_of
 
-Part = tuple[Factors, tuple[Range, ...]]
+Update = tuple[Entry, tuple[Range, ...]]
 
 
 def merge(
@@ -72,29 +72,28 @@ def merge(
         raise ValueError(
             f"merge: quantized={quantized!r}: expected 'refuse', 'dequantize' or 'requantize'"
         )
-    leaves = check(lora_params)
+    leaves, parts = check(lora_params)
     adapter = lora_params.adapter
     ids = [id(leaf) for leaf in leaves.values()]
-    parts: dict[str, list[Part]] = {}
-    for key, factors in adapter.factors.items():
-        path, ranges = entry(key, leaves)
-        parts.setdefault(path, []).append((factors, ranges))
+    updates: dict[str, list[Update]] = {}
+    for key, f in adapter.factors.items():
+        updates.setdefault(parts[key].path, []).append((f, parts[key].ranges))
     merged = []
     for path, leaf in leaves.items():
         if path in adapter.full:
             leaf = adapter.full[path].astype(leaf.dtype)
-        elif path in parts and is_quantized(leaf):
+        elif path in updates and is_quantized(leaf):
             if quantized == "refuse":
                 raise ValueError(
                     f"merge: {path!r} is quantized, and its merged values are not of its kind. Say "
                     "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
                     "lora_jax.quant.quantization_error says what that costs"
                 )
-            plain = _add(dequantize_array(leaf), parts[path], donate=True)
+            plain = _add(dequantize_array(leaf), updates[path], donate=True)
             leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
-        elif path in parts:
+        elif path in updates:
             shared = ids.count(id(leaf)) > 1
-            leaf = _add(leaf, parts[path], donate=donate and not shared)
+            leaf = _add(leaf, updates[path], donate=donate and not shared)
         merged.append(leaf)
     return jax.tree.unflatten(flatten(lora_params.base)[1], merged)
 
@@ -203,15 +202,14 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
         _check_not_quantized("switch", params, adapter)
         for key, f in adapter.factors.items():
             check_linear("switch", key, f)
-    leaves = check(LoraParams(params, old))
-    check(LoraParams(params, new))
+    before, after = (check(LoraParams(params, x)).parts for x in (old, new))
     plain = unmerge(params, old, donate=donate)
     # The rounding in between must stay: within one program, XLA would leave out the two casts.
     plain = jax.tree.map(lambda x: x if is_concrete(x) else lax.optimization_barrier(x), plain)
-    ours = {entry(key, leaves)[0] for key in old.factors}
+    ours = {part.path for part in before.values()}
     again, others = {}, {}
     for key, f in new.factors.items():
-        (again if entry(key, leaves)[0] in ours else others)[key] = f
+        (again if after[key].path in ours else others)[key] = f
     # In place of what unmerge has made; under vmap that is not ours to donate.
     is_own = all(map(is_concrete, jax.tree.leaves((plain, again))))
     result = merge(LoraParams(plain, Adapter(again)), donate=is_own)
@@ -220,7 +218,7 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
 
 def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
     leaves = flatten(params)[0]
-    for path in (entry(key, leaves)[0] for key in adapter.factors):
+    for path in (part_of(key, leaves).path for key in adapter.factors):
         if is_quantized(leaves.get(path)):
             raise ValueError(
                 f"{verb}: {path!r} is quantized, and would be rounded anew each time: make the "
@@ -229,7 +227,7 @@ def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
             )
 
 
-def _add(w: Any, parts: list[Part], *, donate: bool) -> jax.Array:
+def _add(w: Any, updates: list[Update], *, donate: bool) -> jax.Array:
     sharding = getattr(w, "sharding", None) if is_concrete(w) else None
     if not isinstance(sharding, NamedSharding):
         sharding = None
@@ -242,8 +240,8 @@ def _add(w: Any, parts: list[Part], *, donate: bool) -> jax.Array:
             sharding and any(sharding.spec[i] for i in batch if i < len(sharding.spec))
         )
 
-    static = tuple((loops(factors), ranges) for factors, ranges in parts)
-    return _jitted(sharding, donate)(w, [factors for factors, _ in parts], static)
+    static = tuple((loops(factors), ranges) for factors, ranges in updates)
+    return _jitted(sharding, donate)(w, [factors for factors, _ in updates], static)
 
 
 @functools.lru_cache(maxsize=256)
@@ -290,7 +288,7 @@ def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
             zeros = [jnp.zeros_like(k)] * (x.ndim - len(axes))
             return lax.dynamic_slice(x, [*index, *zeros], [*[1] * len(axes), *x.shape[len(axes) :]])
 
-        one = factors.mapped(entry_of)
+        one = factors.map(entry_of)
         return lax.dynamic_update_slice(w, _merged(piece, one, loop=False), start)
 
     return lax.fori_loop(0, math.prod(sizes), body, w)

@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 
-from lora_jax._weights.axes import is_array, role_axes
+from lora_jax._weights.axes import role_axes
 from lora_jax._weights.choose import choose
-from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.paths import PyTree, arrays_in, flatten
 from lora_jax._weights.quantized import (
-    dequantize_array,
     is_quantized,
+    plain_array,
     quantize_array,
     relative_error,
 )
-from lora_jax._weights.selector import Selector, check_patterns, letters_of
+from lora_jax._weights.selector import Selector, check_patterns
 
 __all__ = ["dequantize", "quantization_error", "quantize"]
 
@@ -59,17 +59,16 @@ def quantize(
     References:
         Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
     """
-    leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
+    leaves = arrays_in(params)
     layout = layout or {}
     check_patterns(layout, "layout", leaves)
-    chosen, _ = choose(leaves, targets, exclude, None, "none", None, layout)
+    chosen, _ = choose(leaves, targets, exclude=exclude, layout=layout)
     new: dict[str, Any] = {}
-    for path in chosen:
-        if path not in leaves:
-            raise ValueError(f"quantize: {path!r}: only whole weights can be quantized")
+    for key, (path, ranges), letters, _ in chosen:
+        if ranges:
+            raise ValueError(f"quantize: {key!r}: only entire weights can be quantized")
         if is_quantized(leaves[path]):
             raise ValueError(f"quantize: {path!r} is quantized already: exclude={path!r}")
-        letters = letters_of(path, leaves, layout)
         new[path] = quantize_array(
             leaves[path], *tiles_of(leaves[path].shape, letters, qtype, block, path)
         )
@@ -129,6 +128,4 @@ def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
 
 def dequantize(params: PyTree) -> PyTree:
     """``params`` with plain arrays for the quantized ones, in the dtype of their scales."""
-    return jax.tree.map(
-        lambda x: dequantize_array(x) if is_quantized(x) else x, params, is_leaf=is_quantized
-    )
+    return jax.tree.map(plain_array, params, is_leaf=is_quantized)

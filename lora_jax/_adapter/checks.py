@@ -1,4 +1,4 @@
-"""Adapters that come together, as rows of a stack or as terms of a sum: what has to agree."""
+"""Check adapters that come together as members of a stack or as terms of a sum."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,23 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import is_concrete, weight_shape
-from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._adapter.factors import Entry, Rows, is_concrete
+from lora_jax._adapter.params import Adapter, LoraParams, adapter_of, check, is_lora
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import flatten
-from lora_jax._weights.ranges import Range, entry, overlap, resolve, rows_of, split_range
-
-_ANY = 2**62  # the size of an axis that nobody says
+from lora_jax._weights.ranges import Part, overlap, part_of
 
 
 def check_single(x: Any, name: str) -> Adapter:
-    """The adapter of a LoraParams, or an Adapter; ``name`` begins the messages.
+    """Return the adapter of a LoraParams, or an Adapter; ``name`` begins the messages.
 
     Raises:
         TypeError: it is neither of the two.
         ValueError: it is a stack, or does not fit.
     """
-    adapter = x.adapter if isinstance(x, LoraParams) else x
+    adapter = adapter_of(x)
     if not isinstance(adapter, Adapter):
         raise TypeError(
             f"{name} is {type(adapter).__name__}, expected a LoraParams as lora_jax.lorafy "
@@ -35,31 +33,26 @@ def check_single(x: Any, name: str) -> Adapter:
                 f"{name} is a stack: scale of {key!r} has shape {tuple(f.scale.shape)}, expected a "
                 "0-d array. lora_jax.many.unstack makes single adapters of it"
             )
-    if isinstance(x, LoraParams):
+    if is_lora(x):
         check(x)
     else:  # every key as a leaf of its own
-        weights = {key: jax.ShapeDtypeStruct(weight_shape(f), "b") for key, f in x.factors.items()}
+        weights = {k: jax.ShapeDtypeStruct(f.weight_shape, "b") for k, f in x.factors.items()}
         check(LoraParams(None, x), {**x.full, **weights})
     return adapter
 
 
 def with_adapter(x: Any, adapter: Adapter) -> Any:
-    """An adapter as ``x`` has it: with a base, or alone."""
-    return replace(x, adapter=adapter) if isinstance(x, LoraParams) else adapter
+    """Return the adapter as ``x`` has it: with the base of ``x`` if it has one, or alone."""
+    return replace(x, adapter=adapter) if is_lora(x) else adapter
 
 
 def check_finite(adapter: Adapter, name: str, remedy: str) -> jax.Array | None:
-    """Whether all that is traced is finite; None if nothing is traced.
+    """Return whether all traced arrays are finite; None if none is traced.
 
     Raises:
-        ValueError: something that has values is not.
+        ValueError: an array with a value is not finite.
     """
-    fields = {
-        (key, field): getattr(f, field)
-        for key, f in adapter.factors.items()
-        for field in ("a", "b", "scale", "magnitude", "norm")
-        if getattr(f, field) is not None
-    } | {(path, "full"): x for path, x in adapter.full.items()}
+    fields = adapter.arrays()
     with jax.ensure_compile_time_eval():  # inside of a trace, too
         known = {at: jnp.isfinite(x).all() for at, x in fields.items() if is_concrete(x)}
         known = jax.device_get(known)
@@ -94,35 +87,27 @@ def check_same_base(names: str, one: LoraParams, other: LoraParams) -> None:
 def check_parts(
     verb: str, adapters: Mapping[str, Adapter], leaves: Mapping[str, Any] | None, remedy: str
 ) -> None:
-    """Raise if parts of a weight overlap that are not one and the same; adapters by their names."""
-    seen: dict[str, dict[tuple[str, str], tuple[str, tuple[Range, ...]]]] = {}
+    """Raise if adapters, by their names, update overlapping parts that are not the same part."""
+    seen: dict[str, dict[str, tuple[str, Part]]] = {}
     for name, adapter in adapters.items():
-        parts = [(key, "", *part_of(key, leaves)) for key in adapter.factors]
-        parts += [(path, ", whole,", path, ()) for path in adapter.full]
-        for key, whole, path, ranges in parts:
-            there = seen.setdefault(path, {})
-            for (other, other_whole), (owner, other_ranges) in there.items():
-                if (other, other_whole) != (key, whole) and overlap(ranges, other_ranges):
-                    is_rows = rows_of(key) is not None and rows_of(other) is not None
+        parts = [(described(k, f), part_of(k, leaves)) for k, f in adapter.factors.items()]
+        parts += [(f"all of {path!r}", Part(path)) for path in adapter.full]
+        for what, part in parts:
+            there = seen.setdefault(part.path, {})
+            for other, (owner, theirs) in there.items():
+                if other != what and overlap(part.ranges, theirs.ranges):
+                    is_rows = what.startswith("rows ") and other.startswith("rows ")
                     why = (
-                        "of one table all have to train the same rows"
+                        "adapters of one table must train the same rows"
                         if is_rows
                         else "these overlap: an entry of a weight has one update"
                     )
                     raise ValueError(
-                        f"{verb}: {owner} trains {other!r}{other_whole} and {name} {key!r}{whole} "
-                        f"and {why}. {remedy}"
+                        f"{verb}: {owner} trains {other} and {name} {what}, and {why}. {remedy}"
                     )
-            there.setdefault((key, whole), (name, ranges))
+            there.setdefault(what, (name, part))
 
 
-def part_of(key: str, leaves: Mapping[str, Any] | None) -> tuple[str, tuple[Range, ...]]:
-    """The path and ranges of a key; without a base, by its spelling alone."""
-    if leaves is not None:
-        return entry(key, leaves)
-    if rows_of(key):
-        return key[: key.rindex("[[")], ()
-    path, ranges = split_range(key)
-    if ranges is None:
-        return key, ()
-    return path, resolve(ranges, path, [_ANY] * (1 + ranges.count(",")))
+def described(key: str, f: Entry) -> str:
+    """Describe an entry for a message: its key, and which rows of a table it is of."""
+    return f"rows {list(f.ids)} of {key!r}" if isinstance(f, Rows) else repr(key)

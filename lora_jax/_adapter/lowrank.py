@@ -1,25 +1,30 @@
 """Factors as matrices: in one dtype, of one rank, and the nearest product of a rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Entry, Rows, wide
 from lora_jax._jax import whole
 
 
-def terms(fs: Sequence[Factors]) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+def terms(fs: Sequence[Entry]) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """``a``, ``b`` and ``scale`` of each, in one dtype, of at least float32."""
-    dtypes = [wide(x.dtype) for f in fs for x in (f.a, f.b)]
-    dtype = max(dtypes, key=lambda d: jnp.dtype(d).itemsize)
+    dtype = widest(x.dtype for f in fs for x in (f.a, f.b))
     return [(f.a.astype(dtype), f.b.astype(dtype), jnp.asarray(f.scale, dtype)) for f in fs]
 
 
-def matrices(fs: Sequence[Factors]) -> list[tuple[jax.Array, jax.Array]]:
+def widest(dtypes: Iterable[Any]) -> Any:
+    """Return the widest of the dtypes, which is at least float32."""
+    return max(map(wide, dtypes), key=lambda d: jnp.dtype(d).itemsize)
+
+
+def matrices(fs: Sequence[Entry]) -> list[tuple[jax.Array, jax.Array]]:
     """``a`` and ``scale * b`` of each: ``[layers, in, rank]`` and ``[layers, rank, out]``."""
     n = fs[0].layout.count("b")
     layers = math.prod(fs[0].a.shape[:n])
@@ -43,9 +48,9 @@ def svd_lowrank(
     return q @ u, s, vt
 
 
-def padded(f: Factors, rank: int) -> Factors:
-    """The factors at a larger rank: zeros in both."""
-    if f.rank == rank:
+def padded(f: Entry, rank: int) -> Entry:
+    """Pad factors to a larger rank, with zeros in both; rows have a rank of their own."""
+    if f.rank == rank or isinstance(f, Rows):
         return f
     a, b = jnp.asarray(f.a), jnp.asarray(f.b)
     return replace(

@@ -9,8 +9,8 @@ from lora_jax._adapter.factors import wide
 from lora_jax._adapter.params import LoraParams
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import flatten
-from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import entry
+from lora_jax._weights.quantized import plain_array
+from lora_jax._weights.ranges import part_of
 
 
 def squared_norm(w: jax.Array, layout: str) -> jax.Array:
@@ -28,10 +28,7 @@ def with_norms(lora_params: LoraParams) -> LoraParams:
     factors = dict(adapter.factors)
     for key, f in factors.items():
         if f.magnitude is not None:
-            path, ranges = entry(key, leaves)
-            bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
-            index = tuple(bounds.get(axis, slice(None)) for axis in range(len(f.layout)))
-            leaf = leaves[path]
-            leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
-            factors[key] = dataclasses.replace(f, norm=squared_norm(leaf[index], f.layout))
+            part = part_of(key, leaves)
+            w = plain_array(leaves[part.path])[part.slices(len(f.layout))]
+            factors[key] = dataclasses.replace(f, norm=squared_norm(w, f.layout))
     return dataclasses.replace(lora_params, adapter=dataclasses.replace(adapter, factors=factors))

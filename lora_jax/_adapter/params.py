@@ -8,16 +8,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.factors import Entry, Rows, is_concrete
 from lora_jax._weights.axes import factor_shapes, is_array, role_shape
 from lora_jax._weights.layouts import table
 from lora_jax._weights.paths import PyTree, flatten, nearest
-from lora_jax._weights.ranges import entry, overlap, part_shape
+from lora_jax._weights.ranges import Part, overlap, part_of
 
 OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which is made of these classes
 
@@ -58,12 +58,28 @@ class Adapter(_Arithmetic):
 
     Attributes:
         factors: :class:`Factors` by the path of their weight, such as
-            ``layers_0/attn/query/kernel``, or of a part of one: ``c_attn/kernel[:, 0:768]``.
-        full: leaves that are trained whole, by path; float32 masters.
+            ``layers_0/attn/query/kernel``, or of a part of one: ``c_attn/kernel[:, 0:768]``; and
+            :class:`Rows` by the path of their table.
+        full: fully trained leaves, by path; float32 masters.
     """
 
-    factors: dict[str, Factors]
+    factors: dict[str, Entry]
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def map(self, f: Callable[[str, str, Any], Any]) -> "Adapter":
+        """Return the adapter with ``f(key, field, x)`` for every array; field "full" for leaves."""
+        factors = {
+            key: x.map(lambda field, y, key=key: f(key, field, y))
+            for key, x in self.factors.items()
+        }
+        return Adapter(factors, {path: f(path, "full", x) for path, x in self.full.items()})
+
+    def arrays(self) -> dict[tuple[str, str], Any]:
+        """Return all arrays by ``(key, field)``; the field of a fully trained leaf is "full"."""
+        found = {
+            (key, field): x for key, f in self.factors.items() for field, x in f.arrays().items()
+        }
+        return found | {(path, "full"): x for path, x in self.full.items()}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
@@ -106,10 +122,9 @@ class LoraParams(_Arithmetic):
         The last line is the total, as PEFT prints it.
         """
         rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
-        leaves = check(self)
+        leaves, parts = check(self)
         for path, f in self.adapter.factors.items():
-            weight, ranges = entry(path, leaves)
-            shape = "x".join(map(str, part_shape(leaves[weight].shape, ranges)))
+            shape = "x".join(map(str, parts[path].shape(leaves[parts[path].path].shape)))
             scale = f"{f.scale:g}" if jnp.ndim(f.scale) == 0 and is_concrete(f.scale) else "-"
             size = f"{f.size:,}"
             rows.append((path, shape, f.layout, str(f.rank), scale, size))
@@ -125,7 +140,7 @@ def count_line(lora_params: LoraParams) -> str:
     adapter = lora_params.adapter
     factors = adapter.factors.values()
     trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
-    added = sum(x.size for f in factors for x in (f.a, f.b, f.magnitude) if x is not None)
+    added = sum(x.size for f in factors for name, x in f.arrays().items() if name in f.TRAINABLE)
     base = flatten(lora_params.base)[0].values()
     total = added + sum(prod(x.shape) for x in base if is_array(x))
     return (
@@ -134,8 +149,25 @@ def count_line(lora_params: LoraParams) -> str:
     )
 
 
-def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Raise unless the adapter fits the base; return the base's leaves by path."""
+def is_lora(x: Any) -> TypeGuard[LoraParams]:
+    """Return whether ``x`` is a LoraParams."""
+    return isinstance(x, LoraParams)
+
+
+def adapter_of(x: Any) -> Any:
+    """Return the adapter of a LoraParams, and anything else as it is."""
+    return x.adapter if is_lora(x) else x
+
+
+class Checked(NamedTuple):
+    """What :func:`check` found: the base's leaves by path, and the part of each entry by key."""
+
+    leaves: dict[str, Any]
+    parts: dict[str, Part]
+
+
+def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> Checked:
+    """Raise unless the adapter fits the base; return the leaves and the parts of the entries."""
     base, adapter = lora_params
     if not isinstance(adapter, Adapter):
         raise TypeError(
@@ -143,38 +175,40 @@ def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> dict
             "lora_jax.lorafy(params, ...)"
         )
     leaves = flatten(base)[0] if leaves is None else leaves
-    parts: dict[str, list[Any]] = {}
+    parts = {key: part_of(key, leaves) for key in adapter.factors}
+    by_path: dict[str, list[str]] = {}
     for key in dict.fromkeys((*adapter.factors, *adapter.full)):
-        path, ranges = entry(key, leaves)
+        path = parts[key].path if key in parts else key
         if path not in leaves:
             raise ValueError(
                 f"the adapter has an entry for {key!r}, and the base has no such leaf: this "
                 f"adapter was made for another model. Nearest in the base: {nearest(key, leaves)}"
             )
-        if key in adapter.factors:
-            _check_factors(key, adapter.factors[key], part_shape(leaves[path].shape, ranges))
-            for other, other_ranges in parts.setdefault(path, []):
-                if overlap(ranges, other_ranges):
+        if key in parts:
+            _check_factors(key, adapter.factors[key], parts[key].shape(leaves[path].shape))
+            for other in by_path.setdefault(path, []):
+                if overlap(parts[key].ranges, parts[other].ranges):
                     raise ValueError(
                         f"adapter.factors: {other!r} and {key!r} overlap: an entry of a weight has "
                         "one update. Give them disjoint ranges"
                     )
-            parts[path].append((key, ranges))
+            by_path[path].append(key)
     for path, leaf in adapter.full.items():
         if jnp.shape(leaf) != leaves[path].shape:
             raise ValueError(
                 f"adapter.full[{path!r}] has shape {jnp.shape(leaf)}, the base's leaf has shape "
                 f"{leaves[path].shape}: this adapter was made for another model"
             )
-        if path in parts:
+        if path in by_path:
             raise ValueError(f"{path!r} is both in adapter.factors and in adapter.full: keep one")
-    return leaves
+    return Checked(leaves, parts)
 
 
-def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
-    for name in ("a", "b", "scale"):
+def _check_factors(path: str, f: Entry, shape: tuple[int, ...]) -> None:
+    for name in f.FIELDS:
         is_number = name == "scale" and isinstance(f.scale, int | float)
-        if not is_array(getattr(f, name)) and not is_number:
+        is_absent = getattr(f, name) is None and name in ("magnitude", "norm")
+        if not (is_array(getattr(f, name)) or is_number or is_absent):
             raise TypeError(
                 f"adapter.factors[{path!r}].{name} is {type(getattr(f, name)).__name__}, expected "
                 "an array. After lora_jax.split, put the two halves together again with "
@@ -183,15 +217,18 @@ def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
     if jnp.ndim(f.scale) != 0:
         raise ValueError(
             f"adapter.factors[{path!r}].scale has shape {jnp.shape(f.scale)}, expected a 0-d "
-            "array. Of a stack of adapters, give each row of a batch its own by "
+            "array. This is a stack of adapters: give each row of a batch its own by "
             "lora_jax.many.lora_rows, call all by jax.vmap with in_axes=LoraParams(base=None, "
             "adapter=0), or take them apart by lora_jax.many.unstack"
         )
-    if unknown := set(f.frozen) - {"a", "b", "magnitude"}:
+    if unknown := set(f.frozen) - set(f.TRAINABLE):
         raise ValueError(
             f"adapter.factors[{path!r}].frozen names {sorted(unknown)}: expected some of 'a', 'b' "
             "and 'magnitude'"
         )
+    if isinstance(f, Rows):
+        _check_rows(path, f, shape)
+        return
     expected = None
     if len(f.layout) == len(shape):
         expected = factor_shapes(f.layout, shape, f.a.shape[-1] if f.a.ndim else 0)
@@ -210,3 +247,20 @@ def _check_factors(path: str, f: Factors, shape: tuple[int, ...]) -> None:
                 f"adapter.factors[{path!r}].{name} has shape {jnp.shape(x)}, expected [*batch, "
                 f"*out] = {norms} for a weight of shape {shape} (layout {f.layout!r})"
             )
+
+
+def _check_rows(path: str, f: Rows, shape: tuple[int, ...]) -> None:
+    is_table = len(f.layout) == len(shape) and f.layout.count("i") == 1 and "b" not in f.layout
+    expected = factor_shapes(f.layout, shape, f.rank)[1] if is_table else None
+    if not is_table or f.weight_shape != shape or f.b.shape != expected:
+        wanted = f"b {expected} for a table of {shape}" if expected else "a table with one 'i' axis"
+        raise ValueError(
+            f"the rows of {path!r} do not fit its weight of shape {shape} (layout {f.layout!r}): b "
+            f"has shape {f.b.shape} for {f.rank} of {f.vocabulary} rows, expected {wanted}. This "
+            "adapter was made for another model, or is a stack that wants jax.vmap"
+        )
+    if list(f.ids) != sorted({*f.ids}) or not 0 <= f.ids[0] <= f.ids[-1] < f.vocabulary:
+        raise ValueError(
+            f"adapter.factors[{path!r}].ids is {f.ids}: expected ascending numbers from 0 to "
+            f"{f.vocabulary - 1}"
+        )

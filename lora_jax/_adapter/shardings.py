@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Entry, Factors
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._weights.axes import factor_shapes, is_array, role_axes
 from lora_jax._weights.layouts import Layouts
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.quantized import is_quantized
-from lora_jax._weights.ranges import entry
+from lora_jax._weights.ranges import Part
 
 
 def shardings(
@@ -70,7 +70,7 @@ def shardings(
     """
     if isinstance(lora_params, Layouts):
         lora_params = _of_layouts(lora_params, base_shardings)
-    leaves = check(lora_params)
+    leaves, parts = check(lora_params)
     of_base = _of_arrays(leaves) if base_shardings is None else _of_tree(base_shardings, leaves)
     meshes = dict.fromkeys(s.mesh for s in of_base.values())
     if len(meshes) != 1:
@@ -85,15 +85,15 @@ def shardings(
             f"shardings: replicate={replicate!r}: expected a collection of axes of the mesh, "
             f"{mesh.axis_names}"
         )
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     of_adapter = {path: _without(replicate, s) for path, s in of_base.items()}
     factors = {
-        key: _of_factors(key, f, leaves, of_adapter, whole)
+        key: _of_entry(key, f, parts[key], leaves, of_adapter, replicated)
         for key, f in lora_params.adapter.factors.items()
     }
     every, tree = flatten(lora_params.base)
     base = jax.tree.unflatten(
-        tree, [_of_parts(x, of_base.get(path, whole)) for path, x in every.items()]
+        tree, [_of_parts(x, of_base.get(path, replicated)) for path, x in every.items()]
     )
     return LoraParams(base, Adapter(factors, {p: of_adapter[p] for p in lora_params.adapter.full}))
 
@@ -179,10 +179,16 @@ def _of_tree(base_shardings: PyTree, leaves: dict[str, Any]) -> dict[str, NamedS
     return {path: s for path, s in found.items() if path in leaves}
 
 
-def _of_factors(
-    key: str, f: Factors, leaves: dict[str, Any], of_base: dict[str, NamedSharding], whole: Any
-) -> Factors:
-    path, ranges = entry(key, leaves)
+def _of_entry(
+    key: str,
+    f: Entry,
+    part: Part,
+    leaves: dict[str, Any],
+    of_base: dict[str, NamedSharding],
+    replicated: NamedSharding,
+) -> Entry:
+    """Derive the shardings of an entry from that of its weight."""
+    path, ranges = part
     own = of_base[path]
     spec = [*own.spec, *[None] * (len(leaves[path].shape) - len(own.spec))]
     for r in ranges:
@@ -201,11 +207,11 @@ def _of_factors(
     specs = {
         "a": placed(*batch, *inputs, None),
         "b": placed(*batch, None, *outputs),
-        "scale": whole,
+        "scale": replicated,
         "magnitude": placed(*batch, *outputs),
         "norm": placed(*batch, *outputs),
     }
-    return f.mapped(lambda name, _: specs[name])
+    return f.map(lambda name, _: specs[name])
 
 
 def _parts(mesh: Mesh | AbstractMesh, axes: str | Sequence[str] | None) -> int:
@@ -259,15 +265,15 @@ def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> 
         tuple(map(str, path)): (x.shape, place)
         for (path, x), place in zip(leaves, places, strict=True)
     }
-    whole = NamedSharding(places[0].mesh, PartitionSpec())
+    replicated = NamedSharding(places[0].mesh, PartitionSpec())
 
     def place_of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         names = tuple(map(str, path))
         for start in range(len(names)):
-            shape, place = known.get(names[start:], (None, whole))
+            shape, place = known.get(names[start:], (None, replicated))
             if shape == x.shape:
                 return place
-        return whole
+        return replicated
 
     return jax.tree_util.tree_map_with_path(place_of, state)
 

@@ -14,14 +14,15 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Factors, is_concrete, wide
-from lora_jax._adapter.lowrank import terms
-from lora_jax._adapter.params import OPERATORS, Adapter
-from lora_jax._adapter.updates import adapter_of, differences, like, operands, plain
+from lora_jax._adapter.checks import with_adapter
+from lora_jax._adapter.factors import Entry, Rows, is_concrete, wide
+from lora_jax._adapter.lowrank import terms, widest
+from lora_jax._adapter.params import OPERATORS, Adapter, adapter_of
+from lora_jax._adapter.updates import differences, operands, plain
 from lora_jax._weights.axes import is_array
-from lora_jax._weights.ranges import rows_of
 
 
 def add(x: Any, y: Any) -> Any:
@@ -33,8 +34,8 @@ def add(x: Any, y: Any) -> Any:
     one, other = operands("x + y", (x, y))
     factors = dict(one.factors)
     for key, f in other.factors.items():
-        factors[key] = sum_of(key, [factors[key], f]) if key in factors else f
-    return like(x, Adapter(factors, sum_of_full((x, y))))
+        factors[key] = sum_of([factors[key], f]) if key in factors else f
+    return with_adapter(x, Adapter(factors, sum_of_full((x, y))))
 
 
 def times(x: Any, number: Any) -> Any:
@@ -62,7 +63,7 @@ def times(x: Any, number: Any) -> Any:
         path: adapter.full[path] + (jnp.asarray(number, d.dtype) - 1) * d
         for path, d in differences(x).items()
     }
-    return like(x, Adapter(factors, full))
+    return with_adapter(x, Adapter(factors, full))
 
 
 def over(x: Any, number: Any) -> Any:
@@ -72,14 +73,21 @@ def over(x: Any, number: Any) -> Any:
     return x * (1 / number)
 
 
-def sum_of(key: str, fs: Sequence[Factors]) -> Factors:
+def sum_of(fs: Sequence[Entry]) -> Entry:
+    """Sum the updates of one weight; the ranks add up."""
+    if isinstance(fs[0], Rows):  # all are of the same rows
+        return replace(fs[0], b=sum(scaled_rows(fs)), scale=jnp.ones((), jnp.float32))
     parts = terms(fs)
-    if rows_of(key) is not None:  # all have the same a, which picks the rows
-        return plain(fs, parts[0][0], sum(b * s for _, b, s in parts))
     is_b_frozen = all("b" in f.frozen for f in fs)  # then the scales, perhaps traced, are a's
     a = jnp.concatenate([a * s if is_b_frozen else a for a, _, s in parts], -1)
     b = [b if is_b_frozen else b * s for _, b, s in parts]
     return plain(fs, a, jnp.concatenate(b, fs[0].layout.count("b")))
+
+
+def scaled_rows(fs: Sequence[Entry]) -> list[jax.Array]:
+    """Return ``scale * b`` of each, in one dtype of at least float32."""
+    dtype = widest(f.b.dtype for f in fs)
+    return [f.b.astype(dtype) * jnp.asarray(f.scale, dtype) for f in fs]
 
 
 def sum_of_full(xs: Sequence[Any]) -> dict[str, Any]:

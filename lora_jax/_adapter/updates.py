@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.checks import check_parts, check_same_base, check_single
-from lora_jax._adapter.factors import Factors, weight_shape
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.factors import Entry, Factors
+from lora_jax._adapter.params import Adapter, LoraParams, adapter_of
 from lora_jax._weights.paths import flatten
 
 
@@ -58,32 +58,22 @@ def differences(x: Any) -> dict[str, jax.Array]:
     }
 
 
-def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Factors]]:
+def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Entry]]:
     """The factors of each weight, by the number of the adapter, of those that adapt it."""
-    found: dict[str, dict[int, Factors]] = {}
+    found: dict[str, dict[int, Entry]] = {}
     for k, adapter in enumerate(adapters):
         for key, f in adapter.factors.items():
             found.setdefault(key, {})[k] = f
     return found
 
 
-def plain(fs: Sequence[Factors], a: Any, b: Any) -> Factors:
+def plain(fs: Sequence[Entry], a: Any, b: Any) -> Factors:
     """Factors in the place of ``fs``, of scale 1; frozen is what is frozen in all of them."""
     frozen = tuple(name for name in fs[0].frozen if all(name in f.frozen for f in fs))
     return Factors(a, b, jnp.ones((), jnp.float32), fs[0].layout, frozen=frozen)
 
 
-def like(x: Any, adapter: Adapter) -> Any:
-    """The adapter, with the base of ``x`` if it has one."""
-    return LoraParams(x.base, adapter) if isinstance(x, LoraParams) else adapter
-
-
-def adapter_of(x: Any) -> Adapter:
-    """The adapter of a LoraParams, or itself."""
-    return x.adapter if isinstance(x, LoraParams) else x
-
-
-def check_linear(verb: str, key: str, f: Factors) -> None:
+def check_linear(verb: str, key: str, f: Entry) -> None:
     """Raise unless the update is ``scale * a b`` of the base as it was."""
     if f.magnitude is not None:
         raise ValueError(
@@ -101,7 +91,7 @@ def check_linear(verb: str, key: str, f: Factors) -> None:
 def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
     """Raise unless what is of one weight is of one shape and layout."""
     for key, fs in by_key(adapters).items():
-        forms = dict.fromkeys((f.layout, weight_shape(f)) for f in fs.values())
+        forms = dict.fromkeys((f.layout, f.weight_shape) for f in fs.values())
         if len(forms) > 1:
             one, other, *_ = forms
             raise ValueError(

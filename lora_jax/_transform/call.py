@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _jax
-from lora_jax._adapter.params import LoraParams, check
+from lora_jax._adapter.factors import Rows
+from lora_jax._adapter.params import LoraParams, check, is_lora
 from lora_jax._transform.delta import Delta, N
 from lora_jax._transform.dora import delta_of
 from lora_jax._transform.lazy import Lazy
@@ -19,12 +20,7 @@ from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.quantized import is_quantized
-from lora_jax._weights.ranges import entry, rows_of
 from lora_jax._weights.target import fold_in_path
-
-
-def _is_lora(x: Any) -> bool:
-    return isinstance(x, LoraParams)
 
 
 def is_traced(x: Any) -> bool:
@@ -58,7 +54,7 @@ def enter(
 
     With ``among`` the adapter is a stack.
     """
-    check(lora_params if among is None else _one_of(lora_params), leaves)
+    parts = check(lora_params if among is None else _one_of(lora_params), leaves).parts
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
     entered = {}
     for path, leaf in leaves.items():
@@ -71,15 +67,15 @@ def enter(
             leaf = Lazy.of(jax.tree.map(lax.stop_gradient, leaf))
         entered[path] = leaf
     for name, f in factors.items():
-        path, ranges = entry(name, leaves)
+        path, ranges = parts[name]
         leaf = entered[path]
         deltas = leaf.deltas if isinstance(leaf, LoraArray) else ()
         w = leaf.w if isinstance(leaf, LoraArray) else leaf
         if f.frozen:
-            f = f.mapped(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
+            f = f.map(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
         of = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
         delta = of(f) if among is None else _in_stack(jax.vmap(of)(_arrays(f)), name, among)
-        if key is not None and rows_of(name) is None:  # rows that train whole are never dropped
+        if key is not None and not isinstance(f, Rows):  # table rows are never dropped
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
@@ -159,8 +155,8 @@ class Call:
         how: Callable[[LoraParams, int, dict[str, Any]], Mapping[str, Any]] = enter,
     ) -> "Call":
         """Flatten; ``how`` gives the leaves of a LoraParams' base by path, as they enter."""
-        nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_lora)
-        lora_params = {i: node for i, node in enumerate(nodes) if _is_lora(node)}
+        nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
+        lora_params = {i: node for i, node in enumerate(nodes) if is_lora(node)}
         found = {i: flatten(node.base)[0] for i, node in lora_params.items()}
         call = cls(structure, [], [], lora_params, found)
         if not call.lora_params:
@@ -169,10 +165,10 @@ class Call:
                 "lora_jax.lorafy returned; for the base model, call the function itself"
             )
         for i, node in enumerate(nodes):
-            is_lora = i in lora_params
-            leaves = how(node, i, found[i]).values() if is_lora else [node]
+            is_params = i in lora_params
+            leaves = how(node, i, found[i]).values() if is_params else [node]
             leaves = list(map(_put_off, leaves))
-            tree = flatten(node.base)[1] if is_lora else jax.tree.structure(0)
+            tree = flatten(node.base)[1] if is_params else jax.tree.structure(0)
             call.places.append((tree, [None if is_traced(x) else (x,) for x in leaves]))
             call.values += [x for x in leaves if is_traced(x)]
         return call

@@ -21,7 +21,7 @@ from lora_jax._transform.labelled import contract
 from lora_jax._transform.lazy import Lazy, force
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
-from lora_jax._weights.ranges import Range
+from lora_jax._weights.ranges import Range, index_of
 
 S = -2  # the rank axis, once more
 
@@ -73,8 +73,7 @@ def delta_of(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
     delta = Delta.of(f, leaf, ranges)
     if f.magnitude is None:
         return delta
-    bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
-    index = tuple(bounds.get(axis, slice(None)) for axis in range(len(f.layout) if ranges else 0))
+    index = index_of(ranges, len(f.layout) if ranges else 0)
     labels = (*role_axes(f.layout, "b"), *role_axes(f.layout, "o"))
     is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((w, f)))
     is_stack = isinstance(w, Lazy) and f.layout[0] == "b" and not ranges and not is_shape

@@ -18,7 +18,7 @@ from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.use import Use
 from lora_jax._weights.axes import is_array, role_axes
-from lora_jax._weights.ranges import entry
+from lora_jax._weights.ranges import part_of
 
 
 def lora(
@@ -220,7 +220,7 @@ def _misread(ctx: Context, owner: int, adapter: Adapter, leaves: Mapping[str, An
     """A message for each weight that is used only against its layout."""
     messages = []
     for key, f in adapter.factors.items():
-        path, _ = entry(key, leaves)
+        path = part_of(key, leaves).path
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch, outputs = (big.intersection(role_axes(f.layout, r)) for r in "ibo")

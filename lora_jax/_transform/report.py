@@ -11,7 +11,7 @@ from lora_jax._transform.discover import kind_of
 from lora_jax._transform.lora import materialized, rehearse
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.layouts import table
-from lora_jax._weights.ranges import entry
+from lora_jax._weights.ranges import part_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 def _rows(ctx: Context, call: Call, owner: int):
     leaves = call.leaves[owner]
     for key, f in call.lora_params[owner].adapter.factors.items():
-        path, _ = entry(key, leaves)
+        path = part_of(key, leaves).path
         uses = ctx.uses_of(Leaf(owner, path))
         yield {
             "path": key,
@@ -97,6 +97,6 @@ def _rows(ctx: Context, call: Call, owner: int):
             "layout": f.layout,
             "uses": len(uses),
             "rank": int(f.rank),
-            "parameters": int(f.a.size + f.b.size),
+            "parameters": int(f.size),
             "extra FLOPs": int(ctx.flops.get(Leaf(owner, path), 0)),
         }

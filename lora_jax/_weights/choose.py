@@ -1,41 +1,58 @@
 """Which leaves get factors, which train whole, and which layers of them."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from lora_jax._weights.axes import max_rank, not_trainable
+from lora_jax._weights.axes import check_layout, max_rank, not_trainable
 from lora_jax._weights.conventions import QUERY_VALUE, is_bias, is_head, is_table, why_not
 from lora_jax._weights.layers import of_layers
 from lora_jax._weights.layouts import Layouts
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.quantized import is_quantized
-from lora_jax._weights.ranges import entry
-from lora_jax._weights.selector import Chosen, Selector, lookup, select
+from lora_jax._weights.ranges import Part, part_of, spell
+from lora_jax._weights.selector import Selector, letters_of, lookup, select
 
 Bias = Literal["none", "all", "lora_only"]
 
 
+class Chosen(NamedTuple):
+    """A weight that a selector chose.
+
+    Attributes:
+        key: the key of its entry.
+        part: the leaf, and the part of it.
+        layout: one letter per axis.
+        answer: the selector's answer: True, or a rank.
+    """
+
+    key: str
+    part: Part
+    layout: str
+    answer: bool | int
+
+
 def choose(
     leaves: Mapping[str, Any],
-    targets: Selector,
-    exclude: Selector,
-    full: Selector,
-    bias: Bias,
-    layers: Iterable[int] | None,
+    targets: Selector = None,
+    *,
+    exclude: Selector = None,
+    full: Selector = None,
+    bias: Bias = "none",
+    layers: Iterable[int] | None = None,
     layout: Mapping[str, str],
     may_be_empty: bool = False,
-) -> tuple[Chosen, list[str]]:
-    """The keys to adapt, with the selector's answers, and the paths to train whole."""
+) -> tuple[list[Chosen], list[str]]:
+    """Choose the weights that get factors, and the paths of the leaves to train fully."""
     if bias not in get_args(Bias):
         raise ValueError(f"bias={bias!r}: expected one of {get_args(Bias)}")
     fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
     if exclude is not None:
         fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
     quantized = {p: "quantized: dequantize it first" for p, x in leaves.items() if is_quantized(x)}
-    whole = [] if full is None else list(select(full, leaves, fixed | quantized, "full"))
+    fully = [] if full is None else list(select(full, leaves, fixed | quantized, "full"))
     biases = [path for path in leaves if is_bias(path) and path not in fixed]
     if bias == "all":
-        whole += [path for path in _found(biases, bias, leaves) if path not in whole]
+        fully += [path for path in _found(biases, bias, leaves) if path not in fully]
 
     blocked = {
         path: reason
@@ -44,7 +61,7 @@ def choose(
     }
     if isinstance(layout, Layouts):
         blocked |= {p: w.why_not for p, w in layout.weights.items() if w.why_not and p in leaves}
-    blocked |= fixed | dict.fromkeys(whole, f"trained whole, {full=}, {bias=}")
+    blocked |= fixed | dict.fromkeys(fully, f"trained fully, {full=}, {bias=}")
     if targets is None:
         chosen = {p: x for p, x in select_query_value(leaves).items() if p not in blocked}
     else:
@@ -54,24 +71,25 @@ def choose(
             if is_head(path) or is_table(path, layout) or _is_vector(path, leaf, layout)
         }
         chosen = select(targets, leaves, blocked, "targets", not_linear)
+    parts = {part_of(key, leaves): answer for key, answer in chosen.items()}
     if layers is not None:
-        chosen = of_layers(chosen, layers, leaves, layout)
+        parts = of_layers(parts, layers, leaves, layout)
     if bias == "lora_only":
-        modules = {entry(name, leaves)[0].rpartition("/")[0] for name in chosen}
+        modules = {part.path.rpartition("/")[0] for part in parts}
         beside = [path for path in biases if path.rpartition("/")[0] in modules]
-        whole += [path for path in _found(beside, bias, leaves) if path not in whole]
-    if not chosen and not whole and not may_be_empty:
+        fully += [path for path in _found(beside, bias, leaves) if path not in fully]
+    if not parts and not fully and not may_be_empty:
         raise ValueError(
             f"lorafy: nothing to train: targets={targets!r}, exclude={exclude!r}, full={full!r} "
             f"leave no leaf. Leaves: {nearest('', leaves)}"
         )
     order = {path: i for i, path in enumerate(leaves)}
-
-    def place(name):
-        path, ranges = entry(name, leaves)
-        return order[path], ranges
-
-    return {name: chosen[name] for name in sorted(chosen, key=place)}, whole
+    found = []
+    for part in sorted(parts, key=lambda part: (order[part.path], part.ranges)):
+        ndim = len(leaves[part.path].shape)
+        letters = check_layout(letters_of(part.path, leaves, layout), part.path, ndim)
+        found.append(Chosen(spell(*part, ndim), part, letters, parts[part]))
+    return found, fully
 
 
 def _found(biases: list[str], bias: str, leaves: Mapping[str, Any]) -> list[str]:

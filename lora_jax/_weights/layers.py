@@ -1,27 +1,27 @@
-"""Some layers of a model: of numbered modules, and of stacked weights."""
+"""Choose layers of a model: among numbered modules, and along stacked weights."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax._weights.axes import role_axes
-from lora_jax._weights.ranges import Range, entry, spell
-from lora_jax._weights.selector import Chosen, letters_of
+from lora_jax._weights.ranges import Part, Range, spell
+from lora_jax._weights.selector import letters_of
 
 _NUMBERED = re.compile(r"(?:.*_)?(\d+)")
 
 
 def of_layers(
-    chosen: Mapping[str, bool | int],
+    chosen: Mapping[Part, bool | int],
     layers: Iterable[int],
     leaves: Mapping[str, Any],
     layout: Mapping[str, str],
-) -> Chosen:
-    """Those of the chosen weights, and parts of stacked ones, that are of these layers."""
+) -> dict[Part, bool | int]:
+    """Keep the chosen weights, and the parts of stacked ones, that belong to these layers."""
     layers, numbers = list(layers), _layer_numbers(leaves)
     stacks = {
         path: leaves[path].shape[role_axes(letters, "b")[0]]
-        for path in dict.fromkeys(entry(name, leaves)[0] for name in chosen)
+        for path in dict.fromkeys(part.path for part in chosen)
         if path not in numbers and "b" in (letters := letters_of(path, leaves, layout))
     }
     sizes = [1 + max(numbers[path] for path in numbers)] if numbers else []
@@ -32,23 +32,23 @@ def of_layers(
             f"layers={layers!r}: expected numbers of layers, and the chosen weights have "
             f"{count}, by the numbers in their paths or the layer axis of stacked ones"
         )
-    kept: Chosen = {}
-    for name, answer in chosen.items():
-        path, ranges = entry(name, leaves)
+    kept: dict[Part, bool | int] = {}
+    for part, answer in chosen.items():
+        path, ranges = part
         if path in numbers:
             if numbers[path] in wanted:
-                kept[name] = answer
+                kept[part] = answer
         elif path in stacks:
             axis = role_axes(letters_of(path, leaves, layout), "b")[0]
             if any(r.axis == axis for r in ranges):
                 raise ValueError(
-                    f"layers={layers!r} and targets={name!r} both choose along axis {axis} "
-                    "of the stacked weight: leave one of them out"
+                    f"layers={layers!r} and targets={spell(*part, len(leaves[path].shape))!r} "
+                    f"both choose along axis {axis} of the stacked weight: leave one of them out"
                 )
             for start, stop in _runs([k for k in wanted if k < stacks[path]]):
-                is_whole = (start, stop) == (0, stacks[path])
-                part = ranges if is_whole else sorted([*ranges, Range(axis, start, stop)])
-                kept[spell(path, part, len(leaves[path].shape))] = answer
+                is_all = (start, stop) == (0, stacks[path])
+                own = ranges if is_all else tuple(sorted([*ranges, Range(axis, start, stop)]))
+                kept[Part(path, own)] = answer
     return kept
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lora_jax._weights.axes import is_array
 from lora_jax._weights.quantized import is_quantized
 
 PyTree: TypeAlias = Any
@@ -65,6 +66,11 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
                 )
             paths[path] = leaf
     return paths, jax.tree.structure(tree, is_leaf=is_quantized)
+
+
+def arrays_in(tree: PyTree) -> dict[str, Any]:
+    """Return the arrays of a tree by path, without its other leaves."""
+    return {path: x for path, x in flatten(tree)[0].items() if is_array(x)}
 
 
 def nearest(path: str, paths: Iterable[str], n: int = 5) -> str:

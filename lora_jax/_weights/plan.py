@@ -1,21 +1,119 @@
-"""What ``lorafy`` checks before it makes any factor."""
+"""``Plan``: what ``lorafy`` adapts, checked before any factor is made."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from lora_jax._weights.axes import max_rank, not_trainable, role_shape
+from lora_jax._weights.choose import Bias, Chosen, choose
+from lora_jax._weights.conventions import is_table
 from lora_jax._weights.layouts import Layouts
-from lora_jax._weights.ranges import overlap, spell_rows
-from lora_jax._weights.selector import check_patterns, letters_of, lookup
+from lora_jax._weights.numbers import check_positive, is_int
+from lora_jax._weights.ranges import Part, overlap
+from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
+from lora_jax._weights.target import Target
 
 
-def tables_of(
+class Table(NamedTuple):
+    """A table of which some rows train: its layout, and the ids of the rows."""
+
+    layout: str
+    ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What trains.
+
+    Attributes:
+        targets: the weights that get factors.
+        tables: the tables of which some rows train, by path.
+        full: the paths of the leaves that train fully.
+    """
+
+    targets: tuple[Target, ...]
+    tables: dict[str, Table]
+    full: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all leaves that the plan is about, each once."""
+        targets = (target.part.path for target in self.targets)
+        return tuple(dict.fromkeys([*targets, *self.tables, *self.full]))
+
+
+def make_plan(
+    leaves: Mapping[str, Any],
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
+    *,
+    rslora: bool = False,
+    targets: Selector = None,
+    exclude: Selector = None,
+    layers: Iterable[int] | None = None,
+    full: Selector = None,
+    bias: Bias = "none",
+    rows: Mapping[str, Iterable[int]] | None = None,
+    layout: Mapping[str, str] | None = None,
+) -> Plan:
+    """Choose what trains, with the arguments of :func:`lora_jax.lorafy`, and check all of it.
+
+    Raises:
+        ValueError: an argument selects nothing, is out of range, or contradicts another.
+        TypeError: an argument is of the wrong kind.
+    """
+    layout = {} if layout is None else layout
+    if not isinstance(layout, Mapping):
+        raise TypeError(
+            f"layout={layout!r}: expected a mapping such as {{'.*/kernel': 'io'}}, or what "
+            "lora_jax.layout_of returned"
+        )
+    check_same_model(layout, leaves)
+    check_patterns(layout, "layout", leaves)
+    tables = _tables(rows or {}, leaves, layout)
+    chosen, fully = choose(
+        leaves,
+        targets,
+        exclude=exclude,
+        full=full,
+        bias=bias,
+        layers=layers,
+        layout=layout,
+        may_be_empty=bool(tables),
+    )
+    paths = {weight.part.path for weight in chosen}
+    check_patterns(rank, "rank", paths)
+    check_patterns(alpha, "alpha", paths)
+    _check_distinct({w.key: w.part for w in chosen} | {p: Part(p) for p in tables}, leaves)
+    found = tuple(_target(w, leaves[w.part.path], rank, alpha, rslora, layout) for w in chosen)
+    return Plan(found, tables, tuple(fully))
+
+
+def _target(
+    weight: Chosen, leaf: Any, rank: Any, alpha: Any, rslora: bool, layout: Mapping[str, str]
+) -> Target:
+    key, part, letters, answer = weight
+    shape = part.shape(leaf.shape)
+    r = check_rank(
+        lookup(rank, part.path, "rank") if answer is True else answer, key, letters, shape
+    )
+    wanted = lookup(alpha, part.path, "alpha")
+    if wanted is None:
+        raise ValueError(f"alpha: no pattern of the mapping matches {key!r}; end with '.*'")
+    why = (
+        ", since the update is scaled by alpha / rank; to switch an adapter off, call the function "
+        "on lora_params.base"
+    )
+    scale = check_positive(wanted, "alpha", f" for {key!r}", why) / (math.sqrt(r) if rslora else r)
+    fan_in = 1 if is_table(part.path, layout) else math.prod(role_shape(letters, shape, "i"))
+    return Target(key, leaf, part, letters, r, scale, fan_in)
+
+
+def _tables(
     rows: Mapping[str, Iterable[int]], leaves: Mapping[str, Any], layout: Mapping[str, str]
-) -> dict[str, str]:
-    """The key of the rows that train of each table, and its path."""
+) -> dict[str, Table]:
+    """Find the tables of which rows train, by path."""
     check_patterns(rows, "rows", leaves)
     tables = {}
     for path, leaf in leaves.items():
@@ -33,7 +131,7 @@ def tables_of(
             raise ValueError(
                 f"rows={{{path!r}: {ids}}}: expected different numbers from 0 to {size - 1}"
             )
-        tables[spell_rows(path, ids)] = path
+        tables[path] = Table(letters, tuple(ids))
     return tables
 
 
@@ -52,7 +150,8 @@ def check_same_model(layout: Mapping[str, str], leaves: Mapping[str, Any]) -> No
             )
 
 
-def check_distinct(parts: Mapping[str, tuple[str, Any]], leaves: Mapping[str, Any]) -> None:
+def _check_distinct(parts: Mapping[str, Part], leaves: Mapping[str, Any]) -> None:
+    """Raise if two entries update one array, or overlapping parts of a leaf."""
     seen: dict[int, list[str]] = {}
     for name, (path, ranges) in parts.items():
         for other in seen.setdefault(id(leaves[path]), []):
@@ -72,9 +171,10 @@ def check_distinct(parts: Mapping[str, tuple[str, Any]], leaves: Mapping[str, An
 
 
 def check_rank(rank: Any, path: str, layout: str, shape: tuple[int, ...]) -> int:
+    """Return the rank of one weight as an int, or raise."""
     if rank is None:
         raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+    if not is_int(rank):
         raise TypeError(f"rank={rank!r} for {path!r}: expected an int")
     limit = max_rank(layout, shape)
     if not 1 <= rank <= limit:
@@ -83,16 +183,3 @@ def check_rank(rank: Any, path: str, layout: str, shape: tuple[int, ...]) -> int
             f"min(in, out) = {limit}, at which a LoRA can express any update"
         )
     return int(rank)
-
-
-def check_alpha(alpha: Any, path: str) -> float:
-    if alpha is None:
-        raise ValueError(f"alpha: no pattern of the mapping matches {path!r}; end with '.*'")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.integer | np.floating):
-        raise TypeError(f"alpha={alpha!r} for {path!r}: expected a number")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(
-            f"alpha={alpha} for {path!r}: expected a finite number > 0, since the update is scaled "
-            "by alpha / rank; to switch an adapter off, call the function on lora_params.base"
-        )
-    return float(alpha)

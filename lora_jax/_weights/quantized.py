@@ -35,6 +35,11 @@ def dequantize_array(x: Any) -> jax.Array:
         return import_qwix().dequantize(x)
 
 
+def plain_array(x: Any) -> Any:
+    """Return a quantized array dequantized, and any other array as it is."""
+    return dequantize_array(x) if is_quantized(x) else x
+
+
 def quantize_array(x: jax.Array, qtype: Any, tiles: dict[int, int]) -> Any:
     """``x`` in steps of its own for every tile; axes that are in no tile are channels."""
     qwix = import_qwix()
@@ -52,6 +57,5 @@ def requantize(x: jax.Array, like: Any) -> Any:
 
 def relative_error(x: Any, exact: Any) -> float:
     """``|x - exact| / |exact|``, of all entries together."""
-    x, exact = (dequantize_array(y) if is_quantized(y) else y for y in (x, exact))
-    x, exact = (jnp.asarray(y, jnp.float32) for y in (x, exact))
+    x, exact = (jnp.asarray(plain_array(y), jnp.float32) for y in (x, exact))
     return float(jnp.linalg.norm((x - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

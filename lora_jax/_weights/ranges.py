@@ -1,8 +1,7 @@
 """Parts of a weight as targets: ``c_attn/kernel[:, 0:768]``.
 
-A range follows the path, as in NumPy: one ``start:stop`` an axis, ``:`` for a whole axis, fewer
-than the axes for whole ones at the end. Rows of a table follow in two pairs of brackets:
-``wte/embedding[[3, 17]]``.
+A range follows the path, as in NumPy: one ``start:stop`` per axis, ``:`` for an entire axis.
+Trailing axes that are not given are entire.
 """
 
 import re
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _RANGED = re.compile(r"(?P<path>.*)\[(?P<ranges>[\d\s,:-]*:[\d\s,:-]*)\]")
-_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<rows>\d+(, \d+)*)\]\]")
+_ANY = 2**62  # the size of an axis that is not known
 _ONE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*")
 
 
@@ -20,6 +19,25 @@ class Range(NamedTuple):
     axis: Any
     start: int
     stop: int
+
+
+class Part(NamedTuple):
+    """A leaf, or a range of one: where an entry of an adapter belongs."""
+
+    path: str
+    ranges: tuple[Range, ...] = ()
+
+    def slices(self, ndim: int) -> tuple[slice, ...]:
+        """Return the index that selects the part from its leaf.
+
+        >>> Part("c_attn/kernel", (Range(1, 0, 768),)).slices(2)
+        (slice(None, None, None), slice(0, 768, None))
+        """
+        return index_of(self.ranges, ndim)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the part of a leaf of this shape."""
+        return part_shape(shape, self.ranges)
 
 
 def split_range(text: str) -> tuple[str, str | None]:
@@ -72,36 +90,31 @@ def spell(path: str, ranges: Sequence[Range], ndim: int) -> str:
     return f"{path}[{', '.join(by_axis.get(axis, ':') for axis in range(ndim))}]"
 
 
-def spell_rows(path: str, rows: Sequence[int]) -> str:
-    """The key of rows that train on their own: ``wte/embedding[[3, 17]]``."""
-    return f"{path}[[{', '.join(map(str, rows))}]]"
-
-
-def rows_of(key: str) -> tuple[int, ...] | None:
-    """The rows that an entry of an adapter is of; None if it is of no rows.
-
-    >>> rows_of("wte/embedding[[3, 17]]")
-    (3, 17)
-    """
-    match = _ROWS.fullmatch(key)
-    return tuple(map(int, match["rows"].split(", "))) if match else None
-
-
 def part_shape(shape: Sequence[int], ranges: Sequence[Range]) -> tuple[int, ...]:
-    """The shape of a part of a weight."""
+    """Return the shape of a part of a weight."""
     sizes = {r.axis: r.stop - r.start for r in ranges}
     return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))
 
 
-def entry(key: str, leaves: Mapping[str, Any]) -> tuple[str, tuple[Range, ...]]:
-    """The path and ranges of an adapter's entry; a path that no leaf has comes back as it is."""
-    rows = _ROWS.fullmatch(key)
-    if key not in leaves and rows and rows["path"] in leaves:
-        return rows["path"], ()
+def index_of(ranges: Sequence[Range], ndim: int) -> tuple[slice, ...]:
+    """Return the index that selects a part from an array of ``ndim`` axes."""
+    bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
+    return tuple(bounds.get(axis, slice(None)) for axis in range(ndim))
+
+
+def part_of(key: str, leaves: Mapping[str, Any] | None) -> Part:
+    """Parse the key of an adapter's entry.
+
+    Args:
+        key: a path, or a path with ranges.
+        leaves: the base's leaves by path; a key whose path is not among them is a path itself.
+            None parses by the spelling alone.
+    """
     path, ranges = split_range(key)
-    if key in leaves or ranges is None or path not in leaves:
-        return key, ()
-    return path, resolve(ranges, path, leaves[path].shape)
+    if ranges is None or (leaves is not None and (key in leaves or path not in leaves)):
+        return Part(key)
+    shape = [_ANY] * (1 + ranges.count(",")) if leaves is None else leaves[path].shape
+    return Part(path, resolve(ranges, path, shape))
 
 
 def overlap(one: Sequence[Range], other: Sequence[Range]) -> bool:

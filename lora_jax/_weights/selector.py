@@ -150,9 +150,6 @@ def check_patterns(value: Any, argument: str, paths: Iterable[str]) -> None:
             )
 
 
-Chosen = dict[str, bool | int]
-
-
 def letters_of(path: str, leaves: Mapping[str, Any], layout: Mapping[str, str]) -> str:
     """The layout of a weight: as said, or by convention."""
     return lookup(layout, path, "layout") or conventional(path, leaves[path], leaves)

@@ -1,4 +1,4 @@
-"""``Target``: a weight as initializers see it, a matrix; and what they return."""
+"""``Target``: a weight as initializers see it, as a matrix; and what they return."""
 
 import dataclasses
 import hashlib
@@ -11,35 +11,35 @@ import jax.numpy as jnp
 
 from lora_jax._weights.axes import role_axes, role_shape
 from lora_jax._weights.quantized import is_quantized
-from lora_jax._weights.ranges import Range, part_shape
+from lora_jax._weights.ranges import Part
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A weight, or the part of one, that is to get factors.
+    """A weight, or a part of one, that gets factors.
 
     Attributes:
         path: the key of its factors, such as ``layers_0/attn/query/kernel``.
-        leaf: the array it is, or is a part of.
-        ranges: the part of the array.
-        layout: one letter an axis.
-        rank: of the factors.
-        scale: that the product of the factors is multiplied by.
-        fan_in: how many entries of the input make an entry of the output: for a lookup, 1.
+        leaf: the array that holds it.
+        part: the path of that array, and the ranges of the weight in it.
+        layout: one letter per axis.
+        rank: the rank of the factors.
+        scale: the number that the product of the factors is multiplied by.
+        fan_in: the number of inputs that make one output; 1 for a lookup.
     """
 
     path: str
     leaf: Any
-    ranges: tuple[Range, ...]
+    part: Part
     layout: str
-    rank: int
-    scale: float
-    fan_in: int
+    rank: int = 1
+    scale: float = 1.0
+    fan_in: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, in its own axes."""
-        return part_shape(self.leaf.shape, self.ranges)
+        return self.part.shape(self.leaf.shape)
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class Target:
         back = sorted(range(len(self.shape)), key=lambda i: self._order[i])
         weight = matrix.reshape([self.shape[i] for i in self._order]).transpose(back)
         weight = weight.astype(self.leaf.dtype)
-        return jnp.asarray(self.leaf).at[self.index].set(weight) if self.ranges else weight
+        return jnp.asarray(self.leaf).at[self.index].set(weight) if self.part.ranges else weight
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -88,9 +88,8 @@ class Target:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Where the weight is in the leaf."""
-        bounds = {r.axis: slice(r.start, r.stop) for r in self.ranges}
-        return tuple(bounds.get(axis, slice(None)) for axis in range(len(self.layout)))
+        """The index that selects the weight from the leaf."""
+        return self.part.slices(len(self.layout))
 
 
 # (key, target) -> a [*batch, in, rank], b [*batch, rank, out]; and, where scale * a b is not

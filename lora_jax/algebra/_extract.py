@@ -12,12 +12,11 @@ from jax.typing import DTypeLike
 from lora_jax._adapter.factors import Factors, master
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._jax import whole
-from lora_jax._weights.axes import check_layout, factor_shapes, is_array, not_trainable
+from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
-from lora_jax._weights.paths import PyTree, flatten, nearest
-from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import entry
-from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
+from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.quantized import plain_array
+from lora_jax._weights.selector import Selector, check_patterns, lookup
 from lora_jax._weights.target import Target
 
 Rest = Literal["error", "ignore", "full"]
@@ -81,27 +80,24 @@ def extract(
         Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """
     check_options(rank, energy, alpha, rest)
-    leaves = {path: x for path, x in flatten(base)[0].items() if is_array(x)}
-    after = {path: x for path, x in flatten(tuned)[0].items() if is_array(x)}
+    leaves, after = arrays_in(base), arrays_in(tuned)
     _check_same(leaves, after)
     changed = {path: _changed(leaves[path], after[path]) for path in leaves}
     if not any(where.any() for where in changed.values()):
         raise ValueError("extract: base and tuned are equal: there is nothing to extract")
     layout = {} if layout is None else layout
-    chosen = choose(leaves, targets, exclude, None, "none", None, layout)[0]
-    check_patterns(rank, "rank", {entry(key, leaves)[0] for key in chosen})
-    factors = {}
-    for key, answer in chosen.items():
-        path, ranges = entry(key, leaves)
+    chosen = choose(leaves, targets, exclude=exclude, layout=layout)[0]
+    check_patterns(rank, "rank", {weight.part.path for weight in chosen})
+    factors: dict[str, Any] = {}
+    adapted = set()
+    for key, part, letters, answer in chosen:
+        path = part.path
         if not changed[path].any():
             continue
-        letters = letters_of(path, leaves, layout)
-        letters = check_layout(letters, path, len(leaves[path].shape))
         wanted = lookup(rank, path, "rank") if answer is True else answer
         if energy is None and wanted is None:
             raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")
-        before = Target(key, _plain(leaves[path]), ranges, letters, 0, 1.0, 1)
-        now = Target(key, _plain(after[path]), ranges, letters, 0, 1.0, 1)
+        before, now = (Target(key, plain_array(x[path]), part, letters) for x in (leaves, after))
         if not changed[path][now.index].any():
             continue
         part = truncated(now.matrix() - before.matrix(), wanted, energy, alpha, key)
@@ -109,18 +105,19 @@ def extract(
         a, b = (jnp.asarray(x, dtype).reshape(s) for x, s in zip(part[:2], shapes, strict=True))
         factors[key] = Factors(a, b, jnp.asarray(part.scale, jnp.float32), letters)
         changed[path][now.index] = False
+        adapted.add(path)
     left = [path for path, where in changed.items() if where.any()]
     check_rest(left, rest, "extract: ", "rest=")
     full = {}
     for path in left if rest == "full" else ():
         if reason := not_trainable(after[path]):
             raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
-        if any(entry(key, leaves)[0] == path for key in factors):
+        if path in adapted:
             raise ValueError(
                 f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
                 "train whole as well: take the whole weight, or rest='ignore'"
             )
-        full[path] = master(_plain(after[path]))
+        full[path] = master(plain_array(after[path]))
     return LoraParams(base, Adapter(factors, full))
 
 
@@ -201,13 +198,9 @@ def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
         )
 
 
-def _plain(leaf: Any) -> Any:
-    return dequantize_array(leaf) if is_quantized(leaf) else leaf
-
-
 def _changed(before: Any, after: Any) -> np.ndarray:
     """Which entries are others."""
-    return np.asarray(np.asarray(_plain(before)) != np.asarray(_plain(after)))
+    return np.asarray(np.asarray(plain_array(before)) != np.asarray(plain_array(after)))
 
 
 def _check_same(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:

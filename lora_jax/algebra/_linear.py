@@ -5,11 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax._adapter.checks import with_adapter
+from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.lowrank import terms
-from lora_jax._adapter.params import Adapter
+from lora_jax._adapter.params import Adapter, adapter_of
 from lora_jax._adapter.sums import sum_of, sum_of_full
-from lora_jax._adapter.updates import adapter_of, by_key, like, operands, plain
-from lora_jax._weights.ranges import rows_of
+from lora_jax._adapter.updates import by_key, operands, plain
 
 
 def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = None) -> Any:
@@ -54,8 +55,8 @@ def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = N
     factors = {}
     for key, found in by_key(each).items():
         fs = list(found.values())
-        if rows_of(key) is not None:
-            factors[key] = sum_of(key, [adapter_of(weighted[k]).factors[key] for k in found])
+        if isinstance(fs[0], Rows):
+            factors[key] = sum_of([adapter_of(weighted[k]).factors[key] for k in found])
             continue
         if len({f.rank for f in fs}) > 1:
             raise ValueError(
@@ -70,4 +71,4 @@ def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = N
         a = sum(c * jnp.sqrt(abs(s)) * a for c, a, _, s in parts)
         b = sum(c * jnp.sign(s) * jnp.sqrt(abs(s)) * b for c, _, b, s in parts)
         factors[key] = plain(fs, a, b)
-    return like(adapters[0], Adapter(factors, sum_of_full(weighted)))
+    return with_adapter(adapters[0], Adapter(factors, sum_of_full(weighted)))

@@ -11,12 +11,12 @@ import numpy as np
 
 from lora_jax import _jax
 from lora_jax._adapter.checks import check_finite, check_single, with_adapter
-from lora_jax._adapter.factors import Factors, weight_shape, wide
+from lora_jax._adapter.factors import Entry, Factors, wide
 from lora_jax._adapter.lowrank import padded
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import factor_shapes, max_rank, role_shape
 from lora_jax._weights.conventions import is_table
-from lora_jax._weights.ranges import rows_of, split_range
+from lora_jax._weights.ranges import Part, split_range
 from lora_jax._weights.selector import check_patterns, lookup
 from lora_jax._weights.target import Target, fold_in_path
 from lora_jax.init._random import gaussian
@@ -73,13 +73,13 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
         Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
     """
     single = check_single(adapter, "resize: adapter")
-    able = {name: f for name, f in single.factors.items() if rows_of(name) is None}
+    able = {name: f for name, f in single.factors.items() if isinstance(f, Factors)}
     check_patterns(rank, "rank", {split_range(name)[0] for name in able})
     ranks = {name: _rank_of(rank, name, f) for name, f in able.items()}
     check_finite(single, "resize: adapter", "of NaNs there are no singular values")
     factors = dict(single.factors)
     for name, r in ranks.items():
-        f = factors[name]
+        f = able[name]
         if r < f.rank:
             factors[name] = _shrunk(f, r)
         elif r > f.rank:
@@ -93,7 +93,7 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
         raise ValueError(f"rank: no pattern of the mapping matches {name!r}; end with '.*'")
     if isinstance(r, bool) or not isinstance(r, int | np.integer):
         raise TypeError(f"resize: rank={r!r} for {name!r}: expected an int")
-    shape = weight_shape(f)
+    shape = f.weight_shape
     limit = max_rank(f.layout, shape)
     r = min(r, limit) if r < f.rank else r  # no update of this shape has more
     if not 1 <= r <= limit:
@@ -106,7 +106,7 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
 
 def _shrunk(f: Factors, rank: int) -> Factors:
     """The ``rank`` largest singular values of ``a b``, through the QR of both factors."""
-    shape = weight_shape(f)
+    shape = f.weight_shape
     batch, inputs, outputs = (role_shape(f.layout, shape, role) for role in "bio")
     dtype = max((wide(x.dtype) for x in (f.a, f.b)), key=lambda x: jnp.dtype(x).itemsize)
     a, b = (_jax.whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
@@ -125,12 +125,14 @@ def _shrunk(f: Factors, rank: int) -> Factors:
     )
 
 
-def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Factors:
+def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Entry:
     """The factors with columns of ``a`` as ``lorafy`` draws them, and rows of ``b`` of zeros."""
-    shape, extra = weight_shape(f), rank - f.rank
+    shape, extra = f.weight_shape, rank - f.rank
     fan_in = 1 if is_table(name, {}) else math.prod(role_shape(f.layout, shape, "i"))
     leaf = jax.ShapeDtypeStruct(shape, f.a.dtype)
-    a, _ = gaussian(fold_in_path(key, name), Target(name, leaf, (), f.layout, extra, 1.0, fan_in))
+    a, _ = gaussian(
+        fold_in_path(key, name), Target(name, leaf, Part(name), f.layout, extra, 1.0, fan_in)
+    )
     a = a.reshape(factor_shapes(f.layout, shape, extra)[0]).astype(f.a.dtype)
     old = jnp.asarray(f.a)
     if (spec := _jax.explicit_spec(old)) is not None:

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.checks import check_finite
-from lora_jax._adapter.factors import is_concrete
-from lora_jax._adapter.lowrank import terms
+from lora_jax._adapter.checks import check_finite, with_adapter
+from lora_jax._adapter.factors import Rows, is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._adapter.updates import by_key, differences, like, operands, plain
+from lora_jax._adapter.sums import scaled_rows
+from lora_jax._adapter.updates import by_key, differences, operands, plain
 from lora_jax._weights.paths import flatten
-from lora_jax._weights.ranges import rows_of
 from lora_jax._weights.target import fold_in_path
 from lora_jax.algebra._entries import Rule, of_arrays, of_factors
 
@@ -182,15 +181,16 @@ def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: A
     factors, errors = {}, {}
     for path, found in by_key(each).items():
         fs, own = list(found.values()), fold_in_path(key, path)
-        if rows_of(path) is not None:  # all have the same a, which picks the rows
-            b = of_arrays([b * s for _, b, s in terms(fs)], own, rule)
-            factors[path], errors[path] = plain(fs, fs[0].a, b), jnp.zeros((), b.dtype)
+        if isinstance(fs[0], Rows):  # all are of the same rows
+            b = of_arrays(scaled_rows(fs), own, rule)
+            factors[path] = replace(fs[0], b=b, scale=jnp.ones((), jnp.float32))
+            errors[path] = jnp.zeros((), b.dtype)
         else:
             a, b, errors[path] = of_factors(fs, own, rule, rank, niter)
             factors[path] = plain(fs, a, b)
         for scale in scales:
             factors[path] = replace(factors[path], scale=factors[path].scale * scale)
-    return like(xs[0], Adapter(factors, _full(xs, key, rule))), errors
+    return with_adapter(xs[0], Adapter(factors, _full(xs, key, rule))), errors
 
 
 def _full(xs: list[Any], key: jax.Array, rule: Rule) -> dict[str, jax.Array]:

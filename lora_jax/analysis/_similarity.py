@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Entry, Factors, wide
 from lora_jax._adapter.lowrank import matrices
-from lora_jax._adapter.updates import adapter_of, by_key, differences, operands
+from lora_jax._adapter.params import adapter_of
+from lora_jax._adapter.updates import by_key, differences, operands
 from lora_jax._jax import whole
 
 Side = Literal["a", "b"]
@@ -145,7 +146,7 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
     return found
 
 
-def _gram(found: Mapping[int, Factors], count: int) -> jax.Array:
+def _gram(found: Mapping[int, Entry], count: int) -> jax.Array:
     """The inner products of updates of one weight: ``[count, count]``."""
     parts = [_orthonormal(a, b) for a, b in matrices(list(found.values()))]
     a = jnp.concatenate([a for a, _ in parts], -1)  # [layers, in, all ranks]
@@ -191,7 +192,7 @@ def _squared_norm(f: Factors) -> jax.Array:
     return jnp.square(jnp.matmul(r, s.mT, precision="highest")).sum()
 
 
-def _directions(f: Factors, factor: Side) -> jax.Array:
+def _directions(f: Entry, factor: Side) -> jax.Array:
     """Orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
     n = f.layout.count("b")
     batch, rank = f.a.shape[:n], f.rank

@@ -12,7 +12,6 @@ import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
 from lora_jax._weights.paths import PyTree, flatten, nearest
-from lora_jax._weights.ranges import entry
 from lora_jax._weights.target import Initializer, Target
 from lora_jax.init._svd import take_out
 
@@ -136,7 +135,7 @@ def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
 
     def init(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
         del key
-        path, _ = entry(target.path, by_path)
+        path = target.part.path
         if path not in by_path or by_path[path].shape != target.leaf.shape:
             shape = getattr(by_path.get(path), "shape", None)
             raise ValueError(

@@ -38,7 +38,7 @@ def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initi
 
     def init(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
         del key
-        if target.ranges:
+        if target.part.ranges:
             raise ValueError(f"loftq: {target.path!r} is a part, and only whole weights quantize")
         name, tiles = tiles_of(target.leaf.shape, target.layout, qtype, block, target.path)
         w, r = target.matrix(), target.rank

@@ -1,18 +1,17 @@
 """``input_moments``: what the adapted weights read, summed up."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.params import Adapter, LoraParams, check, is_lora
 from lora_jax._transform.call import is_traced
 from lora_jax._transform.context import Context
 from lora_jax._transform.lora import run_lora
 from lora_jax._weights.axes import factor_shapes
-from lora_jax._weights.ranges import entry
 from lora_jax._weights.target import Target
 
 
@@ -43,7 +42,6 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         {'query/kernel': Array([[2., 2.],
                [2., 4.]], dtype=float32)}
     """
-    is_lora = lambda x: isinstance(x, LoraParams)  # noqa: E731
     nodes, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
     places = [i for i, node in enumerate(nodes) if is_lora(node)]
     if len(places) != 1:
@@ -52,17 +50,15 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
             f"...) returns, got {len(places)}: it says which weights"
         )
     lora_params = nodes[places[0]]
-    leaves, identities, shapes = check(lora_params), {}, {}
+    leaves, parts = check(lora_params)
+    identities, shapes = {}, {}
     for name, f in lora_params.adapter.factors.items():
-        path, ranges = entry(name, leaves)
-        target = Target(name, leaves[path], ranges, f.layout, 1, 1.0, 1)
+        target = Target(name, leaves[parts[name].path], parts[name], f.layout)
         n = target.inputs
         shapes[name] = (*target.batch, n, n)
         a_shape, b_shape = factor_shapes(f.layout, target.shape, n)
         a = jnp.broadcast_to(jnp.eye(n), shapes[name]).reshape(a_shape)
-        identities[name] = replace(
-            f, a=a, b=jnp.zeros(b_shape), scale=jnp.float32(1), magnitude=None, norm=None, frozen=()
-        )
+        identities[name] = Factors(a, jnp.zeros(b_shape), jnp.float32(1), f.layout)
 
     arrays = {i: node for i, node in enumerate(nodes) if is_traced(node)}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.factors import Entry, is_concrete
 from lora_jax._weights.axes import factor_shapes
 from lora_jax._weights.quantized import is_quantized
 from lora_jax._weights.target import Initializer, Target
@@ -78,7 +78,7 @@ def start(
     return a, b, target.leaf_with(rest[0]) if rest else None
 
 
-def check_started(init: Initializer, path: str, f: Factors) -> None:
+def check_started(init: Initializer, path: str, f: Entry) -> None:
     """Raise unless factors can train; where they are traced, nobody knows.
 
     Raises:

@@ -4,6 +4,7 @@ The record says how the arrays make an adapter, and of which base it is: the nam
 types of all its leaves, and where that matters a checksum of what is in them.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.checks import check_single
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, check
-from lora_jax._weights.axes import check_layout, factor_shapes, is_array
-from lora_jax._weights.paths import PyTree, flatten, nearest
-from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.axes import check_layout, factor_shapes
+from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import split_range
 from lora_jax.io._checksum import checksum
 
-VERSION = 1
-_FIELDS = ("a", "b", "scale", "magnitude")  # norm is the base's, and is found again
+VERSIONS = (1, 2)  # 2 has table rows; a record without them is of version 1
+_KINDS = {"layout": str, "rank": int, "frozen": list, "residual": bool, "dora": bool}
+_ROWS = {"layout": str, "ids": list, "vocabulary": int}
+_OLD_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<ids>\d+(, \d+)*)\]\]")  # a key of version 1
 
 
 def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapter, PyTree | None]:
@@ -51,12 +54,10 @@ def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapte
 def arrays_of(adapter: Adapter) -> dict[str, Any]:
     """The arrays by name: ``layers_0/query/kernel.a``, and ``head/bias.full``."""
     found = {
-        f"{key}.{name}": jnp.asarray(getattr(f, name))
-        for key, f in adapter.factors.items()
-        for name in _FIELDS
-        if getattr(f, name) is not None
+        f"{key}.{field}": jnp.asarray(x)
+        for (key, field), x in adapter.arrays().items()
+        if field != "norm"  # it belongs to the base, and is computed again
     }
-    found |= {f"{path}.full": jnp.asarray(x) for path, x in adapter.full.items()}
     for name, x in found.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
@@ -83,19 +84,26 @@ def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[s
             "dora": f.magnitude is not None,
         }
         for key, f in adapter.factors.items()
+        if isinstance(f, Factors)
+    }
+    rows = {
+        path: {"layout": f.layout, "ids": list(f.ids), "vocabulary": f.vocabulary}
+        for path, f in adapter.factors.items()
+        if isinstance(f, Rows)
     }
     changed = {split_range(key)[0] for key, f in adapter.factors.items() if f.residual}
     return {
         "format": "lora_jax",
-        "version": VERSION,
+        "version": 2 if rows else 1,
         "factors": factors,
+        **({"rows": rows} if rows else {}),
         "full": list(adapter.full),
         "base": None if base is None else _base_record(base, changed, content=content),
     }
 
 
 def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> dict[str, Any]:
-    leaves = {path: x for path, x in flatten(base)[0].items() if is_array(x)}
+    leaves = arrays_in(base)
     shown = [path for path in leaves if content or path in changed]
     return {
         "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
@@ -104,7 +112,7 @@ def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> di
 
 
 def content_of(x: Any) -> str:
-    return checksum(dequantize_array(x) if is_quantized(x) else x)
+    return checksum(plain_array(x))
 
 
 def check_base(record: Any, params: PyTree, where: str) -> None:
@@ -116,7 +124,7 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
     """
     if record is None:
         return
-    leaves = {path: x for path, x in flatten(params)[0].items() if is_array(x)}
+    leaves = arrays_in(params)
     wanted = record["leaves"]
     for path, (_, *shape) in wanted.items():
         if path not in leaves:
@@ -162,27 +170,30 @@ def check_record(record: Any, where: str) -> None:
         return ValueError(f"{where}: {what}: this is no adapter of lora_jax, or it is damaged")
 
     kinds = {"format": str, "version": int, "factors": dict, "full": list, "base": dict | None}
+    kinds |= {"rows": dict} if isinstance(record, dict) and record.get("version") == 2 else {}
     if not isinstance(record, dict) or record.get("format") != "lora_jax":
         raise bad("it has no record of an adapter")
-    if record.get("version") != VERSION:
+    if record.get("version") not in VERSIONS:
         raise ValueError(
-            f"{where} has version {record.get('version')!r}, and this library reads {VERSION}: "
-            "install a newer lora-jax"
+            f"{where} has version {record.get('version')!r}, and this library reads "
+            f"{' and '.join(map(str, VERSIONS))}: install a newer lora-jax"
         )
     if record.keys() != kinds.keys() or any(
         not isinstance(record[k], kind) for k, kind in kinds.items()
     ):
         raise bad(f"its record has the keys {sorted(record)}, expected {sorted(kinds)}")
-    of_factors = {"layout": str, "rank": int, "frozen": list, "residual": bool, "dora": bool}
-    for key, said in record["factors"].items():
-        if (
-            not isinstance(said, dict)
-            or said.keys() != of_factors.keys()
-            or any(not isinstance(said[k], kind) for k, kind in of_factors.items())
-            or not set(map(str, said["frozen"])) <= {"a", "b", "magnitude"}
-        ):
-            raise bad(f"its record of {key!r} is {said!r}")
-        check_layout(said["layout"], f"{key!r} in {where}")
+    for kind, wanted in (("factors", _KINDS), ("rows", _ROWS)):
+        for key, entry in record.get(kind, {}).items():
+            if (
+                not isinstance(entry, dict)
+                or entry.keys() != wanted.keys()
+                or any(not isinstance(entry[k], own) for k, own in wanted.items())
+                or not set(map(str, entry.get("frozen", ()))) <= {*Factors.TRAINABLE}
+                or not all(type(k) is int for k in entry.get("ids", ()))
+                or entry.get("ids") == []
+            ):
+                raise bad(f"its record of {key!r} is {entry!r}")
+            check_layout(entry["layout"], f"{key!r} in {where}")
     if not all(isinstance(path, str) for path in record["full"]):
         raise bad("its record of leaves trained whole is no list of paths")
     if (base := record["base"]) is not None:
@@ -204,8 +215,8 @@ def check_record(record: Any, where: str) -> None:
 
 
 def names_in(record: Any) -> list[str]:
-    """The names of the arrays that a record speaks of."""
-    names = []
+    """Return the names of the arrays that a record lists."""
+    names = [f"{path}.{name}" for path in record.get("rows", ()) for name in Rows.FIELDS]
     for key, said in record["factors"].items():
         names += [f"{key}.{name}" for name in ("a", "b", "scale", *["magnitude"] * said["dora"])]
     return names + [f"{path}.full" for path in record["full"]]
@@ -235,12 +246,15 @@ def adapter_of(
                 f"{where}: {name!r} has values that are not finite. To load it all the same: "
                 "finite=False"
             )
-    factors = {}
+    entries: dict[str, Any] = {}
     for key, said in record["factors"].items():
         a, b, scale = (arrays[f"{key}.{name}"] for name in ("a", "b", "scale"))
         _check_shapes(key, a, b, scale, said, where)
+        if (old := _OLD_ROWS.fullmatch(key)) and said["layout"].count("i") == 1:
+            entries[old["path"]] = _rows_of_version_1(key, a, b, scale, said["layout"], where)
+            continue
         magnitude = arrays[f"{key}.magnitude"] if said["dora"] else None
-        factors[key] = Factors(
+        entries[key] = Factors(
             a,
             b,
             scale,
@@ -249,7 +263,25 @@ def adapter_of(
             frozen=tuple(said["frozen"]),
             residual=said["residual"],
         )
-    return Adapter(factors, {path: arrays[f"{path}.full"] for path in record["full"]})
+    for path, said in record.get("rows", {}).items():
+        b, scale = arrays[f"{path}.b"], arrays[f"{path}.scale"]
+        f = Rows(b, scale, said["layout"], tuple(said["ids"]), said["vocabulary"])
+        if not f.weight_shape or b.shape[0] != f.rank or scale.shape != ():
+            raise ValueError(
+                f"{where}: the rows of {path!r} have shapes b {tuple(b.shape)} and scale "
+                f"{tuple(scale.shape)}, which do not fit {f.rank} rows and layout {f.layout!r}"
+            )
+        entries[path] = f
+    return Adapter(entries, {path: arrays[f"{path}.full"] for path in record["full"]})
+
+
+def _rows_of_version_1(key: str, a: Any, b: Any, scale: Any, layout: str, where: str) -> Rows:
+    """Read table rows as version 1 stored them: ids in the key, and a dense one-hot ``a``."""
+    ids = tuple(map(int, _OLD_ROWS.fullmatch(key)["ids"].split(", ")))  # pyright: ignore
+    rows = Rows(b, scale, layout, ids, a.shape[0])
+    if a.ndim != 2 or max(ids) >= len(a) or not np.array_equal(a, rows.a):
+        raise ValueError(f"{where}: the factors of {key!r} are not those of these rows")
+    return rows
 
 
 def _check_shapes(key: str, a: Any, b: Any, scale: Any, said: Any, where: str) -> None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Entry, wide
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._jax import whole
 from lora_jax._weights.axes import role_axes
@@ -57,7 +57,7 @@ def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
     return {key: jax.vmap(_direction, out_axes=-1)(f) for key, f in adapter.factors.items()}
 
 
-def _direction(f: Factors) -> jax.Array:
+def _direction(f: Entry) -> jax.Array:
     """Of one adapter: ``[*batch, *in]``."""
     n = len(role_axes(f.layout, "b"))
     a, b = whole(f.a), whole(f.b)

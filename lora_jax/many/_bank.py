@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.numbers import check_int
 from lora_jax.many._host import empty_row, host_row, placed, places_of
 from lora_jax.many._lru import Lru, Stats
 
@@ -98,9 +99,9 @@ class AdapterBank:
                 f"AdapterBank: like is {type(like).__name__}, expected a LoraParams as "
                 "lora_jax.lorafy returns: it says which base and which weights"
             )
-        slots = _at_least("slots", slots, 1)
-        rank = None if rank is None else _at_least("rank", rank, 1)
-        host = None if host is None else _at_least("host", host, slots + 1)
+        slots = check_int(slots, "AdapterBank: slots", 1)
+        rank = None if rank is None else check_int(rank, "AdapterBank: rank", 1)
+        host = None if host is None else check_int(host, "AdapterBank: host", slots + 1)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"AdapterBank: dtype={dtype!r}: expected one of floating numbers")
         self._base, self._is_cast, self._donate = like.base, dtype is not None, donate
@@ -296,11 +297,3 @@ def _check_outside(verb: str) -> None:
 def _copied(adapter: Adapter) -> Adapter:
     """The same arrays in dicts that are the caller's."""
     return Adapter(dict(adapter.factors), dict(adapter.full))
-
-
-def _at_least(name: str, n: Any, least: int) -> int:
-    if isinstance(n, bool) or not isinstance(n, int | np.integer):
-        raise TypeError(f"AdapterBank: {name}={n!r}: expected an int")
-    if n < least:
-        raise ValueError(f"AdapterBank: {name}={n}: expected at least {least}")
-    return int(n)

@@ -1,189 +1,272 @@
-"""One adapter as a row of a stack: what it lacks there is filled in, what differs is refused."""
+"""Fit one adapter into a stack: pad ranks, fill missing entries, reject mismatches.
 
-from collections.abc import Mapping
-from dataclasses import replace
+A stack has one shape for all of its members. :class:`Schema` is that shape, :func:`blank` is the
+member that changes nothing, and a member is an adapter laid over it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax._adapter.checks import check_finite
-from lora_jax._adapter.factors import Factors, master, weight_shape
-from lora_jax._adapter.lowrank import padded
+from lora_jax._adapter.factors import Entry, Rows, master
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import is_array
-from lora_jax._weights.paths import PyTree
-from lora_jax._weights.ranges import rows_of
+from lora_jax._weights.paths import PyTree, flatten
 
-_REMEDIES = {
-    "layout": "make them with the same layout=",
-    "frozen": "make them with the same freeze=, or set it: dataclasses.replace(factors, frozen=())",
-    "residual": "the base of a residual adapter, such as PiSSA's, is its own. Make a plain one of "
-    "it, lora_jax.algebra.to_plain",
-    "dtype": "a cast might lose digits. Cast one of them, by dataclasses.replace",
-    "magnitude": "stack DoRA with DoRA",
-}
+_BASE = "Pass LoraParams, which hold the base"
 
 
-class Slot(NamedTuple):
-    """What every row has at one key of the factors.
+class Wanted(NamedTuple):
+    """What every member has at one key.
 
     Attributes:
-        name: of the adapter that ``f`` is of, for messages.
-        f: factors as the row's are to be, but for the rank.
-        rank: of the row's.
+        owner: the name of the adapter that ``f`` belongs to, for messages.
+        f: an entry like those of the members, but for the rank.
+        rank: the rank of the members.
     """
 
-    name: str
-    f: Factors
+    owner: str
+    f: Entry
     rank: int
 
 
-class Slots(NamedTuple):
-    """What every row has.
+class Schema(NamedTuple):
+    """What every member has.
 
     Attributes:
-        factors: by key.
-        full: of leaves trained whole, by path, who trains it and its like.
+        entries: by key.
+        full: fully trained leaves by path: the name of an adapter that has one, and one like it.
         base: the parameters; None if they are not known.
-        leaves: of the base, by path; None if they are not known.
     """
 
-    factors: Mapping[str, Slot]
+    entries: Mapping[str, Wanted]
     full: Mapping[str, tuple[str, Any]]
     base: PyTree
-    leaves: Mapping[str, Any] | None
 
 
-def fitted(adapter: Adapter, name: str, slots: Slots) -> Adapter:
-    """The adapter as a row: all that the slots have, zero where it lacks it.
+class Blank(NamedTuple):
+    """An array of the member that changes nothing.
+
+    Attributes:
+        shape: the shape of the array.
+        dtype: the dtype of the array.
+        make: makes it. The argument is the name of the member that lacks it, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[str], Any]
+
+
+def blank(schema: Schema) -> Adapter:
+    """Return the member that changes nothing: zeros, the base's norms, the base's leaves.
+
+    Its arrays are :class:`Blank`: only those that are needed are made. One that needs the base
+    raises if the base is not known.
+    """
+    entries = {key: _blank_entry(key, wanted, schema) for key, wanted in schema.entries.items()}
+    leaves = None if schema.base is None else flatten(schema.base)[0]
+    full = {
+        path: Blank(tuple(like.shape), like.dtype, partial(_leaf, path, owner, like, leaves))
+        for path, (owner, like) in schema.full.items()
+    }
+    return Adapter(entries, full)
+
+
+def overlay(adapter: Adapter, below: Adapter, put: Callable[..., Any], name: str) -> Adapter:
+    """Lay an adapter over a blank member.
+
+    Args:
+        adapter: what the member has of its own.
+        below: a member, of arrays or of :class:`Blank`.
+        put: ``put(mine, like, key, field)`` returns the adapter's array as one like ``like``.
+        name: the name of the adapter, for messages.
+    """
+
+    def own(key: str, field: str, like: Any) -> Any:
+        if field == "full":
+            mine = adapter.full.get(key)
+        else:
+            mine = getattr(adapter.factors.get(key), field, None)
+        if mine is not None:
+            return put(mine, like, key, field)
+        return like.make(name) if isinstance(like, Blank) else like
+
+    return below.map(own)
+
+
+def fit(adapter: Adapter, name: str, schema: Schema, below: Adapter) -> Adapter:
+    """Return the adapter as a member, in JAX arrays; ``below`` is ``blank(schema)``.
 
     Raises:
-        ValueError: it has something otherwise, is not finite, or cannot be filled in.
+        ValueError: it does not agree with the schema, is not finite, or cannot be filled in.
     """
     remedy = "in a product over all adapters 0 * NaN would be NaN for the others. Leave it out"
     is_finite = check_finite(adapter, name, remedy)
-    factors = {}
-    for key, slot in slots.factors.items():
-        f = adapter.factors.get(key)
-        if f is None:
-            f = _absent(key, slot, name, slots)
-        else:
-            _check_agree(key, slot, f, name)
-            f = replace(padded(f, slot.rank), norm=_norm(key, f, slot, name, slots))
-        like = slot.f.scale if is_array(slot.f.scale) else jnp.float32(0)
-        is_float = jnp.issubdtype(like.dtype, jnp.floating)
-        scale = jnp.asarray(f.scale, like.dtype if is_float else jnp.float32)
-        if is_finite is not None:
-            a, b = (jnp.where(is_finite, x, jnp.zeros_like(x)) for x in (f.a, f.b))
-            f = replace(f, a=a, b=b)
-            scale = jnp.where(is_finite, scale, jnp.full_like(scale, jnp.nan))
-        factors[key] = replace(f, scale=scale)
-    full = {
-        path: _whole(path, adapter.full.get(path), name, owner, like, slots)
-        for path, (owner, like) in slots.full.items()
-    }
-    return Adapter(factors, full)
+    for key, wanted in schema.entries.items():
+        if key in adapter.factors:
+            check_agree(key, adapter.factors[key], wanted, name, "lora_jax.many.stack(...,")
+
+    def put(mine: Any, like: Blank, key: str, field: str) -> Any:
+        if field == "full":
+            _check_full(mine, key, name, schema)
+            return mine
+        return jnp.asarray(mine, like.dtype) if field == "scale" else _pad_to(mine, like.shape)
+
+    member = overlay(adapter, below, put, name)
+    if is_finite is None:
+        return member
+
+    def guarded(key: str, field: str, x: Any) -> Any:  # a traced member cannot be refused
+        fill = {"a": 0, "b": 0, "scale": jnp.nan}.get(field)
+        return x if fill is None else jnp.where(is_finite, x, jnp.full_like(x, fill))
+
+    return member.map(guarded)
 
 
-def _check_agree(key: str, slot: Slot, f: Factors, name: str) -> None:
-    """Raise if two adapters have different things at one key."""
+def check_agree(
+    key: str, f: Entry, wanted: Wanted, name: str, room: str, *, is_cast: bool = False
+) -> None:
+    """Raise if an adapter and a stack have different things at one key.
 
-    def differ(field, mine, theirs, remedy):
-        return ValueError(
-            f"{name} and {slot.name} differ at {key!r}: {field} is {mine!r} here and {theirs!r} "
-            f"there; {_REMEDIES.get(remedy, remedy)}"
-        )
+    Args:
+        key: the key.
+        f: the adapter's entry.
+        wanted: the stack's.
+        name: the name of the adapter.
+        room: the beginning of the call that makes a stack of a larger rank.
+        is_cast: whether dtypes, and what is frozen in training, may differ.
+    """
+    like = wanted.f
 
-    for field in ("layout", "frozen", "residual"):
-        mine, theirs = getattr(f, field), getattr(slot.f, field)
+    def compare(what: str, mine: Any, theirs: Any, remedy: str) -> None:
         if mine != theirs:
-            raise differ(field, mine, theirs, field)
-    if (mine := weight_shape(f)) != (theirs := weight_shape(slot.f)):
-        raise differ("the weight's shape", mine, theirs, "they are of different models")
-    if (mine := f.magnitude is not None) != (theirs := slot.f.magnitude is not None):
-        raise differ("whether there is a magnitude", mine, theirs, "magnitude")
-    for field in ("a", "b", "scale", "magnitude"):
-        x, y = getattr(f, field), getattr(slot.f, field)
-        if is_array(x) and is_array(y) and x.dtype != y.dtype:
-            raise differ(f"the dtype of {field}", str(x.dtype), str(y.dtype), "dtype")
-    if f.rank > slot.rank:
-        raise ValueError(
-            f"{name} has rank {f.rank} at {key!r}, and {slot.name} {slot.rank}: shrink it, "
-            f"lora_jax.algebra.resize(adapter, {slot.rank}), or leave room, "
-            f"lora_jax.many.stack(..., rank={f.rank})"
-        )
-
-
-def _absent(key: str, slot: Slot, name: str, slots: Slots) -> Factors:
-    """Factors that are not there: zero, with the norms of the base's columns."""
-    like, n = slot.f, slot.f.layout.count("b")
-    if like.residual and slots.leaves is None:
-        raise ValueError(
-            f"{name} has no factors of {key!r}, and those of {slot.name} are residual, as PiSSA's: "
-            "whether both are over one base is not known. Pass LoraParams, which hold the base"
-        )
-    if rows_of(key) is None:
-        a = jnp.zeros((*like.a.shape[:-1], slot.rank), like.a.dtype)
-        b = jnp.zeros((*like.b.shape[:n], slot.rank, *like.b.shape[n + 1 :]), like.b.dtype)
-    else:
-        a, b = jnp.zeros(like.a.shape, like.a.dtype), jnp.zeros(like.b.shape, like.b.dtype)
-    f = replace(like, a=a, b=b, scale=0.0)
-    if like.magnitude is None:
-        return f
-    if slots.leaves is None:
-        raise ValueError(
-            f"{name} has no factors of {key!r}, and {slot.name} has DoRA there: the norms of the "
-            "base's columns, which fill in its magnitude, are not known. Pass LoraParams, which "
-            "hold the base"
-        )
-    norm = _norm_of_base(key, f, slots)
-    magnitude = jnp.sqrt(norm).astype(like.magnitude.dtype)
-    return replace(f, magnitude=magnitude, norm=None if like.norm is None else norm)
-
-
-def _norm(key: str, f: Factors, slot: Slot, name: str, slots: Slots) -> Any:
-    """The norm of a row, where the slot has one: never another row's, which may be NaN."""
-    if slot.f.norm is None or f.norm is not None:
-        return None if slot.f.norm is None else f.norm
-    if slots.leaves is None:
-        raise ValueError(
-            f"{name} has no norms of the base's columns at {key!r}, as {slot.name} has. Pass "
-            "LoraParams, which hold the base"
-        )
-    return _norm_of_base(key, f, slots)
-
-
-def _norm_of_base(key: str, f: Factors, slots: Slots) -> Any:
-    return with_norms(LoraParams(slots.base, Adapter({key: f}))).adapter.factors[key].norm
-
-
-def _whole(path: str, x: Any, name: str, owner: str, like: Any, slots: Slots) -> Any:
-    """A leaf trained whole; if it is not there, the base's."""
-    if x is not None:
-        if tuple(x.shape) != tuple(like.shape):
             raise ValueError(
-                f"{name} and {owner} differ at {path!r}: its shape is {tuple(x.shape)} here and "
-                f"{tuple(like.shape)} there; they are of different models"
+                f"{name} and {wanted.owner} differ at {key!r}: {what} is {mine!r} here and "
+                f"{theirs!r} there; {remedy}"
             )
-        if x.dtype != like.dtype:
-            raise ValueError(
-                f"{name} and {owner} differ at {path!r}: its dtype is {x.dtype} here and "
-                f"{like.dtype} there; {_REMEDIES['dtype']}"
-            )
-        return x
-    if slots.leaves is None:
+
+    mine, theirs = (list(x.ids) if isinstance(x, Rows) else "all" for x in (f, like))
+    compare(
+        "what trains of the rows", mine, theirs, "adapters of one table must train the same rows"
+    )
+    compare("layout", f.layout, like.layout, "make them with the same layout=")
+    if not is_cast:
+        remedy = "make them with the same freeze=, or set it: dataclasses.replace(factors, "
+        compare("frozen", f.frozen, like.frozen, remedy + "frozen=())")
+    remedy = "the factors of a residual adapter, such as PiSSA's, mean nothing on another base. "
+    remedy += "Make a plain one of it, lora_jax.algebra.to_plain"
+    compare("residual", f.residual, like.residual, remedy)
+    compare("the weight's shape", f.weight_shape, like.weight_shape, "they are of different models")
+    mine, theirs = (x.magnitude is not None for x in (f, like))
+    compare("whether there is a magnitude", mine, theirs, "stack DoRA with DoRA")
+    for field, x in f.arrays().items():
+        y = getattr(like, field)
+        if not is_cast and field != "norm" and is_array(x) and is_array(y):
+            remedy = "a cast might lose digits. Cast one of them, by dataclasses.replace"
+            compare(f"the dtype of {field}", str(x.dtype), str(y.dtype), remedy)
+    if f.rank > wanted.rank:
         raise ValueError(
-            f"{name} does not train {path!r} whole, as {owner} does, and what the base has there "
-            "is not known. Pass LoraParams, which hold the base"
+            f"{name} has rank {f.rank} at {key!r}, and {wanted.owner} {wanted.rank}: shrink it, "
+            f"lora_jax.algebra.resize(adapter, {wanted.rank}), or leave room, {room} "
+            f"rank={f.rank})"
         )
-    leaf = slots.leaves[path]
+
+
+def _blank_entry(key: str, wanted: Wanted, schema: Schema) -> Any:
+    """Return a blank entry, whose arrays are :class:`Blank`."""
+    like = wanted.f
+
+    @functools.cache
+    def norm() -> Any:
+        found = with_norms(LoraParams(schema.base, Adapter({key: like})))
+        return found.adapter.factors[key].norm
+
+    def zeros(shape: tuple[int, ...], dtype: Any, name: str) -> Any:
+        if like.residual and schema.base is None:
+            raise ValueError(
+                f"{name} has no factors of {key!r}, and those of {wanted.owner} are residual, as "
+                f"PiSSA's: whether both are over one base is not known. {_BASE}"
+            )
+        return jnp.zeros(shape, dtype)
+
+    def magnitude(dtype: Any, name: str) -> Any:
+        if schema.base is None:
+            raise ValueError(
+                f"{name} has no factors of {key!r}, and {wanted.owner} has DoRA there: the norms "
+                f"of the base's columns, which fill in its magnitude, are not known. {_BASE}"
+            )
+        return jnp.sqrt(norm()).astype(dtype)
+
+    def norms(name: str) -> Any:
+        if schema.base is None:
+            raise ValueError(
+                f"{name} has no norms of the base's columns at {key!r}, as {wanted.owner} has. "
+                f"{_BASE}"
+            )
+        return norm()
+
+    def made(field: str, x: Any) -> Blank:
+        if field == "scale":
+            is_float = is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+            dtype = x.dtype if is_float else jnp.dtype(jnp.float32)
+            return Blank((), dtype, partial(zeros, (), dtype))
+        shape = list(x.shape)
+        if field in ("a", "b"):
+            shape[-1 if field == "a" else like.layout.count("b")] = wanted.rank
+        if field == "norm":
+            return Blank(tuple(shape), x.dtype, norms)
+        if field == "magnitude":
+            return Blank(tuple(shape), x.dtype, partial(magnitude, x.dtype))
+        return Blank(tuple(shape), x.dtype, partial(zeros, tuple(shape), x.dtype))
+
+    return like.map(made)
+
+
+def _leaf(path: str, owner: str, like: Any, leaves: Mapping[str, Any] | None, name: str) -> Any:
+    """Return the base's leaf for a member that does not train it."""
+    if leaves is None:
+        raise ValueError(
+            f"{name} does not train {path!r} fully, as {owner} does, and what the base has there "
+            f"is not known. {_BASE}"
+        )
+    leaf = leaves[path]
     with jax.numpy_dtype_promotion("standard"):
         is_exact = jnp.promote_types(leaf.dtype, like.dtype) == like.dtype
     if not is_exact:
         raise ValueError(
-            f"{name} does not train {path!r} whole, as {owner} does in {like.dtype}, and the base "
-            f"has {leaf.dtype} there; {_REMEDIES['dtype']}"
+            f"{name} does not train {path!r} fully, as {owner} does in {like.dtype}, and the base "
+            f"has {leaf.dtype} there; a cast might lose digits. Cast one of them"
         )
     return master(leaf).astype(like.dtype)
+
+
+def _check_full(x: Any, path: str, name: str, schema: Schema) -> None:
+    """Raise unless a fully trained leaf has the shape and dtype of the others'."""
+    owner, like = schema.full[path]
+    if tuple(x.shape) != tuple(like.shape):
+        raise ValueError(
+            f"{name} and {owner} differ at {path!r}: its shape is {tuple(x.shape)} here and "
+            f"{tuple(like.shape)} there; they are of different models"
+        )
+    if x.dtype != like.dtype:
+        raise ValueError(
+            f"{name} and {owner} differ at {path!r}: its dtype is {x.dtype} here and {like.dtype} "
+            "there; a cast might lose digits. Cast one of them, by dataclasses.replace"
+        )
+
+
+def _pad_to(x: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Pad with zeros at the end of each axis."""
+    if tuple(x.shape) == shape:
+        return x
+    x = jnp.asarray(x)
+    config = [(0, size - own, 0) for size, own in zip(shape, x.shape, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), config)

@@ -1,9 +1,9 @@
-"""Adapters as rows of a stack in the host's memory: checked, padded and cast in NumPy.
+"""Fit one adapter into a bank, in the host's memory: check, pad and cast in NumPy.
 
-As :mod:`lora_jax.many._fit` does it on the device, but nothing runs or compiles there meanwhile.
+This is :mod:`lora_jax.many._fit` without a device: nothing runs or compiles on one.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,15 +12,14 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lora_jax._adapter.checks import check_same_base, check_single
-from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.factors import Rows, is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._adapter.shardings import shardings
 from lora_jax._weights.axes import is_array
-from lora_jax._weights.paths import PyTree, flatten
-from lora_jax._weights.ranges import rows_of
-from lora_jax.many._fit import Slot, Slots, fitted
+from lora_jax._weights.paths import PyTree
+from lora_jax.many._fit import Schema, Wanted, blank, check_agree, overlay
 
-_CAST = ("a", "b")  # what dtype= is of; the rest is small, and of leaves trained whole not ours
+_CAST = ("a", "b")  # the fields that dtype= applies to; full leaves keep their own
 
 
 def empty_row(like: LoraParams, rank: int | None, dtype: Any) -> Adapter:
@@ -28,23 +27,24 @@ def empty_row(like: LoraParams, rank: int | None, dtype: Any) -> Adapter:
     single = check_single(like, "AdapterBank: like")
     if not single.factors and not single.full:
         raise ValueError("AdapterBank: like changes nothing: there is nothing to have slots of")
-    slots = Slots(
+    schema = Schema(
         {
-            key: Slot("like", f, f.rank if rank is None or rows_of(key) is not None else rank)
+            key: Wanted("like", f, f.rank if rank is None or isinstance(f, Rows) else rank)
             for key, f in single.factors.items()
         },
         {path: ("like", x) for path, x in single.full.items()},
         like.base,
-        flatten(like.base)[0],
     )
-    row = jax.tree.map(_fetched, fitted(Adapter({}), "AdapterBank: an empty slot", slots))
+    what = "AdapterBank: an empty slot"
+    empty = blank(schema).map(lambda key, field, x: x.make(what))
+    row = jax.tree.map(_fetched, empty)
     dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
 
     def own(key: str, field: str, x: np.ndarray) -> np.ndarray:
         to = jax.ShapeDtypeStruct(x.shape, dtype if dtype and field in _CAST else x.dtype)
         return _host(x, to, f"AdapterBank: of the base, {field} of {key!r}", is_cast=True)
 
-    return _mapped(own, row)
+    return row.map(own)
 
 
 def host_row(adapter: Any, what: str, base: PyTree, empty: Adapter, *, is_cast: bool) -> Adapter:
@@ -80,16 +80,14 @@ def host_row(adapter: Any, what: str, base: PyTree, empty: Adapter, *, is_cast: 
             "multihost_utils.process_allgather(adapter, tiled=True)"
         )
     for key, f in single.factors.items():
-        _check_agree(key, f, empty.factors[key], what)
+        wanted = Wanted("the bank", empty.factors[key], empty.factors[key].rank)
+        check_agree(key, f, wanted, what, "lora_jax.many.AdapterBank(...,", is_cast=True)
     single = jax.device_get(single)
 
-    def own(key: str, field: str, x: np.ndarray) -> np.ndarray:
-        f = single.factors.get(key)
-        mine = single.full.get(key) if field == "full" else getattr(f, field, None)
-        # What is filled in is one read-only array for all.
-        return x if mine is None else _host(mine, x, f"{what}: {field} of {key!r}", is_cast=is_cast)
+    def put(mine: Any, like: np.ndarray, key: str, field: str) -> np.ndarray:
+        return _host(mine, like, f"{what}: {field} of {key!r}", is_cast=is_cast)
 
-    return _mapped(own, empty)
+    return overlay(single, empty, put, what)  # what is filled in is one read-only array for all
 
 
 def places_of(base: PyTree, row: Adapter, replicate: Collection[str]) -> tuple[Any, Any]:
@@ -120,44 +118,6 @@ def placed(row: Adapter, places: Any) -> Adapter:
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), row, places
     )
-
-
-def _mapped(f: Callable[[str, str, Any], Any], row: Adapter) -> Adapter:
-    """``f(key, field, array)`` of all that a row has."""
-    return Adapter(
-        {
-            key: factors.mapped(lambda field, x, key=key: f(key, field, x))
-            for key, factors in row.factors.items()
-        },
-        {path: f(path, "full", x) for path, x in row.full.items()},
-    )
-
-
-def _check_agree(key: str, f: Factors, like: Factors, what: str) -> None:
-    """Raise if what is no array, or too large, differs; what is frozen in training may."""
-    remedies = {
-        "layout": "make them with the same layout=",
-        "residual": "factors such as PiSSA's mean nothing beside what they were not taken out of. "
-        "lora_jax.algebra.to_plain makes plain ones of them",
-    }
-    for field, remedy in remedies.items():
-        mine, theirs = getattr(f, field), getattr(like, field)
-        if mine != theirs:
-            raise ValueError(
-                f"{what} and the bank differ at {key!r}: {field} is {mine!r} here and {theirs!r} "
-                f"there; {remedy}"
-            )
-    if (f.magnitude is None) != (like.magnitude is None):
-        here, there = ("without" if x.magnitude is None else "with" for x in (f, like))
-        raise ValueError(
-            f"{what} and the bank differ at {key!r}: {here} DoRA here and {there} there; make a "
-            "bank for each"
-        )
-    if f.rank > like.rank:
-        raise ValueError(
-            f"{what} has rank {f.rank} at {key!r}, and the bank {like.rank}: shrink it, "
-            f"lora_jax.algebra.resize(adapter, {like.rank}), or make a bank of rank={f.rank}"
-        )
 
 
 def _is_here(x: Any) -> bool:

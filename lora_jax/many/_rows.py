@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, is_lora
 from lora_jax._transform.call import Among, enter, is_traced
 from lora_jax._transform.context import Context, OnMaterialize
 from lora_jax._transform.lora import check_function, run_lora
@@ -72,8 +72,8 @@ def lora_rows(
             raise ValueError(
                 f"lora_rows: in_axes has {len(axes)} entries for {len(args)} arguments"
             )
-        axes = jax.tree.map(lambda x: None if _is_lora(x) else x, axes, is_leaf=_is_lora)
-        found, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=_is_lora)
+        axes = jax.tree.map(lambda x: None if is_lora(x) else x, axes, is_leaf=is_lora)
+        found, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_lora)
         leaves = [x for _, x in found]
         flat = _spread((tuple(axes), dict.fromkeys(kwargs, 0)), (args, kwargs))
         ids = _check_ids(lora_ids, leaves)
@@ -96,10 +96,6 @@ def lora_rows(
     return rows_fn
 
 
-def _is_lora(x: Any) -> bool:
-    return isinstance(x, LoraParams)
-
-
 def _is_axis(x: Any) -> bool:
     return x is None or isinstance(x, int)
 
@@ -108,19 +104,19 @@ def _spread(axes: Any, tree: Any) -> list[int | None]:
     """An axis for each leaf, of a prefix of the tree; None where there are no rows."""
 
     def of(axis: int | None, part: Any) -> Any:
-        leaves = jax.tree.leaves(part, is_leaf=_is_lora)
-        return [axis if is_traced(x) and not _is_lora(x) else None for x in leaves]
+        leaves = jax.tree.leaves(part, is_leaf=is_lora)
+        return [axis if is_traced(x) and not is_lora(x) else None for x in leaves]
 
     found = jax.tree.map(of, axes, tree, is_leaf=_is_axis)
     return jax.tree.leaves(found, is_leaf=_is_axis)
 
 
 def _check_ids(ids: Any, leaves: list[Any]) -> jax.Array:
-    if not any(map(_is_lora, leaves)):
+    if not any(map(is_lora, leaves)):
         raise ValueError(
             f"lora_rows: there is no LoraParams among the arguments. Pass a stack, {_WANTS}"
         )
-    counts = {k: x for node in leaves if _is_lora(node) for k, x in _counts(node).items()}
+    counts = {k: x for node in leaves if is_lora(node) for k, x in _counts(node).items()}
     if () in counts.values() or len(set(counts.values())) > 1:
         shown = ", ".join(f"{k!r}: {c[0] if c else 'none'}" for k, c in list(counts.items())[:5])
         raise ValueError(

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax._adapter.checks import check_parts, check_same_base, check_single, with_adapter
+from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import is_array
+from lora_jax._weights.numbers import is_int
 from lora_jax._weights.paths import flatten
-from lora_jax._weights.ranges import rows_of
-from lora_jax.many._fit import Slot, Slots, fitted
+from lora_jax.many._fit import Schema, Wanted, blank, fit
 
 Stack = TypeVar("Stack", LoraParams, Adapter)
 
@@ -76,7 +76,7 @@ def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
     adapters = list(adapters)
     if not adapters:
         raise ValueError("stack: there are no adapters: expected at least one")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | np.integer)):
+    if rank is not None and not is_int(rank):
         raise TypeError(f"stack: rank={rank!r}: expected an int, or None")
     first = adapters[0]
     singles: dict[str, Adapter] = {}
@@ -99,21 +99,22 @@ def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
     for name, x in singles.items():
         for path, leaf in x.full.items():
             full.setdefault(path, (name, leaf))
-    slots = Slots(_slots(singles, rank, leaves is not None), full, base, leaves)
-    rows = [fitted(x, f"stack: {name}", slots) for name, x in singles.items()]
-    return with_adapter(first, jax.tree.map(lambda *rows: jnp.stack(rows), *rows))
+    schema = Schema(_union(singles, rank, leaves is not None), full, base)
+    below = blank(schema)
+    members = [fit(x, f"stack: {name}", schema, below) for name, x in singles.items()]
+    return with_adapter(first, jax.tree.map(lambda *xs: jnp.stack(xs), *members))
 
 
-def _slots(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dict[str, Slot]:
-    """All keys of any adapter: as the first has it that has it, with the largest rank."""
-    enough = any if has_base else all  # norms that are missing are found, or else at every call
-    slots: dict[str, Slot] = {}
+def _union(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dict[str, Wanted]:
+    """Return the union of all keys: fields of the first adapter with the key, the largest rank."""
+    enough = any if has_base else all  # missing norms are computed, or else at every call
+    found: dict[str, Wanted] = {}
     for key in dict.fromkeys(key for x in singles.values() for key in x.factors):
         has = {name: x.factors[key] for name, x in singles.items() if key in x.factors}
         (owner, f), *_ = has.items()
         largest = max(has, key=lambda name: has[name].rank)
         r = has[largest].rank
-        if rank is not None and rows_of(key) is None:
+        if rank is not None and not isinstance(f, Rows):
             if rank < r:
                 raise ValueError(
                     f"stack: rank={rank}, and {largest} has rank {r} at {key!r}: expected at least "
@@ -122,5 +123,6 @@ def _slots(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dic
             r = int(rank)
         norms = [f.norm for f in has.values()]
         norm = next(filter(is_array, norms)) if enough(map(is_array, norms)) else None
-        slots[key] = Slot(owner, replace(f, norm=norm), r)
-    return slots
+        wanted = f if f.norm is norm else replace(f, norm=norm)
+        found[key] = Wanted(owner, wanted, r)
+    return found

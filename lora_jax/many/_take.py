@@ -9,9 +9,9 @@ import numpy as np
 
 from lora_jax._adapter.checks import check_same_base, check_single, with_adapter
 from lora_jax._adapter.factors import is_concrete
-from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._weights.paths import PyTree, flatten
-from lora_jax.many._fit import Slot, Slots, fitted
+from lora_jax._adapter.params import Adapter, LoraParams, is_lora
+from lora_jax._weights.paths import PyTree
+from lora_jax.many._fit import Schema, Wanted, blank, fit
 from lora_jax.many._unstack import stack_of
 
 Stack = TypeVar("Stack", LoraParams, Adapter)
@@ -48,9 +48,9 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
     """
     size, rows = stack_of(stacked, "replace_at")
     index = _row(i, size)
-    base, leaves = None, None
-    if isinstance(stacked, LoraParams):
-        base, leaves = stacked.base, flatten(stacked.base)[0]
+    base = None
+    if is_lora(stacked):
+        base = stacked.base
         if isinstance(adapter, Adapter):
             adapter = LoraParams(base, adapter)
     elif isinstance(adapter, LoraParams):
@@ -71,13 +71,12 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
     def like(_, x):
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
-    slots = Slots(
-        {key: Slot("the stack", f.mapped(like), f.rank) for key, f in rows.factors.items()},
+    schema = Schema(
+        {key: Wanted("the stack", f.map(like), f.rank) for key, f in rows.factors.items()},
         {path: ("the stack", like("full", x)) for path, x in rows.full.items()},
         base,
-        leaves,
     )
-    row = fitted(single, "replace_at: adapter", slots)
+    row = fit(single, "replace_at: adapter", schema, blank(schema))
     put = lambda rows, x: jnp.asarray(rows).at[index].set(x, mode="drop")  # noqa: E731
     return with_adapter(stacked, jax.tree.map(put, rows, row))
 
@@ -107,7 +106,6 @@ def take(tree: PyTree, indices: Any) -> PyTree:
         >>> lora_jax.many.take(many, [2, 0]).adapter.factors["query/kernel"].scale
         Array([ 5.3333335, 16.       ], dtype=float32)
     """
-    is_lora = lambda x: isinstance(x, LoraParams)  # noqa: E731
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_lora)
     rows = [x.adapter if is_lora(x) else x for x in nodes]
     sizes: dict[int, str] = {}

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.checks import check_single, with_adapter
-from lora_jax._adapter.factors import Factors, is_concrete
+from lora_jax._adapter.factors import Entry, Rows, is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import is_array
-from lora_jax._weights.ranges import rows_of
 
 Stack = TypeVar("Stack", LoraParams, Adapter)
 
@@ -91,7 +90,7 @@ def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
     return next(iter(sizes))[0], adapter
 
 
-def _used(f: Factors) -> tuple[Any, Any]:
+def _used(f: Entry) -> tuple[Any, Any]:
     """Of every row: which entries of the rank are not zero, and whether it does anything."""
     n = f.layout.count("b")
     a, b = jnp.moveaxis(f.a, -1, 1), jnp.moveaxis(f.b, n + 1, 1)
@@ -110,7 +109,7 @@ def _trimmed(row: Adapter, n: int, used: dict[str, tuple[Any, Any]]) -> Adapter:
         entries, acts = used[key]
         if not acts[n]:
             continue
-        if rows_of(key) is None:
+        if not isinstance(f, Rows):
             r = 1 + int(np.flatnonzero(entries[n]).max(initial=0))
             axis = f.layout.count("b")
             f = replace(f, a=f.a[..., :r], b=jax.lax.slice_in_dim(f.b, 0, r, axis=axis))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, is_lora
 from lora_jax._weights.paths import PyTree, is_flax
 
 
@@ -37,19 +37,19 @@ def labels(params: PyTree) -> PyTree:
     """
     if is_flax(params, "nnx", "State") and params.keys() == {"base", "adapter"}:
         return _label_state(params)
-    nodes, tree = jax.tree.flatten(params, is_leaf=_is_lora)
-    if not any(map(_is_lora, nodes)):
+    nodes, tree = jax.tree.flatten(params, is_leaf=is_lora)
+    if not any(map(is_lora, nodes)):
         raise TypeError(
             f"labels: no LoraParams in {type(params).__name__}: every leaf would train. Pass what "
             "lora_jax.lorafy returned"
         )
-    return jax.tree.unflatten(tree, [_label(node) if _is_lora(node) else "lora" for node in nodes])
+    return jax.tree.unflatten(tree, [_label(node) if is_lora(node) else "lora" for node in nodes])
 
 
 def _label(lora_params: LoraParams) -> LoraParams:
     adapter = lora_params.adapter
     factors = {
-        path: f.mapped(lambda name, _, f=f: "lora" if name in f.trainable else "frozen")
+        path: f.map(lambda name, _, f=f: "lora" if name in f.trainable else "frozen")
         for path, f in adapter.factors.items()
     }
     return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
@@ -143,7 +143,7 @@ def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
 
     def half(trains):
         return {
-            path: f.mapped(lambda name, x, f=f: x if (name in f.trainable) == trains else None)
+            path: f.map(lambda name, x, f=f: x if (name in f.trainable) == trains else None)
             for path, f in adapter.factors.items()
         }
 
@@ -216,12 +216,8 @@ def value_and_grad(
     return value_and_grad_fn
 
 
-def _is_lora(x: Any) -> bool:
-    return isinstance(x, LoraParams)
-
-
 def _check_lora(x: Any, name: str) -> None:
-    if not _is_lora(x):
+    if not is_lora(x):
         raise TypeError(
             f"{name}: expected a LoraParams as lora_jax.lorafy returns, got {type(x).__name__}"
         )

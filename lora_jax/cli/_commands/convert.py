@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._commands import convert_model as whole
 from lora_jax.cli._options import names_and_kinds, writing
@@ -179,12 +179,11 @@ def read_peft(found: AdapterFile, places: Map) -> Adapter:
     """
     reader = open_reader(found.path, places)
     dtypes = {x.dtype for x in reader.left.values()}
-    factors: dict[str, Factors] = {}
+    factors: dict[str, Factors | Rows] = {}
     for path, parts in reader.factors().items():
         factors |= dict(stacked(path, parts, places.leaves[path]))
     full = reader.trained_whole() | reader.lora_biases()
-    for rows in reader.rows().values():
-        factors |= rows
+    factors |= reader.rows()
     reader.check_complete()
     if reader.is_redone:
         raise ValueError(
@@ -193,7 +192,7 @@ def read_peft(found: AdapterFile, places: Map) -> Adapter:
             "model, lora_jax.io.peft.load, which makes it a plain LoRA"
         )
     own = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    factors = {path: f.mapped(lambda name, x: _as(x, own, name)) for path, f in factors.items()}
+    factors = {path: f.map(lambda name, x: _as(x, own, name)) for path, f in factors.items()}
     order = {path: k for k, path in enumerate(places.leaves)}
     ordered = sorted(factors, key=lambda key: order.get(key.partition("[")[0], 0))
     return Adapter({key: factors[key] for key in ordered}, full)

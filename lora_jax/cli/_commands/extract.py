@@ -9,11 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Entry, Factors
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import not_trainable
 from lora_jax._weights.conventions import is_head
 from lora_jax._weights.paths import nearest
+from lora_jax._weights.ranges import Part
 from lora_jax._weights.selector import select
 from lora_jax._weights.target import Target
 from lora_jax.algebra._extract import check_options, check_rest, extract, truncated
@@ -134,7 +135,7 @@ def _of_parameters(
         raise ValueError(text.replace("rest='", "--rest '").replace("rest=", "--rest ")) from error
     rows = []
     for key, f in lora_params.adapter.factors.items():
-        after, before = (Target(key, tree[key], (), f.layout, 0, 1.0, 1) for tree in trees[::-1])
+        after, before = (Target(key, tree[key], Part(key), f.layout) for tree in trees[::-1])
         rows.append(_row(key, after.shape, np.asarray(after.matrix() - before.matrix()), f))
     return lora_params, rows
 
@@ -157,7 +158,7 @@ def _of_folder(
     transposed = _transposed(base)
     wanted = _wanted(base, args.targets)
     leaves = {_path(name): tensor for name, tensor in base.tensors.items()}
-    factors: dict[str, Factors] = {}
+    factors: dict[str, Entry] = {}
     full: dict[str, Any] = {}
     letters: dict[str, str] = {}
     kinds: dict[str, str] = {}

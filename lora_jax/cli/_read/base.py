@@ -8,11 +8,10 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.axes import factor_shapes
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax._weights.ranges import rows_of, split_range
+from lora_jax._weights.ranges import split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.io._torch import Kind
@@ -84,7 +83,11 @@ def adapted_leaves(adapter: Adapter, *, whole: bool = False) -> dict[str, Any]:
     Raises:
         UnknownBaseError: it does not.
     """
-    parts = [key for key in adapter.factors if rows_of(key) or split_range(key)[1] is not None]
+    parts = [
+        key
+        for key, f in adapter.factors.items()
+        if isinstance(f, Rows) or split_range(key)[1] is not None
+    ]
     parts += [] if whole else adapter.full
     if parts:
         raise UnknownBaseError(
@@ -92,21 +95,8 @@ def adapted_leaves(adapter: Adapter, *, whole: bool = False) -> dict[str, Any]:
             "say --like, the model's folder, an Orbax checkpoint of its parameters, or another "
             "adapter of it; or save it as a LoraParams"
         )
-    found = {path: Absent(path, shape_of(f), f.a.dtype) for path, f in adapter.factors.items()}
+    found = {path: Absent(path, f.weight_shape, f.b.dtype) for path, f in adapter.factors.items()}
     return found | {path: Absent(path, x.shape, x.dtype) for path, x in adapter.full.items()}
-
-
-def shape_of(f: Factors) -> tuple[int, ...]:
-    """The shape of the weight that factors are of."""
-    batch, inputs = f.layout.count("b"), f.layout.count("i")
-    sizes = {
-        "b": iter(f.a.shape[:batch]),
-        "i": iter(f.a.shape[batch : batch + inputs]),
-        "o": iter(f.b.shape[batch + 1 :]),
-    }
-    shape = tuple(next(sizes[letter]) for letter in f.layout)
-    assert factor_shapes(f.layout, shape, f.rank) == (tuple(f.a.shape), tuple(f.b.shape))
-    return shape
 
 
 def with_stand_ins(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -117,11 +107,10 @@ def with_stand_ins(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any
     """
     found = dict(leaves)
     for key, f in adapter.factors.items():
-        table = key.partition("[[")[0]
         if f.magnitude is not None and isinstance(found.get(key), Absent):
             found[key] = np.broadcast_to(np.zeros((), np.float32), found[key].shape)
-        elif rows_of(key) and table in found:
-            found[table] = jnp.asarray(np.asarray(found[table]))
+        elif isinstance(f, Rows) and key in found:
+            found[key] = jnp.asarray(np.asarray(found[key]))
     return found
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Entry, Rows
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.ranges import rows_of
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,14 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in found if p.is_file())
 
 
-def update_of(key: str, f: Factors) -> Update:
+def update_of(key: str, f: Entry) -> Update:
     """Factors of ours in the neutral form."""
     batch, inputs = f.layout.count("b"), f.layout.count("i")
     a, b, scale = np.asarray(f.a), np.asarray(f.b), float(f.scale)
     sizes, layers = a.shape[:batch], prod(a.shape[:batch])
     return Update(
         key,
-        "rows" if rows_of(key) else f.layout,
+        "rows" if isinstance(f, Rows) else f.layout,
         a.reshape(layers, prod(a.shape[batch : batch + inputs]), f.rank),
         b.reshape(layers, f.rank, -1),
         scale,

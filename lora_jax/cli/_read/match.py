@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax._weights.paths import nearest
-from lora_jax._weights.ranges import Range, part_shape, rows_of, split_range
-from lora_jax._weights.ranges import entry as entry_in
+from lora_jax._weights.ranges import Range, index_of, part_shape, split_range
+from lora_jax._weights.ranges import part_of as parse
 
 _ENDINGS = ("weight", "kernel", "embedding")
 
@@ -25,7 +25,7 @@ def canonical(path: str) -> str:
 
 def names_of(path: str) -> list[str]:
     """What the tensor of an entry may be called, the likeliest first."""
-    bare = path.partition("[[")[0] if rows_of(path) else split_range(path)[0]
+    bare = split_range(path)[0]
     module = canonical(bare)
     found = [bare, bare.replace("/", "."), bare.replace(".", "/")]
     for ending in _ENDINGS:
@@ -46,9 +46,9 @@ def find(path: str, tensors: Mapping[str, Any], where: Any) -> tuple[str, tuple[
             f"{nearest(path, tensors)}"
         )
     own = split_range(path)[1]
-    if own is None or rows_of(path):
+    if own is None:
         return name, ()
-    return name, entry_in(f"{name}[{own}]", tensors)[1]
+    return name, parse(f"{name}[{own}]", tensors).ranges
 
 
 def part_of(path: str, tensors: Mapping[str, Any], shape: tuple[int, ...], where: Any) -> Any:
@@ -65,5 +65,4 @@ def part_of(path: str, tensors: Mapping[str, Any], shape: tuple[int, ...], where
             f"shape {shape}: it is another model's"
         )
     x = np.asarray(tensors[name].read())
-    bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
-    return x[tuple(bounds.get(axis, slice(None)) for axis in range(x.ndim))]
+    return x[index_of(ranges, x.ndim)]

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D, ties_of
@@ -120,7 +119,7 @@ class Change:
         self.pieces = {names[p]: (letters, piece) for p, [(_, letters, piece)] in found.items()}
         self.full = {names[p]: np.asarray(x) for p, x in reader.trained_whole().items()}
         self.full |= {names[p]: np.asarray(x) for p, x in reader.lora_biases().items()}
-        self.rows = {names[p]: f for p, of_rows in reader.rows().items() for f in of_rows.values()}
+        self.rows = {names[path]: f for path, f in reader.rows().items()}
         reader.check_complete()
         if reader.is_redone:
             raise ValueError(
@@ -151,8 +150,8 @@ class Change:
         if name in self.full:
             w[...] = self.full[name].reshape(w.shape).astype(w.dtype)
         else:
-            f: Factors = self.rows[name]
-            ids = np.asarray(f.a).argmax(0)
+            f = self.rows[name]
+            ids = np.asarray(f.ids)
             w[ids] = (w[ids].astype(np.float32) + np.asarray(f.b)).astype(w.dtype)
 
     def updates(self, name: str) -> list[Update]:

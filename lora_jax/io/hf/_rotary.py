@@ -20,7 +20,6 @@ from lora_jax._weights.axes import role_axes
 from lora_jax._weights.conventions import conventional
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.quantized import is_quantized
-from lora_jax._weights.ranges import entry
 from lora_jax._weights.selector import lookup
 from lora_jax.io._torch import module_path
 
@@ -71,7 +70,7 @@ def _reordered(
     if order is None:
         raise ValueError(f"head_dim={head_dim}: expected an even number")
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
-    leaves = check(lora_params)
+    leaves, parts = check(lora_params)
     _, tree = flatten(lora_params.base)
     chosen = {path for path in leaves if re.fullmatch(targets, path)}
     if not chosen:
@@ -99,7 +98,7 @@ def _reordered(
         return along(x, role_axes(letters, "o")[-1], path)
 
     def factors(key: str, f: Factors) -> Factors:
-        path, ranges = entry(key, leaves)
+        path, ranges = parts[key]
         if path not in chosen:
             return f
         if any(f.layout[r.axis] == "o" for r in ranges):

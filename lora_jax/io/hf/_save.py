@@ -11,7 +11,7 @@ from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._merge import merge as merge_params
 from lora_jax._weights.paths import PyTree
 from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import entry
+from lora_jax._weights.ranges import part_of
 from lora_jax.io import _torch as torch_names
 from lora_jax.io._torch import Place
 from lora_jax.io.hf import _shards as shards
@@ -70,7 +70,7 @@ def save(
             finite numbers would be infinite in ``dtype``.
     """
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
-    leaves = check(lora_params)
+    leaves = check(lora_params).leaves
     opened = open_source(source) if source is not None else None
     changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
     if opened is None and family is None:
@@ -156,7 +156,7 @@ class _Plan:
 def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any], dtype: Any) -> Any:
     """One leaf with what the adapter adds to it, in the wider of its dtype and the one wanted."""
     adapter = lora_params.adapter
-    own = {key: f for key, f in adapter.factors.items() if entry(key, leaves)[0] == path}
+    own = {key: f for key, f in adapter.factors.items() if part_of(key, leaves)[0] == path}
     full = {path: adapter.full[path]} if path in adapter.full else {}
     if not own and not full:
         return leaves[path]

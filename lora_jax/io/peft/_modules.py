@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.norms import squared_norm
 from lora_jax._adapter.params import LoraParams
-from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import Range, entry, rows_of
+from lora_jax._weights.quantized import plain_array
+from lora_jax._weights.ranges import Range, part_of
 from lora_jax.io._record import to_host
 from lora_jax.io._torch import Kind, Map, Place
 from lora_jax.io.peft import _config as configs
@@ -67,17 +67,17 @@ def _modules(
     about: dict[str, tuple[Kind, str]] = {}
     leaves = places.leaves
     for key, f in lora_params.adapter.factors.items():
-        path, ranges = entry(key, leaves)
+        path, ranges = part_of(key, leaves)
         if f.residual:
             raise ValueError(
                 f"peft.save: {key!r} belongs to what its initializer left of the base, and PEFT "
                 "would add it to the model's own weights. To write it as plain LoRA on those, say "
                 "initial= and params=, as for lora_jax.algebra.to_plain"
             )
-        if (rows := rows_of(key)) is not None and path != key:
+        if isinstance(f, Rows):
             (place,) = places.of(path)
-            tokens[place.module] = list(rows)
-            tensors[f"{place.module}.{TOKENS}"] = _new_rows(f, rows, leaves[path])
+            tokens[place.module] = list(f.ids)
+            tensors[f"{place.module}.{TOKENS}"] = _new_rows(f, leaves[path])
             continue
         letters = places.within(path, f.layout)
         kind = places.kind(path, letters)
@@ -123,14 +123,11 @@ def _by_place(
             yield place, Piece(key, a, b, np.float32(f.scale), own, inner)
 
 
-def _new_rows(f: Factors, rows: tuple[int, ...], table: Any) -> np.ndarray:
-    """The rows themselves: what PEFT calls a delta replaces them."""
-    table = dequantize_array(table) if is_quantized(table) else table
-    by_row = np.asarray(
-        table[jnp.asarray(rows)] if f.layout == "io" else table[:, jnp.asarray(rows)].T
-    )
-    new = by_row.astype(np.float32) + np.float32(f.scale) * np.asarray(f.b, np.float32)
-    return new
+def _new_rows(f: Rows, table: Any) -> np.ndarray:
+    """Return the new rows themselves: what PEFT calls a delta replaces them."""
+    table, ids = plain_array(table), jnp.asarray(f.ids)
+    by_row = np.asarray(table[ids] if f.layout == "io" else table[:, ids].T)
+    return by_row.astype(np.float32) + np.float32(f.scale) * np.asarray(f.b, np.float32)
 
 
 def _is_dora(modules: Modules) -> bool:

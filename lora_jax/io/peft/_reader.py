@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Rows, wide
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._lorafy import lorafy
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.paths import PyTree, nearest
-from lora_jax._weights.ranges import entry, spell_rows
+from lora_jax._weights.ranges import part_of
 from lora_jax.algebra._plain import to_plain
 from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
@@ -75,10 +75,10 @@ class Reader:
         full = self.trained_whole() | self.lora_biases()
         rows = self.rows()
         self.check_complete()
-        factors = {}
+        factors: dict[str, Any] = {}
         for path, leaf in self.places.leaves.items():
             factors |= dict(stacked(path, found[path], leaf)) if path in found else {}
-            factors |= rows.get(path, {})
+            factors |= {path: rows[path]} if path in rows else {}
         full = {path: full[path] for path in self.places.leaves if path in full}
         lora_params = LoraParams(params, Adapter(factors, full))
         check(lora_params)
@@ -289,8 +289,8 @@ class Reader:
             full.setdefault(place.path, {})[place.index] = part + update.reshape(part.shape)
         return {path: self._whole(path, parts) for path, parts in full.items()}
 
-    def rows(self) -> dict[str, dict[str, Factors]]:
-        """The rows of tables that train on their own: key and factors by path."""
+    def rows(self) -> dict[str, Rows]:
+        """Read the table rows that train, by the path of their table."""
         said = self.config.get("trainable_token_indices") or {}
         rows = {}
         for name in [name for name in self.left if name.endswith(f".{TOKENS}")]:
@@ -311,12 +311,9 @@ class Reader:
                 )
             order = sorted(range(len(ids)), key=lambda k: ids[k])
             ids = [ids[k] for k in order]
-            a = np.zeros((len(table), len(ids)), np.float32)
-            a[ids, range(len(ids))] = 1
-            b = (new[order] - table[ids]).astype(np.float32)
+            b = jnp.asarray((new[order] - table[ids]).astype(np.float32))
             layout = self.places.letters(place.path)
-            f = Factors(jnp.asarray(a), jnp.asarray(b), jnp.ones(()), layout, frozen=("a",))
-            rows[place.path] = {spell_rows(place.path, ids): f}
+            rows[place.path] = Rows(b, jnp.ones(()), layout, tuple(ids), len(table))
         return rows
 
     def check_complete(self) -> None:
@@ -376,7 +373,7 @@ class Reader:
         if init not in configs.REDONE:
             return lora_params
         factors = lora_params.adapter.factors
-        paths = {key: entry(key, self.places.leaves) for key in factors}
+        paths = {key: part_of(key, self.places.leaves) for key in factors}
         redone = {key: path for key, (path, _) in paths.items() if path in self.redone}
         if parts := [key for key in redone if paths[key][1]]:
             raise self.bad(

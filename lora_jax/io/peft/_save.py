@@ -76,7 +76,7 @@ def save(
         raise ValueError("peft.save: initial and params go together: one of them is None")
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
-    places = Map(check(lora_params), names, kinds, layout)
+    places = Map(check(lora_params).leaves, names, kinds, layout)
     tensors, config = to_files(
         lora_params,
         places,
