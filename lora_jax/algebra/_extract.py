@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._adapter.factors import Factors, master
+from lora_jax._adapter.lowrank import LowRank, svd
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._jax import whole
 from lora_jax._weights.axes import check_layout, factor_shapes, is_array, not_trainable
@@ -106,7 +107,8 @@ def extract(
             continue
         part = truncated(now.matrix() - before.matrix(), wanted, energy, alpha, key)
         shapes = factor_shapes(letters, now.shape, part.rank)
-        a, b = (jnp.asarray(x, dtype).reshape(s) for x, s in zip(part[:2], shapes, strict=True))
+        pairs = zip((part.a, part.b), shapes, strict=True)
+        a, b = (jnp.asarray(x, dtype).reshape(shape) for x, shape in pairs)
         factors[key] = Factors(a, b, jnp.asarray(part.scale, jnp.float32), letters)
         changed[path][now.index] = False
     left = [path for path, where in changed.items() if where.any()]
@@ -124,52 +126,19 @@ def extract(
     return LoraParams(base, Adapter(factors, full))
 
 
-class Part(NamedTuple):
-    """The nearest matrix of some rank: ``scale * a b``.
-
-    Attributes:
-        a: ``[*batch, in, rank]``.
-        b: ``[*batch, rank, out]``.
-        rank: of both.
-        scale: of their product.
-        kept: the share of the energy that they have.
-    """
-
-    a: jax.Array
-    b: jax.Array
-    rank: int
-    scale: float
-    kept: float
-
-    @property
-    def error(self) -> float:
-        """What is missing, in parts of the whole, in the Frobenius norm."""
-        return math.sqrt(max(0.0, 1.0 - self.kept))
-
-
 def truncated(
     delta: jax.Array, rank: int | None, energy: float | None, alpha: float | None, name: str
-) -> Part:
-    """The best factors of ``delta``, ``[*batch, in, out]``, of a rank or of a share of its energy.
+) -> LowRank:
+    """Find the best factors of ``delta``, ``[*batch, in, out]``: of a rank, or of an energy.
 
     Raises:
         ValueError: ``delta`` is not finite.
     """
     if not jnp.isfinite(delta).all():
         raise ValueError(f"extract: {name!r} is not finite in base or tuned")
-    u, s, vt = jnp.linalg.svd(whole(delta), full_matrices=False)
-    squares = np.square(np.asarray(s, np.float64))  # [*batch, min(in, out)]
-    limit = squares.shape[-1]
-    if rank is None:
-        shares = squares.cumsum(-1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
-        short = (shares < (energy or 1.0)) & (squares.sum(-1, keepdims=True) > 0)
-        rank = 1 + int(short.sum(-1).max())
-    r = min(rank, limit)
-    scale = 1.0 if alpha is None else alpha / r
-    root = jnp.sqrt(s[..., :r] / scale)
-    a = u[..., :r] * root[..., None, :]
-    b = root[..., :, None] * vt[..., :r, :]
-    return Part(a, b, r, scale, float(squares[..., :r].sum() / squares.sum()))
+    parts = svd(whole(delta)).truncated(rank, energy)
+    scale = 1.0 if alpha is None else alpha / parts.s.shape[-1]
+    return LowRank(*parts.balanced(scale), scale)
 
 
 def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:

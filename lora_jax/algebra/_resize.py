@@ -11,8 +11,8 @@ import numpy as np
 
 from lora_jax import _jax
 from lora_jax._adapter.checks import check_finite, check_single, with_adapter
-from lora_jax._adapter.factors import Factors, weight_shape, wide
-from lora_jax._adapter.lowrank import padded
+from lora_jax._adapter.factors import Factors, weight_shape
+from lora_jax._adapter.lowrank import LowRank, padded
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import factor_shapes, max_rank, role_shape
 from lora_jax._weights.conventions import is_table
@@ -105,24 +105,11 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
 
 
 def _shrunk(f: Factors, rank: int) -> Factors:
-    """The ``rank`` largest singular values of ``a b``, through the QR of both factors."""
-    shape = weight_shape(f)
-    batch, inputs, outputs = (role_shape(f.layout, shape, role) for role in "bio")
-    dtype = max((wide(x.dtype) for x in (f.a, f.b)), key=lambda x: jnp.dtype(x).itemsize)
-    a, b = (_jax.whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
-    a = a.reshape(*batch, math.prod(inputs), f.rank)
-    b = b.reshape(*batch, f.rank, math.prod(outputs))
-    with jax.default_matmul_precision("highest"):
-        qa, ra = jnp.linalg.qr(a)  # [*batch, in, k], [*batch, k, r]
-        qb, rb = jnp.linalg.qr(b.mT)
-        u, s, vt = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
-        root = jnp.sqrt(s[..., :rank])
-        a = qa @ (u[..., :rank] * root[..., None, :])  # [*batch, in, rank]
-        b = (root[..., :, None] * vt[..., :rank, :]) @ qb.mT  # [*batch, rank, out]
-    shapes = factor_shapes(f.layout, shape, rank)
-    return replace(
-        f, a=a.reshape(shapes[0]).astype(f.a.dtype), b=b.reshape(shapes[1]).astype(f.b.dtype)
-    )
+    """Keep the ``rank`` largest singular values of ``a b``."""
+    new = LowRank.of(f).truncated(rank)
+    a_shape, b_shape = factor_shapes(f.layout, weight_shape(f), rank)
+    a, b = new.a.reshape(a_shape), new.b.reshape(b_shape)
+    return replace(f, a=a.astype(f.a.dtype), b=b.astype(f.b.dtype))
 
 
 def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Factors:

@@ -77,7 +77,8 @@ def ties(
     References:
         Yadav et al., TIES-Merging, arXiv:2306.01708. Halko et al., arXiv:0909.4061.
     """
-    return _combine("ties", adapters, Rule(density, False, True), rank, niter, key)
+    rule = Rule(density, keep="largest", combine="elect")
+    return _combine("ties", adapters, rule, rank, niter, key)
 
 
 def dare(
@@ -124,7 +125,8 @@ def dare(
     """
     if key is None:
         raise TypeError("dare: key=None: expected a PRNG key, such as jax.random.key(0)")
-    return _combine("dare", adapters, Rule(density, True, elect), rank, niter, key)
+    rule = Rule(density, keep="random", combine="elect" if elect else "sum")
+    return _combine("dare", adapters, rule, rank, niter, key)
 
 
 def prune(
@@ -159,7 +161,8 @@ def prune(
         Array([[3., 0.],
                [3., 0.]], dtype=float32)
     """
-    return _combine("prune", adapters, Rule(density, False, False), rank, niter, key)
+    rule = Rule(density, keep="largest", combine="sum")
+    return _combine("prune", adapters, rule, rank, niter, key)
 
 
 def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import Factors, wide
-from lora_jax._adapter.lowrank import matrices
+from lora_jax._adapter.lowrank import LowRank, as_matrix, joined, matmul, svd, wide_of
 from lora_jax._adapter.updates import adapter_of, by_key, differences, operands
 from lora_jax._jax import whole
 
@@ -90,7 +90,7 @@ def distance(x: Any, y: Any) -> jax.Array:
     """
     operands("distance", (x, y))
     difference = x - y
-    squares = [_squared_norm(f) for f in adapter_of(difference).factors.values()]
+    squares = [LowRank.of(f).squared_norm() for f in adapter_of(difference).factors.values()]
     squares += [jnp.square(d).sum() for d in differences(difference).values()]
     return jnp.sqrt(jnp.asarray(sum(squares)))
 
@@ -137,7 +137,7 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
     found = {}
     for key in [key for key in one.factors if key in other.factors]:
         u, v = (_directions(f, factor) for f in (one.factors[key], other.factors[key]))
-        squares = jnp.square(jnp.matmul(u.mT, v, precision="highest"))
+        squares = jnp.square(matmul(u.mT, v))
         i, j = np.ogrid[1 : u.shape[-1] + 1, 1 : v.shape[-1] + 1]
         phi = squares.cumsum(-2).cumsum(-1)
         least = jnp.asarray(np.minimum(i, j), phi.dtype)
@@ -146,26 +146,15 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
 
 
 def _gram(found: Mapping[int, Factors], count: int) -> jax.Array:
-    """The inner products of updates of one weight: ``[count, count]``."""
-    parts = [_orthonormal(a, b) for a, b in matrices(list(found.values()))]
-    a = jnp.concatenate([a for a, _ in parts], -1)  # [layers, in, all ranks]
-    b = jnp.concatenate([b for _, b in parts], -2)
-    kind: Any = {"precision": "highest"}
-    product = (jnp.matmul(a.mT, a, **kind) * jnp.matmul(b, b.mT, **kind)).sum(0)
-    whose = np.repeat(list(found), [a.shape[-1] for a, _ in parts])
+    """Return the inner products of the updates of one weight: ``[count, count]``."""
+    dtype = wide_of(found.values())
+    parts = [LowRank.of(f, dtype).orthonormal() for f in found.values()]
+    every = joined(parts)
+    product = every.overlaps(every)  # [*batch, all ranks, all ranks]
+    product = product.sum(tuple(range(product.ndim - 2)))
+    whose = np.repeat(list(found), [x.rank for x in parts])
     member = jnp.asarray(whose[:, None] == np.arange(count), product.dtype)
-    return jnp.matmul(jnp.matmul(member.T, product, **kind), member, **kind)
-
-
-def _orthonormal(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same product, of a ``b`` with orthonormal rows.
-
-    So what cancels within ``a b``, as in the difference of two checkpoints, has done so, and not
-    only in its square.
-    """
-    (q, r), (p, s) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
-    core = jnp.matmul(r, s.mT, precision="highest")
-    return jnp.matmul(q, core, precision="highest"), p.mT
+    return matmul(matmul(member.T, product), member)
 
 
 def _grams_of_full(xs: Sequence[Any]) -> dict[str, jax.Array]:
@@ -184,17 +173,8 @@ def _cosines(gram: jax.Array) -> jax.Array:
     return jnp.clip(inverse[:, None] * gram * inverse[None, :], -1, 1)
 
 
-def _squared_norm(f: Factors) -> jax.Array:
-    """Of ``Q R (P S)^T`` that of ``R S^T``, as small as the rank."""
-    ((a, b),) = matrices([f])
-    r, s = jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r")
-    return jnp.square(jnp.matmul(r, s.mT, precision="highest")).sum()
-
-
 def _directions(f: Factors, factor: Side) -> jax.Array:
-    """Orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
-    n = f.layout.count("b")
-    batch, rank = f.a.shape[:n], f.rank
+    """Return orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
     x = whole(getattr(f, factor))
-    x = x.reshape(*batch, -1, rank) if factor == "a" else x.reshape(*batch, rank, -1).mT
-    return jnp.linalg.svd(x.astype(wide(x.dtype)), full_matrices=False)[0]
+    x = as_matrix(x.astype(wide(x.dtype)), f.layout, factor)
+    return svd(x if factor == "a" else x.mT).u

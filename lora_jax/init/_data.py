@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
+from lora_jax._adapter.lowrank import SVD, svd
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.ranges import entry
 from lora_jax._weights.target import Initializer, Target
@@ -106,10 +107,12 @@ def corda(
         n = c.shape[-1]
         c = c * (n / jnp.trace(c, axis1=-2, axis2=-1))[..., None, None]
         c = c + damping * jnp.broadcast_to(jnp.eye(n), c.shape)
-        u, s, vt = jnp.linalg.svd(c @ target.matrix(), full_matrices=False)
+        w = target.matrix()
+        u, s, vt = svd(c @ w)
         part = slice(target.rank) if mode == "ipm" else slice(s.shape[-1] - target.rank, None)
         u = jnp.linalg.solve(c, u[..., part])
-        return take_out(target, u, s[..., part], vt[..., part, :])
+        a, b = SVD(u, s[..., part], vt[..., part, :]).balanced(target.scale)
+        return take_out(w, target.scale, a, b)
 
     init.__name__ = "corda"
     return init
@@ -150,10 +153,10 @@ def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
                 f"gradient is {target.inputs} by {target.outputs}"
             )
         gradient = target.as_matrix(by_path[path][target.index])
-        u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+        u, _, vt = svd(gradient)
         c = target.outputs**0.25 / gamma**0.5
         a, b = c * u[..., :r], c * vt[..., r : 2 * r, :]
-        return a, b, target.matrix() - target.scale * (a @ b)
+        return take_out(target.matrix(), target.scale, a, b)
 
     init.__name__ = "lora_ga"
     return init

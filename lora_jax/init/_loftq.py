@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax._adapter.lowrank import svd
 from lora_jax._weights.quantized import dequantize_array, quantize_array
 from lora_jax._weights.target import Initializer, Target
 from lora_jax.quant import tiles_of
@@ -47,11 +48,8 @@ def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initi
         base: Any = None
         for _ in range(steps):
             base = quantize_array(target.leaf_with(w - target.scale * (a @ b)), name, tiles)
-            u, s, vt = jnp.linalg.svd(
-                w - target.as_matrix(dequantize_array(base)), full_matrices=False
-            )
-            root = jnp.sqrt(s[..., :r] / target.scale)
-            a, b = u[..., :r] * root[..., None, :], root[..., :, None] * vt[..., :r, :]
+            lost = w - target.as_matrix(dequantize_array(base))
+            a, b = svd(lost, r).balanced(target.scale)
         return a, b, base
 
     init.__name__ = "loftq"

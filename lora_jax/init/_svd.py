@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.lowrank import svd_lowrank
+from lora_jax._adapter.lowrank import svd
 from lora_jax._weights.target import Target
 
 
@@ -25,19 +25,13 @@ def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax
         Meng et al., PiSSA, arXiv:2404.02948.
     """
     w = target.matrix()
-    if niter is None:
-        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    else:
-        u, s, vt = svd_lowrank(key, w, target.rank, niter)
-    r = target.rank
-    return take_out(target, u[..., :r], s[..., :r], vt[..., :r, :])
+    parts = svd(w, target.rank, niter=niter, key=key)
+    return take_out(w, target.scale, *parts.balanced(target.scale))
 
 
-def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, ...]:
-    """The factors whose update is ``u diag(s) vt``, and the weight without it."""
-    root = jnp.sqrt(s / target.scale)
-    a, b = u * root[..., None, :], root[..., :, None] * vt
-    return a, b, target.matrix() - target.scale * (a @ b)
+def take_out(w: jax.Array, scale: float, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+    """Return factors, and what they leave of a weight: ``W - scale * a b``."""
+    return a, b, w - scale * (a @ b)
 
 
 def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
@@ -52,4 +46,4 @@ def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
     w = target.matrix()
     q, r = jnp.linalg.qr(w.mT)
     a, b = r[..., : target.rank, :].mT, q[..., : target.rank].mT
-    return a, b, w - target.scale * (a @ b)
+    return take_out(w, target.scale, a, b)

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.lowrank import LowRank
 from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._jax import whole
-from lora_jax._weights.axes import role_axes
 
 
 def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
@@ -58,15 +57,7 @@ def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
 
 
 def _direction(f: Factors) -> jax.Array:
-    """Of one adapter: ``[*batch, *in]``."""
-    n = len(role_axes(f.layout, "b"))
-    a, b = whole(f.a), whole(f.b)
-    a = a.astype(wide(f.a.dtype)).reshape(*f.a.shape[:n], -1, f.rank)
-    b = b.astype(wide(f.b.dtype)).reshape(*f.b.shape[:n], f.rank, -1)
-    q, r = jnp.linalg.qr(a)
-    core = jnp.matmul(r, jnp.linalg.qr(b.mT, mode="r").mT, precision="highest")
-    u, s, _ = jnp.linalg.svd(core, full_matrices=False)
-    v = jnp.matmul(q, u[..., :1], precision="highest")[..., 0]
-    norm = s[..., 0] * jnp.asarray(f.scale, s.dtype)
-    does = (norm != 0) & jnp.isfinite(norm)
-    return jnp.where(does[..., None], v, 0).reshape(f.a.shape[:-1]).astype(jnp.float32)
+    """Return the direction of one adapter: ``[*batch, *in]``."""
+    u, s, _ = LowRank.of(f).svd(1, right=False)  # [*batch, in, 1], [*batch, 1]
+    acts = (s != 0) & jnp.isfinite(s)
+    return jnp.where(acts, u[..., 0], 0).reshape(f.a.shape[:-1]).astype(jnp.float32)

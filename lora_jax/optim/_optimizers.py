@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.lowrank import as_matrix
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import PyTree
@@ -104,14 +105,14 @@ def lora_fa(
         )
     tx = optax.with_extra_args_support(tx)
     inverses = {
-        path: _inverse_gram(_as_matrix(f.a, f, "a"), damping) / jnp.square(f.scale)
+        path: _inverse_gram(_matrix(f, "a"), damping) / jnp.square(f.scale)
         for path, f in factors.items()
     }
 
     def project(path, f):
         if path not in inverses:
             raise ValueError(f"lora_fa: it was made for other factors, and not for {path!r}")
-        b = _as_matrix(f.b, f, "b")
+        b = _matrix(f, "b")
         return replace(f, b=(inverses[path].astype(b.dtype) @ b).reshape(f.b.shape))
 
     def update(updates, state, params=None, **extra):
@@ -153,9 +154,9 @@ def riemannian(tx: optax.GradientTransformation, damping: float = 1e-6) -> Any:
         def scale(path, f, here):
             if not is_array(here.a) or not is_array(here.b):
                 raise ValueError(f"riemannian: a factor of {path!r} is frozen, and both are needed")
-            a, b = (_as_matrix(getattr(here, name), f, name) for name in "ab")
-            da = _as_matrix(f.a, f, "a") @ _inverse_gram(b.mT, damping, relative=False)
-            db = _inverse_gram(a, damping, relative=False) @ _as_matrix(f.b, f, "b")
+            a, b = _matrix(here, "a"), _matrix(here, "b")
+            da = _matrix(f, "a") @ _inverse_gram(b.mT, damping, relative=False)
+            db = _inverse_gram(a, damping, relative=False) @ _matrix(f, "b")
             new = {"a": da.astype(f.a.dtype), "b": db.astype(f.b.dtype)}
             return replace(f, **{n: x.reshape(getattr(f, n).shape) for n, x in new.items()})
 
@@ -172,11 +173,10 @@ def _inverse_gram(a: jax.Array, damping: float, relative: bool = True) -> jax.Ar
     return jnp.linalg.inv(gram + damping * size * eye)
 
 
-def _as_matrix(x: jax.Array, f: Factors, name: str) -> jax.Array:
-    """``a`` as ``[*batch, in, r]``, ``b`` as ``[*batch, r, out]``, in at least float32."""
-    n = f.layout.count("b")
-    batch, x = x.shape[:n], x.astype(wide(x.dtype))
-    return x.reshape(*batch, -1, x.shape[-1]) if name == "a" else x.reshape(*batch, x.shape[n], -1)
+def _matrix(f: Factors, name: str) -> jax.Array:
+    """Return a factor as matrices, in at least float32."""
+    x = getattr(f, name)
+    return as_matrix(x.astype(wide(x.dtype)), f.layout, name)
 
 
 def _times(x: Any, ratio: float) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.lowrank import LowRank, as_matrix
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.ranges import rows_of
 
@@ -49,6 +50,11 @@ class Update:
     def shape(self) -> tuple[int, ...]:
         """``[*batch, in, out]``."""
         return (*self.batch, self.a.shape[1], self.b.shape[2])
+
+    @property
+    def low_rank(self) -> LowRank:
+        """The update in float64."""
+        return LowRank(self.a.astype(np.float64), self.b.astype(np.float64), self.scale)
 
 
 @dataclass(frozen=True)
@@ -114,18 +120,17 @@ def size_of(path: Path) -> int:
 
 
 def update_of(key: str, f: Factors) -> Update:
-    """Factors of ours in the neutral form."""
-    batch, inputs = f.layout.count("b"), f.layout.count("i")
-    a, b, scale = np.asarray(f.a), np.asarray(f.b), float(f.scale)
-    sizes, layers = a.shape[:batch], prod(a.shape[:batch])
+    """Bring factors into the neutral form."""
+    a, b = (as_matrix(np.asarray(getattr(f, name)), f.layout, name) for name in "ab")
+    batch, scale = a.shape[:-2], float(f.scale)
     return Update(
         key,
         "rows" if rows_of(key) else f.layout,
-        a.reshape(layers, prod(a.shape[batch : batch + inputs]), f.rank),
-        b.reshape(layers, f.rank, -1),
+        a.reshape(prod(batch), *a.shape[-2:]),
+        b.reshape(prod(batch), *b.shape[-2:]),
         scale,
         scale * f.rank,
-        sizes,
+        batch,
         None if f.magnitude is None else np.asarray(f.magnitude),
         f.size,
     )
