@@ -177,7 +177,7 @@ class SVD(NamedTuple):
         return self.u * root[..., None, :], root[..., :, None] * self.vt
 
 
-def svd(w: jax.Array, rank: int | None = None, *, niter: int | None = None, key: Any = None) -> SVD:
+def svd(w: Array, rank: int | None = None, *, niter: int | None = None, key: Any = None) -> SVD:
     """Decompose matrices, ``[*batch, in, out]``, and keep the largest ``rank``; None: all.
 
     Args:
@@ -190,8 +190,9 @@ def svd(w: jax.Array, rank: int | None = None, *, niter: int | None = None, key:
     References:
         Halko et al., arXiv:0909.4061.
     """
-    if niter is None or rank is None:
+    if niter is None:
         return SVD(*_library(w).linalg.svd(w, full_matrices=False)).truncated(rank)
+    assert rank is not None, "a subspace iteration needs a rank"
     size = min(rank + 6, *w.shape[-2:])
     q = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), w.dtype)
     q, _ = jnp.linalg.qr(q)

@@ -1,7 +1,7 @@
-"""``extract``: what fine-tuning changed, as a LoRA of the base."""
+"""``extract``: turn what fine-tuning changed into a LoRA of the base."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -39,36 +39,37 @@ def extract(
 ) -> LoraParams:
     """Find the LoRA of ``base`` that comes nearest to ``tuned``.
 
-    With the singular values and vectors of what changed, ``tuned - base = U S V^T``, the largest
-    ``rank`` of them, a batch entry (layer, expert) at a time::
+    The factors hold the largest ``rank`` singular values of the change, for each batch entry
+    (layer, expert) separately::
 
+        tuned - base = U S V^T
         a = U sqrt(S / scale),  b = sqrt(S / scale) V^T,  scale = alpha / rank
 
     No matrix of that rank is nearer in the Frobenius norm. Weights that did not change get no
-    factors. It looks at values, and so does not go under ``jit``.
+    factors. The function reads values, so it does not run under ``jit``.
 
     Args:
-        base: the parameters before.
-        tuned: the parameters after, a tree of the same paths and shapes.
-        rank: of the factors, or ``{pattern: rank}``; a weight with fewer inputs or outputs gets
-            as many as it has, and is exact.
-        energy: instead of ``rank``: for each weight the smallest rank that keeps this share of the
-            sum of the squared singular values; of a stacked one, in every layer.
-        alpha: the update is scaled by ``alpha / rank``; None: by 1.
-        targets: as in :func:`lorafy`: of which weights.
-        exclude: as there.
-        layout: as there.
-        rest: what to do with all else that changed (biases, norms, embeddings): ``"error"``,
-            ``"ignore"``, or ``"full"``, which makes them leaves trained whole.
-        dtype: of the factors.
+        base: the parameters before fine-tuning.
+        tuned: the parameters after it, a tree of the same paths and shapes.
+        rank: the rank of the factors, or ``{pattern: rank}``. A weight with fewer inputs or outputs
+            gets that number as its rank, and is exact.
+        energy: an alternative to ``rank``: the share of the sum of squared singular values to keep.
+            Each weight gets the smallest rank that keeps it, in every layer of a stacked weight.
+        alpha: scales the update by ``alpha / rank``; None: by 1.
+        targets: the weights that get factors, as in :func:`lorafy`.
+        exclude: as in :func:`lorafy`.
+        layout: as in :func:`lorafy`.
+        rest: what to do with other leaves that changed (biases, norms, embeddings): ``"error"``,
+            ``"ignore"``, or ``"full"``, which makes them full leaves.
+        dtype: the dtype of the factors.
 
     Returns:
-        A LoraParams of ``base``.
+        A LoraParams over ``base``.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: the two are of different models, equal, or not finite; something changed that
-            is no target; or an argument is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: the trees belong to different models, are equal, or are not finite; a leaf
+            changed that is no target; or an argument is out of range.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -113,23 +114,34 @@ def extract(
         changed[path][now.index] = False
     left = [path for path, where in changed.items() if where.any()]
     check_rest(left, rest, "extract: ", "rest=")
-    full = {}
-    for path in left if rest == "full" else ():
-        if reason := not_trainable(after[path]):
-            raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
-        if any(entry(key, leaves)[0] == path for key in factors):
-            raise ValueError(
-                f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
-                "train whole as well: take the whole weight, or rest='ignore'"
-            )
-        full[path] = master(_plain(after[path]))
+    adapted = {entry(key, leaves)[0] for key in factors}
+    full = {path: _full(path, after[path], adapted, targets) for path in left if rest == "full"}
     return LoraParams(base, Adapter(factors, full))
+
+
+def _full(path: str, leaf: Any, adapted: Collection[str], targets: Any) -> jax.Array:
+    """Make a changed leaf a full leaf, or raise if it cannot be one."""
+    if reason := not_trainable(leaf):
+        raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
+    if path in adapted:
+        raise ValueError(
+            f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
+            "train whole as well: take the whole weight, or rest='ignore'"
+        )
+    return master(_plain(leaf))
 
 
 def truncated(
     delta: jax.Array, rank: int | None, energy: float | None, alpha: float | None, name: str
 ) -> LowRank:
-    """Find the best factors of ``delta``, ``[*batch, in, out]``: of a rank, or of an energy.
+    """Find the nearest product to ``delta`` that has this rank, or keeps this energy.
+
+    Args:
+        delta: ``[*batch, in, out]``.
+        rank: the rank, at most ``min(in, out)``.
+        energy: the share of the energy, if ``rank`` is None.
+        alpha: as in :func:`extract`.
+        name: the name of the weight, for messages.
 
     Raises:
         ValueError: ``delta`` is not finite.
@@ -142,7 +154,7 @@ def truncated(
 
 
 def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
-    """Raise unless the options make sense together."""
+    """Raise unless the options fit together."""
     if (rank is None) == (energy is None):
         raise ValueError(f"extract: {rank=} and {energy=}: expected one of the two")
     for r in rank.values() if isinstance(rank, Mapping) else [rank]:
@@ -159,13 +171,13 @@ def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
 
 
 def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
-    """Raise if something changed that nobody speaks of."""
+    """Raise if leaves changed that are no targets, unless ``rest`` allows it."""
     if left and rest == "error":
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
         quote = "'" if option.endswith("=") else ""
         raise ValueError(
-            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as the "
-            f"base has them: {option}{quote}ignore{quote}; to take them whole: "
+            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as "
+            f"they are in the base: {option}{quote}ignore{quote}; to take them whole: "
             f"{option}{quote}full{quote}"
         )
 
@@ -175,7 +187,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def _changed(before: Any, after: Any) -> np.ndarray:
-    """Which entries are others."""
+    """Return which entries differ."""
     return np.asarray(np.asarray(_plain(before)) != np.asarray(_plain(after)))
 
 

@@ -1,17 +1,17 @@
-"""Numbers of updates, exact in float64 and without ever building one: by QR of their factors."""
+"""Compute what the tables show of singular values and of tensors, in float64."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-_CHUNK = 2**22  # entries that are in float64 at a time
+_CHUNK = 2**22  # entries that are converted to float64 at a time
 
 
 def effective_rank(s: np.ndarray) -> float:
-    """``exp`` of the entropy of the normalized singular values; the mean over the layers.
+    """Return ``exp`` of the entropy of the normalized singular values, averaged over the layers.
 
-    Zero of a matrix that is zero.
+    A zero matrix counts as 0.
 
     References:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
@@ -23,7 +23,7 @@ def effective_rank(s: np.ndarray) -> float:
 
 
 def tensor_norm(x: np.ndarray) -> float | None:
-    """The Frobenius norm of a tensor of floats, a part at a time; None of other numbers."""
+    """Return the Frobenius norm of a tensor of floats, chunk by chunk; None for other dtypes."""
     if not is_float(x.dtype):
         return None
     flat = x.reshape(-1)
@@ -32,5 +32,5 @@ def tensor_norm(x: np.ndarray) -> float | None:
 
 
 def is_float(dtype: Any) -> bool:
-    """Whether an array of this dtype is of real numbers."""
+    """Return whether this dtype holds real floating-point numbers."""
     return jnp.issubdtype(dtype, jnp.floating)

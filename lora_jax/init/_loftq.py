@@ -1,4 +1,4 @@
-"""An initializer for a base that is to be quantized: the factors take what its steps lose."""
+"""``loftq``: start from what quantizing the base loses."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from lora_jax.quant import tiles_of
 
 
 def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initializer:
-    """Quantize the weight and start from the best low-rank correction of what that loses.
+    """Quantize the weight, and start from the best low-rank correction of the error.
 
-    In turn, ``steps`` times::
+    Alternate ``steps`` times::
 
         base = quantize(W - scale * a b),   scale * a b = the ``rank`` largest parts of W - base
 
-    The base that ``lorafy`` returns is quantized; the model starts nearer to the one that was
-    given than with ``quantize`` alone.
+    The base that ``lorafy`` returns is quantized. The model starts nearer to the original one than
+    with ``quantize`` alone.
 
     Args:
         qtype: as in :func:`lora_jax.quant.quantize`.
-        steps: how often; one is most of it.
+        steps: the number of rounds; the first one gains most.
         block: as in :func:`lora_jax.quant.quantize`.
 
     Raises:
