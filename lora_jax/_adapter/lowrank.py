@@ -1,4 +1,4 @@
-"""Low-rank linear algebra: updates as pairs of matrices, in NumPy or in JAX.
+"""Compute with low-rank updates as pairs of matrices, in NumPy or in JAX.
 
 In reading order:
 
@@ -116,7 +116,7 @@ class LowRank(NamedTuple):
     def orthonormal(self) -> "LowRank":
         """Return the same update with orthonormal rows in ``b``.
 
-        What cancels within ``a b``, as in the difference of two checkpoints, then cancels before
+        Terms that cancel within ``a b``, as in the difference of two checkpoints, then do so before
         anything is squared.
         """
         qa, core, qb = self._core(left=True, right=True)

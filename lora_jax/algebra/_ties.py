@@ -35,7 +35,7 @@ def ties(
     niter: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Errors]:
-    """Combine updates without entries that contradict the majority: trim, elect signs, merge.
+    """Combine updates without entries that contradict the others: trim, elect signs, merge.
 
     Each update ``dW_k`` of a weight keeps its ``density * size`` entries of largest magnitude.
     Then, entry by entry::

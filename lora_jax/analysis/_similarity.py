@@ -30,8 +30,8 @@ def similarity(adapters: Iterable[Any], *, per_weight: bool = False) -> Any:
 
         <dW_i, dW_j> / (|dW_i| |dW_j|),  <X, Y> = the sum of X * Y over all weights
 
-    An adapter has a zero update at a weight that it does not adapt. An adapter whose whole update
-    is zero, such as a fresh one, has cosine 0 with all adapters, itself included.
+    An adapter has a zero update at a weight that it does not adapt. An adapter whose updates
+    are all zero, such as a fresh one, has cosine 0 with all adapters, itself included.
 
     Args:
         adapters: Adapters; or LoraParams over the very same base, whose full leaves count as
