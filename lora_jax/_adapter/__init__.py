@@ -6,7 +6,7 @@ In reading order:
 * ``params``: ``Adapter`` and ``LoraParams``, and whether these fit each other.
 * ``norms``: of a weight's columns, for DoRA.
 * ``checks``: what several adapters have to agree in.
-* ``lowrank``: factors as matrices.
+* ``lowrank``: updates as pairs of matrices, and their singular values and vectors.
 * ``updates``: adapters as what they add to a model; ``sums``: ``0.7 * x + y``.
 * ``shardings``: where factors go; ``place``: factors made there.
 """

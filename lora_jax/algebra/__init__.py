@@ -1,10 +1,10 @@
-"""Adapters from adapters: combine, shrink, grow and extract them.
+"""Make adapters from adapters: combine, resize and extract them.
 
-The sums of updates are operators: ``0.7 * math + 0.3 * code``.
+Sums of updates are operators: ``0.7 * math + 0.3 * code``.
 
 * :func:`linear_in_factors`, :func:`ties`, :func:`dare`, :func:`prune`: other ways to combine.
-* :func:`resize`: another rank; :func:`extract`: the adapter between two models.
-* :func:`to_plain`: plain LoRA of one whose initializer changed the base.
+* :func:`resize`: change the rank. :func:`extract`: find the adapter between two models.
+* :func:`to_plain`: turn an adapter whose initializer changed the base into plain LoRA.
 """
 
 from lora_jax.algebra._extract import extract

@@ -1,39 +1,41 @@
-"""Updates of one weight, entry by entry, as one update; and its best factors.
+"""Combine the updates of one weight entry by entry, and factor the result.
 
-Every update is made anew wherever it is read, so that only what they come to is ever kept.
+Every update is computed again wherever it is read, so that only their combination is kept.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._adapter.factors import Factors
-from lora_jax._adapter.lowrank import matrices, svd_lowrank
+from lora_jax._adapter.lowrank import LowRank, matmul, pad_axis, svd, wide_of
 from lora_jax._jax import whole
+from lora_jax._weights.axes import factor_shapes
 
 
 class Rule(NamedTuple):
-    """How updates become one.
+    """How several updates become one.
 
     Attributes:
         density: the share of the entries that stay.
-        random: whether they are drawn, and become ``1 / density`` as large; else the largest stay.
-        elect: whether signs are elected, and means taken; else they are added up.
+        keep: ``"largest"``, by magnitude; or ``"random"``, where those that are drawn become
+            ``1 / density`` as large.
+        combine: ``"sum"``; or ``"elect"``: the sign of the sum, and the mean of those that have it.
     """
 
     density: float
-    random: bool
-    elect: bool
+    keep: Literal["largest", "random"]
+    combine: Literal["sum", "elect"]
 
 
 @functools.partial(jax.jit, static_argnames="rule")
 def of_arrays(updates: Sequence[jax.Array], key: jax.Array, rule: Rule) -> jax.Array:
-    """Updates of one shape as one."""
+    """Combine updates of one shape."""
     stack = jnp.stack([whole(x) for x in updates])
     return _combined(lambda k: stack[k], len(updates), key, rule)
 
@@ -42,34 +44,33 @@ def of_arrays(updates: Sequence[jax.Array], key: jax.Array, rule: Rule) -> jax.A
 def of_factors(
     fs: Sequence[Factors], key: jax.Array, rule: Rule, rank: int | None, niter: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates of one weight as ``a`` and ``b``, and the share of it that they miss."""
-    f, parts = fs[0], matrices(fs)
+    """Combine the updates of one weight: ``a`` and ``b``, and the share that they miss."""
+    f, dtype, largest = fs[0], wide_of(fs), max(f.rank for f in fs)
+    updates = [LowRank.of(f, dtype).folded() for f in fs]
     n = f.layout.count("b")
-    batch, inputs, outputs = f.a.shape[:n], f.a.shape[n:-1], f.b.shape[n + 1 :]
-    layers, largest = math.prod(batch), max(f.rank for f in fs)
+    layers = math.prod(f.a.shape[:n])
 
     def stacked(xs: list[jax.Array], axis: int) -> jax.Array:
-        """Of one rank, by zeros: ``[layers, adapters, in, rank]``, or ``[..., rank, out]``."""
-        short = [[(0, largest - x.shape[axis] if i == axis else 0) for i in range(3)] for x in xs]
-        return jnp.stack([jnp.pad(x, pad) for x, pad in zip(xs, short, strict=True)], 1)
-
-    a, b = stacked([a for a, _ in parts], 2), stacked([b for _, b in parts], 1)
+        """Pad to one rank: ``[layers, adapters, in, rank]``, or ``[..., rank, out]``."""
+        stack = jnp.stack([pad_axis(x, n + axis, 0, largest) for x in xs], n)
+        return stack.reshape(layers, *stack.shape[n:])
 
     def one(layer: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         a, b, key = layer
-        update = lambda k: jnp.matmul(a[k], b[k], precision="highest")  # noqa: E731
-        x = _combined(update, len(fs), key, rule)
+        x = _combined(lambda k: matmul(a[k], b[k]), len(fs), key, rule)
         return _factored(x, rank, niter, jax.random.fold_in(key, len(fs)))
 
+    a, b = stacked([x.a for x in updates], 1), stacked([x.b for x in updates], 0)
     a, b, missed, total = lax.map(one, (a, b, jax.random.split(key, layers)))
     error = jnp.sqrt(missed.sum() / jnp.maximum(total.sum(), jnp.finfo(total.dtype).tiny))
-    r = a.shape[-1]
-    return a.reshape(*batch, *inputs, r), b.reshape(*batch, r, *outputs), error
+    a_shape, b_shape = factor_shapes(f.layout, f.weight_shape, a.shape[-1])
+    return a.reshape(a_shape), b.reshape(b_shape), error
 
 
 def _combined(
     update: Callable[[Any], jax.Array], count: int, key: jax.Array, rule: Rule
 ) -> jax.Array:
+    """Combine ``update(0)``, ..., ``update(count - 1)``, arrays of one shape."""
     form = jax.eval_shape(update, 0)
     kept = max(1, round(rule.density * form.size))
 
@@ -77,7 +78,7 @@ def _combined(
         x = update(k)
         if rule.density == 1:
             return x
-        if rule.random:
+        if rule.keep == "random":
             keep = jax.random.bernoulli(jax.random.fold_in(key, k), rule.density, x.shape)
             return jnp.where(keep, x / rule.density, 0)
         size = abs(x)
@@ -85,7 +86,7 @@ def _combined(
 
     zeros = jnp.zeros(form.shape, form.dtype)
     mass = lax.fori_loop(0, count, lambda k, total: total + sparse(k), zeros)
-    if not rule.elect:
+    if rule.combine == "sum":
         return mass
 
     def agree(k: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -100,10 +101,11 @@ def _combined(
 
 
 def _kth_largest(x: jax.Array, k: int) -> jax.Array:
-    """The ``k``-th largest of numbers that are not negative, exactly, and without sorting them.
+    """Find the ``k``-th largest of numbers that are not negative, exactly and without sorting.
 
-    The bits of such floats are ordered as they are. So one bit after the other is set where ``k``
-    numbers are left: a count each, which needs no memory, and no gathering over devices.
+    The bits of such floats, read as integers, have the same order. From the highest on, each bit is
+    set if ``k`` numbers are then left. Each needs one count: no memory, and no gathering over
+    devices.
     """
     bits = 8 * x.dtype.itemsize
     kind = jnp.dtype(f"uint{bits}")
@@ -120,17 +122,12 @@ def _kth_largest(x: jax.Array, k: int) -> jax.Array:
 def _factored(
     x: jax.Array, rank: int | None, niter: int | None, key: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The best factors of a matrix, and the squares of what they miss and of all of it."""
+    """Find the best factors of a matrix, the square of what they miss, and that of all of it."""
     total = jnp.square(x).sum()
     if rank is None:
         one = jnp.eye(min(x.shape), dtype=x.dtype)
         a, b = (one, x) if x.shape[0] <= x.shape[1] else (x, one)
         return a, b, jnp.zeros_like(total), total
     with jax.default_matmul_precision("highest"):
-        if niter is None:
-            u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-        else:
-            u, s, vt = svd_lowrank(key, x, rank, niter)
-        root = jnp.sqrt(s[:rank])
-        a, b = u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
+        a, b = svd(x, rank, niter=niter, key=key).balanced()
         return a, b, jnp.square(x - a @ b).sum(), total

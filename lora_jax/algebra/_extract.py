@@ -1,8 +1,8 @@
-"""``extract``: what fine-tuning changed, as a LoRA of the base."""
+"""``extract``: turn what fine-tuning changed into a LoRA of the base."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._adapter.factors import Factors, master
+from lora_jax._adapter.lowrank import LowRank, svd
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._jax import whole
 from lora_jax._weights.axes import factor_shapes, not_trainable
@@ -37,36 +38,37 @@ def extract(
 ) -> LoraParams:
     """Find the LoRA of ``base`` that comes nearest to ``tuned``.
 
-    With the singular values and vectors of what changed, ``tuned - base = U S V^T``, the largest
-    ``rank`` of them, a batch entry (layer, expert) at a time::
+    The factors hold the largest ``rank`` singular values of the change, for each batch entry
+    (layer, expert) separately::
 
+        tuned - base = U S V^T
         a = U sqrt(S / scale),  b = sqrt(S / scale) V^T,  scale = alpha / rank
 
     No matrix of that rank is nearer in the Frobenius norm. Weights that did not change get no
-    factors. It looks at values, and so does not go under ``jit``.
+    factors. The function reads values, so it does not run under ``jit``.
 
     Args:
-        base: the parameters before.
-        tuned: the parameters after, a tree of the same paths and shapes.
-        rank: of the factors, or ``{pattern: rank}``; a weight with fewer inputs or outputs gets
-            as many as it has, and is exact.
-        energy: instead of ``rank``: for each weight the smallest rank that keeps this share of the
-            sum of the squared singular values; of a stacked one, in every layer.
-        alpha: the update is scaled by ``alpha / rank``; None: by 1.
-        targets: as in :func:`lorafy`: of which weights.
-        exclude: as there.
-        layout: as there.
-        rest: what to do with all else that changed (biases, norms, embeddings): ``"error"``,
-            ``"ignore"``, or ``"full"``, which makes them leaves trained whole.
-        dtype: of the factors.
+        base: the parameters before fine-tuning.
+        tuned: the parameters after it, a tree of the same paths and shapes.
+        rank: the rank of the factors, or ``{pattern: rank}``. A weight with fewer inputs or outputs
+            gets that number as its rank, and is exact.
+        energy: an alternative to ``rank``: the share of the sum of squared singular values to keep.
+            Each weight gets the smallest rank that keeps it, in every layer of a stacked weight.
+        alpha: scales the update by ``alpha / rank``; None: by 1.
+        targets: the weights that get factors, as in :func:`lorafy`.
+        exclude: as in :func:`lorafy`.
+        layout: as in :func:`lorafy`.
+        rest: what to do with other leaves that changed (biases, norms, embeddings): ``"error"``,
+            ``"ignore"``, or ``"full"``, which makes them full leaves.
+        dtype: the dtype of the factors.
 
     Returns:
-        A LoraParams of ``base``.
+        A LoraParams over ``base``.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: the two are of different models, equal, or not finite; something changed that
-            is no target; or an argument is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: the trees belong to different models, are equal, or are not finite; a leaf
+            changed that is no target; or an argument is out of range.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -102,75 +104,53 @@ def extract(
             continue
         part = truncated(now.matrix() - before.matrix(), wanted, energy, alpha, key)
         shapes = factor_shapes(letters, now.shape, part.rank)
-        a, b = (jnp.asarray(x, dtype).reshape(s) for x, s in zip(part[:2], shapes, strict=True))
+        pairs = zip((part.a, part.b), shapes, strict=True)
+        a, b = (jnp.asarray(x, dtype).reshape(shape) for x, shape in pairs)
         factors[key] = Factors(a, b, jnp.asarray(part.scale, jnp.float32), letters)
         changed[path][now.index] = False
         adapted.add(path)
     left = [path for path, where in changed.items() if where.any()]
     check_rest(left, rest, "extract: ", "rest=")
-    full = {}
-    for path in left if rest == "full" else ():
-        if reason := not_trainable(after[path]):
-            raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
-        if path in adapted:
-            raise ValueError(
-                f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
-                "train whole as well: take the whole weight, or rest='ignore'"
-            )
-        full[path] = master(plain_array(after[path]))
+    full = {path: _full(path, after[path], adapted, targets) for path in left if rest == "full"}
     return LoraParams(base, Adapter(factors, full))
 
 
-class Part(NamedTuple):
-    """The nearest matrix of some rank: ``scale * a b``.
-
-    Attributes:
-        a: ``[*batch, in, rank]``.
-        b: ``[*batch, rank, out]``.
-        rank: of both.
-        scale: of their product.
-        kept: the share of the energy that they have.
-    """
-
-    a: jax.Array
-    b: jax.Array
-    rank: int
-    scale: float
-    kept: float
-
-    @property
-    def error(self) -> float:
-        """What is missing, in parts of the whole, in the Frobenius norm."""
-        return math.sqrt(max(0.0, 1.0 - self.kept))
+def _full(path: str, leaf: Any, adapted: Collection[str], targets: Any) -> jax.Array:
+    """Make a changed leaf a full leaf, or raise if it cannot be one."""
+    if reason := not_trainable(leaf):
+        raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
+    if path in adapted:
+        raise ValueError(
+            f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
+            "train whole as well: take the whole weight, or rest='ignore'"
+        )
+    return master(plain_array(leaf))
 
 
 def truncated(
     delta: jax.Array, rank: int | None, energy: float | None, alpha: float | None, name: str
-) -> Part:
-    """The best factors of ``delta``, ``[*batch, in, out]``, of a rank or of a share of its energy.
+) -> LowRank:
+    """Find the nearest product to ``delta`` that has this rank, or keeps this energy.
+
+    Args:
+        delta: ``[*batch, in, out]``.
+        rank: the rank, at most ``min(in, out)``.
+        energy: the share of the energy, if ``rank`` is None.
+        alpha: as in :func:`extract`.
+        name: the name of the weight, for messages.
 
     Raises:
         ValueError: ``delta`` is not finite.
     """
     if not jnp.isfinite(delta).all():
         raise ValueError(f"extract: {name!r} is not finite in base or tuned")
-    u, s, vt = jnp.linalg.svd(whole(delta), full_matrices=False)
-    squares = np.square(np.asarray(s, np.float64))  # [*batch, min(in, out)]
-    limit = squares.shape[-1]
-    if rank is None:
-        shares = squares.cumsum(-1) / np.maximum(squares.sum(-1, keepdims=True), 1e-300)
-        short = (shares < (energy or 1.0)) & (squares.sum(-1, keepdims=True) > 0)
-        rank = 1 + int(short.sum(-1).max())
-    r = min(rank, limit)
-    scale = 1.0 if alpha is None else alpha / r
-    root = jnp.sqrt(s[..., :r] / scale)
-    a = u[..., :r] * root[..., None, :]
-    b = root[..., :, None] * vt[..., :r, :]
-    return Part(a, b, r, scale, float(squares[..., :r].sum() / squares.sum()))
+    parts = svd(whole(delta)).truncated(rank, energy)
+    scale = 1.0 if alpha is None else alpha / parts.s.shape[-1]
+    return LowRank(*parts.balanced(scale), scale)
 
 
 def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
-    """Raise unless the options make sense together."""
+    """Raise unless the options fit together."""
     if (rank is None) == (energy is None):
         raise ValueError(f"extract: {rank=} and {energy=}: expected one of the two")
     for r in rank.values() if isinstance(rank, Mapping) else [rank]:
@@ -187,19 +167,19 @@ def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
 
 
 def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
-    """Raise if something changed that nobody speaks of."""
+    """Raise if leaves changed that are no targets, unless ``rest`` allows it."""
     if left and rest == "error":
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
         quote = "'" if option.endswith("=") else ""
         raise ValueError(
-            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as the "
-            f"base has them: {option}{quote}ignore{quote}; to take them whole: "
+            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as "
+            f"they are in the base: {option}{quote}ignore{quote}; to take them whole: "
             f"{option}{quote}full{quote}"
         )
 
 
 def _changed(before: Any, after: Any) -> np.ndarray:
-    """Which entries are others."""
+    """Return which entries differ."""
     return np.asarray(np.asarray(plain_array(before)) != np.asarray(plain_array(after)))
 
 

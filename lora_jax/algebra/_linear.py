@@ -1,4 +1,4 @@
-"""Sums of factors, which are no sums of updates."""
+"""``linear_in_factors``: add up factors, which is not the sum of the updates."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,27 +14,28 @@ from lora_jax._adapter.updates import by_key, operands, plain
 
 
 def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = None) -> Any:
-    """Add up the factors, not the updates: of unchanged rank, and not the sum.
+    """Add up the factors, not the updates: the rank stays, and the result is not the sum.
 
-    With the weights ``c_k`` and the scales ``s_k``::
+    For weights ``c_k`` and scales ``s_k``::
 
         a = sum_k c_k sqrt|s_k| a_k,  b = sum_k c_k sign(s_k) sqrt|s_k| b_k,  scale = 1
 
-    So ``a b`` has every product of one adapter's ``a`` with another's ``b`` in it: what others call
-    a linear combination. It means something where the factors belong together: the mean of the
-    checkpoints of one run, or of adapters that share a frozen ``a``. The sum of any adapters is
-    ``c * x + d * y``, and the nearest to it of some rank ``lora_jax.algebra.resize`` of that.
+    So ``a b`` contains every product of one adapter's ``a`` and another's ``b``. PEFT calls this a
+    linear combination. It is useful if the factors belong together: the mean of the checkpoints
+    of one run, or of adapters that share a frozen ``a``. The sum of any adapters is
+    ``c * x + d * y``, and ``lora_jax.algebra.resize`` finds the nearest adapter of a lower rank.
 
     Args:
-        adapters: Adapters, or LoraParams of the very same base, whose leaves trained whole are
-            added up as what they differ from it.
-        weights: a number each; None: the mean. PEFT's ``linear`` takes their square roots.
+        adapters: Adapters; or LoraParams over the very same base, whose full leaves are added up as
+            differences from it.
+        weights: one number per adapter; None: the mean. PEFT's ``linear`` takes their square roots.
 
     Returns:
-        One of the same kind. Of a weight that some do not adapt, the others' factors.
+        An adapter of the same type. A weight that some adapters do not have gets the factors of
+        those that do.
 
     Raises:
-        TypeError: the adapters are not of one kind.
+        TypeError: the adapters have different types.
         ValueError: the ranks differ, or the adapters have no sum.
 
     Example:
@@ -49,7 +50,7 @@ def linear_in_factors(adapters: Iterable[Any], weights: Sequence[Any] | None = N
     if len(weights) != len(adapters):
         raise ValueError(
             f"linear_in_factors: {len(weights)} weights for {len(adapters)} adapters: expected one "
-            "each"
+            "per adapter"
         )
     weighted = [c * x for c, x in zip(weights, adapters, strict=True)]
     factors = {}

@@ -1,4 +1,4 @@
-"""``to_plain``: an adapter of a changed base as one of the base as it was."""
+"""``to_plain``: move an adapter from a base that its initializer changed to the original base."""
 
 from dataclasses import replace
 
@@ -11,24 +11,25 @@ from lora_jax._weights.paths import PyTree
 
 
 def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> LoraParams:
-    """Turn an adapter whose initializer changed the base into plain LoRA on the base as it was.
+    """Turn an adapter whose initializer changed the base into plain LoRA on the original base.
 
-    PiSSA and its like start from ``W - s a0 b0`` and ``a0, b0``. So, at twice the rank::
+    PiSSA and similar initializers start from ``W - s a0 b0`` and ``a0, b0``. So, at twice the
+    rank::
 
         (W - s a0 b0) + s a b  =  W + s [a, a0] [b; -b0]
 
     Args:
-        lora_params: after training.
-        initial: before training: what ``lorafy`` returned, or returns again for the same
-            arguments.
-        params: the parameters that ``lorafy`` was given.
+        lora_params: the adapter after training.
+        initial: the adapter before training: what ``lorafy`` returned, or returns again for the
+            same arguments.
+        params: the parameters that were passed to ``lorafy``.
 
     Returns:
-        ``LoraParams(params, adapter)`` of rank ``2 rank``, and of the same function.
+        ``LoraParams(params, adapter)`` of rank ``2 rank``, which computes the same function.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: the two are not of one adapter, or not of ``params``.
+        TypeError: an argument has the wrong type.
+        ValueError: ``initial`` is not the start of ``lora_params``, or ``params`` do not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -62,8 +63,9 @@ def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> Lo
 
 
 def _doubled(f: Factors, first: Factors) -> Factors:
-    b_axis = f.layout.count("b")  # of the rank
-    ratio = jnp.asarray(first.scale) / jnp.asarray(f.scale)  # 1, unless it was changed
+    """Subtract the initial factors: ``[a, a0]`` and ``[b; -b0]``."""
+    b_axis = f.layout.count("b")  # the axis of the rank
+    ratio = jnp.asarray(first.scale) / jnp.asarray(f.scale)  # 1, unless the scale was changed
     b0 = (-ratio * first.b).astype(f.b.dtype)
     return replace(
         f,

@@ -1,4 +1,4 @@
-"""``resize``: an adapter at another rank."""
+"""``resize``: change the rank of an adapter."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ import numpy as np
 
 from lora_jax import _jax
 from lora_jax._adapter.checks import check_finite, check_single, with_adapter
-from lora_jax._adapter.factors import Entry, Factors, wide
-from lora_jax._adapter.lowrank import padded
+from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.lowrank import LowRank, padded
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import factor_shapes, max_rank, role_shape
 from lora_jax._weights.conventions import is_table
@@ -27,36 +27,35 @@ Lora = TypeVar("Lora", LoraParams, Adapter)
 def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | None = None) -> Lora:
     """Change the rank of an adapter; ``scale`` stays.
 
-    A larger rank leaves the function as it is: the new rows of ``b`` are zero. A smaller one keeps
-    the largest singular values, a batch entry (layer, expert) at a time::
+    A larger rank does not change the function: the new rows of ``b`` are zero. A smaller rank keeps
+    the largest singular values, for each batch entry (layer, expert) separately::
 
         a = Qa Ra,   b^T = Qb Rb,   Ra Rb^T = U S V^T
         a' = Qa U sqrt(S),   b' = sqrt(S) V^T Qb^T
 
     No matrix of that rank is nearer to ``a b`` in the Frobenius norm. ``a b`` itself is never
-    built: the products and the SVD are of the size of the factors, in at least float32.
+    built: the products and the SVD have the size of the factors, in at least float32.
 
-    What ``freeze`` keeps from training is changed, too, and so is DoRA's direction; its magnitude
-    stays. Where ``a b`` has a lower rank than ``rank``, as of a fresh adapter, the rest of both
-    factors is zero, and stays so in training. An optimizer's state is of the old shapes: make a new
-    one.
+    Frozen factors change, too, and so does DoRA's direction; its magnitude stays. If ``a b`` has a
+    lower rank than ``rank``, as in a fresh adapter, the rest of both factors is zero and stays zero
+    in training. The state of an optimizer has the old shapes: make a new one.
 
     Args:
         adapter: a LoraParams or an Adapter.
         rank: from 1 to ``min(in, out)``; or ``{pattern: rank}``, where the first pattern that
-            matches a path counts. A rank that is larger than ``min(in, out)``, as a sum's may be,
-            shrinks at least to that. Rows that train on their own keep theirs.
-        key: a PRNG key. With it the new columns of ``a`` are drawn as :func:`lorafy` draws them by
-            the names of weights, and the new directions train. None: they are zero, as in
-            :func:`stack`, and never do.
+            matches a path counts. A current rank above ``min(in, out)``, which a sum may have,
+            shrinks at least to that. Table rows that train on their own keep their rank.
+        key: a PRNG key: :func:`lorafy` draws the new columns of ``a`` from it, by the names of
+            weights, and the new directions train. None: the columns are zero, as in :func:`stack`,
+            and never train.
 
     Returns:
-        What was given, with other factors.
+        The argument with new factors.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
+        TypeError: an argument has the wrong type.
         ValueError: a rank is out of range, ``adapter`` is a stack or does not fit its base, or
-            what is to shrink is not finite.
+            it is not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -65,7 +64,7 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
         >>> smaller = lora_jax.algebra.resize(adapter, 2).factors["query/kernel"]
         >>> smaller.a.shape, smaller.b.shape
         ((6, 2), (2, 4))
-        >>> f = adapter.factors["query/kernel"]  # of PiSSA, singular vectors already
+        >>> f = adapter.factors["query/kernel"]  # PiSSA starts from singular vectors
         >>> bool(jnp.allclose(smaller.a @ smaller.b, f.a[:, :2] @ f.b[:2], atol=1e-5))
         True
 
@@ -76,7 +75,7 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
     able = {name: f for name, f in single.factors.items() if isinstance(f, Factors)}
     check_patterns(rank, "rank", {split_range(name)[0] for name in able})
     ranks = {name: _rank_of(rank, name, f) for name, f in able.items()}
-    check_finite(single, "resize: adapter", "of NaNs there are no singular values")
+    check_finite(single, "resize: adapter", "NaNs have no singular values")
     factors = dict(single.factors)
     for name, r in ranks.items():
         f = able[name]
@@ -88,6 +87,7 @@ def resize(adapter: Lora, rank: int | Mapping[str, int], *, key: jax.Array | Non
 
 
 def _rank_of(rank: Any, name: str, f: Factors) -> int:
+    """Look up the new rank of a weight and check it."""
     r = lookup(rank, split_range(name)[0], "rank")
     if r is None:
         raise ValueError(f"rank: no pattern of the mapping matches {name!r}; end with '.*'")
@@ -105,28 +105,15 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
 
 
 def _shrunk(f: Factors, rank: int) -> Factors:
-    """The ``rank`` largest singular values of ``a b``, through the QR of both factors."""
-    shape = f.weight_shape
-    batch, inputs, outputs = (role_shape(f.layout, shape, role) for role in "bio")
-    dtype = max((wide(x.dtype) for x in (f.a, f.b)), key=lambda x: jnp.dtype(x).itemsize)
-    a, b = (_jax.whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
-    a = a.reshape(*batch, math.prod(inputs), f.rank)
-    b = b.reshape(*batch, f.rank, math.prod(outputs))
-    with jax.default_matmul_precision("highest"):
-        qa, ra = jnp.linalg.qr(a)  # [*batch, in, k], [*batch, k, r]
-        qb, rb = jnp.linalg.qr(b.mT)
-        u, s, vt = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
-        root = jnp.sqrt(s[..., :rank])
-        a = qa @ (u[..., :rank] * root[..., None, :])  # [*batch, in, rank]
-        b = (root[..., :, None] * vt[..., :rank, :]) @ qb.mT  # [*batch, rank, out]
-    shapes = factor_shapes(f.layout, shape, rank)
-    return replace(
-        f, a=a.reshape(shapes[0]).astype(f.a.dtype), b=b.reshape(shapes[1]).astype(f.b.dtype)
-    )
+    """Keep the ``rank`` largest singular values of ``a b``."""
+    new = LowRank.of(f).truncated(rank)
+    a_shape, b_shape = factor_shapes(f.layout, f.weight_shape, rank)
+    a, b = new.a.reshape(a_shape), new.b.reshape(b_shape)
+    return replace(f, a=a.astype(f.a.dtype), b=b.astype(f.b.dtype))
 
 
-def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Entry:
-    """The factors with columns of ``a`` as ``lorafy`` draws them, and rows of ``b`` of zeros."""
+def _grown(name: str, f: Factors, rank: int, key: jax.Array) -> Factors:
+    """Add columns of ``a``, drawn as ``lorafy`` draws them, and zero rows of ``b``."""
     shape, extra = f.weight_shape, rank - f.rank
     fan_in = 1 if is_table(name, {}) else math.prod(role_shape(f.layout, shape, "i"))
     leaf = jax.ShapeDtypeStruct(shape, f.a.dtype)

@@ -1,9 +1,9 @@
-"""Combinations that are not sums: TIES, DARE, and magnitude pruning.
+"""Combine adapters in other ways than by sums: TIES, DARE, and magnitude pruning.
 
-They look at the entries of the updates ``dW = scale * a b``, as their papers do, and not at those
-of ``a`` and ``b``. What comes out has no low rank: it is given back as the best factors of the rank
-asked for, together with what they miss. One weight, and of a stack one layer, is worked on at a
-time, and its updates are made one after the other: the memory is that of a few arrays of its shape,
+As in their papers, the entries that count are those of the updates ``dW = scale * a b``, not those
+of ``a`` and ``b``. The result has no low rank: the functions return its best factors of a given
+rank, and the share that these miss. They work on one weight, or one layer of a stack, at a time,
+and compute its updates one after another. So the memory is that of a few arrays of its shape,
 however many adapters there are.
 """
 
@@ -34,33 +34,33 @@ def ties(
     niter: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Errors]:
-    """Combine updates without those that contradict the others: trim, elect signs, merge.
+    """Combine updates without entries that contradict the others: trim, elect signs, merge.
 
-    Of every update ``dW_k`` of a weight, the ``density * size`` entries of largest magnitude stay.
+    Each update ``dW_k`` of a weight keeps its ``density * size`` entries of largest magnitude.
     Then, entry by entry::
 
-        sign = sign(sum_k dW_k),  dW = the mean of the dW_k that are not 0 and of that sign
+        sign = sign(sum_k dW_k),  dW = the mean of the dW_k that are not 0 and have that sign
 
-    and 0 where the trimmed updates cancel. Weights are said by arithmetic: ``ties([2 * x, y])``
-    has ``x`` vote twice as loud, and ``1.5 * ties(...)[0]`` is the paper's ``lambda = 1.5``.
+    An entry is 0 if the trimmed updates cancel. Weights are set by arithmetic: ``ties([2 * x, y])``
+    counts ``x`` twice in the vote, and ``1.5 * ties(...)[0]`` is the paper's ``lambda = 1.5``.
 
     Args:
-        adapters: Adapters; or LoraParams of the very same base, whose leaves trained whole go
-            through the same, as what they differ from it. One of them need not stand in a list.
-        density: the share of the entries that stay, of each weight, and of each layer of a stack.
-        rank: of the result, by the singular value decomposition; None for all of it, exactly, in
-            factors as large as the weight, of which one is the identity: to be merged.
-        niter: None for all singular values; or find the largest by that many steps of subspace
-            iteration from a random start, which is much faster, nearly as good, and decomposes
-            none but thin matrices.
-        key: of that random start.
+        adapters: Adapters; or LoraParams over the very same base, whose full leaves are combined in
+            the same way, as differences from it. A single one needs no list.
+        density: the share of the entries that stay, in each weight and each layer of a stack.
+        rank: the rank of the result, by the singular value decomposition. None returns all of it,
+            exactly, in factors as large as the weight, one of which is the identity: to merge.
+        niter: None computes all singular values. A number finds the largest by that many steps of
+            subspace iteration from a random start: much faster, nearly as good, and only thin
+            matrices are decomposed.
+        key: a PRNG key for that random start.
 
     Returns:
-        What the adapters are, of scale 1; and for every weight the share that the rank misses:
-        ``|dW - a b| / |dW|`` in the Frobenius norm.
+        An adapter of the same type, with scale 1; and for each weight the share that the rank
+        misses: ``|dW - a b| / |dW|`` in the Frobenius norm.
 
     Raises:
-        TypeError: some are of another kind.
+        TypeError: the adapters have different types.
         ValueError: an argument is out of range, or the adapters have no sum.
 
     Example:
@@ -76,7 +76,8 @@ def ties(
     References:
         Yadav et al., TIES-Merging, arXiv:2306.01708. Halko et al., arXiv:0909.4061.
     """
-    return _combine("ties", adapters, Rule(density, False, True), rank, niter, key)
+    rule = Rule(density, keep="largest", combine="elect")
+    return _combine("ties", adapters, rule, rank, niter, key)
 
 
 def dare(
@@ -88,7 +89,7 @@ def dare(
     elect: bool = False,
     niter: int | None = None,
 ) -> tuple[Any, Errors]:
-    """Drop entries of the updates at random, make the others larger, and add up.
+    """Drop entries of the updates at random, rescale the others, and add up.
 
     ::
 
@@ -97,18 +98,18 @@ def dare(
     The mean over all masks is the sum of the updates.
 
     Args:
-        adapters: as of :func:`ties`.
-        density: the share of the entries that stay: one less the paper's drop rate.
-        rank: as there.
-        key: of the masks, and of ``niter``.
+        adapters: as in :func:`ties`.
+        density: the share of the entries that stay: one minus the paper's drop rate.
+        rank: as in :func:`ties`.
+        key: a PRNG key for the masks, and for ``niter``.
         elect: elect signs and take means, as :func:`ties` does, instead of adding up.
-        niter: as there.
+        niter: as in :func:`ties`.
 
     Returns:
         As :func:`ties`.
 
     Raises:
-        TypeError: some are of another kind, or there is no key.
+        TypeError: the adapters have different types, or there is no key.
         ValueError: an argument is out of range, or the adapters have no sum.
 
     Example:
@@ -123,7 +124,8 @@ def dare(
     """
     if key is None:
         raise TypeError("dare: key=None: expected a PRNG key, such as jax.random.key(0)")
-    return _combine("dare", adapters, Rule(density, True, elect), rank, niter, key)
+    rule = Rule(density, keep="random", combine="elect" if elect else "sum")
+    return _combine("dare", adapters, rule, rank, niter, key)
 
 
 def prune(
@@ -134,20 +136,20 @@ def prune(
     niter: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Errors]:
-    """Keep the entries of largest magnitude of every update, and add up.
+    """Keep the entries of largest magnitude of each update, and add up.
 
     Args:
-        adapters: as of :func:`ties`.
-        density: as there.
-        rank: as there.
-        niter: as there.
-        key: as there.
+        adapters: as in :func:`ties`.
+        density: as in :func:`ties`.
+        rank: as in :func:`ties`.
+        niter: as in :func:`ties`.
+        key: as in :func:`ties`.
 
     Returns:
         As :func:`ties`.
 
     Raises:
-        TypeError: some are of another kind.
+        TypeError: the adapters have different types.
         ValueError: an argument is out of range, or the adapters have no sum.
 
     Example:
@@ -158,25 +160,20 @@ def prune(
         Array([[3., 0.],
                [3., 0.]], dtype=float32)
     """
-    return _combine("prune", adapters, Rule(density, False, False), rank, niter, key)
+    rule = Rule(density, keep="largest", combine="sum")
+    return _combine("prune", adapters, rule, rank, niter, key)
 
 
 def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: Any) -> Any:
+    """Check the arguments, and combine the updates weight by weight."""
     xs = [adapters] if isinstance(adapters, Adapter | LoraParams) else list(adapters)
     each = operands(verb, xs)
-    remedy = "comparing hides NaNs, and all would come out wrong. Leave it out"
+    remedy = "comparisons hide NaNs, and the result would be wrong. Leave it out"
     checks = [check_finite(x, f"{verb}: operand {n}", remedy) for n, x in enumerate(each)]
-    # What is traced cannot be refused: its scales are NaN.
+    # Traced operands cannot be refused: the scales of the result are NaN.
     scales = [jnp.where(ok, 1.0, jnp.nan) for ok in checks if ok is not None]
-    if not is_concrete(rule.density):
-        raise TypeError(f"{verb}: density is traced, expected a number: shapes depend on it")
-    if not 0 < rule.density <= 1:
-        raise ValueError(f"{verb}: density={rule.density}: expected a share, above 0 and up to 1")
+    _check_options(verb, rule.density, rank, niter)
     rule = rule._replace(density=float(rule.density))  # a static argument
-    for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
-        whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
-        if x is not None and not (whole and x >= least):
-            raise ValueError(f"{verb}: {name}={x!r}: expected None or an int from {least} on")
     key = jax.random.key(0) if key is None else key
     factors, errors = {}, {}
     for path, found in by_key(each).items():
@@ -193,7 +190,19 @@ def _combine(verb: str, adapters: Any, rule: Rule, rank: Any, niter: Any, key: A
     return with_adapter(xs[0], Adapter(factors, _full(xs, key, rule))), errors
 
 
+def _check_options(verb: str, density: Any, rank: Any, niter: Any) -> None:
+    if not is_concrete(density):
+        raise TypeError(f"{verb}: density is traced, expected a number: shapes depend on it")
+    if not 0 < density <= 1:
+        raise ValueError(f"{verb}: density={density}: expected a share, above 0 and up to 1")
+    for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
+        is_int = isinstance(x, int | np.integer) and not isinstance(x, bool)
+        if x is not None and not (is_int and x >= least):
+            raise ValueError(f"{verb}: {name}={x!r}: expected None or an int from {least} on")
+
+
 def _full(xs: list[Any], key: jax.Array, rule: Rule) -> dict[str, jax.Array]:
+    """Combine the full leaves, as differences from the base."""
     moved: dict[str, list[jax.Array]] = {}
     for x in xs:
         for path, d in differences(x).items():

@@ -1,4 +1,4 @@
-"""What adapters have in common: angles and distances between their updates."""
+"""Compare adapters: angles, distances and common subspaces of their updates."""
 
 from lora_jax.analysis._similarity import distance, similarity, subspace_similarity
 

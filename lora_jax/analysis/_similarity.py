@@ -1,10 +1,10 @@
-"""How alike adapters are: cosines, distances and common subspaces of their updates.
+"""Measure how similar adapters are: cosines, distances and common subspaces of their updates.
 
-All from the factors, without an update: of ``dW_k = scale_k a_k b_k``::
+Everything is computed from the factors, and no update is built. For ``dW_k = scale_k a_k b_k``::
 
     <dW_1, dW_2> = scale_1 scale_2 sum((a_1^T a_2) * (b_1 b_2^T))
 
-where first each ``b`` is made orthonormal.
+after the rows of each ``b`` are made orthonormal.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Entry, Factors, wide
-from lora_jax._adapter.lowrank import matrices
+from lora_jax._adapter.factors import Entry, wide
+from lora_jax._adapter.lowrank import LowRank, as_matrix, joined, matmul, svd, wide_of
 from lora_jax._adapter.params import adapter_of
 from lora_jax._adapter.updates import by_key, differences, operands
 from lora_jax._jax import whole
@@ -25,26 +25,26 @@ Side = Literal["a", "b"]
 
 
 def similarity(adapters: Iterable[Any], *, per_weight: bool = False) -> Any:
-    """The cosines between the updates of adapters, as one would between vectors.
+    """Return the cosines between the updates of adapters, taken as vectors.
 
     ::
 
         <dW_i, dW_j> / (|dW_i| |dW_j|),  <X, Y> = the sum of X * Y over all weights
 
-    A weight that an adapter does not adapt is zero there. An adapter whose update is zero, as
-    every fresh one, is like nothing: its row is 0, the diagonal included.
+    An adapter has a zero update at a weight that it does not adapt. An adapter whose updates
+    are all zero, such as a fresh one, has cosine 0 with all adapters, itself included.
 
     Args:
-        adapters: Adapters; or LoraParams of the very same base, whose leaves trained whole count
-            as what they differ from it.
-        per_weight: for every weight on its own.
+        adapters: Adapters; or LoraParams over the very same base, whose full leaves count as
+            differences from it.
+        per_weight: compare every weight separately.
 
     Returns:
-        ``[adapters, adapters]``; with ``per_weight``, one of them by the key of each weight.
+        ``[adapters, adapters]``; with ``per_weight``, a dict of one such array per weight.
 
     Raises:
-        TypeError: some are of another kind.
-        ValueError: the adapters are of different models, or have no sum.
+        TypeError: the adapters have different types.
+        ValueError: the adapters belong to different models, or have no sum.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -67,21 +67,21 @@ def similarity(adapters: Iterable[Any], *, per_weight: bool = False) -> Any:
 
 
 def distance(x: Any, y: Any) -> jax.Array:
-    """The Frobenius norm of the difference of two adapters' updates, over all weights.
+    """Return the Frobenius norm of the difference of two updates, over all weights.
 
-    ``|dW_x - dW_y|``, by QR decompositions of the factors of ``x - y``, so that it is also right of
-    adapters that are nearly equal. ``distance(x, 0 * x)`` is the norm of ``x``.
+    ``|dW_x - dW_y|`` comes from QR decompositions of the factors of ``x - y``, so it is accurate
+    for adapters that are nearly equal, too. ``distance(x, 0 * x)`` is the norm of ``x``.
 
     Args:
-        x: an Adapter, or a LoraParams, as of :func:`similarity`.
-        y: one of the same kind.
+        x: an Adapter or a LoraParams, as in :func:`similarity`.
+        y: another one of the same type.
 
     Returns:
         A 0-d array.
 
     Raises:
-        TypeError: they are of different kinds.
-        ValueError: the adapters are of different models, or have no difference.
+        TypeError: the types differ.
+        ValueError: the adapters belong to different models, or have no difference.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -91,35 +91,35 @@ def distance(x: Any, y: Any) -> jax.Array:
     """
     operands("distance", (x, y))
     difference = x - y
-    squares = [_squared_norm(f) for f in adapter_of(difference).factors.values()]
+    squares = [LowRank.of(f).squared_norm() for f in adapter_of(difference).factors.values()]
     squares += [jnp.square(d).sum() for d in differences(difference).values()]
     return jnp.sqrt(jnp.asarray(sum(squares)))
 
 
 def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.Array]:
-    """How much of the leading directions of one adapter are in those of another.
+    """Measure how much the leading directions of two adapters have in common.
 
-    With ``U`` the left singular vectors of ``a``, the directions that it reads, most important
-    first, for every ``i`` and ``j``::
+    ``U`` holds the left singular vectors of ``a``, the directions that it reads, most important
+    first. For every ``i`` and ``j``::
 
         phi(i, j) = |U_x[:, :i]^T U_y[:, :j]|^2 / min(i, j)
 
-    1 where the smaller subspace is within the larger one, 0 where they are orthogonal.
+    This is 1 if the smaller subspace lies in the larger one, and 0 if they are orthogonal.
 
     Args:
-        x: an Adapter, or a LoraParams.
-        y: one of the same kind; the ranks may differ.
+        x: an Adapter or a LoraParams.
+        y: another one of the same type; the ranks may differ.
         factor: ``"a"``, or ``"b"`` for the directions that are written.
 
     Returns:
-        ``[*batch, rank of x, rank of y]`` by the key of every weight that both adapt, or less where
-        a rank is larger than the side that ``factor`` is on; entry ``[i - 1, j - 1]`` is of the
-        first ``i`` and ``j`` directions. A factor whose rank is less
-        than it says, such as a ``b`` of zeros, has arbitrary directions from there on.
+        A dict of ``[*batch, rank of x, rank of y]`` for each weight that both adapt; smaller if a
+        rank exceeds the size of the side that ``factor`` is on. Entry ``[i - 1, j - 1]`` compares
+        the first ``i`` and ``j`` directions. A factor that has a lower rank than its shape, such as
+        a ``b`` of zeros, has arbitrary directions beyond it.
 
     Raises:
-        TypeError: they are of different kinds.
-        ValueError: ``factor`` is neither; or the adapters are of different models.
+        TypeError: the types differ.
+        ValueError: ``factor`` is neither, or the adapters belong to different models.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -138,7 +138,7 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
     found = {}
     for key in [key for key in one.factors if key in other.factors]:
         u, v = (_directions(f, factor) for f in (one.factors[key], other.factors[key]))
-        squares = jnp.square(jnp.matmul(u.mT, v, precision="highest"))
+        squares = jnp.square(matmul(u.mT, v))
         i, j = np.ogrid[1 : u.shape[-1] + 1, 1 : v.shape[-1] + 1]
         phi = squares.cumsum(-2).cumsum(-1)
         least = jnp.asarray(np.minimum(i, j), phi.dtype)
@@ -147,29 +147,19 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
 
 
 def _gram(found: Mapping[int, Entry], count: int) -> jax.Array:
-    """The inner products of updates of one weight: ``[count, count]``."""
-    parts = [_orthonormal(a, b) for a, b in matrices(list(found.values()))]
-    a = jnp.concatenate([a for a, _ in parts], -1)  # [layers, in, all ranks]
-    b = jnp.concatenate([b for _, b in parts], -2)
-    kind: Any = {"precision": "highest"}
-    product = (jnp.matmul(a.mT, a, **kind) * jnp.matmul(b, b.mT, **kind)).sum(0)
-    whose = np.repeat(list(found), [a.shape[-1] for a, _ in parts])
+    """Return the inner products of the updates of one weight: ``[count, count]``."""
+    dtype = wide_of(found.values())
+    parts = [LowRank.of(f, dtype).orthonormal() for f in found.values()]
+    every = joined(parts)
+    product = every.overlaps(every)  # [*batch, all ranks, all ranks]
+    product = product.sum(tuple(range(product.ndim - 2)))
+    whose = np.repeat(list(found), [x.rank for x in parts])
     member = jnp.asarray(whose[:, None] == np.arange(count), product.dtype)
-    return jnp.matmul(jnp.matmul(member.T, product, **kind), member, **kind)
-
-
-def _orthonormal(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same product, of a ``b`` with orthonormal rows.
-
-    So what cancels within ``a b``, as in the difference of two checkpoints, has done so, and not
-    only in its square.
-    """
-    (q, r), (p, s) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
-    core = jnp.matmul(r, s.mT, precision="highest")
-    return jnp.matmul(q, core, precision="highest"), p.mT
+    return matmul(matmul(member.T, product), member)
 
 
 def _grams_of_full(xs: Sequence[Any]) -> dict[str, jax.Array]:
+    """Return the inner products of the differences of each full leaf: ``[count, count]``."""
     moved = [differences(x) for x in xs]
     grams = {}
     for path in dict.fromkeys(path for own in moved for path in own):
@@ -180,22 +170,14 @@ def _grams_of_full(xs: Sequence[Any]) -> dict[str, jax.Array]:
 
 
 def _cosines(gram: jax.Array) -> jax.Array:
+    """Divide inner products by norms; 0 where a norm is 0."""
     norms = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     return jnp.clip(inverse[:, None] * gram * inverse[None, :], -1, 1)
 
 
-def _squared_norm(f: Factors) -> jax.Array:
-    """Of ``Q R (P S)^T`` that of ``R S^T``, as small as the rank."""
-    ((a, b),) = matrices([f])
-    r, s = jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r")
-    return jnp.square(jnp.matmul(r, s.mT, precision="highest")).sum()
-
-
 def _directions(f: Entry, factor: Side) -> jax.Array:
-    """Orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
-    n = f.layout.count("b")
-    batch, rank = f.a.shape[:n], f.rank
+    """Return orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
     x = whole(getattr(f, factor))
-    x = x.reshape(*batch, -1, rank) if factor == "a" else x.reshape(*batch, rank, -1).mT
-    return jnp.linalg.svd(x.astype(wide(x.dtype)), full_matrices=False)[0]
+    x = as_matrix(x.astype(wide(x.dtype)), f.layout, factor)
+    return svd(x if factor == "a" else x.mT).u

@@ -1,37 +1,17 @@
-"""Numbers of updates, exact in float64 and without ever building one: by QR of their factors."""
+"""Compute what the tables show of singular values and of tensors, in float64."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli._read.forms import Update
-
-_CHUNK = 2**22  # entries that are in float64 at a time
-
-
-def singular_values(updates: Sequence[Update], signs: Sequence[float] = (1.0,)) -> np.ndarray:
-    """Those of ``sum_k sign_k scale_k a_k b_k``, ``[layers, ranks]``, descending.
-
-    With ``a = Q R`` and ``b^T = P S``, they are those of ``R S^T``, which is as small as the rank.
-    """
-    weighted = [(u, s * u.scale) for u, s in zip(updates, signs, strict=True)]
-    a = np.concatenate([u.a.astype(np.float64) for u, _ in weighted], -1)
-    b = np.concatenate([w * u.b.astype(np.float64) for u, w in weighted], 1)
-    r, s = np.linalg.qr(a, mode="r"), np.linalg.qr(b.mT, mode="r")
-    return np.linalg.svd(r @ s.mT, compute_uv=False)
-
-
-def norm(s: np.ndarray) -> float:
-    """The Frobenius norm, of all layers together."""
-    return float(np.sqrt(np.square(s).sum()))
+_CHUNK = 2**22  # entries that are converted to float64 at a time
 
 
 def effective_rank(s: np.ndarray) -> float:
-    """``exp`` of the entropy of the normalized singular values; the mean over the layers.
+    """Return ``exp`` of the entropy of the normalized singular values, averaged over the layers.
 
-    Zero of a matrix that is zero.
+    A zero matrix counts as 0.
 
     References:
         Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
@@ -42,15 +22,8 @@ def effective_rank(s: np.ndarray) -> float:
     return float(np.where(total[..., 0] > 0, np.exp(entropy), 0.0).mean())
 
 
-def inner(one: Update, other: Update) -> float:
-    """The inner product of two updates: ``sum_ij dW_ij dV_ij = tr(b_w b_v^T (a_w^T a_v)^T)``."""
-    of_a = one.a.astype(np.float64).mT @ other.a.astype(np.float64)
-    of_b = one.b.astype(np.float64) @ other.b.astype(np.float64).mT
-    return float(one.scale * other.scale * (of_a * of_b).sum())
-
-
 def tensor_norm(x: np.ndarray) -> float | None:
-    """The Frobenius norm of a tensor of floats, a part at a time; None of other numbers."""
+    """Return the Frobenius norm of a tensor of floats, chunk by chunk; None for other dtypes."""
     if not is_float(x.dtype):
         return None
     flat = x.reshape(-1)
@@ -59,5 +32,5 @@ def tensor_norm(x: np.ndarray) -> float | None:
 
 
 def is_float(dtype: Any) -> bool:
-    """Whether an array of this dtype is of real numbers."""
+    """Return whether this dtype holds real floating-point numbers."""
     return jnp.issubdtype(dtype, jnp.floating)

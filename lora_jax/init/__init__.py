@@ -1,8 +1,8 @@
-"""How factors start: functions ``(key, target) -> (a, b)``, for ``lorafy(params, init=...)``.
+"""Initialize factors: functions ``(key, target) -> (a, b)`` for ``lorafy(params, init=...)``.
 
-``a`` is ``[*batch, in, rank]`` and ``b`` ``[*batch, rank, out]``. One whose product is not zero
-returns, as a third, what is left of the weight: ``lorafy`` puts that into the base, so that the
-adapted model starts as the model that was given.
+``a`` is ``[*batch, in, rank]`` and ``b`` is ``[*batch, rank, out]``. An initializer whose product
+is not zero returns a third array: the weight minus the update. ``lorafy`` puts it into the base, so
+the adapted model starts as the original one.
 """
 
 from lora_jax._weights.target import Initializer, Target

@@ -1,6 +1,6 @@
-"""Initializers that look at data: at what the weights read, or at one gradient.
+"""Make initializers from data: from what the weights read, or from one gradient.
 
-Each is a function of the statistics that returns an initializer.
+Each function takes the statistics and returns an initializer.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
+from lora_jax._adapter.lowrank import SVD, svd
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.target import Initializer, Target
 from lora_jax.init._svd import take_out
@@ -19,10 +20,10 @@ Moments = Mapping[str, jax.Array]
 
 
 def eva(moments: Moments) -> Initializer:
-    """``a`` reads the directions in which the inputs vary most; ``b = 0``.
+    """Let ``a`` read the directions in which the inputs vary most; ``b = 0``.
 
-    ``a`` is the first ``rank`` eigenvectors of ``sum x x^T``: what principal component analysis of
-    the inputs finds, without centering.
+    ``a`` holds the first ``rank`` eigenvectors of ``sum x x^T``: the principal components of the
+    inputs, without centering.
 
     Args:
         moments: from :func:`lora_jax.init.input_moments`.
@@ -42,10 +43,10 @@ def eva(moments: Moments) -> Initializer:
 
 
 def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, int]:
-    """Spread a budget of ``rank`` a weight over the weights, where most of the variance is.
+    """Distribute a budget of ``rank`` per weight to the weights with the most variance.
 
-    Of the leading ``rho * rank`` components of every weight's inputs, those with the largest share
-    of their weight's variance are chosen, ``rank`` times as many as there are weights.
+    The candidates are the leading ``rho * rank`` components of each weight's inputs. Those with the
+    largest share of their weight's variance are chosen: ``rank`` times the number of weights.
 
     Args:
         moments: from :func:`lora_jax.init.input_moments`.
@@ -53,7 +54,7 @@ def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, in
         rho: the largest rank is ``rho * rank``; 1 gives every weight ``rank``.
 
     Returns:
-        ``{path: rank}``, without the weights that get none:
+        ``{path: rank}`` without the weights that get none, for
         ``lorafy(params, targets=lambda path, leaf: ranks.get(path, 0), init=eva(moments))``.
 
     Raises:
@@ -78,11 +79,12 @@ def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, in
 def corda(
     moments: Moments, mode: Literal["ipm", "kpm"] = "ipm", damping: float = 0.01
 ) -> Initializer:
-    """Split ``W`` by what matters for the inputs: with ``C = sum x x^T``, ``C W = U S V^T``.
+    """Split ``W`` into parts by their effect on the inputs, and train some of them.
 
-    ``"ipm"`` (instruction previewed) trains the largest ``rank`` parts, ``"kpm"`` (knowledge
+    ``"ipm"`` (instruction previewed) trains the ``rank`` largest parts, ``"kpm"`` (knowledge
     preserved) the smallest::
 
+        C = sum x x^T,  C W = U S V^T
         a = C^-1 U sqrt(S / scale),  b = sqrt(S / scale) V^T,  base = W - scale * a b
 
     Args:
@@ -91,7 +93,7 @@ def corda(
         damping: added to the diagonal of ``C``, in units of its mean.
 
     Raises:
-        ValueError: ``mode`` is neither.
+        ValueError: ``mode`` is neither of the two.
 
     References:
         Yang et al., CorDA, arXiv:2406.05223.
@@ -105,28 +107,28 @@ def corda(
         n = c.shape[-1]
         c = c * (n / jnp.trace(c, axis1=-2, axis2=-1))[..., None, None]
         c = c + damping * jnp.broadcast_to(jnp.eye(n), c.shape)
-        u, s, vt = jnp.linalg.svd(c @ target.matrix(), full_matrices=False)
+        w = target.matrix()
+        u, s, vt = svd(c @ w)
         part = slice(target.rank) if mode == "ipm" else slice(s.shape[-1] - target.rank, None)
         u = jnp.linalg.solve(c, u[..., part])
-        return take_out(target, u, s[..., part], vt[..., part, :])
+        a, b = SVD(u, s[..., part], vt[..., part, :]).balanced(target.scale)
+        return take_out(w, target.scale, a, b)
 
     init.__name__ = "corda"
     return init
 
 
 def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
-    """The first step of LoRA is nearest to that of full fine-tuning.
+    """Bring the first step of LoRA as near as possible to that of full fine-tuning.
 
-    With one gradient of the weight, ``G = U S V^T``::
+    The factors come from one gradient ``G`` of the weight::
 
+        G = U S V^T,  c = out^(1/4) / sqrt(gamma)
         a = c U[:, :rank],  b = c V[:, rank:2 rank]^T,  base = W - scale * a b
 
-    where ``c = out^(1/4) / sqrt(gamma)``.
-
     Args:
-        grads: gradients of the base, as ``jax.grad`` gives them: a tree with the paths of
-            ``params``.
-        gamma: makes the start smaller.
+        grads: gradients of the base from ``jax.grad``: a tree with the paths of ``params``.
+        gamma: a larger value makes the factors smaller.
 
     References:
         Wang et al., LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv:2407.05000.
@@ -146,33 +148,33 @@ def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
         if 2 * r > min(target.inputs, target.outputs):
             raise ValueError(
                 f"lora_ga: rank={r} of {target.path!r} needs {2 * r} singular vectors, and its "
-                f"gradient is {target.inputs} by {target.outputs}"
+                f"gradient is only {target.inputs} by {target.outputs}"
             )
         gradient = target.as_matrix(by_path[path][target.index])
-        u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+        u, _, vt = svd(gradient)
         c = target.outputs**0.25 / gamma**0.5
         a, b = c * u[..., :r], c * vt[..., r : 2 * r, :]
-        return a, b, target.matrix() - target.scale * (a @ b)
+        return take_out(target.matrix(), target.scale, a, b)
 
     init.__name__ = "lora_ga"
     return init
 
 
 def _of(moments: Moments, target: Target, name: str) -> Any:
-    """The moments of what one weight reads."""
+    """Look up the moments of what one weight reads."""
     expected = (*target.batch, target.inputs, target.inputs)
     if target.path not in moments or moments[target.path].shape != expected:
         shape = getattr(moments.get(target.path), "shape", None)
         raise ValueError(
-            f"{name}: moments has shape {shape} at {target.path!r}, expected {expected}. Let "
-            "lora_jax.init.input_moments see the same targets and layouts. Nearest paths: "
+            f"{name}: moments has shape {shape} at {target.path!r}, expected {expected}. Call "
+            "lora_jax.init.input_moments with the same targets and layouts. Nearest paths: "
             f"{nearest(target.path, moments)}"
         )
-    with jax.ensure_compile_time_eval():  # inside of a trace, too
+    with jax.ensure_compile_time_eval():  # inside a trace, too
         is_zero = is_concrete(moments[target.path]) and not jnp.any(moments[target.path])
     if is_zero:
         raise ValueError(
-            f"{name}: the moments of {target.path!r} are zero: it read nothing, or only rows of a "
-            "table. Leave it out of the targets"
+            f"{name}: the moments of {target.path!r} are zero: it read nothing, or is used only "
+            "for lookups. Leave it out of the targets"
         )
     return moments[target.path]

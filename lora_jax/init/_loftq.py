@@ -1,28 +1,29 @@
-"""An initializer for a base that is to be quantized: the factors take what its steps lose."""
+"""``loftq``: start from what quantizing the base loses."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax._adapter.lowrank import svd
 from lora_jax._weights.quantized import dequantize_array, quantize_array
 from lora_jax._weights.target import Initializer, Target
 from lora_jax.quant import tiles_of
 
 
 def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initializer:
-    """Quantize the weight and start from the best low-rank correction of what that loses.
+    """Quantize the weight, and start from the best low-rank correction of the error.
 
-    In turn, ``steps`` times::
+    Alternate ``steps`` times::
 
         base = quantize(W - scale * a b),   scale * a b = the ``rank`` largest parts of W - base
 
-    The base that ``lorafy`` returns is quantized; the model starts nearer to the one that was
-    given than with ``quantize`` alone.
+    The base that ``lorafy`` returns is quantized. The model starts nearer to the original one than
+    with ``quantize`` alone.
 
     Args:
         qtype: as in :func:`lora_jax.quant.quantize`.
-        steps: how often; one is most of it.
+        steps: the number of rounds; the first one gains most.
         block: as in :func:`lora_jax.quant.quantize`.
 
     Raises:
@@ -47,11 +48,8 @@ def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initi
         base: Any = None
         for _ in range(steps):
             base = quantize_array(target.leaf_with(w - target.scale * (a @ b)), name, tiles)
-            u, s, vt = jnp.linalg.svd(
-                w - target.as_matrix(dequantize_array(base)), full_matrices=False
-            )
-            root = jnp.sqrt(s[..., :r] / target.scale)
-            a, b = u[..., :r] * root[..., None, :], root[..., :, None] * vt[..., :r, :]
+            lost = w - target.as_matrix(dequantize_array(base))
+            a, b = svd(lost, r).balanced(target.scale)
         return a, b, base
 
     init.__name__ = "loftq"

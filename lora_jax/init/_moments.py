@@ -1,4 +1,4 @@
-"""``input_moments``: what the adapted weights read, summed up."""
+"""``input_moments``: sum up second moments of what the adapted weights read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,23 +16,23 @@ from lora_jax._weights.target import Target
 
 
 def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-    """Return ``sum x x^T`` over all that each adapted weight reads in a call of ``fn``.
+    """Return ``sum x x^T`` over everything that each adapted weight reads in a call of ``fn``.
 
-    One forward and one backward pass, with ``[in, in]`` numbers a weight. Add up the results of
-    several batches by ``jax.tree.map(jnp.add, moments, more)``.
+    This takes one forward and one backward pass, and ``[in, in]`` numbers per weight. Add up the
+    results of several batches by ``jax.tree.map(jnp.add, moments, more)``.
 
     Args:
         fn: a function as for :func:`lora`.
-        *args: its arguments, with one LoraParams where it takes parameters: that says which
-            weights, and their layouts; its factors do not matter.
-        **kwargs: as ``args``.
+        *args: its arguments, with one LoraParams in place of its parameters, which selects the
+            weights and gives their layouts; its factors do not matter.
+        **kwargs: its keyword arguments, likewise.
 
     Returns:
         ``{path: [*batch, in, in]}`` in float32, by the keys of ``lora_params.adapter.factors``.
-        Lookups, and uses that read a weight from behind, as tied heads do, do not count.
+        Lookups do not count, and neither do uses that contract the output axes, such as tied heads.
 
     Raises:
-        TypeError: there is not exactly one LoraParams among the arguments.
+        TypeError: the arguments do not contain exactly one LoraParams.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -47,7 +47,7 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     if len(places) != 1:
         raise TypeError(
             f"input_moments: expected one LoraParams among the arguments, such as lorafy(params, "
-            f"...) returns, got {len(places)}: it says which weights"
+            f"...) returns, got {len(places)}: it selects the weights"
         )
     lora_params = nodes[places[0]]
     leaves, parts = check(lora_params)
@@ -74,9 +74,9 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
 
 
 def _observe(product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
-    """``product(x, a)``, bilinear, where the gradient of ``a`` is made to be ``x (x a)^T``.
+    """Compute the bilinear ``product(x, a)`` and give ``a`` the gradient ``x (x a)^T``.
 
-    With the identity for ``a`` that is ``x x^T``; autodiff adds it up over loops and uses.
+    If ``a`` is the identity, this is ``x x^T``, and autodiff adds it up over loops and uses.
     """
 
     @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Initializers that draw: training starts at the base model, whose weights stay as they are."""
+"""Draw factors at random: training starts at the base model, whose weights stay unchanged."""
 
 import math
 
@@ -10,7 +10,7 @@ from lora_jax._weights.target import Target
 
 
 def gaussian(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """``a ~ N(0, 1/in)``, so that ``x a`` has the variance of ``x``'s entries; ``b = 0``.
+    """Draw ``a ~ N(0, 1/in)``, so that ``x a`` has the variance of ``x``'s entries; ``b = 0``.
 
     References:
         Hu et al., LoRA, arXiv:2106.09685, section 4.1.
@@ -19,16 +19,16 @@ def gaussian(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
 
 
 def kaiming_uniform(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """``a ~ U(-1/sqrt(in), 1/sqrt(in))``, which loralib and PEFT draw; ``b = 0``."""
+    """Draw ``a ~ U(-1/sqrt(in), 1/sqrt(in))``, as loralib and PEFT do; ``b = 0``."""
     bound = 1 / math.sqrt(target.fan_in)
     draw = lax.optimization_barrier(jax.random.uniform(key, _a_shape(target), minval=-1))
     return draw * bound, _zero_b(target)
 
 
 def orthogonal(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """Neither factor is zero, and ``a b`` is: ``a`` and ``b`` meet in orthogonal subspaces.
+    """Draw nonzero factors whose product is zero: they meet in orthogonal subspaces.
 
-    With the rows of a random orthogonal ``Q[rank, rank]`` taken in turn,
+    The rows of a random orthogonal ``Q[rank, rank]`` alternate between the factors:
     ``a = N(0, 1/100) Q[0::2]`` and ``b = Q[1::2]^T N(0, 1/100)``.
 
     Raises:
@@ -39,8 +39,8 @@ def orthogonal(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
     """
     if target.rank % 2:
         raise ValueError(
-            f"init='orthogonal': rank={target.rank} of {target.path!r} is odd, and half of the "
-            f"directions are a's: pass an even rank such as {target.rank + 1}"
+            f"init='orthogonal': rank={target.rank} of {target.path!r} is odd, and each factor "
+            f"takes half of the directions: pass an even rank such as {target.rank + 1}"
         )
     half, (k_q, k_a, k_b) = target.rank // 2, jax.random.split(key, 3)
     q, _ = jnp.linalg.qr(_normal(k_q, (*target.batch, target.rank, target.rank)))
@@ -58,9 +58,9 @@ def _zero_b(target: Target) -> jax.Array:
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A standard normal draw.
+    """Draw from the standard normal distribution.
 
-    The barrier keeps XLA from folding what follows into the draw, which would move the result by
-    an ulp: with it, eager and jitted draws are equal to the bit.
+    The barrier keeps XLA from fusing later operations into the draw, which would change the result
+    by an ulp. With it, eager and jitted draws are equal to the bit.
     """
     return lax.optimization_barrier(jax.random.normal(key, shape, jnp.float32))

@@ -1,4 +1,4 @@
-"""From an initializer's matrices to the factors of a weight."""
+"""Run initializers, and turn their matrices into the factors of a weight."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ NAMES: Mapping[str, Initializer] = {
 
 
 def resolve_init(init: str | Initializer) -> Initializer:
-    """The initializer of this name, or ``init`` itself if it is one."""
+    """Look up an initializer by name; return ``init`` itself if it is a function."""
     if callable(init):
         return init
     if init not in NAMES:
@@ -43,11 +43,12 @@ def start(
     """Run an initializer.
 
     Returns:
-        ``a`` and ``b`` in the shapes of the factors, and the leaf with what is left of the
-        weight, or None if that is all of it.
+        ``a`` and ``b`` in the shapes of the factors, and the leaf that goes into the base, or None
+        if the weight stays unchanged.
 
     Raises:
-        ValueError: the result has other shapes.
+        TypeError: the initializer did not return a tuple of two or three.
+        ValueError: the matrices have wrong shapes.
     """
     name = _name(init)
     made = init(key, target)
@@ -59,11 +60,7 @@ def start(
     a, b, *rest = made
     expected = (
         (*target.batch, target.inputs, target.rank),
-        (
-            *target.batch,
-            target.rank,
-            target.outputs,
-        ),
+        (*target.batch, target.rank, target.outputs),
     )
     if (jnp.shape(a), jnp.shape(b)) != expected:
         raise ValueError(
@@ -79,23 +76,23 @@ def start(
 
 
 def check_started(init: Initializer, path: str, f: Entry) -> None:
-    """Raise unless factors can train; where they are traced, nobody knows.
+    """Raise unless factors can train; traced factors are not checked.
 
     Raises:
-        ValueError: both are zero, or what comes from the weight is not finite.
+        ValueError: both factors are zero, or something that comes from the weight is not finite.
     """
     if not (is_concrete(f.a) and is_concrete(f.b)):
         return
     a, b = (_on_host(x) for x in (f.a, f.b))
     if not b.any() and not a.any():
         raise ValueError(
-            f"init={_name(init)}: both factors of {path!r} are zero, so that neither would ever "
-            "have a gradient: let one of them be random"
+            f"init={_name(init)}: both factors of {path!r} are zero, so neither would ever have a "
+            "gradient: make one of them random"
         )
     if f.residual and not all((abs(x) < math.inf).all() for x in (a, b)):
         raise ValueError(
-            f"init={_name(init)}: the factors of {path!r} are not finite. Has the weight NaNs or "
-            "infinities?"
+            f"init={_name(init)}: the factors of {path!r} are not finite. Does the weight have "
+            "NaNs or infinities?"
         )
     if f.magnitude is not None:
         magnitude = _on_host(f.magnitude)
@@ -107,13 +104,13 @@ def check_started(init: Initializer, path: str, f: Entry) -> None:
                     f", the first at {np.argwhere(np.asarray(bad))[0].tolist()} of [*batch, *out]"
                 )
             raise ValueError(
-                f"dora=True: of {path!r}, {count} columns are zero or not finite{first}: they have "
-                f"no direction. Leave the weight out, exclude={path!r}"
+                f"dora=True: {count} columns of {path!r} are zero or not finite{first}: they have "
+                f"no direction. Leave the weight out: exclude={path!r}"
             )
 
 
 def _on_host(x: jax.Array) -> Any:
-    """View an array of CPUs by NumPy, which compiles nothing; return others as they are."""
+    """View an array on CPUs as NumPy, which compiles nothing; return others unchanged."""
     there = x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
     return np.asarray(x) if there else x
 

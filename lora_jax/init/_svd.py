@@ -1,49 +1,44 @@
-"""Initializers that take the factors out of the weight: the rest of it is the new base."""
+"""Take the factors out of the weight: the rest of it becomes the base."""
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.lowrank import svd_lowrank
+from lora_jax._adapter.lowrank import svd
 from lora_jax._weights.target import Target
 
 
 def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax.Array, ...]:
-    """The principal part of ``W`` trains, the rest is frozen.
+    """Train the principal part of ``W``, and freeze the rest.
 
-    With the singular values and vectors ``W = U S V^T``, the largest ``rank`` of them::
+    The factors hold the largest ``rank`` singular values::
 
+        W = U S V^T
         a = U sqrt(S / scale),  b = sqrt(S / scale) V^T,  base = W - scale * a b
 
     Args:
-        key: used with ``niter`` only.
+        key: a PRNG key, used with ``niter`` only.
         target: the weight.
-        niter: None for all singular values; or find the largest by that many steps of subspace
-            iteration from a random start, which is much faster and nearly as good: as
+        niter: None computes all singular values. A number finds the largest by that many steps of
+            subspace iteration from a random start, which is much faster and nearly as good:
             ``functools.partial(pissa, niter=4)``.
 
     References:
         Meng et al., PiSSA, arXiv:2404.02948.
     """
     w = target.matrix()
-    if niter is None:
-        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    else:
-        u, s, vt = svd_lowrank(key, w, target.rank, niter)
-    r = target.rank
-    return take_out(target, u[..., :r], s[..., :r], vt[..., :r, :])
+    parts = svd(w, target.rank, niter=niter, key=key)
+    return take_out(w, target.scale, *parts.balanced(target.scale))
 
 
-def take_out(target: Target, u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, ...]:
-    """The factors whose update is ``u diag(s) vt``, and the weight without it."""
-    root = jnp.sqrt(s / target.scale)
-    a, b = u * root[..., None, :], root[..., :, None] * vt
-    return a, b, target.matrix() - target.scale * (a @ b)
+def take_out(w: jax.Array, scale: float, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+    """Return factors and the rest of the weight: ``W - scale * a b``."""
+    return a, b, w - scale * (a @ b)
 
 
 def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
-    """An orthonormal ``b``: with ``W^T = Q R``, rows of ``R`` read and columns of ``Q`` write.
+    """Make ``b`` orthonormal, from a QR decomposition of the weight.
 
-    ``a = R[:rank]^T,  b = Q[:, :rank]^T,  base = W - scale * a b``.
+    ``W^T = Q R,  a = R[:rank]^T,  b = Q[:, :rank]^T,  base = W - scale * a b``.
 
     References:
         Büyükakyüz, OLoRA, arXiv:2406.01775.
@@ -52,4 +47,4 @@ def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
     w = target.matrix()
     q, r = jnp.linalg.qr(w.mT)
     a, b = r[..., : target.rank, :].mT, q[..., : target.rank].mT
-    return a, b, w - target.scale * (a @ b)
+    return take_out(w, target.scale, a, b)

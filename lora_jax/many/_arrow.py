@@ -1,34 +1,33 @@
-"""``arrow``: the direction of the input that each adapter of a stack answers to most."""
+"""``arrow``: find the input direction that each adapter of a stack amplifies most."""
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Entry, wide
+from lora_jax._adapter.factors import Entry
+from lora_jax._adapter.lowrank import LowRank
 from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._jax import whole
-from lora_jax._weights.axes import role_axes
 
 
 def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
-    """Return what :func:`lora_routed` routes by: a direction for each weight and adapter.
+    """Return the directions by which :func:`lora_routed` routes, for each weight and member.
 
-    The one that the update stretches most, its leading singular vector on the side of the input::
+    A direction is the input that the update amplifies most, its first left singular vector::
 
         v = argmax |x a b|,  |x| = 1
 
-    from the factors alone, without training and without data. An adapter that does nothing at a
-    weight, or is not finite there, has a direction of zeros, and nothing is routed to it.
+    It comes from the factors alone, without training or data. A member whose update of a weight is
+    zero or not finite has a direction of zeros, and nothing is routed to it.
 
     Args:
         stacked: from :func:`stack`.
 
     Returns:
-        ``[*batch, *in, adapters]`` in float32 by the key of every weight; of norm 1 over the
-        inputs, of either sign.
+        A dict of ``[*batch, *in, adapters]`` in float32 for each weight. Directions have norm 1
+        over the inputs; their sign is arbitrary.
 
     Raises:
         TypeError: ``stacked`` is neither a LoraParams nor an Adapter.
-        ValueError: it is no stack.
+        ValueError: ``stacked`` is not a stack.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -58,15 +57,7 @@ def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
 
 
 def _direction(f: Entry) -> jax.Array:
-    """Of one adapter: ``[*batch, *in]``."""
-    n = len(role_axes(f.layout, "b"))
-    a, b = whole(f.a), whole(f.b)
-    a = a.astype(wide(f.a.dtype)).reshape(*f.a.shape[:n], -1, f.rank)
-    b = b.astype(wide(f.b.dtype)).reshape(*f.b.shape[:n], f.rank, -1)
-    q, r = jnp.linalg.qr(a)
-    core = jnp.matmul(r, jnp.linalg.qr(b.mT, mode="r").mT, precision="highest")
-    u, s, _ = jnp.linalg.svd(core, full_matrices=False)
-    v = jnp.matmul(q, u[..., :1], precision="highest")[..., 0]
-    norm = s[..., 0] * jnp.asarray(f.scale, s.dtype)
-    does = (norm != 0) & jnp.isfinite(norm)
-    return jnp.where(does[..., None], v, 0).reshape(f.a.shape[:-1]).astype(jnp.float32)
+    """Return the direction of one member: ``[*batch, *in]``."""
+    u, s, _ = LowRank.of(f).svd(1, right=False)  # [*batch, in, 1], [*batch, 1]
+    acts = (s != 0) & jnp.isfinite(s)
+    return jnp.where(acts, u[..., 0], 0).reshape(f.a.shape[:-1]).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Optimizers that know ``a`` from ``b``: each wraps any Optax transformation."""
+"""Wrap any Optax transformation so that it treats ``a`` and ``b`` differently."""
 
 import math
 from collections.abc import Callable
@@ -10,20 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.lowrank import as_matrix
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import PyTree
 
 
 def lora_plus(tx: optax.GradientTransformation, ratio: float = 16.0) -> Any:
-    """Return ``tx`` with a learning rate for ``b`` that is ``ratio`` times that for ``a``.
+    """Give ``b`` a learning rate that is ``ratio`` times that of ``a``.
 
-    ``b``'s update, whatever ``tx`` makes of it (moments, schedule, decoupled decay), is multiplied
-    by ``ratio``. It fits wherever ``tx`` does: in :func:`optimizer`, or on what ``split`` returns.
+    The final update of ``b``, after the moments, schedule and decoupled decay of ``tx``, is
+    multiplied by ``ratio``. The result replaces ``tx`` anywhere: in :func:`optimizer`, or for what
+    ``split`` returns.
 
     Args:
         tx: any Optax transformation.
-        ratio: of the two rates.
+        ratio: the ratio of the two learning rates.
 
     Returns:
         An Optax transformation.
@@ -58,16 +60,16 @@ def lora_plus(tx: optax.GradientTransformation, ratio: float = 16.0) -> Any:
 def lora_fa(
     tx: optax.GradientTransformation, lora_params: LoraParams, damping: float = 1e-8
 ) -> Any:
-    """Return ``tx`` on the gradient of ``b`` that, with ``a`` frozen, moves ``W`` the most.
+    """Replace the gradient of ``b`` by the one that moves ``W`` most while ``a`` is frozen.
 
-    ``a`` never trains, so what it reads need not be kept for the backward pass. Among the updates
-    that ``a`` allows, the one nearest to ``W``'s own gradient has::
+    ``a`` never trains, so its inputs need not be kept for the backward pass. Among the updates of
+    ``W`` that ``a`` allows, the one nearest to the gradient of ``W`` has::
 
         db = (a^T a)^-1 / scale^2 * grad_b
 
     Args:
-        tx: any Optax transformation.
-        lora_params: from ``lorafy(..., freeze=("a",))``: its ``a`` are what is projected on.
+        tx: any Optax transformation, which receives the new gradients.
+        lora_params: from ``lorafy(..., freeze=("a",))``: the gradients are projected on its ``a``.
         damping: added to the diagonal of ``a^T a``, in units of its mean.
 
     Returns:
@@ -75,7 +77,7 @@ def lora_fa(
 
     Raises:
         TypeError: ``lora_params`` is not a LoraParams.
-        ValueError: an ``a`` of it trains, or it is a stack.
+        ValueError: an ``a`` trains, or ``lora_params`` is a stack.
 
     Example:
         >>> import jax.numpy as jnp, optax, lora_jax
@@ -99,19 +101,19 @@ def lora_fa(
     if stacked := [path for path, f in factors.items() if jnp.ndim(f.scale)]:
         raise ValueError(
             f"lora_fa: scale of {stacked[0]!r} has shape {jnp.shape(factors[stacked[0]].scale)}: "
-            "this is a stack, and what is projected on is of one adapter. Make it for each: "
-            "jax.vmap(step) of a step that calls lora_fa(tx, lora_params)"
+            "this is a stack, expected one adapter to project on. Call lora_fa(tx, lora_params) "
+            "in the step of one member, and map it: jax.vmap(step)"
         )
     tx = optax.with_extra_args_support(tx)
     inverses = {
-        path: _inverse_gram(_as_matrix(f.a, f, "a"), damping) / jnp.square(f.scale)
+        path: _inverse_gram(_matrix(f, "a"), damping) / jnp.square(f.scale)
         for path, f in factors.items()
     }
 
     def project(path, f):
         if path not in inverses:
             raise ValueError(f"lora_fa: it was made for other factors, and not for {path!r}")
-        b = _as_matrix(f.b, f, "b")
+        b = _matrix(f, "b")
         return replace(f, b=(inverses[path].astype(b.dtype) @ b).reshape(f.b.shape))
 
     def update(updates, state, params=None, **extra):
@@ -121,21 +123,21 @@ def lora_fa(
 
 
 def riemannian(tx: optax.GradientTransformation, damping: float = 1e-6) -> Any:
-    """Return ``tx`` on gradients that do not depend on how ``a b`` is split into ``a`` and ``b``.
+    """Make gradients independent of how ``a b`` is split into ``a`` and ``b``.
 
-    Each factor's gradient is scaled by the other one's Gram matrix::
+    The gradient of each factor is multiplied by the inverse Gram matrix of the other::
 
         da = grad_a (b b^T)^-1,    db = (a^T a)^-1 grad_b
 
     Args:
-        tx: any Optax transformation.
-        damping: added to the diagonals of the Gram matrices; ``b`` starts at zero.
+        tx: any Optax transformation, which receives the new gradients.
+        damping: added to the diagonals of the Gram matrices, since ``b`` starts at zero.
 
     Returns:
         An Optax transformation, whose ``update`` needs ``params``.
 
     Raises:
-        ValueError: at ``update``: no ``params``, or a factor is frozen.
+        ValueError: ``update`` gets no ``params``, or a factor is frozen.
 
     Example:
         >>> import optax, lora_jax
@@ -153,9 +155,9 @@ def riemannian(tx: optax.GradientTransformation, damping: float = 1e-6) -> Any:
         def scale(path, f, here):
             if not is_array(here.a) or not is_array(here.b):
                 raise ValueError(f"riemannian: a factor of {path!r} is frozen, and both are needed")
-            a, b = (_as_matrix(getattr(here, name), f, name) for name in "ab")
-            da = _as_matrix(f.a, f, "a") @ _inverse_gram(b.mT, damping, relative=False)
-            db = _inverse_gram(a, damping, relative=False) @ _as_matrix(f.b, f, "b")
+            a, b = _matrix(here, "a"), _matrix(here, "b")
+            da = _matrix(f, "a") @ _inverse_gram(b.mT, damping, relative=False)
+            db = _inverse_gram(a, damping, relative=False) @ _matrix(f, "b")
             new = {"a": da.astype(f.a.dtype), "b": db.astype(f.b.dtype)}
             return replace(f, **{n: x.reshape(getattr(f, n).shape) for n, x in new.items()})
 
@@ -165,18 +167,17 @@ def riemannian(tx: optax.GradientTransformation, damping: float = 1e-6) -> Any:
 
 
 def _inverse_gram(a: jax.Array, damping: float, relative: bool = True) -> jax.Array:
-    """``(a^T a + damping)^-1`` of ``[*batch, n, r]``."""
+    """Return ``(a^T a + damping)^-1`` for ``a`` of ``[*batch, n, r]``."""
     gram = a.mT @ a
     size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / gram.shape[-1] if relative else 1
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return jnp.linalg.inv(gram + damping * size * eye)
 
 
-def _as_matrix(x: jax.Array, f: Factors, name: str) -> jax.Array:
-    """``a`` as ``[*batch, in, r]``, ``b`` as ``[*batch, r, out]``, in at least float32."""
-    n = f.layout.count("b")
-    batch, x = x.shape[:n], x.astype(wide(x.dtype))
-    return x.reshape(*batch, -1, x.shape[-1]) if name == "a" else x.reshape(*batch, x.shape[n], -1)
+def _matrix(f: Factors, name: str) -> jax.Array:
+    """Return a factor as matrices, in at least float32."""
+    x = getattr(f, name)
+    return as_matrix(x.astype(wide(x.dtype)), f.layout, name)
 
 
 def _times(x: Any, ratio: float) -> Any:
@@ -184,7 +185,7 @@ def _times(x: Any, ratio: float) -> Any:
 
 
 def _map_entries(f: Callable[..., Factors], tree: PyTree, *others: PyTree) -> PyTree:
-    """``tree`` with every adapter's factors replaced by ``f(path, factors, *others)``."""
+    """Replace the factors of every adapter in ``tree`` by ``f(path, factors, *others)``."""
 
     def is_adapter(x):
         return isinstance(x, Adapter)

@@ -115,7 +115,7 @@ def test_what_cannot_start_is_noticed_on_devices_too():
     }
     with pytest.raises(ValueError, match="the factors of 'w' are not finite"):
         lora_jax.lorafy(params, 2, targets=".*", init="pissa")
-    with pytest.raises(ValueError, match="dora=True: of 'w', 1 columns are zero or not finite"):
+    with pytest.raises(ValueError, match="dora=True: 1 columns of 'w' are zero or not finite"):
         lora_jax.lorafy(params, 2, targets=".*", dora=True)
     params = {"w": w}
     zeros = lambda key, target: (np.zeros((8, 2)), np.zeros((2, 4)))  # noqa: E731

@@ -257,7 +257,7 @@ def test_columns_without_direction_are_refused():
     for rows, value in ((slice(None), 0), (2, np.nan)):
         bad = np.array(weights(6, 8))
         bad[rows, 3] = value
-        with pytest.raises(ValueError, match=r"'w', 1 columns are zero .* first at \[3\]"):
+        with pytest.raises(ValueError, match=r"1 columns of 'w' are zero .* first at \[3\]"):
             lora_jax.lorafy({"w": jnp.asarray(bad)}, 2, targets="w", dora=True, init=drawn)
 
 

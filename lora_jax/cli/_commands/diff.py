@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli._numbers import inner, is_float, norm, singular_values
+from lora_jax.cli._numbers import is_float
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
@@ -78,7 +78,8 @@ def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _updates(a: Update, b: Update) -> dict[str, Any]:
     row: dict[str, Any] = {"ranks": [a.rank, b.rank], "norms": [None, None]}
-    row |= {"norms": [norm(singular_values([u])) for u in (a, b)]}
+    x, y = a.low_rank, b.low_rank
+    row |= {"norms": [float(x.norm()), float(y.norm())]}
     if a.shape != b.shape:
         return row | {
             "relative": None,
@@ -89,14 +90,14 @@ def _updates(a: Update, b: Update) -> dict[str, Any]:
     fields = [(a.a, b.a), (a.b, b.b), (a.scale, b.scale), (a.magnitude, b.magnitude)]
     is_same = all(_is_same(x, y) for x, y in fields)
     largest = max(row["norms"])
-    difference = 0.0 if is_same else norm(singular_values([a, b], [1.0, -1.0]))
+    difference = 0.0 if is_same else float((x - y).norm())
     relative = difference / largest if largest else 0.0
     if a.magnitude is not None and b.magnitude is not None:
         relative = max(relative, _arrays(a.magnitude, b.magnitude)["relative"])
     elif (a.magnitude is None) != (b.magnitude is None):
         return row | {"relative": None, "cosine": None, "equal": False}
     both = row["norms"][0] * row["norms"][1]
-    cosine = inner(a, b) / both if both else None
+    cosine = float(x.inner(y)) / both if both else None
     return row | {"relative": relative, "cosine": cosine, "equal": is_same or relative == 0}
 
 

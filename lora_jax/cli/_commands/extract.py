@@ -140,7 +140,7 @@ def _of_parameters(
     return lora_params, rows
 
 
-def _row(path: str, shape: tuple[int, ...], change: np.ndarray, f: Factors) -> dict[str, Any]:
+def _row(path: str, shape: tuple[int, ...], change: np.ndarray, f: Entry) -> dict[str, Any]:
     """What factors keep of a change, ``[*batch, in, out]``, as they are written."""
     u = update_of(path, f)
     change = change.reshape(len(u.a), u.a.shape[1], -1).astype(np.float64)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli._numbers import effective_rank, is_float, norm, singular_values, tensor_norm
+from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
@@ -74,7 +74,7 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
 
 
 def _row(u: Update, base: Checkpoint | None) -> dict[str, Any]:
-    s = singular_values([u])
+    s = u.low_rank.svd(left=False, right=False).s
     row = {
         "path": u.path,
         "shape": list(u.shape),
@@ -83,7 +83,7 @@ def _row(u: Update, base: Checkpoint | None) -> dict[str, Any]:
         "rank": u.rank,
         "alpha": u.alpha,
         "scale": u.scale,
-        "norm": norm(s),
+        "norm": float(np.linalg.norm(s)),
         "effective_rank": effective_rank(s),
         "parameters": u.trainable,
     }

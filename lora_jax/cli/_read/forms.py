@@ -1,4 +1,4 @@
-"""What files hold, in two neutral forms: updates, or tensors."""
+"""Define two neutral forms for the contents of files: updates, or tensors."""
 
 import re
 from collections.abc import Mapping
@@ -10,23 +10,24 @@ from typing import Any
 import numpy as np
 
 from lora_jax._adapter.factors import Entry, Rows
+from lora_jax._adapter.lowrank import LowRank, as_matrix
 from lora_jax._adapter.params import Adapter
 
 
 @dataclass(frozen=True)
 class Update:
-    """``scale * a b``, what an adapter adds to a weight, or to each of a stack of them.
+    """``scale * a b``, which an adapter adds to a weight, or to each of a stack of weights.
 
     Attributes:
-        path: of the weight, in the words of the file.
-        kind: the module's, as PEFT has it, or the layout's letters, as we have it.
+        path: the name of the weight in the file.
+        kind: the kind of the module in files of PEFT; the layout's letters in others.
         a: ``[layers, in, rank]``.
         b: ``[layers, rank, out]``.
-        scale: of their product.
+        scale: multiplies the product.
         alpha: ``scale * rank``, or for rsLoRA ``scale * sqrt(rank)``.
-        batch: the sizes of the batch axes, which ``layers`` is the product of.
-        magnitude: of DoRA, or None.
-        trainable: how many numbers train.
+        batch: the sizes of the batch axes, whose product is ``layers``.
+        magnitude: DoRA's magnitude, or None.
+        trainable: the number of trainable parameters.
     """
 
     path: str
@@ -41,7 +42,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Of the factors."""
+        """The rank of the factors."""
         return self.a.shape[-1]
 
     @property
@@ -49,20 +50,25 @@ class Update:
         """``[*batch, in, out]``."""
         return (*self.batch, self.a.shape[1], self.b.shape[2])
 
+    @property
+    def low_rank(self) -> LowRank:
+        """The update in float64."""
+        return LowRank(self.a.astype(np.float64), self.b.astype(np.float64), self.scale)
+
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter, wherever it lies.
+    """An adapter in a file or folder of any format.
 
     Attributes:
-        path: of it; of a step, where that is.
+        path: the file or folder; for a training run, the folder of the step.
         format: ``"safetensors"``, ``"orbax"`` or ``"peft"``.
-        updates: low-rank ones, by path.
-        whole: what is trained whole, or, of PEFT's rows, replaces: arrays by path.
-        base: of which base it is, in words.
-        native: the adapter and its record, unless it is PEFT's.
-        config: PEFT's.
-        note: what was chosen, where there was more; and whether the base is a changed one.
+        updates: the low-rank updates, by path.
+        whole: the full leaves, and the table rows that PEFT replaces: arrays by path.
+        base: a description of its base.
+        native: the adapter and its record; None for PEFT's formats.
+        config: PEFT's configuration.
+        note: what was chosen if there was more, and whether the base is a changed one.
     """
 
     path: Path
@@ -81,19 +87,19 @@ class AdapterFile:
 
     @property
     def trainable(self) -> int:
-        """How many numbers train."""
+        """The number of trainable parameters."""
         whole = sum(x.size for x in self.whole.values())
         return whole + sum(u.trainable for u in self.updates.values())
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors: each has a shape and a dtype, and ``read()`` gives the array.
+    """A model: tensors that have a shape and a dtype, and return their array by ``read()``.
 
     Attributes:
-        path: of it.
+        path: the file or folder.
         format: ``"huggingface"``, ``"safetensors"``, ``"gguf"`` or ``"orbax"``.
-        tensors: by name.
+        tensors: the tensors by name.
     """
 
     path: Path
@@ -107,29 +113,28 @@ class Checkpoint:
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file, or of all in a folder."""
+    """Return the number of bytes of a file, or of all files in a folder."""
     found = [path] if path.is_file() else path.rglob("*")
     return sum(p.stat().st_size for p in found if p.is_file())
 
 
 def update_of(key: str, f: Entry) -> Update:
-    """Factors of ours in the neutral form."""
-    batch, inputs = f.layout.count("b"), f.layout.count("i")
-    a, b, scale = np.asarray(f.a), np.asarray(f.b), float(f.scale)
-    sizes, layers = a.shape[:batch], prod(a.shape[:batch])
+    """Convert factors to the neutral form."""
+    a, b = (as_matrix(np.asarray(getattr(f, name)), f.layout, name) for name in "ab")
+    batch, scale = a.shape[:-2], float(f.scale)
     return Update(
         key,
         "rows" if isinstance(f, Rows) else f.layout,
-        a.reshape(layers, prod(a.shape[batch : batch + inputs]), f.rank),
-        b.reshape(layers, f.rank, -1),
+        a.reshape(prod(batch), *a.shape[-2:]),
+        b.reshape(prod(batch), *b.shape[-2:]),
         scale,
         scale * f.rank,
-        sizes,
+        batch,
         None if f.magnitude is None else np.asarray(f.magnitude),
         f.size,
     )
 
 
 def natural(path: str) -> list[Any]:
-    """A key to sort by: numbers in a path count as numbers."""
+    """Return a sort key that orders the numbers in a path as numbers."""
     return [(int(x), "") if x.isdecimal() else (-1, x) for x in re.split(r"(\d+)", path)]
