@@ -56,7 +56,7 @@ def make(folder: Path) -> tuple[Path, Path]:
     factors = {}
     for k, (path, f) in enumerate(lora_params.adapter.factors.items()):
         noise = jax.random.normal(jax.random.key(k), f.b.shape) * 0.5 ** jnp.arange(f.rank)[:, None]
-        factors[path] = f.mapped(lambda name, x, b=noise: 0.03 * b if name == "b" else x)
+        factors[path] = f.map(lambda name, x, b=noise: 0.03 * b if name == "b" else x)
     peft.save(
         adapter, lora_jax.LoraParams(params, lora_jax.Adapter(factors)), base_model="tiny-llama"
     )

@@ -14,7 +14,7 @@ from lora_jax._weights.quantized import (
     quantize_array,
     relative_error,
 )
-from lora_jax._weights.selector import Selector, check_patterns
+from lora_jax._weights.selector import Selector, check_patterns, letters_of
 
 __all__ = ["dequantize", "quantization_error", "quantize"]
 
@@ -64,11 +64,12 @@ def quantize(
     check_patterns(layout, "layout", leaves)
     chosen, _ = choose(leaves, targets, exclude=exclude, layout=layout)
     new: dict[str, Any] = {}
-    for key, (path, ranges), letters, _ in chosen:
+    for key, (path, ranges), _ in chosen:
         if ranges:
             raise ValueError(f"quantize: {key!r}: only entire weights can be quantized")
         if is_quantized(leaves[path]):
             raise ValueError(f"quantize: {path!r} is quantized already: exclude={path!r}")
+        letters = letters_of(path, leaves, layout)
         new[path] = quantize_array(
             leaves[path], *tiles_of(leaves[path].shape, letters, qtype, block, path)
         )

@@ -33,7 +33,7 @@ def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
     def with_b(name, x):
         return jax.device_put(rng.normal(size=x.shape).astype(x.dtype)) if name == "b" else x
 
-    factors = {key: f.mapped(with_b) for key, f in lora_params.adapter.factors.items()}
+    factors = {key: f.map(with_b) for key, f in lora_params.adapter.factors.items()}
     full = {
         path: jax.device_put(np.asarray(x) + rng.normal(size=x.shape).astype(x.dtype))
         for path, x in lora_params.adapter.full.items()

@@ -155,7 +155,7 @@ class Rows(_Entry):
         if isinstance(self.b, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((*members, *shape), self.b.dtype)
         if isinstance(self.b, Tracer):  # a constant of this size does not belong into a program
-            picked = jnp.arange(self.vocabulary)[:, None] == np.array(self.ids)
+            picked = jnp.arange(self.vocabulary)[:, None] == np.array(self.ids)[None]
             return jnp.broadcast_to(picked.astype(self.b.dtype), (*members, *shape))
         picked = np.zeros(shape, self.b.dtype)
         picked[list(self.ids), range(self.rank)] = 1
@@ -168,6 +168,11 @@ class Rows(_Entry):
 
 
 Entry: TypeAlias = Factors | Rows
+
+
+def form_of(f: Entry) -> tuple[Any, ...]:
+    """Return the layout, the weight's shape, the rank, and the ids of table rows."""
+    return f.layout, f.weight_shape, f.rank, f.ids if isinstance(f, Rows) else ()
 
 
 def wide(dtype: Any) -> Any:

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from lora_jax._weights.axes import check_layout, max_rank, not_trainable
+from lora_jax._weights.axes import max_rank, not_trainable
 from lora_jax._weights.conventions import QUERY_VALUE, is_bias, is_head, is_table, why_not
 from lora_jax._weights.layers import of_layers
 from lora_jax._weights.layouts import Layouts
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.quantized import is_quantized
 from lora_jax._weights.ranges import Part, part_of, spell
-from lora_jax._weights.selector import Selector, letters_of, lookup, select
+from lora_jax._weights.selector import Selector, lookup, select
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -21,13 +21,11 @@ class Chosen(NamedTuple):
     Attributes:
         key: the key of its entry.
         part: the leaf, and the part of it.
-        layout: one letter per axis.
         answer: the selector's answer: True, or a rank.
     """
 
     key: str
     part: Part
-    layout: str
     answer: bool | int
 
 
@@ -86,9 +84,7 @@ def choose(
     order = {path: i for i, path in enumerate(leaves)}
     found = []
     for part in sorted(parts, key=lambda part: (order[part.path], part.ranges)):
-        ndim = len(leaves[part.path].shape)
-        letters = check_layout(letters_of(part.path, leaves, layout), part.path, ndim)
-        found.append(Chosen(spell(*part, ndim), part, letters, parts[part]))
+        found.append(Chosen(spell(*part, len(leaves[part.path].shape)), part, parts[part]))
     return found, fully
 
 

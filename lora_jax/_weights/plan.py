@@ -85,15 +85,24 @@ def make_plan(
     paths = {weight.part.path for weight in chosen}
     check_patterns(rank, "rank", paths)
     check_patterns(alpha, "alpha", paths)
-    _check_distinct({w.key: w.part for w in chosen} | {p: Part(p) for p in tables}, leaves)
-    found = tuple(_target(w, leaves[w.part.path], rank, alpha, rslora, layout) for w in chosen)
+    parts = {weight.key: weight.part for weight in chosen}
+    parts |= {f"rows of {path}": Part(path) for path in tables}
+    _check_distinct(parts, leaves)
+    found = tuple(_target(weight, leaves, rank, alpha, rslora, layout) for weight in chosen)
     return Plan(found, tables, tuple(fully))
 
 
 def _target(
-    weight: Chosen, leaf: Any, rank: Any, alpha: Any, rslora: bool, layout: Mapping[str, str]
+    weight: Chosen,
+    leaves: Mapping[str, Any],
+    rank: Any,
+    alpha: Any,
+    rslora: bool,
+    layout: Mapping[str, str],
 ) -> Target:
-    key, part, letters, answer = weight
+    """Look up the settings of one weight, and check them."""
+    key, part, answer = weight
+    leaf, letters = leaves[part.path], letters_of(part.path, leaves, layout)
     shape = part.shape(leaf.shape)
     r = check_rank(
         lookup(rank, part.path, "rank") if answer is True else answer, key, letters, shape

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax._weights.axes import check_layout
 from lora_jax._weights.conventions import conventional
 from lora_jax._weights.layouts import Layouts
 from lora_jax._weights.paths import nearest
@@ -151,5 +152,6 @@ def check_patterns(value: Any, argument: str, paths: Iterable[str]) -> None:
 
 
 def letters_of(path: str, leaves: Mapping[str, Any], layout: Mapping[str, str]) -> str:
-    """The layout of a weight: as said, or by convention."""
-    return lookup(layout, path, "layout") or conventional(path, leaves[path], leaves)
+    """Return the layout of a weight: as given, or by convention."""
+    letters = lookup(layout, path, "layout") or conventional(path, leaves[path], leaves)
+    return check_layout(letters, path, len(leaves[path].shape))

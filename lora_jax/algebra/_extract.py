@@ -17,7 +17,7 @@ from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
 from lora_jax._weights.paths import PyTree, arrays_in, nearest
 from lora_jax._weights.quantized import plain_array
-from lora_jax._weights.selector import Selector, check_patterns, lookup
+from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
 from lora_jax._weights.target import Target
 
 Rest = Literal["error", "ignore", "full"]
@@ -92,10 +92,11 @@ def extract(
     check_patterns(rank, "rank", {weight.part.path for weight in chosen})
     factors: dict[str, Any] = {}
     adapted = set()
-    for key, part, letters, answer in chosen:
+    for key, part, answer in chosen:
         path = part.path
         if not changed[path].any():
             continue
+        letters = letters_of(path, leaves, layout)
         wanted = lookup(rank, path, "rank") if answer is True else answer
         if energy is None and wanted is None:
             raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")

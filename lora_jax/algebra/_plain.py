@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from lora_jax._adapter.factors import Factors
+from lora_jax._adapter.factors import Entry, Rows, form_of
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._weights.paths import PyTree
@@ -56,17 +56,22 @@ def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> Lo
     factors = {}
     for name, f in now.items():
         first = then[name]
-        if f.a.shape != first.a.shape or f.layout != first.layout:
-            raise ValueError(f"to_plain: {name!r} has other factors in initial: {first.a.shape}")
+        if form_of(f) != form_of(first):
+            raise ValueError(
+                f"to_plain: {name!r} has other factors in initial: {form_of(first)} and not "
+                f"{form_of(f)}"
+            )
         factors[name] = _doubled(f, first)
     return with_norms(LoraParams(params, Adapter(factors, lora_params.adapter.full)))
 
 
-def _doubled(f: Factors, first: Factors) -> Factors:
-    """Subtract the initial factors: ``[a, a0]`` and ``[b; -b0]``."""
+def _doubled(f: Entry, first: Entry) -> Entry:
+    """Subtract the initial factors: ``[a, a0]`` and ``[b; -b0]``; rows by their values."""
     b_axis = f.layout.count("b")  # the axis of the rank
     ratio = jnp.asarray(first.scale) / jnp.asarray(f.scale)  # 1, unless the scale was changed
     b0 = (-ratio * first.b).astype(f.b.dtype)
+    if isinstance(f, Rows):
+        return replace(f, b=f.b + b0)
     return replace(
         f,
         a=jnp.concatenate([f.a, first.a], -1),

@@ -1,5 +1,6 @@
 """``unstack``: the adapters of a stack, each without what was filled in."""
 
+import functools
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -91,11 +92,15 @@ def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
 
 
 def _used(f: Entry) -> tuple[Any, Any]:
-    """Of every row: which entries of the rank are not zero, and whether it does anything."""
-    n = f.layout.count("b")
-    a, b = jnp.moveaxis(f.a, -1, 1), jnp.moveaxis(f.b, n + 1, 1)
-    entries = [(x != 0).reshape(*x.shape[:2], -1).any(-1) for x in (a, b)]
-    entries = entries[0] | entries[1]  # [N, r]
+    """Find which entries of the rank are not zero, and whether the update does anything.
+
+    Returns:
+        Flags ``[members, rank]`` and ``[members]``.
+    """
+    rank_axes = {"a": -1, "b": f.layout.count("b") + 1}
+    factors = [jnp.moveaxis(x, rank_axes[k], 1) for k, x in f.arrays().items() if k in rank_axes]
+    nonzero = [(x != 0).reshape(*x.shape[:2], -1).any(-1) for x in factors]
+    entries = functools.reduce(jnp.logical_or, nonzero)
     acts = entries.any(-1) | (f.scale != 0)
     if f.magnitude is not None:
         start = jnp.sqrt(f.norm).astype(f.magnitude.dtype) if f.norm is not None else jnp.nan

@@ -235,7 +235,7 @@ def test_what_else_an_adapter_has_stays():
     f, old = small.adapter.factors["q"], lora_params.adapter.factors["q"]
     assert (f.magnitude, f.norm, f.frozen) == (old.magnitude, old.norm, ("a",))
     assert (f.rank, f.layout) == (2, "io")
-    name = "embedding[[1, 3, 7]]"
+    name = "embedding"
     assert small.adapter.factors[name] is lora_params.adapter.factors[name]
     assert lora_jax.algebra.resize(lora_params, 4).adapter.factors["q"] is old
     full = lora_jax.lorafy(table, 2, targets="q", full="embedding", init="pissa")

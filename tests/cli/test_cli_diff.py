@@ -35,7 +35,7 @@ def test_diff_of_adapters_is_that_of_their_updates(cli):
 def test_diff_sees_the_same_update_in_other_factors(cli):
     lora_params = adapted({}, 2)
     factors = {
-        path: f.mapped(lambda name, x: {"a": x * 3, "b": x / 3}.get(name, x))
+        path: f.map(lambda name, x: {"a": x * 3, "b": x / 3}.get(name, x))
         for path, f in lora_params.adapter.factors.items()
     }
     safetensors.save("scaled", lora_jax.Adapter(factors))
@@ -62,7 +62,7 @@ def test_diff_of_magnitudes_wholes_and_what_one_has_only(cli):
     assert "only in dora: score.weight" in cli("diff", "adapter", "dora", status=1)
     lora_params = safetensors.load("dora_native", PARAMS)
     f = lora_params.adapter.factors["model/layers/0/self_attn/q_proj/kernel"]
-    f = f.mapped(lambda name, x: x * (1.5 if name == "magnitude" else 1.0))
+    f = f.map(lambda name, x: x * (1.5 if name == "magnitude" else 1.0))
     factors = lora_params.adapter.factors | {"model/layers/0/self_attn/q_proj/kernel": f}
     full = {path: x * 2 for path, x in lora_params.adapter.full.items()}
     safetensors.save("changed", lora_jax.Adapter(factors, full))

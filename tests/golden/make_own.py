@@ -57,11 +57,12 @@ def trained(adapter):
     def new(name, x):
         if name not in f.trainable:
             return x
-        return jnp.asarray(whole(len(key) + len(name), *x.shape) / 8, x.dtype)
+        return jnp.asarray(whole(len(spelled) + len(name), *x.shape) / 8, x.dtype)
 
     factors = {}
     for key, f in adapter.factors.items():
-        factors[key] = f.mapped(new)
+        spelled = f"{key}[{list(f.ids)}]" if isinstance(f, lora_jax.Rows) else key
+        factors[key] = f.map(new)
     full = {path: jnp.asarray(whole(6, *x.shape), x.dtype) for path, x in adapter.full.items()}
     return lora_jax.Adapter(factors, full)
 

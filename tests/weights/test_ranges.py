@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
 
 import lora_jax
-from lora_jax._weights.ranges import Range, entry, overlap, resolve, spell, split_range
+from lora_jax._weights.ranges import Range, overlap, part_of, resolve, spell, split_range
 
 DIM = 12
 QV = [".*c_attn/kernel[:, 0:12]", ".*c_attn/kernel[:, 24:36]"]
@@ -203,8 +203,8 @@ def test_the_grammar_of_ranges():
     assert split_range("layers_[0-9]/kernel") == ("layers_[0-9]/kernel", None)
     assert split_range(".*[ab]") == (".*[ab]", None)
     assert split_range("w[0:2, :]") == ("w", "0:2, :")
-    assert entry("w[:]", {"w[:]": np.ones(3)}) == ("w[:]", ())  # a leaf of that very name
-    assert entry("w[0:2]", {"w": np.ones((4, 2))}) == ("w", (Range(0, 0, 2),))
+    assert part_of("w[:]", {"w[:]": np.ones(3)}) == ("w[:]", ())  # a leaf of that very name
+    assert part_of("w[0:2]", {"w": np.ones((4, 2))}) == ("w", (Range(0, 0, 2),))
     assert spell("w", (), 2) == "w"
     one, other = (Range(0, 0, 4),), (Range(1, 0, 4),)
     assert overlap(one, other)
