@@ -1,4 +1,4 @@
-"""``input_moments``: what the adapted weights read, summed up."""
+"""``input_moments``: second moments of the inputs that adapted weights read."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.params import Adapter, LoraParams, check
-from lora_jax._transform.call import is_traced
-from lora_jax._transform.context import Context
+from lora_jax._transform.call import is_lora, is_traced
+from lora_jax._transform.context import Policy
 from lora_jax._transform.lora import run_lora
 from lora_jax._weights.axes import factor_shapes
 from lora_jax._weights.ranges import entry
@@ -17,20 +17,20 @@ from lora_jax._weights.target import Target
 
 
 def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-    """Return ``sum x x^T`` over all that each adapted weight reads in a call of ``fn``.
+    """Return ``sum x x^T`` over all inputs ``x`` of each adapted weight in a call of ``fn``.
 
-    One forward and one backward pass, with ``[in, in]`` numbers a weight. Add up the results of
-    several batches by ``jax.tree.map(jnp.add, moments, more)``.
+    Takes one forward and one backward pass, with ``[in, in]`` numbers per weight. Add up the
+    results of several batches by ``jax.tree.map(jnp.add, moments, more)``.
 
     Args:
         fn: a function as for :func:`lora`.
-        *args: its arguments, with one LoraParams where it takes parameters: that says which
-            weights, and their layouts; its factors do not matter.
+        *args: its arguments, with one LoraParams where it takes parameters. The LoraParams selects
+            the weights and gives their layouts; its factors do not matter.
         **kwargs: as ``args``.
 
     Returns:
         ``{path: [*batch, in, in]}`` in float32, by the keys of ``lora_params.adapter.factors``.
-        Lookups, and uses that read a weight from behind, as tied heads do, do not count.
+        Lookups do not count, nor uses that contract a weight's output axes, as tied heads do.
 
     Raises:
         TypeError: there is not exactly one LoraParams among the arguments.
@@ -43,13 +43,12 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         {'query/kernel': Array([[2., 2.],
                [2., 4.]], dtype=float32)}
     """
-    is_lora = lambda x: isinstance(x, LoraParams)  # noqa: E731
     nodes, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
     places = [i for i, node in enumerate(nodes) if is_lora(node)]
     if len(places) != 1:
         raise TypeError(
             f"input_moments: expected one LoraParams among the arguments, such as lorafy(params, "
-            f"...) returns, got {len(places)}: it says which weights"
+            f"...) returns, got {len(places)}: it selects the weights"
         )
     lora_params = nodes[places[0]]
     leaves, identities, shapes = check(lora_params), {}, {}
@@ -69,7 +68,7 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     def total(identities, base, arrays):
         arrays[places[0]] = LoraParams(base, Adapter(identities))
         probed = jax.tree.unflatten(tree, [arrays.get(i, node) for i, node in enumerate(nodes)])
-        outputs = run_lora(Context("error", observe=_observe), fn, *probed)
+        outputs = run_lora(Policy("error", observe=_observe), fn, *probed)
         floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
         return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
 
@@ -78,9 +77,9 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
 
 
 def _observe(product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
-    """``product(x, a)``, bilinear, where the gradient of ``a`` is made to be ``x (x a)^T``.
+    """Return the bilinear ``product(x, a)``, with ``x (x a)^T`` for the gradient of ``a``.
 
-    With the identity for ``a`` that is ``x x^T``; autodiff adds it up over loops and uses.
+    If ``a`` is the identity, that is ``x x^T``; autodiff adds it up over loops and uses.
     """
 
     @jax.custom_vjp
