@@ -2,13 +2,14 @@
 
 In reading order:
 
-* ``origin``: where an array comes from; ``lazy``: a weight that is not read yet.
-* ``labelled``: products of arrays with labelled axes.
-* ``delta``: an update ``scale * a b`` under all that happened to its weight; ``lora_array``: a
-  weight and its updates; ``dora``: the gains of its columns.
-* ``use``: one use of a weight; ``context``: what is known while equations are read.
-* ``rule``: the table of rules; ``rules``: one rule a primitive, in families.
-* ``regroup``: axes that are split and joined; ``interpret``: equation by equation.
+* ``labelled``: arrays with labelled axes, and their products; ``regroup``: axes that a reshape
+  splits and joins.
+* ``origin``: the weight behind an array; ``probe``: what goes with a weight; ``delta``: an update
+  ``scale * a b``; ``pick``: the member of a stack that counts; ``dora``: the gains of columns.
+* ``lazy``: a weight that is not built yet; ``lora_array``: a weight and its updates.
+* ``use``: one use of a weight; ``record``: all uses and costs; ``dropout``; ``context``: one run.
+* ``rule``: the table of rules; ``rules``: one rule per primitive, in families; ``interpret``:
+  equation by equation.
 * ``call``: the arguments, traced; ``lora``: the transformation.
 * ``discover``: ``layout_of``; ``report``: uses and costs.
 """

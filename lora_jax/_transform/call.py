@@ -1,9 +1,9 @@
-"""``Call``: the arguments of one call, flattened, with the weights among them as they enter."""
+"""``Call``: the arguments of one call, flattened; ``enter``: the weights as they enter it."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +13,22 @@ from jax import lax
 from lora_jax import _jax
 from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.params import LoraParams, check, is_lora
-from lora_jax._transform.delta import Delta, N
+from lora_jax._transform.delta import Delta
 from lora_jax._transform.dora import delta_of
+from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lazy import Lazy
 from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
+from lora_jax._transform.pick import Router, Slot
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.quantized import is_quantized
 from lora_jax._weights.target import fold_in_path
 
 
 def is_traced(x: Any) -> bool:
-    """Whether an argument's leaf is traced, rather than handed on as it is."""
+    """Return whether an argument's leaf is traced, rather than handed on as it is."""
     kinds = jax.Array | np.ndarray | np.generic | LoraArray | jax.ShapeDtypeStruct
     return isinstance(x, kinds)
-
-
-class Among(NamedTuple):
-    """Which adapters of a stack count.
-
-    Attributes:
-        slot: the one that does; -1: none.
-        router: or directions by which inputs choose, for each key of the factors.
-        routing: how they do: see ``Delta.routing``.
-    """
-
-    slot: Any = None
-    router: Mapping[str, Any] | None = None
-    routing: tuple[int, float] | None = None
 
 
 def enter(
@@ -48,18 +36,23 @@ def enter(
     owner: int,
     leaves: dict[str, Any],
     key: Any = None,
-    among: Among | None = None,
+    pick: Slot | Mapping[str, Router] | None = None,
 ) -> dict[str, Any]:
-    """The base's leaves as they enter the function: frozen, adapted or trained whole.
+    """Return the base's leaves as they enter the function: frozen, adapted or full.
 
-    With ``among`` the adapter is a stack.
+    Args:
+        lora_params: the base and an adapter, or a stack of adapters.
+        owner: the position of ``lora_params`` among the arguments.
+        leaves: the leaves of the base, by path.
+        key: a PRNG key for dropout, if there is any.
+        pick: which members of a stack count: one slot, or routers by the keys of the factors.
     """
-    parts = check(lora_params if among is None else _one_of(lora_params), leaves).parts
+    parts = check(lora_params if pick is None else _one_of(lora_params), leaves).parts
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
     entered = {}
     for path, leaf in leaves.items():
         if path in full:
-            new = full[path] if among is None else _picked(full[path], leaf, among.slot)
+            new = _picked(full[path], leaf, pick) if isinstance(pick, Slot) else full[path]
             leaf = _cast(new, leaf.dtype)
         elif isinstance(leaf, jax.Array):
             leaf = lax.stop_gradient(leaf)
@@ -73,25 +66,27 @@ def enter(
         w = leaf.w if isinstance(leaf, LoraArray) else leaf
         if f.frozen:
             f = f.map(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
-        of = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
-        delta = of(f) if among is None else _in_stack(jax.vmap(of)(_arrays(f)), name, among)
+        make = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
+        if pick is None:
+            delta = make(f)
+        else:
+            own = pick if isinstance(pick, Slot) else pick[name]
+            delta = _in_stack(jax.vmap(make)(_arrays(f)), own)
         if key is not None and not isinstance(f, Rows):  # table rows are never dropped
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
 
 
-def _in_stack(delta: Delta, name: str, among: Among) -> Delta:
-    """The delta of all adapters of a stack, of which one counts, or as inputs choose."""
-    delta = delta.map(lambda x, labels: (x, (N, *labels)))
-    if among.router is None:
-        return delta.of_slot(among.slot)
-    labels = (*delta.a_labels[1:-1], N)
-    return replace(delta, router=among.router[name], router_labels=labels, routing=among.routing)
+def _in_stack(delta: Delta, pick: Slot | Router) -> Delta:
+    """Label the first axis of a delta's arrays as that of a stack's members."""
+    delta = delta.map(lambda x: Labelled(x.array, (Axis.MEMBER, *x.labels)))
+    scale = pick.scale(delta.scale) if isinstance(pick, Slot) else delta.scale
+    return replace(delta, pick=pick, scale=scale)
 
 
 def _one_of(stacked: LoraParams) -> LoraParams:
-    """The shapes of one adapter of a stack."""
+    """Return the shapes of one member of a stack."""
 
     def one(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if jnp.ndim(x) else x
@@ -100,23 +95,23 @@ def _one_of(stacked: LoraParams) -> LoraParams:
 
 
 def _arrays(tree: Any) -> Any:
-    """NumPy's arrays as JAX's, which can be indexed by what is traced."""
+    """Convert NumPy's arrays to JAX's, which traced numbers can index."""
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
 
 
-def _picked(full: Any, leaf: Any, slot: Any) -> Any:
-    """A leaf that the adapters of a stack train whole, of one of them; the base's own at -1."""
-    # in the leaf's dtype, so that the base's is what it is; NaN only where there is one
+def _picked(full: Any, leaf: Any, slot: Slot) -> Any:
+    """Pick a member's full leaf from a stack's, ``[member, *leaf]``; the base's own at -1."""
+    # in the leaf's dtype, so that the base's own is exact; other dtypes have no NaN
     dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.inexact) else full.dtype
-    k = jnp.clip(slot, 0, full.shape[0] - 1)
+    k = jnp.clip(slot.index, 0, full.shape[0] - 1)
     one = _arrays(full).at[k].get(mode="promise_in_bounds", wrap_negative_indices=False)
     base = lax.stop_gradient(leaf).astype(dtype)
-    other = jnp.where(slot == -1, base, jnp.full_like(base, jnp.nan))
-    return jnp.where(slot == k, one.astype(dtype), other)
+    other = jnp.where(slot.index == -1, base, jnp.full_like(base, jnp.nan))
+    return jnp.where(slot.index == k, one.astype(dtype), other)
 
 
 def _put_off(x: Any) -> Any:
-    """A quantized leaf as a weight, adapted or not, that is made where it is used."""
+    """Let a quantized leaf, adapted or not, be built where it is used."""
     if isinstance(x, LoraArray):
         return replace(x, w=Lazy.of(x.w)) if is_quantized(x.w) else x
     x = Lazy.of(x) if is_quantized(x) else x
@@ -133,12 +128,12 @@ class Call:
     """The arguments of one call, flattened.
 
     Attributes:
-        structure: of the arguments, with every LoraParams as a leaf.
-        places: for each such leaf, its structure, and for each leaf inside None where it is an
-            array, or a tuple of it.
-        values: one for each array: an array or a :class:`LoraArray`.
+        structure: the structure of the arguments, with every LoraParams as a leaf.
+        places: for each such leaf its own structure, and for each of its leaves None if it is
+            traced, else a tuple of it.
+        values: one for each traced leaf: an array or a :class:`LoraArray`.
         lora_params: the LoraParams, by position among the leaves.
-        leaves: of their bases, by path.
+        leaves: the leaves of their bases, by path.
     """
 
     structure: Any
@@ -152,9 +147,13 @@ class Call:
         cls,
         args: Any,
         kwargs: Any,
-        how: Callable[[LoraParams, int, dict[str, Any]], Mapping[str, Any]] = enter,
+        enter: Callable[[LoraParams, int, dict[str, Any]], Mapping[str, Any]] = enter,
     ) -> "Call":
-        """Flatten; ``how`` gives the leaves of a LoraParams' base by path, as they enter."""
+        """Flatten the arguments.
+
+        ``enter(lora_params, position, leaves)`` returns the leaves of a LoraParams' base, by path,
+        as they enter the function.
+        """
         nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
         lora_params = {i: node for i, node in enumerate(nodes) if is_lora(node)}
         found = {i: flatten(node.base)[0] for i, node in lora_params.items()}
@@ -165,16 +164,16 @@ class Call:
                 "lora_jax.lorafy returned; for the base model, call the function itself"
             )
         for i, node in enumerate(nodes):
-            is_params = i in lora_params
-            leaves = how(node, i, found[i]).values() if is_params else [node]
+            leaves, tree = [node], jax.tree.structure(0)
+            if i in lora_params:
+                leaves, tree = enter(node, i, found[i]).values(), flatten(node.base)[1]
             leaves = list(map(_put_off, leaves))
-            tree = flatten(node.base)[1] if is_params else jax.tree.structure(0)
             call.places.append((tree, [None if is_traced(x) else (x,) for x in leaves]))
             call.values += [x for x in leaves if is_traced(x)]
         return call
 
     def trace(self, fn: Callable[..., Any]) -> Any:
-        """The jaxpr of ``fn`` on the frozen arrays: see ``_jax.trace``."""
+        """Trace ``fn`` on the frozen arrays: see ``_jax.trace``."""
 
         def flat_fn(*arrays):
             rest = iter(arrays)
@@ -191,7 +190,7 @@ class Call:
             return _jax.trace(flat_fn, arrays)
 
     def paths_read(self, owner: int, read: Sequence[bool]) -> set[str]:
-        """The paths of a LoraParams that are read, given that for every array."""
+        """Return the paths of a LoraParams that are read; ``read`` has a flag per traced leaf."""
         flags = iter(read)
         by_node = [[s is None and next(flags) for s in static] for _, static in self.places]
         return {path for path, r in zip(self.leaves[owner], by_node[owner], strict=True) if r}

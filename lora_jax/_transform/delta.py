@@ -1,22 +1,12 @@
-"""``Delta``: an update ``scale * a b``, apart from its weight ``W``, while ``lora(fn)`` runs.
+"""``Delta``: an update ``scale * a b`` of a weight ``W``, apart from it, while ``lora(fn)`` runs.
 
-Every axis of ``W`` has a label, its position. A delta's factors are arrays whose axes are
-labelled: an axis of ``a`` or ``b`` belongs to the axis of ``W`` with its label, or is the rank
-axis, ``R``. So a transpose of ``W`` renames labels and moves no data, and a batch axis is simply a
-label that both factors have. A label that neither has is an axis along which the update is the
-same. A delta may cover a part of ``W`` only, a range of some of its axes: that is what
-concatenating weights, and adapting a slice of a fused one, come to.
-
-The factors may be those of a stack of adapters, with an axis ``N`` for them, of which ``slot`` says
-the one that counts. It is picked where the delta meets its input, not before: under a ``vmap`` over
-rows with a slot each, picking makes an array of every row's factors.
-
-A delta without arrays is a probe: it goes where a delta would go, and shows what becomes of the
-weight it is on.
+The factors are :class:`Labelled`: each axis is an axis of ``W``, or the rank, or one that a stack
+of adapters adds. Along a label that neither factor has, the update is constant. A delta may cover
+ranges of some axes only, as after concatenating weights, or for an adapted slice of a fused one.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,271 +16,339 @@ from jax import lax
 
 from lora_jax._adapter.factors import Factors, wide
 from lora_jax._adapter.lowrank import pad_axis
-from lora_jax._transform.labelled import contract, place
-from lora_jax._transform.origin import Leaf, Origin
+from lora_jax._transform.labelled import Axis, Labelled, contract, place, times
+from lora_jax._transform.origin import Groups, Leaf, Origin
+from lora_jax._transform.pick import Router, Slot
+from lora_jax._transform.probe import Follower, Probe
+from lora_jax._transform.regroup import joined, regroup
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.ranges import Range
-
-R = -1
-N = -3  # the adapters of a stack
-M = -4  # the steps of the loop that the delta is in, where it has not been picked from yet
-Labels = tuple[Any, ...]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("a", "b", "scale", "gain", "key", "slot", "step", "router"),
-    meta_fields=(
-        *("a_labels", "b_labels", "past", "ranges", "gain_labels", "router_labels", "routing"),
-    ),
+    data_fields=("a", "b", "scale", "gain", "key", "pick"),
+    meta_fields=("origin", "ranges"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Delta:
-    """``scale * sum_R a b``, somewhere in ``W``; then ``1 + gain`` times what is there.
+class Delta(Follower):
+    """``scale * sum_RANK a b`` in ``ranges`` of ``W``; then ``1 + gain`` times what is there.
 
     Attributes:
-        a: the factor that reads; None in a probe, as are ``b`` and ``scale``.
-        b: the factor that writes.
-        scale: a 0-d array.
-        a_labels: of ``a``'s axes.
-        b_labels: of ``b``'s axes.
-        past: the weight it belongs to, and what became of it.
-        ranges: the parts of ``W``'s axes it covers, of those that it does not cover whole.
-        gain: None; or what ``W`` and the update, where it is, are multiplied by, less one.
-        gain_labels: of ``gain``'s axes.
-        key: None; or the PRNG key that what it reads is dropped by.
-        slot: None; or which of the adapters along ``N`` counts; ``scale`` is that one's.
-        step: None; or which of the entries along ``M`` counts.
-        router: None; or directions of the inputs, one for each adapter along ``N``.
-        router_labels: of ``router``'s axes.
-        routing: how many of the adapters count at most, those whose directions an input has most
-            of; and what it has of them is divided by, before the softmax that says how much.
+        origin: the weight, and what has become of its axes.
+        ranges: the parts of ``W``'s axes it covers; other axes are covered entirely.
+        a: the factor that reads, ``[*batch, *in, RANK]`` as it enters the function.
+        b: the factor that writes, ``[*batch, RANK, *out]``.
+        scale: a 0-d array; ``[MEMBER]`` with a router.
+        gain: minus one, what multiplies ``W`` and the update; None is 0.
+        key: a PRNG key for the dropout of what it reads; None drops nothing.
+        pick: which members of a stack count; None without a stack.
     """
 
-    a: Any
-    b: Any
+    a: Labelled
+    b: Labelled
     scale: Any
-    a_labels: Labels
-    b_labels: Labels
-    past: Origin
-    ranges: tuple[Range, ...] = ()
-    gain: Any = None
-    gain_labels: Labels = ()
+    gain: Labelled | None = None
     key: Any = None
-    slot: Any = None
-    step: Any = None
-    router: Any = None
-    router_labels: Labels = ()
-    routing: tuple[int, float] | None = None
+    pick: Slot | Router | None = None
 
     @classmethod
     def of(cls, factors: Factors, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
-        """The delta of a weight as it enters the function, without its gain."""
+        """Return the delta of a weight as it enters the function, without its gain."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
         scale = factors.scale
         if not isinstance(scale, jax.ShapeDtypeStruct):
             dtype = wide(factors.b.dtype)
             scale = jnp.asarray(scale, jnp.float32)
             scale = lax.stop_gradient(scale if scale.dtype == dtype else scale.astype(dtype))
-        past = Origin.of(leaf, len(factors.layout), batch)
-        a_labels, b_labels = (*batch, *inputs, R), (*batch, R, *outputs)
-        return cls(factors.a, factors.b, scale, a_labels, b_labels, past, tuple(ranges))
+        a = Labelled(factors.a, (*batch, *inputs, Axis.RANK))
+        b = Labelled(factors.b, (*batch, Axis.RANK, *outputs))
+        return cls(Origin.of(leaf, len(factors.layout), batch), tuple(ranges), a, b, scale)
 
-    @classmethod
-    def probe(cls, leaf: Leaf, ndim: int) -> "Delta":
-        """A delta without arrays."""
-        return cls(None, None, None, (), (), Origin.of(leaf, ndim))
+    @property
+    def factors(self) -> tuple[Labelled, Labelled]:
+        """``a`` and ``b``."""
+        return self.a, self.b
 
-    def of_slot(self, slot: Any) -> "Delta":
-        """The delta of a stack, of whose adapters one counts.
+    @property
+    def parts(self) -> tuple[Labelled, ...]:
+        """All arrays with labels."""
+        gain = () if self.gain is None else (self.gain,)
+        directions = (self.pick.directions,) if isinstance(self.pick, Router) else ()
+        return (self.a, self.b, *gain, *directions)
 
-        -1 is none of them: its ``scale`` is 0. Of another that is not there it is NaN.
+    @property
+    def rank(self) -> int:
+        """The size of the axis that the product of the factors sums over."""
+        return self.b.sizes[Axis.RANK]
+
+    def has(self, label: Any) -> bool:
+        """Whether a factor has this axis."""
+        return label in self.a.labels or label in self.b.labels
+
+    def map(self, f: Callable[[Labelled], Labelled]) -> "Delta":
+        """Replace each factor by ``f`` of it, and the gain and a router's directions, if any."""
+        a, b = f(self.a), f(self.b)
+        gain = None if self.gain is None else f(self.gain)
+        pick = self.pick
+        if isinstance(pick, Router):
+            pick = dataclasses.replace(pick, directions=f(pick.directions))
+        return dataclasses.replace(self, a=a, b=b, gain=gain, pick=pick)
+
+    def along(self, axis: int, f: Callable[[jax.Array, int], jax.Array]) -> "Delta":
+        """Replace each array that has ``axis`` by ``f(array, position)``."""
+        return self.map(lambda x: x.along(axis, f))
+
+    def renamed(self, new: Mapping[Any, Any]) -> "Delta":
+        """Call axis ``i`` of ``W`` ``new[i]``."""
+        return super().renamed(new).map(lambda x: x.relabel(new))
+
+    # Which axes are read
+
+    @property
+    def is_read(self) -> bool:
+        """Whether one of the factors has none of the weight's axes left for itself.
+
+        After a lookup of rows, or a sum over inputs, ``a b`` is an activation, no longer an update
+        of the weight.
         """
-        k = jnp.clip(slot, 0, self.scale.shape[0] - 1)
-        other = jnp.where(slot == -1, 0.0, jnp.nan).astype(self.scale.dtype)
-        return dataclasses.replace(
-            self, slot=slot, scale=jnp.where(slot == k, self.scale[k], other)
-        )
+        return not self.reads or not self._is_live(self.b, self.a)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether a lookup has read it, so that ``a`` has rows of inputs."""
+        return bool(self.origin.read) and not self.reads
+
+    @property
+    def reads(self) -> bool:
+        """Whether ``a`` has an axis of the weight left for itself."""
+        return self._is_live(self.a, self.b)
+
+    def _is_live(self, x: Labelled, other: Labelled) -> bool:
+        used = self.origin.read | self.origin.picked
+        return any(not used.issuperset(self.origin.axes[axis]) for axis in _own(x, other))
+
+    @property
+    def axes_read(self) -> frozenset[int]:
+        """The axes of the leaf that were looked up, summed over or picked from; no batch axes."""
+        origin = self.origin
+        read = (origin.read | origin.summed | origin.picked) - origin.batch
+        if self.reads:
+            return read
+        # rows of a table; some of their columns may have been picked
+        return read - origin.behind(_own(self.b, self.a))
+
+    # Axes that come, go and change
+
+    def expanded(self, axis: int, size: int) -> "Delta":
+        """Give the smaller factor the axis, constant along it, if neither has it."""
+        if self.has(axis):
+            return self
+        small = min(self.factors, key=lambda x: x.array.size)
+        return self.map(lambda x: x.broadcast({axis: size}) if x is small else x)
+
+    def _pad(self, r: Range, size: int) -> "Delta":
+        new = self.expanded(r.axis, r.stop - r.start)._with_gain_along(r)
+        return new.along(r.axis, partial(pad_axis, start=r.start, size=size))
+
+    def _with_gain_along(self, r: Range) -> "Delta":
+        """Give the gain the axis of a range, if there is a gain."""
+        if self.gain is None or r.axis in self.gain.labels:
+            return self
+        return dataclasses.replace(self, gain=self.gain.broadcast({r.axis: r.stop - r.start}))
+
+    def regrouped(self, groups: Groups, old: Sequence[int], new: Sequence[int]) -> "Delta | None":
+        """Follow ``W`` through a reshape; None if it merges axes of ``a`` with axes of ``b``."""
+        delta = self
+        for olds, news in groups:
+            if len(olds) == len(news) == 1:
+                continue
+            for r in delta.ranges:  # the factor with the axes beside a range gets that axis, too
+                if r.axis in olds and not delta.has(r.axis):
+                    a, b = (joined(x, r.axis, olds, r.stop - r.start) for x in delta.factors)
+                    delta = dataclasses.replace(delta, a=a, b=b)
+            delta = delta.padded(olds, old)
+            owners = {tuple(i in x.labels for x in delta.factors) for i in olds}
+            if len(owners - {(False, False)}) > 1:
+                return None
+            for i in olds:
+                delta = delta.map(partial(joined, axis=i, group=olds, size=old[i]))
+        delta = delta.map(lambda x: regroup(x, groups, new))
+        return delta._after_reshape(groups, len(new))
+
+    # Sums and products
+
+    def scaled(self, f: Callable[[jax.Array], jax.Array]) -> "Delta":
+        """Replace the scale by ``f`` of it."""
+        return dataclasses.replace(self, scale=f(self.scale))
+
+    def times(
+        self, x: Labelled, shape: Sequence[int], f: Callable[[Any, Any], jax.Array]
+    ) -> "Delta | None":
+        """Replace a factor by ``f(factor, x)``, where ``f`` multiplies or divides.
+
+        The factor has all axes of ``x``, but for those that neither factor has. None if there is no
+        such factor.
+        """
+        delta = self.picked()  # x is no business of other members
+        foreign = [axis for axis in x.labels if not delta.has(axis)]
+        fit = [
+            name
+            for name, factor in zip("ab", delta.factors, strict=True)
+            if all(axis in factor.labels or axis in foreign for axis in x.labels)
+        ]
+        if not fit:
+            return None
+        name = min(fit, key=lambda name: getattr(delta, name).array.size)
+        factor: Labelled = getattr(delta, name)
+        for axis in x.labels:
+            first, last = delta.range_of(axis, shape[axis])
+            x = x.along(axis, lambda x, i, a=first, b=last: lax.slice_in_dim(x, a, b, axis=i))
+        labels = (*foreign, *factor.labels)
+        order = sorted(x.labels, key=labels.index)
+        part = x.array.transpose([x.axis(axis) for axis in order]).astype(factor.array.dtype)
+        part = lax.expand_dims(part, [i for i, axis in enumerate(labels) if axis not in order])
+        product = f(lax.expand_dims(factor.array, range(len(foreign))), part)
+        return dataclasses.replace(delta, **{name: Labelled(product, labels)})
+
+    def summed(self, axes: Sequence[int], shape: Sequence[int]) -> "Delta | None":
+        """Sum over axes, which ``W`` has still; None if both factors have one, or the gain has."""
+        delta = self
+        for axis in axes:
+            size = shape[axis]
+            if axis in delta.a.labels and axis in delta.b.labels:
+                return None
+            first, last = delta.range_of(axis, size)
+            if delta.gain is not None and (last - first < size or axis in delta.gain.labels):
+                return None
+            if not delta.has(axis):
+                delta = delta.scaled(lambda scale, n=last - first: n * scale)
+            delta = delta.with_range(axis, 0, size, size)
+
+        def sum_of(x: Labelled) -> Labelled:
+            where = [i for i, label in enumerate(x.labels) if label in axes]
+            return Labelled(x.array.sum(where), tuple(lab for lab in x.labels if lab not in axes))
+
+        return delta.map(sum_of)
+
+    def gains(self, shape: Sequence[int]) -> Labelled | None:
+        """Return ``1 + gain``, and 1 outside of the ranges; None without a gain."""
+        if self.gain is None:
+            return None
+        delta = self.picked()
+        for r in self.ranges:
+            delta = delta._with_gain_along(r)
+        assert delta.gain is not None
+        gain = place(delta.gain, self.ranges, shape)
+        return Labelled(1 + gain.array, gain.labels)
+
+    def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+        """Return ``scale * a b`` with ``W``'s axes, of size 1 where neither factor has one.
+
+        This is what the library exists to avoid.
+        """
+        one = self.picked()
+        a, b, out = one.a.astype(dtype), one.b.astype(dtype), tuple(range(len(shape)))
+        product = contract(a, b, out, precision=lax.Precision.HIGHEST, dtype=dtype)
+        product = Labelled(product.array * one.scale.astype(dtype), out)
+        return place(product, self.ranges, shape).array
+
+    # Stacks of adapters
 
     def picked(self) -> "Delta":
-        """The delta of the adapter that counts.
+        """Pick the member of a stack that counts.
 
         Raises:
-            NotImplementedError: inputs are to choose, and there are none.
+            NotImplementedError: inputs choose the members, and there are none.
         """
-        if self.router is not None:
+        if isinstance(self.pick, Router):
             raise self.misrouted()
-        if self.slot is None:
+        if self.pick is None:
             return self
-        k = jnp.clip(self.slot, 0, self.a.shape[self.a_labels.index(N)] - 1)
-
-        def pick(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
-            places = {N: k, M: self.step}
-            at = x.at[tuple(places.get(label, slice(None)) for label in labels)]
-            one = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
-            # of none, zeros: whatever the one at k holds, and it gets no gradient
-            return jnp.where(self.slot == k, one, jnp.zeros_like(one)), _without(labels, N, M)
-
-        return dataclasses.replace(self.map(pick), slot=None, step=None)
+        pick = self.pick.picker(self.a.sizes[Axis.MEMBER])
+        return dataclasses.replace(self.map(pick), pick=None)
 
     def misrouted(self) -> NotImplementedError:
-        """The error of a weight that no input meets."""
+        """Return the error of a weight that no input meets."""
         return NotImplementedError(
             f"lora_routed: the weight {self.leaf.path!r} is used otherwise than by a product with "
             "inputs, which choose the adapters. Leave it out of them: lorafy(..., "
             f"exclude={self.leaf.path!r})"
         )
 
-    def stepping(self) -> "Delta":
-        """The delta of a stack where the first axis of ``W`` is one of steps, for ``step`` to say.
+    @property
+    def _is_routed(self) -> bool:
+        return isinstance(self.pick, Router)
 
-        Its factors stay where they are: moved, they would be copied, with all that is not picked.
+    def met(self) -> "Delta":
+        """Pick the member of a stack, unless the input that meets the delta chooses."""
+        return self if self._is_routed else self.picked()
+
+    @property
+    def orders(self) -> tuple[tuple[Labelled, Labelled], ...]:
+        """The orders in which an input may meet the factors: ``a`` first if it chooses members."""
+        return ((self.a, self.b),) if self._is_routed else ((self.a, self.b), (self.b, self.a))
+
+    def weighed(self, small: Labelled, x: Labelled) -> Labelled:
+        """Multiply ``small``, the product of ``x`` with a factor, by the scale.
+
+        A router's shares of the members, which depend on ``x``, are in it.
+
+        Raises:
+            NotImplementedError: ``x`` is no input that could choose the members.
         """
-        delta = self
-        if delta.step is not None:  # that of the loop around
-            delta = delta.along(M, lambda x, i: lax.dynamic_index_in_dim(x, self.step, i, False))
-            delta = delta.map(lambda x, labels: (x, _without(labels, M)))
-        return delta.map(lambda x, labels: (x, tuple(M if lab == 0 else lab for lab in labels)))
+        if not isinstance(self.pick, Router):
+            return Labelled(small.array * self.scale.astype(small.array.dtype), small.labels)
+        # the product may have batch axes of the weight that x has not
+        known = {*x.labels, *(set(self.a.labels) & set(self.b.labels))}
+        if not isinstance(x.array, jax.Array) or not known.issuperset(self.pick.directions.labels):
+            raise self.misrouted()
+        return times(small, self.pick.shares(x, self.scale, small.labels))
 
-    @property
-    def leaf(self) -> Leaf:
-        """The weight it belongs to."""
-        return self.past.leaf
+    # Steps of a loop
 
-    @property
-    def is_probe(self) -> bool:
-        """Whether it has no arrays."""
-        return self.a is None
+    def leading(self) -> "Delta":
+        """Put axis 0 of ``W`` in front, in each array that has it.
 
-    @property
-    def factors(self) -> tuple[tuple[Any, Labels], tuple[Any, Labels]]:
-        """``a`` and ``b``, each with its labels."""
-        return self.part("a"), self.part("b")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The names of what has labels."""
-        return tuple(x for x in ("a", "b", "gain", "router") if getattr(self, x) is not None)
-
-    def part(self, name: str) -> tuple[Any, Labels]:
-        """An array by its name, with its labels."""
-        return getattr(self, name), getattr(self, f"{name}_labels")
-
-    def has(self, label: Any) -> bool:
-        """Whether a factor has this axis."""
-        return label in self.a_labels or label in self.b_labels
-
-    def map(self, f: Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]) -> "Delta":
-        """The delta with each factor, and the gain, and its labels replaced by ``f`` of them."""
-        if self.is_probe:
-            return self
-        parts = {name: f(*self.part(name)) for name in self.parts}
-        new = {name: x for name, (x, _) in parts.items()}
-        return dataclasses.replace(
-            self, **new, **{f"{name}_labels": labels for name, (_, labels) in parts.items()}
-        )
-
-    def along(self, axis: int, f: Callable[[jax.Array, int], jax.Array]) -> "Delta":
-        """The delta with ``f(factor, position)`` for each factor that has ``axis``."""
-        return self.map(
-            lambda x, labels: (f(x, labels.index(axis)) if axis in labels else x, labels)
-        )
-
-    def rename(self, new: Mapping[Any, Any], rank: Any = R) -> "Delta":
-        """The factors and ranges under other labels, ``new[old]``; the rank axis is ``rank``."""
-        new = {**new, R: rank, N: N, M: M}
-        return dataclasses.replace(
-            self,
-            **{
-                f"{name}_labels": tuple(new[label] for label in self.part(name)[1])
-                for name in self.parts
-            },
-            ranges=tuple(Range(new[r.axis], r.start, r.stop) for r in self.ranges),
-        )
-
-    def move(self, new: Mapping[int, int], ndim: int) -> "Delta":
-        """The delta where axis ``i`` of ``W`` is axis ``new[i]`` of an array of ``ndim`` axes."""
-        past = self.past.after({axis: (old,) for old, axis in new.items()}, ndim)
-        return dataclasses.replace(self.rename(new), past=past)
-
-    def range_of(self, axis: Any, size: int) -> tuple[int, int]:
-        """The part of an axis that the delta covers."""
-        return next(((r.start, r.stop) for r in self.ranges if r.axis == axis), (0, size))
-
-    def with_range(self, axis: int, start: int, stop: int, size: int) -> "Delta":
-        """The delta as covering ``start:stop`` of an axis of ``size``."""
-        ranges = tuple(r for r in self.ranges if r.axis != axis)
-        if (start, stop) != (0, size):
-            ranges += (Range(int(axis), int(start), int(stop)),)
-        return dataclasses.replace(self, ranges=ranges)
-
-    def expand(self, axis: int, size: int) -> "Delta":
-        """The delta with the axis in a factor, the smaller one if it was in none."""
-        if self.is_probe or self.has(axis):
-            return self
-        small = min((self.a, self.b), key=lambda x: x.size)
-        return self.map(
-            lambda x, labels: (
-                (lax.broadcast(x, (size,)), (axis, *labels)) if x is small else (x, labels)
-            )
-        )
-
-    def whole(self, axes: Iterable[int], shape: Sequence[int]) -> "Delta":
-        """The delta as covering all of these axes, zero where it covered nothing."""
-        delta = self
-        for r in self.ranges:
-            if r.axis in axes:
-                size = shape[r.axis]
-                delta = delta.expand(r.axis, r.stop - r.start)._expand_gain(r)
-                delta = delta.along(r.axis, partial(pad_axis, start=r.start, size=size))
-                delta = delta.with_range(r.axis, 0, size, size)
-        return delta
-
-    def _expand_gain(self, r: Range) -> "Delta":
-        """The delta whose gain has the axis that a range is of, if there is a gain."""
-        if self.gain is None or r.axis in self.gain_labels:
-            return self
-        gain = lax.broadcast(self.gain, (r.stop - r.start,))
-        return dataclasses.replace(self, gain=gain, gain_labels=(r.axis, *self.gain_labels))
-
-    def gains(self, shape: Sequence[int]) -> tuple[jax.Array, Labels] | None:
-        """``1 + gain`` and its labels, 1 where the delta is not; None without."""
-        if self.gain is None:
-            return None
-        delta = self.picked()
-        for r in self.ranges:
-            delta = delta._expand_gain(r)
-        return 1 + place(delta.gain, delta.gain_labels, self.ranges, shape), delta.gain_labels
-
-    @property
-    def is_read(self) -> bool:
-        """Whether one of the factors has none of the weight's axes left for itself.
-
-        After a lookup of rows, or a sum over inputs, ``a b`` is an activation, no longer an
-        update of the weight.
+        A stack's arrays stay where they are, and the axis is ``STEP``: moved, they would be copied,
+        with all the members that are not picked.
         """
-        if self.is_probe:
-            return bool(self.past.read | self.past.summed)
-        return not self.reads or not self._live(self.b_labels, self.a_labels)
+        if isinstance(self.pick, Slot):
+            return self.map(self.pick.stepping)
+        return self.map(_leading)
 
-    @property
-    def reads(self) -> bool:
-        """Whether ``a`` has an axis of the weight left for itself."""
-        return self._live(self.a_labels, self.b_labels)
+    def at_step(self, step: Any) -> "Delta":
+        """Note which step counts, for a stack's arrays with an axis ``STEP``."""
+        if not isinstance(self.pick, Slot):
+            return self
+        return dataclasses.replace(self, pick=dataclasses.replace(self.pick, step=step))
 
-    def _live(self, labels: Labels, others: Labels) -> bool:
-        used = self.past.read | self.past.picked
-        own = set(labels) - set(others)
-        return any(not used.issuperset(self.past.axes[label]) for label in own)
+    def unscaled(self) -> "Delta":
+        """Multiply ``b`` by the scale, which is None then: each step of a loop may have its own."""
+        b = Labelled(self.b.array * self.scale.astype(self.b.array.dtype), self.b.labels)
+        return dataclasses.replace(self, b=b, scale=None)
 
-    def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
-        """``scale * a b`` as an array with ``W``'s axes: what this library exists to avoid."""
-        one = self.picked()
-        a, b, out = one.a.astype(dtype), one.b.astype(dtype), tuple(range(len(shape)))
-        kind: dict[str, Any] = {"precision": lax.Precision.HIGHEST, "dtype": dtype}
-        product = contract(a, one.a_labels, b, one.b_labels, out, **kind)
-        return place(product * one.scale.astype(dtype), out, self.ranges, shape)
+    def stacked(self) -> "Delta":
+        """Follow an unscaled ``W`` to the stack of it over the steps of a loop.
+
+        The arrays have been stacked along their first axis.
+        """
+        delta = super().stacked().map(lambda x: Labelled(x.array, (0, *x.labels)))
+        key = None if self.key is None else self.key[0]
+        return dataclasses.replace(delta, scale=jnp.ones((), jnp.float32), key=key)
 
 
-def _without(labels: Labels, *gone: int) -> Labels:
-    return tuple(label for label in labels if label not in gone)
+def _own(x: Labelled, other: Labelled) -> list[Any]:
+    """Return the axes of ``W`` that ``x`` has and ``other`` has not."""
+    return [lab for lab in x.labels if lab not in other.labels and not isinstance(lab, Axis)]
+
+
+def _leading(x: Labelled) -> Labelled:
+    if 0 not in x.labels:
+        return x
+    axis = x.axis(0)
+    labels = (0, *x.labels[:axis], *x.labels[axis + 1 :])
+    return Labelled(jnp.moveaxis(x.array, axis, 0), labels)
+
+
+AnyDelta = Delta | Probe

@@ -1,6 +1,7 @@
-"""``layout_of``: what a function does with its weights, by the rules of ``lora``."""
+"""``layout_of``: find out what a function does with its weights, by the rules of ``lora``."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from lora_jax._transform.delta import Delta
 from lora_jax._transform.lora import rehearse
 from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
+from lora_jax._transform.probe import Probe
 from lora_jax._transform.use import Use
 from lora_jax._weights.axes import factor_shapes, is_array, not_trainable
 from lora_jax._weights.layouts import Layouts, Weight
@@ -25,17 +27,17 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     """Find out which weights of ``fn`` can take a LoRA, and which of their axes are read.
 
     Traces ``fn(params, *args, **kwargs)`` once, on shapes alone, and follows every weight through
-    it by the very rules of :func:`lora`: ``x @ w`` reads the axis it sums over and writes the
-    other, whatever ``w`` is called, and however it was reshaped, transposed or sliced before.
-    A lookup reads the rows' axis. What has several uses has the layout of a lookup, if one is
-    among them, or of the first use. A weight that would have to be materialized anywhere cannot
+    it by the rules of :func:`lora`: ``x @ w`` reads the axis it sums over and writes the other,
+    whatever the name of ``w``, and however it was reshaped, transposed or sliced before. A lookup
+    reads the axis of the table's rows. A weight with several uses has the layout of a lookup, if
+    there is one, or of the first use. A weight that would have to be materialized anywhere cannot
     take a LoRA.
 
     Args:
         fn: a function whose first argument is ``params``.
-        params: the tree that ``lorafy`` will be given, with or without a top-level ``"params"``;
-            arrays, or ``jax.ShapeDtypeStruct``s.
-        *args: further arguments of ``fn``; shapes will do.
+        params: the tree that ``lorafy`` will get, with or without a top-level ``"params"``; arrays
+            or ``jax.ShapeDtypeStruct``s.
+        *args: further arguments of ``fn``, arrays or shapes.
         **kwargs: as ``args``.
 
     Returns:
@@ -68,60 +70,74 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     reasons = {path: _why_not(leaf) for path, leaf in leaves.items()}
     wrapped = LoraParams(params, Adapter({}))
 
-    def probe(lora_params, owner, leaves):
-        return {
-            path: LoraArray(leaf, (Delta.probe(Leaf(owner, path), len(leaf.shape)),))
-            if path in reasons and reasons[path] is None
-            else leaf
-            for path, leaf in leaves.items()
-        }
-
-    call = Call.of((wrapped, *args), kwargs, probe)
+    call = Call.of((wrapped, *args), kwargs, functools.partial(_with_probes, reasons))
     jaxpr, _, consts, _ = call.trace(fn)
     seen, found = rehearse(jaxpr, [*consts, *call.values]), {}
     uses = {path: seen.uses_of(Leaf(0, path)) for path in leaves}
     for path, leaf in leaves.items():
         if reasons[path] is None:
-            found[path] = _layout(uses[path], leaf.shape)
-            reasons[path] = None if found[path] else _unused(uses[path])
-    found = {path: letters for path, letters in found.items() if letters}
+            if letters := _layout(uses[path], leaf.shape):
+                found[path] = letters
+            else:
+                reasons[path] = _unused(uses[path])
 
-    def adapt(lora_params, owner, leaves):
-        """With factors of these layouts, what would ``lora`` do?"""
-        entered = dict(leaves)
-        for path, letters in found.items():
-            shape = leaves[path].shape
-            a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in factor_shapes(letters, shape, 2))
-            factors = Factors(a, b, jax.ShapeDtypeStruct((), jnp.float32), letters)
-            delta = Delta.of(factors, Leaf(owner, path))
-            entered[path] = LoraArray(leaves[path], (delta,))
-        return entered
-
-    adapted = Call.of((wrapped, *args), kwargs, adapt).values
-    real = rehearse(jaxpr, [*consts, *adapted])
+    # With factors of these layouts, what would ``lora`` do?
+    adapted = Call.of((wrapped, *args), kwargs, functools.partial(_with_factors, found)).values
+    record = rehearse(jaxpr, [*consts, *adapted])
     for path in found:
-        built = [use for use in real.uses_of(Leaf(0, path)) if use.why]
+        built = [use for use in record.uses_of(Leaf(0, path)) if use.why]
         if built:
             reasons[path] = built[0].reason
-    weights = {}
-    for path, leaf in leaves.items():
-        letters = found.get(path) if reasons[path] is None else None
-        weights[path] = Weight(
-            shape=tuple(leaf.shape),
-            dtype=leaf.dtype,
-            layout=letters,
-            kind=kind_of(uses[path]) if letters else None,
-            uses=tuple(
-                f"{use.primitive} at {use.source}"
-                for use in uses[path]
-                if letters is None or not use.why
-            ),
-            why_not=reasons[path],
-        )
-    return Layouts(weights)
+    return Layouts(
+        {
+            path: _weight(leaf, found.get(path), uses[path], reasons[path])
+            for path, leaf in leaves.items()
+        }
+    )
+
+
+def _with_probes(
+    reasons: Mapping[str, str | None], lora_params: LoraParams, owner: int, leaves: dict[str, Any]
+) -> dict[str, Any]:
+    """Give a probe to each leaf that has no reason against a LoRA."""
+    return {
+        path: LoraArray(leaf, (Probe.of(Leaf(owner, path), len(leaf.shape)),))
+        if path in reasons and reasons[path] is None
+        else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def _with_factors(
+    layouts: Mapping[str, str], lora_params: LoraParams, owner: int, leaves: dict[str, Any]
+) -> dict[str, Any]:
+    """Give factors of rank 2 to each leaf that has a layout, as shapes."""
+    entered = dict(leaves)
+    for path, letters in layouts.items():
+        shapes = factor_shapes(letters, leaves[path].shape, 2)
+        a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        factors = Factors(a, b, jax.ShapeDtypeStruct((), jnp.float32), letters)
+        entered[path] = LoraArray(leaves[path], (Delta.of(factors, Leaf(owner, path)),))
+    return entered
+
+
+def _weight(leaf: Any, letters: str | None, uses: list[Use], reason: str | None) -> Weight:
+    """Return what was found out about a leaf; without a layout if there is a reason against it."""
+    letters = letters if reason is None else None
+    return Weight(
+        shape=tuple(leaf.shape),
+        dtype=leaf.dtype,
+        layout=letters,
+        kind=kind_of(uses) if letters else None,
+        uses=tuple(
+            f"{use.primitive} at {use.source}" for use in uses if letters is None or not use.why
+        ),
+        why_not=reason,
+    )
 
 
 def _why_not(leaf: Any) -> str | None:
+    """Return why a leaf cannot take a LoRA, whatever its uses."""
     if reason := not_trainable(leaf):
         return reason
     if len(leaf.shape) < 2:
@@ -130,12 +146,13 @@ def _why_not(leaf: Any) -> str | None:
 
 
 def _primary(uses: list[Use]) -> Use | None:
-    """The use that tells the layout: a lookup, or the first that reads and writes."""
+    """Return the use that tells the layout: a lookup, or the first that reads and writes."""
     clean = [use for use in uses if use.tells and not use.contracted & use.free]
     return next((use for use in clean if use.primitive == "gather"), clean[0] if clean else None)
 
 
 def _layout(uses: list[Use], shape: tuple[int, ...]) -> str | None:
+    """Infer a layout from uses; None if no use reads some axes and writes others."""
     told = [use for use in uses if use.contracted or use.free]
     use = _primary(uses) or next((use for use in told if not use.contracted & use.free), None)
     if use is None:
@@ -151,11 +168,13 @@ def _layout(uses: list[Use], shape: tuple[int, ...]) -> str | None:
 
 
 def kind_of(uses: list[Use]) -> str:
+    """Return the kind of a weight: ``"dot"``, ``"conv"``, ``"embedding"`` or ``"ragged"``."""
     use = _primary(uses)
     return _KINDS.get(use.primitive if use else "", "dot")
 
 
 def _unused(uses: list[Use]) -> str:
+    """Return why uses do not tell a layout."""
     built = [use for use in uses if use.why]
     if built:
         return built[0].reason

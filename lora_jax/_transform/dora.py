@@ -16,38 +16,38 @@ from jax import lax
 
 from lora_jax._adapter.factors import Factors, wide
 from lora_jax._adapter.norms import squared_norm
-from lora_jax._transform.delta import Delta, R
-from lora_jax._transform.labelled import contract
+from lora_jax._transform.delta import Delta
+from lora_jax._transform.labelled import Axis, Labelled, contract
 from lora_jax._transform.lazy import Lazy, force
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.ranges import Range, index_of
 
-S = -2  # the rank axis, once more
-
 
 def squared_update(w: jax.Array, f: Factors) -> tuple[jax.Array, jax.Array]:
-    """``W . a b`` and ``|a b|^2`` of every column, without ``a b``: ``[*batch, *out]``."""
-    batch, inputs, outputs = (list(role_axes(f.layout, role)) for role in "bio")
-    axes = list(range(len(f.layout)))
+    """Compute ``W . a b`` and ``|a b|^2`` of every column, without ``a b``: ``[*batch, *out]``."""
+    batch, inputs, outputs = (role_axes(f.layout, role) for role in "bio")
+    columns = (*batch, *outputs)
     full = wide(f.b.dtype)
     dtype = w.dtype if jnp.dtype(w.dtype).itemsize > 1 else jnp.bfloat16
     kind: dict[str, Any] = {"precision": lax.Precision.HIGHEST, "dtype": full}
-    a, b = (x.astype(full) for x in (f.a, f.b))
-    a_labels, b_labels = [*batch, *inputs, R], [*batch, R, *outputs]
-    own = kind if dtype == full else kind | {"precision": None}  # of a narrow type all is exact
-    read = contract(w.astype(dtype), axes, a.astype(dtype), a_labels, [*batch, *outputs, R], **own)
-    cross = contract(read, [*batch, *outputs, R], b, b_labels, [*batch, *outputs], **kind)
-    gram = contract(a, a_labels, a, [*batch, *inputs, S], [*batch, R, S], **kind)
-    spread = contract(gram, [*batch, R, S], b, b_labels, [*batch, S, *outputs], **kind)
-    square = contract(
-        spread, [*batch, S, *outputs], b, [*batch, S, *outputs], [*batch, *outputs], **kind
-    )
-    return cross, square
+    a = Labelled(f.a.astype(full), (*batch, *inputs, Axis.RANK))
+    b = Labelled(f.b.astype(full), (*batch, Axis.RANK, *outputs))
+    own = (
+        kind if dtype == full else kind | {"precision": None}
+    )  # products of a narrow type are exact
+    weight = Labelled(w.astype(dtype), tuple(range(len(f.layout))))
+    read = contract(weight, a.astype(dtype), (*columns, Axis.RANK), **own)
+    cross = contract(read, b, columns, **kind)
+    other = Labelled(a.array, (*batch, *inputs, Axis.RANK2))
+    gram = contract(a, other, (*batch, Axis.RANK, Axis.RANK2), **kind)
+    spread = contract(gram, b, (*batch, Axis.RANK2, *outputs), **kind)
+    square = contract(spread, Labelled(b.array, spread.labels), columns, **kind)
+    return cross.array, square.array
 
 
 def gain(w: jax.Array, f: Factors) -> jax.Array:
-    """``m / |W + scale a b| - 1``: ``[*batch, *out]``."""
+    """Compute ``m / |W + scale a b| - 1``: ``[*batch, *out]``."""
     w, frozen = lax.stop_gradient(w), jax.tree.map(lax.stop_gradient, f)
     norm = squared_norm(w, f.layout) if f.norm is None else frozen.norm
     cross, square = squared_update(w, frozen)
@@ -57,7 +57,7 @@ def gain(w: jax.Array, f: Factors) -> jax.Array:
 
 
 def _by_layer(w: Lazy, f: Factors) -> Any:
-    """The gain of a quantized stack, of which one layer is made at a time."""
+    """Compute the gain of a quantized stack, one layer of which is built at a time."""
     stacks = {name: getattr(f, name) for name in ("a", "b", "magnitude", "norm")}
     stacks = {name: x for name, x in stacks.items() if x is not None}
 
@@ -69,17 +69,22 @@ def _by_layer(w: Lazy, f: Factors) -> Any:
 
 
 def delta_of(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
-    """The delta of a weight as it enters the function, with its gain if it has one."""
+    """Return the delta of a weight as it enters the function, with its gain if it has one."""
     delta = Delta.of(f, leaf, ranges)
     if f.magnitude is None:
         return delta
-    index = index_of(ranges, len(f.layout) if ranges else 0)
     labels = (*role_axes(f.layout, "b"), *role_axes(f.layout, "o"))
+    return dataclasses.replace(delta, gain=Labelled(_gain_of(f, ranges, w), labels))
+
+
+def _gain_of(f: Factors, ranges: Sequence[Range], w: Any) -> Any:
+    """Compute the gain of a part of ``w``, or its shape if some array is a shape."""
+    index = index_of(ranges, len(f.layout) if ranges else 0)
     is_shape = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((w, f)))
     is_stack = isinstance(w, Lazy) and f.layout[0] == "b" and not ranges and not is_shape
     if is_stack and w.front() is not None:
-        return dataclasses.replace(delta, gain=_by_layer(w, f), gain_labels=labels)
+        return _by_layer(w, f)
     compute = functools.partial(jax.eval_shape, gain) if is_shape else gain
     w = jax.eval_shape(force, w) if is_shape else force(w)
     part = jax.eval_shape(lambda w: w[index], w) if is_shape else w[index]
-    return dataclasses.replace(delta, gain=compute(part, f), gain_labels=labels)
+    return compute(part, f)

@@ -1,6 +1,14 @@
-"""Arrays with labelled axes: products, and parts of zeros."""
+"""``Labelled``: an array whose axes have labels, so that code need not know their order.
 
-from collections.abc import Iterable, Sequence
+A label is the number of an axis of a weight ``W``; an :class:`Axis` that factors have and ``W`` has
+not; or any other name, for an axis of the operand that meets ``W``. A transpose of ``W`` renames
+labels and moves no data. A batch axis is a label that both factors have.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,72 +19,133 @@ from lora_jax import _jax
 from lora_jax._adapter.lowrank import pad_axis
 from lora_jax._weights.ranges import Range
 
+Label = Any  # the number of an axis of W, an Axis, or another hashable name
+Labels = tuple[Label, ...]
+
+
+class Axis(enum.Enum):
+    """An axis of factors that the weight does not have."""
+
+    RANK = enum.auto()
+    RANK2 = enum.auto()  # the rank of a second update that meets the first
+    MEMBER = enum.auto()  # the adapters of a stack
+    STEP = enum.auto()  # the steps of the loop around, while none of them is picked
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("array",), meta_fields=("labels",))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """An array with one label per axis.
+
+    Attributes:
+        array: an array, or what has a shape as one: a ``LoraArray``, a ``ShapeDtypeStruct``.
+        labels: one per axis, all different.
+    """
+
+    array: Any
+    labels: Labels
+
+    @property
+    def sizes(self) -> dict[Label, int]:
+        """The size of each axis, by label."""
+        return dict(zip(self.labels, self.array.shape, strict=True))
+
+    def axis(self, label: Label) -> int:
+        """Return the position of an axis."""
+        return self.labels.index(label)
+
+    def astype(self, dtype: Any) -> "Labelled":
+        """Cast the array."""
+        return Labelled(self.array.astype(dtype), self.labels)
+
+    def along(self, label: Label, f: Callable[[Any, int], Any]) -> "Labelled":
+        """Replace the array by ``f(array, axis)`` if it has this axis."""
+        if label not in self.labels:
+            return self
+        return Labelled(f(self.array, self.axis(label)), self.labels)
+
+    def relabel(self, new: Mapping[Any, Any]) -> "Labelled":
+        """Rename every label to ``new[label]``; an :class:`Axis` that is not in ``new`` stays."""
+        labels = (new.get(x, x) if isinstance(x, Axis) else new[x] for x in self.labels)
+        return Labelled(self.array, tuple(labels))
+
+    def broadcast(self, sizes: Mapping[Any, int]) -> "Labelled":
+        """Add axes in front, constant along each."""
+        return Labelled(
+            lax.broadcast(self.array, tuple(sizes.values())), (*sizes, *self.labels)
+        )  # [*sizes, *labels]
+
+    def aligned(self, labels: Sequence[Label]) -> jax.Array:
+        """Return the array with the axes ``labels``, of size 1 where it has none."""
+        order = [self.axis(label) for label in labels if label in self.labels]
+        x = self.array.transpose(order) if order != sorted(order) else self.array
+        return lax.expand_dims(x, [i for i, lab in enumerate(labels) if lab not in self.labels])
+
 
 def contract(
-    x: jax.Array,
-    x_labels: Sequence[Any],
-    y: jax.Array,
-    y_labels: Sequence[Any],
-    out: Sequence[Any],
-    *,
-    precision: Any,
-    dtype: Any,
-) -> jax.Array:
-    """An einsum over labels as one ``dot_general``: sums over every label not in ``out``.
+    x: Labelled, y: Labelled, out: Sequence[Label], *, precision: Any, dtype: Any
+) -> Labelled:
+    """Multiply as an einsum does, by one ``dot_general``: sum over every label not in ``out``.
 
     A label of ``out`` that neither operand has becomes an axis of size 1.
     """
-    x, x_labels = _sum_alone(x, x_labels, (*y_labels, *out))
-    y, y_labels = _sum_alone(y, y_labels, (*x_labels, *out))
-    shared = [lab for lab in x_labels if lab in y_labels]
+    x = _sum_alone(x, (*y.labels, *out))
+    y = _sum_alone(y, (*x.labels, *out))
+    shared = [lab for lab in x.labels if lab in y.labels]
     batch = [lab for lab in shared if lab in out]
     summed = [lab for lab in shared if lab not in out]
-    contracting = [x_labels.index(lab) for lab in summed], [y_labels.index(lab) for lab in summed]
-    batching = [x_labels.index(lab) for lab in batch], [y_labels.index(lab) for lab in batch]
-    labels = batch + [lab for lab in (*x_labels, *y_labels) if lab not in shared]
-    x, y, out_sharding = _explicit(x, x_labels, y, y_labels, labels)
+    labels = batch + [lab for lab in (*x.labels, *y.labels) if lab not in shared]
+    x, y, out_sharding = _explicit(x, y, labels)
     result = lax.dot_general(
-        x,
-        y,
-        (contracting, batching),
+        x.array,
+        y.array,
+        (_positions(summed, x, y), _positions(batch, x, y)),
         precision=precision,
         preferred_element_type=dtype,
         out_sharding=out_sharding,
-    )
+    )  # [*batch, *rest of x, *rest of y]
     missing = [i for i, lab in enumerate(out) if lab not in labels]
     order = [labels.index(lab) for lab in out if lab in labels]
     if order != sorted(order):
         result = lax.transpose(result, order)
-    return lax.expand_dims(result, missing) if missing else result
+    return Labelled(lax.expand_dims(result, missing) if missing else result, tuple(out))
 
 
-def _sum_alone(x: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]):
-    """Sum over the axes whose label nobody wants."""
-    alone = [i for i, lab in enumerate(labels) if lab not in wanted]
-    return (x.sum(alone), [lab for lab in labels if lab in wanted]) if alone else (x, labels)
+def _positions(labels: Sequence[Label], x: Labelled, y: Labelled) -> tuple[list[int], list[int]]:
+    return [x.axis(label) for label in labels], [y.axis(label) for label in labels]
 
 
-def _explicit(x: jax.Array, x_labels, y: jax.Array, y_labels, out):
-    """On a mesh of Explicit axes: ``y`` spread as ``x`` is, and how their product is spread.
+def _sum_alone(x: Labelled, wanted: Sequence[Label]) -> Labelled:
+    """Sum over the axes that nobody wants."""
+    alone = [i for i, lab in enumerate(x.labels) if lab not in wanted]
+    if not alone:
+        return x
+    return Labelled(x.array.sum(alone), tuple(lab for lab in x.labels if lab in wanted))
 
-    Where one of them is on no such mesh, it is spread as the other is.
+
+def _explicit(x: Labelled, y: Labelled, out: Sequence[Label]) -> tuple[Labelled, Labelled, Any]:
+    """Shard ``y`` as ``x`` is, on a mesh of Explicit axes; and give the sharding of the product.
+
+    If only one of them is on such a mesh, the other follows it.
     """
-    x_spec, y_spec = _jax.explicit_spec(x), _jax.explicit_spec(y)
+    x_spec, y_spec = _jax.explicit_spec(x.array), _jax.explicit_spec(y.array)
     if x_spec is None:
         if y_spec is None:
             return x, y, None
-        y, x, spread = _explicit(y, y_labels, x, x_labels, out)
-        return x, y, spread
-    y_spec = [None] * y.ndim if y_spec is None else y_spec
-    of_x = dict(zip(x_labels, x_spec, strict=True))
+        y, x, sharding = _explicit(y, x, out)
+        return x, y, sharding
+    y_spec = [None] * y.array.ndim if y_spec is None else y_spec
+    of_x = dict(zip(x.labels, x_spec, strict=True))
     taken = {name for spec in x_spec for name in _names(spec)}
     wanted = [
         of_x[lab] if lab in of_x else None if taken.intersection(_names(spec)) else spec
-        for lab, spec in zip(y_labels, y_spec, strict=True)
+        for lab, spec in zip(y.labels, y_spec, strict=True)
     ]
-    y = y if wanted == y_spec else jax.sharding.reshard(y, _jax.explicit_sharding(x, wanted))
-    by_label = dict(zip(y_labels, wanted, strict=True)) | of_x
-    return x, y, _jax.explicit_sharding(x, [by_label[lab] for lab in out])
+    if wanted != y_spec:
+        sharding = _jax.explicit_sharding(x.array, wanted)
+        y = Labelled(jax.sharding.reshard(y.array, sharding), y.labels)
+    by_label = dict(zip(y.labels, wanted, strict=True)) | of_x
+    return x, y, _jax.explicit_sharding(x.array, [by_label[lab] for lab in out])
 
 
 def _names(spec: Any) -> tuple[str, ...]:
@@ -84,7 +153,7 @@ def _names(spec: Any) -> tuple[str, ...]:
 
 
 def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x``, which may be of size 1 along some axes, spread over an Explicit mesh as ``y`` is."""
+    """Shard ``x`` as ``y`` on a mesh of Explicit axes; ``x`` may be of size 1 along some axes."""
     spec = _jax.explicit_spec(y)
     if spec is None:
         return x
@@ -92,31 +161,26 @@ def spread_like(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, _jax.explicit_sharding(y, spec))  # x may be on no mesh yet
 
 
-def aligned(x: jax.Array, labels: Sequence[Any], out: Sequence[Any]) -> jax.Array:
-    """``x`` with the axes ``out``, of size 1 where it has none."""
-    order = [labels.index(lab) for lab in out if lab in labels]
-    x = x.transpose(order) if order != sorted(order) else x
-    return lax.expand_dims(x, [i for i, lab in enumerate(out) if lab not in labels])
+def times(x: Labelled, gain: Labelled) -> Labelled:
+    """Multiply ``x`` by ``gain`` in the wider dtype, and round to the dtype of ``x``.
+
+    An ``x`` of integers takes the dtype of ``gain``.
+    """
+    y = x.array if jnp.issubdtype(x.array.dtype, jnp.inexact) else x.array.astype(gain.array.dtype)
+    factor = spread_like(gain.aligned(x.labels), y)
+    if y.dtype == factor.dtype:
+        return Labelled(y * factor, x.labels)
+    # checkpointed, or the wider y would be kept for the gradient of the gain
+    product = jax.checkpoint(lambda y, gain: (y.astype(gain.dtype) * gain).astype(y.dtype))
+    return Labelled(product(y, factor), x.labels)
 
 
-def times(x: jax.Array, gain: jax.Array, labels: Sequence[int]) -> jax.Array:
-    """``x`` by what multiplies its axes ``labels``, in the wider dtype, in ``x``'s dtype."""
-    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(gain.dtype)
-    gain = spread_like(aligned(gain, labels, range(x.ndim)), x)
-    if x.dtype == gain.dtype:
-        return x * gain
-    # checkpointed, or the wider x would be kept for the gradient of the gain
-    product = jax.checkpoint(lambda x, gain: (x.astype(gain.dtype) * gain).astype(x.dtype))
-    return product(x, gain)
-
-
-def place(x: jax.Array, labels: Sequence[Any], ranges: Iterable[Range], sizes: Any) -> jax.Array:
-    """``x``, which covers these ranges of its labelled axes, as a part of zeros."""
+def place(x: Labelled, ranges: Iterable[Range], sizes: Any) -> Labelled:
+    """Fill up with zeros: ``x`` covers ``ranges`` of axes of ``sizes[label]``."""
     for r in ranges:
-        if r.axis in labels:
-            axis = labels.index(r.axis)
-            if x.shape[axis] == 1 != r.stop - r.start:  # the same all along the range
-                full = (*x.shape[:axis], r.stop - r.start, *x.shape[axis + 1 :])
-                x = jnp.broadcast_to(x, full)
-            x = pad_axis(x, axis, r.start, sizes[r.axis])
+        if r.axis in x.labels:
+            axis, y = x.axis(r.axis), x.array
+            if y.shape[axis] == 1 != r.stop - r.start:  # constant along the range
+                y = jnp.broadcast_to(y, (*y.shape[:axis], r.stop - r.start, *y.shape[axis + 1 :]))
+            x = Labelled(pad_axis(y, axis, r.start, sizes[r.axis]), x.labels)
     return x

@@ -1,8 +1,8 @@
-"""``Lazy``: a weight that is made from others where it is used, and never kept.
+"""``Lazy``: a weight that is built from other arrays where it is used, and never kept.
 
-A quantized leaf enters the function as one. What moves it is put off; what reads it makes it, moves
-it and reads it inside one ``jax.checkpoint``, so that of a use nothing is left for the backward
-pass but the quantized arrays, and the backward pass makes the weight again.
+A quantized leaf enters the function as one. Equations that move it are put off. An equation that
+reads it builds, moves and reads it inside one ``jax.checkpoint``: the quantized arrays are all that
+a use leaves for the backward pass, which builds the weight again.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax import lax
 from lora_jax import _jax
 from lora_jax._weights.quantized import dequantize_array
 
-# What gives a weight again: put off until it is read.
+# The primitives that make a weight of a weight: put off until it is read.
 _MOVES = frozenset(
     "neg mul div add sub add_any transpose convert_element_type reduce_precision copy copy_p "
     "sharding_constraint name reshard stop_gradient reshape squeeze broadcast_in_dim slice "
@@ -33,13 +33,13 @@ _MOVES = frozenset(
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """An array that ``make(arrays)`` makes.
+    """The array ``make(arrays)``, not built yet.
 
     Attributes:
-        arrays: what it is made of.
-        make: how.
-        shape: of the array.
-        dtype: of the array.
+        arrays: the arrays it is built from.
+        make: builds it.
+        shape: its shape.
+        dtype: its dtype.
     """
 
     arrays: Any
@@ -49,7 +49,7 @@ class Lazy:
 
     @classmethod
     def of(cls, quantized: Any) -> "Lazy":
-        """A quantized leaf, as the array it stands for."""
+        """Return the array that a quantized leaf stands for."""
         return cls(quantized, _frozen, tuple(quantized.shape), jnp.dtype(quantized.dtype))
 
     @property
@@ -64,11 +64,11 @@ class Lazy:
 
     @property
     def aval(self) -> jax.ShapeDtypeStruct:
-        """What it is, without being it."""
+        """Its shape and dtype."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     def front(self) -> Any:
-        """The arrays with one entry of the first axis for each step; None if they have no such."""
+        """Return arrays with one entry per entry of the first axis; None if there are none."""
         if self.make is not _frozen:
             return None
         arrays, tree = jax.tree.flatten(self.arrays)
@@ -79,17 +79,17 @@ class Lazy:
 
 
 def _frozen(quantized: Any) -> jax.Array:
-    """The array; inside a checkpoint older JAX would take gradients of all that enters it."""
+    """Build the array; older JAX would take gradients of all that enters a checkpoint."""
     return dequantize_array(jax.tree.map(lax.stop_gradient, quantized))
 
 
 def force(w: Any) -> Any:
-    """The array itself."""
+    """Build the array, if it is not one."""
     return w.make(w.arrays) if isinstance(w, Lazy) else w
 
 
 def moved(w: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
-    """``move(w)``, put off if ``w`` is."""
+    """Return ``move(w)``, put off if ``w`` is."""
     if not isinstance(w, Lazy):
         return move(w)
     out = jax.eval_shape(move, w.aval)
@@ -97,12 +97,12 @@ def moved(w: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
 
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """Evaluate an equation of which some operands may be :class:`Lazy`."""
+    """Evaluate an equation whose operands may be :class:`Lazy`."""
     if not any(isinstance(v, Lazy) for v in values):
         return _jax.bind(eqn, values)
 
     def run(operands):
-        operands = lax.optimization_barrier(operands)  # not made before the others are there
+        operands = lax.optimization_barrier(operands)  # not built before the others are
         return _jax.bind(eqn, [force(v) for v in operands])
 
     if eqn.primitive.name not in _MOVES:

@@ -12,11 +12,11 @@ from lora_jax import _jax
 from lora_jax._adapter.params import Adapter
 from lora_jax._transform import rules as rules  # they enter the table
 from lora_jax._transform.call import Call, enter
-from lora_jax._transform.context import Context, OnMaterialize
+from lora_jax._transform.context import Context, MaterializeError, OnMaterialize, Policy
 from lora_jax._transform.interpret import evaluate
 from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
-from lora_jax._transform.use import Use
+from lora_jax._transform.record import Record
 from lora_jax._weights.axes import is_array, role_axes
 from lora_jax._weights.ranges import part_of
 
@@ -39,19 +39,19 @@ def lora(
     Arrays among the arguments are traced; every other leaf (``True``, ``"mean"``, a callable,
     ``method=...``) reaches ``fn`` as it is. Each call traces ``fn``: wrap it in ``jax.jit``.
 
-    With ``dropout``, what the adapters read is dropped, where the call has a ``lora_key``::
+    With ``dropout``, a call that passes a ``lora_key`` drops entries of the adapters' inputs::
 
         x W + scale * (drop(x) a) b
 
-    It differs from weight to weight, use to use and step to step of a loop; of a lookup, whole
-    rows are dropped. Without ``lora_key`` nothing is: to evaluate, leave it out.
+    Every weight, every use and every step of a loop drops others; a lookup drops entire rows. To
+    evaluate, call without ``lora_key``: nothing is dropped.
 
     Args:
         fn: a pure function of arrays in pytrees.
         dropout: the share of the adapters' inputs to drop, at calls with ``lora_key=``, a PRNG
-            key. A new one for every call: ``jax.debug_key_reuse`` finds those used twice.
-        on_materialize: what to do where a weight goes through an operation without a low-rank
-            rule, so that the whole sum must be built: ``"error"``, ``"warn"`` or ``"allow"``.
+            key. Pass a new key at every call: ``jax.debug_key_reuse`` finds those used twice.
+        on_materialize: what to do if a weight goes through an operation without a low-rank rule, so
+            that the sum must be built: ``"error"``, ``"warn"`` or ``"allow"``.
 
     Raises:
         TypeError: ``fn`` is not callable.
@@ -60,7 +60,7 @@ def lora(
             adapter that does not fit its base, adapted weights that ``fn`` does not use, or uses
             against their layout.
         NotImplementedError: at the call: weights would have to be materialized; the message names
-            them all.
+            all of them.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -76,14 +76,14 @@ def lora(
     @functools.wraps(fn)
     def lora_fn(*args, lora_key=None, **kwargs):
         key = None if lora_key is None else _dropout_key(lora_key, dropout)
-        how = functools.partial(enter, key=key)
-        return run_lora(Context(on_materialize, dropout), fn, args, kwargs, how)
+        policy = Policy(on_materialize, dropout)
+        return run_lora(policy, fn, args, kwargs, functools.partial(enter, key=key))
 
     return lora_fn
 
 
 def check_function(fn: Any, name: str, reserved: str, on_materialize: Any) -> None:
-    """Raise unless ``name`` can wrap this function, and keep an argument for itself."""
+    """Raise unless ``name`` can wrap this function, and add the argument ``reserved``."""
     if not callable(fn):
         raise TypeError(f"{name}: expected a function, got {type(fn).__name__} {fn!r}")
     if on_materialize not in get_args(OnMaterialize):
@@ -98,28 +98,31 @@ def check_function(fn: Any, name: str, reserved: str, on_materialize: Any) -> No
 
 
 def run_lora(
-    ctx: Context, fn: Callable[..., Any], args: Any, kwargs: Any, how: Callable[..., Any] = enter
+    policy: Policy,
+    fn: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    enter: Callable[..., Any] = enter,
 ) -> Any:
-    """One call of the adapted function, as ``ctx`` says; ``how`` weights enter: see ``Call.of``."""
-    call = Call.of(args, kwargs, how)
-    jaxpr, whole, consts, out = call.trace(fn)
+    """Call the adapted function once; weights enter it by ``enter``, as in ``Call.of``."""
+    call = Call.of(args, kwargs, enter)
+    jaxpr, untrimmed, consts, out = call.trace(fn)
     values = [*consts, *call.values]
+    ctx = Context(policy)
     try:
         with jax.disable_jit(False):  # else loops would be unrolled into slices of the weights
             results = leave(ctx, jaxpr, values)
-    except NotImplementedError:
-        if not ctx.refused:
-            raise
+    except MaterializeError:
         raise NotImplementedError(_complaints(rehearse(jaxpr, values))) from None
 
     read = _jax.read_inputs(jaxpr)[len(consts) :]
     for owner, node in call.lora_params.items():
         leaves = call.leaves[owner]
-        _check_used(ctx, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
+        _check_used(ctx.record, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
         # A gradient for the input alone may need a weight's transpose only: the forward use,
         # which tells its layout, is in the part that no output needs.
-        if _misread(ctx, owner, node.adapter, leaves):
-            wrong = _misread(rehearse(whole, values), owner, node.adapter, leaves)
+        if _misread(ctx.record, owner, node.adapter, leaves):
+            wrong = _misread(rehearse(untrimmed, values), owner, node.adapter, leaves)
             if wrong:
                 raise ValueError("\n".join(wrong))
     return jax.tree.unflatten(out, results)
@@ -154,24 +157,24 @@ def _dropout_key(key: Any, dropout: float) -> jax.Array:
 
 
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
-    """The outputs of the whole function, as plain arrays."""
+    """Return the outputs of the function as plain arrays."""
     return [
         ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
         for v in evaluate(ctx, jaxpr, values)
     ]
 
 
-def rehearse(jaxpr: Any, values: list[Any]) -> Context:
-    """Evaluate on shapes alone, allowing everything; what was seen."""
-    ctx = Context("allow")
+def rehearse(jaxpr: Any, values: list[Any]) -> Record:
+    """Evaluate on shapes alone, with every materialization allowed; return what was seen."""
+    ctx = Context(Policy("allow"))
     with jax.disable_jit(False):
         jax.eval_shape(lambda values: leave(ctx, jaxpr, values), values)
-    return ctx
+    return ctx.record
 
 
-def _complaints(ctx: Context) -> str:
-    """One message for all the weights that would have to be built."""
-    first, *rest = materialized(ctx)
+def _complaints(record: Record) -> str:
+    """Return one message for all the weights that would have to be built."""
+    first, *rest = record.materialized
     message = [first.complaint]
     if rest:
         shown = [f"  {use.leaf.path!r} {use.form} {use.reason}" for use in rest[:20]]
@@ -182,13 +185,8 @@ def _complaints(ctx: Context) -> str:
     return "\n".join(message)
 
 
-def materialized(ctx: Context) -> list[Use]:
-    """The weights that had to be built: each reason once."""
-    return list({(use.leaf, use.reason): use for use in ctx.uses if use.why}.values())
-
-
 def _check_used(
-    ctx: Context,
+    record: Record,
     owner: int,
     adapter: Adapter,
     leaves: Mapping[str, Any],
@@ -196,7 +194,7 @@ def _check_used(
     consts: Sequence[Any],
 ) -> None:
     """Raise if no leaf of the adapter is used; ``read`` are the paths that any equation reads."""
-    used = {use.leaf.path for use in ctx.uses if use.leaf.owner == owner}
+    used = {use.leaf.path for use in record.uses if use.leaf.owner == owner}
     if used or read.intersection(adapter.full):
         return
     paths = [*adapter.factors, *adapter.full]
@@ -216,17 +214,17 @@ def _check_used(
     )
 
 
-def _misread(ctx: Context, owner: int, adapter: Adapter, leaves: Mapping[str, Any]) -> list[str]:
-    """A message for each weight that is used only against its layout."""
+def _misread(record: Record, owner: int, adapter: Adapter, leaves: Mapping[str, Any]) -> list[str]:
+    """Return a message for each weight that is used only against its layout."""
     messages = []
     for key, f in adapter.factors.items():
         path = part_of(key, leaves).path
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch, outputs = (big.intersection(role_axes(f.layout, r)) for r in "ibo")
-        uses = [use for use in ctx.uses_of(Leaf(owner, path)) if use.why or use.tells]
+        uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.tells]
         if not (uses and inputs and outputs) or any(use.why for use in uses):
-            continue  # what is read is not known, or makes no difference
+            continue  # which axes are read is not known, or makes no difference
         if not any((big & use.contracted) - batch == inputs for use in uses):
             use = uses[0]
             seen = "".join(

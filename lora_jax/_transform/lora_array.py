@@ -1,4 +1,4 @@
-"""``LoraArray``: a weight while ``lora(fn)`` runs, ``W`` and its low-rank deltas, apart."""
+"""``LoraArray``: a weight ``W`` and its updates, apart, while ``lora(fn)`` runs."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.factors import wide
-from lora_jax._transform.delta import Delta, Labels
-from lora_jax._transform.labelled import aligned, spread_like
+from lora_jax._transform.delta import AnyDelta, Delta
+from lora_jax._transform.labelled import Labelled, spread_like
 from lora_jax._transform.lazy import Lazy, force
 from lora_jax._transform.origin import Leaf
+from lora_jax._transform.pick import Slot
+from lora_jax._transform.probe import Probe
+from lora_jax._transform.regroup import axis_groups
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "deltas"), meta_fields=("unfolded",))
@@ -22,13 +25,13 @@ class LoraArray:
 
     Attributes:
         w: the frozen part, an array or a ``Lazy``.
-        deltas: what is added to it.
-        unfolded: None; or, where a reshape has merged axes of different roles, the shape that
-            the deltas' labels are of. ``w`` is that shape reshaped.
+        deltas: the updates that are added to it, or probes.
+        unfolded: the shape whose axes the deltas' labels name, after a reshape that merged axes of
+            different roles: ``w`` is an array of that shape, reshaped. None otherwise.
     """
 
     w: Any
-    deltas: tuple[Delta, ...]
+    deltas: tuple[AnyDelta, ...]
     unfolded: tuple[int, ...] | None = None
 
     @property
@@ -37,33 +40,33 @@ class LoraArray:
         return self.w.shape
 
     @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return self.w.dtype
+
+    @property
     def leaves(self) -> tuple[Leaf, ...]:
         """The weights it is made of."""
         return tuple(dict.fromkeys(delta.leaf for delta in self.deltas))
 
-    def map(self, w: jax.Array, f: Callable[[Delta], Delta]) -> "LoraArray":
-        """The weight ``w`` with each delta replaced by ``f`` of it."""
-        return dataclasses.replace(self, w=w, deltas=tuple(f(delta) for delta in self.deltas))
+    @property
+    def updates(self) -> tuple[Delta, ...]:
+        """Its deltas that have arrays: all but the probes."""
+        return tuple(delta for delta in self.deltas if isinstance(delta, Delta))
 
-    def keyed(self, count: Any) -> "LoraArray":
-        """The weight with other keys, by number."""
-
-        def fold(delta: Delta) -> Delta:
-            if delta.key is None:
-                return delta
-            return dataclasses.replace(delta, key=jax.random.fold_in(delta.key, count))
-
-        return self.map(self.w, fold)
+    def map(self, w: Any, f: Callable[[Any], Any]) -> "LoraArray":
+        """Replace the weight by ``w``, and each delta by ``f`` of it."""
+        return dataclasses.replace(self, w=w, deltas=tuple(map(f, self.deltas)))
 
     @property
     def has_keys(self) -> bool:
         """Whether some of what it reads is dropped."""
-        return any(delta.key is not None for delta in self.deltas)
+        return any(delta.key is not None for delta in self.updates)
 
     @property
     def has_slots(self) -> bool:
-        """Whether some of its deltas are of stacks."""
-        return any(delta.slot is not None for delta in self.deltas)
+        """Whether some of its deltas are stacks of which one member is to be picked."""
+        return any(isinstance(delta.pick, Slot) for delta in self.updates)
 
     @property
     def is_read(self) -> bool:
@@ -72,71 +75,67 @@ class LoraArray:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it is what a lookup has read: rows, not a choice of kernels."""
-        return (
-            bool(self.deltas)
-            and self.is_read
-            and all(
-                delta.past.read
-                and (
-                    sum(not delta.past.read.issuperset(group) for group in delta.past.axes) <= 1
-                    if delta.is_probe
-                    else not delta.reads
-                )
-                for delta in self.deltas
-            )
-        )
+        """Whether it is what a lookup has read: rows of a table, not a choice of kernels."""
+        return bool(self.deltas) and self.is_read and all(delta.is_lookup for delta in self.deltas)
+
+    def settled(self) -> "LoraArray":
+        """Let a probed weight's merged axes stay merged; any other weight is returned as it is."""
+        if self.unfolded is None or self.updates:
+            return self
+        groups = axis_groups(self.unfolded, self.shape)
+        probes = (delta for delta in self.deltas if isinstance(delta, Probe))
+        return LoraArray(self.w, tuple(d.merged(groups, len(self.shape)) for d in probes))
 
     def dense(self) -> jax.Array:
-        """``W`` plus its deltas, summed in at least float32, rounded once to ``W``'s dtype."""
+        """Add up ``W`` and its deltas, in at least float32, rounded once to ``W``'s dtype."""
         dtype = wide(self.w.dtype)
         total = force(self.w).astype(dtype)
         shape = self.unfolded or self.shape
-        for delta in self.deltas:
-            if not delta.is_probe:
-                update = jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
-                total += spread_like(update, total)
-        for gain, labels in self.gains():
-            gain = jnp.broadcast_to(aligned(gain, labels, range(len(shape))), shape)
-            total *= spread_like(gain.reshape(self.shape), total).astype(dtype)
+        for delta in self.updates:
+            update = jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
+            total += spread_like(update, total)
+        for gain in self.gains():
+            factor = jnp.broadcast_to(gain.aligned(range(len(shape))), shape)
+            total *= spread_like(factor.reshape(self.shape), total).astype(dtype)
         return total.astype(self.w.dtype)
 
-    def gains(self) -> list[tuple[jax.Array, Labels]]:
-        """What it is multiplied by, and along which axes."""
+    def gains(self) -> list[Labelled]:
+        """Return what it is multiplied by."""
         shape = self.unfolded or self.shape
-        return [gain for delta in self.deltas if (gain := delta.gains(shape)) is not None]
+        return [gain for delta in self.updates if (gain := delta.gains(shape)) is not None]
 
 
 def gains_around(
     v: LoraArray, summed: Sequence[int], matched: Sequence[int]
-) -> tuple[list[tuple[jax.Array, Labels]], list[tuple[jax.Array, Labels]]] | None:
-    """The gains that go onto the other operand of a product, and those that go onto the result.
+) -> tuple[list[Labelled], list[Labelled]] | None:
+    """Split the gains of a product: those of the other operand, and those of the result.
 
-    None where one is along axes that are summed over and others that are not.
+    None if a gain is along axes that are summed over and others that are neither summed nor
+    matched.
     """
     before, after = [], []
-    for gain, labels in v.gains():
-        if not set(labels).intersection(summed):
-            after.append((gain, labels))
-        elif set(labels).issubset([*summed, *matched]):
-            before.append((gain, labels))
+    for gain in v.gains():
+        if not set(gain.labels).intersection(summed):
+            after.append(gain)
+        elif set(gain.labels).issubset([*summed, *matched]):
+            before.append(gain)
         else:
             return None
     return before, after
 
 
-def renamed(v: Any, names: Mapping[Leaf, Leaf]) -> Any:
-    """A value as of other weights."""
+def with_leaves(v: Any, new: Mapping[Leaf, Leaf]) -> Any:
+    """Let a value belong to the weights ``new[leaf]``."""
     if not isinstance(v, LoraArray):
         return v
 
-    def rename(delta: Delta) -> Delta:
-        return dataclasses.replace(delta, past=delta.past._replace(leaf=names[delta.leaf]))
+    def rename(delta: AnyDelta) -> AnyDelta:
+        return dataclasses.replace(delta, origin=delta.origin._replace(leaf=new[delta.leaf]))
 
     return v.map(v.w, rename)
 
 
-def adapted(w: jax.Array, deltas: Iterable[Delta | None]) -> Any:
-    """A weight with those of the deltas that are left; itself if none is and it is an array."""
-    deltas = tuple(delta for delta in deltas if delta is not None)
-    return LoraArray(w, deltas) if deltas or isinstance(w, Lazy) else w
+def adapted(w: Any, deltas: Iterable[AnyDelta | None]) -> Any:
+    """Return a weight with the deltas that are not None; an array without any as it is."""
+    kept = tuple(delta for delta in deltas if delta is not None)
+    return LoraArray(w, kept) if kept or isinstance(w, Lazy) else w

@@ -1,4 +1,4 @@
-"""What an adapted function costs, and where it uses its weights."""
+"""``report``: what an adapted function costs, and where it uses its weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from typing import Any
 
 from lora_jax._adapter.params import count_line
 from lora_jax._transform.call import Call
-from lora_jax._transform.context import Context
 from lora_jax._transform.discover import kind_of
-from lora_jax._transform.lora import materialized, rehearse
+from lora_jax._transform.lora import rehearse
 from lora_jax._transform.origin import Leaf
+from lora_jax._transform.record import Record
 from lora_jax._weights.layouts import table
 from lora_jax._weights.ranges import part_of
 
@@ -19,11 +19,11 @@ class Report:
     """What a function does with its adapted weights. Printed, it is a table.
 
     Attributes:
-        rows: a row for each entry of each adapter: its path, shape, kind, layout, number of uses,
-            rank, parameters, extra FLOPs a call, and a note: what is built, or that it is unused.
-        materialized: the weights that have to be built, with what for, and where.
+        rows: one per entry of each adapter: its path, shape, kind, layout, number of uses, rank,
+            parameters and extra FLOPs per call.
+        materialized: the weights that have to be built, why, and where.
         unused: the entries that the function never uses.
-        total: the counts of trainable and all parameters, a line for each LoraParams.
+        total: the counts of trainable and of all parameters, one line per LoraParams.
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -48,16 +48,16 @@ class Report:
 def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Report what ``lora(fn)(*args, **kwargs)`` would do with every adapted weight.
 
-    Traces on shapes alone; nothing is computed, and nothing is an error: materializations and
-    weights that are never used are rows of the report.
+    Traces on shapes alone; nothing is computed, and nothing is an error: the report lists
+    materializations and weights that are never used.
 
     Args:
         fn: a function as for :func:`lora`.
-        *args: its arguments, with a LoraParams wherever it takes parameters; shapes will do.
+        *args: its arguments, arrays or shapes, with a LoraParams wherever it takes parameters.
         **kwargs: as ``args``.
 
     Returns:
-        A :class:`Report`. FLOPs are of the low-rank paths of one forward call; the body of a
+        A :class:`Report`. FLOPs are those of the low-rank paths in one forward call; the body of a
         ``scan`` counts as often as it runs, that of a ``while`` loop once.
 
     Raises:
@@ -77,19 +77,20 @@ def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """  # noqa: E501
     call = Call.of(args, kwargs)
     jaxpr, _, consts, _ = call.trace(fn)
-    ctx = rehearse(jaxpr, [*consts, *call.values])
-    rows = [row for owner in call.lora_params for row in _rows(ctx, call, owner)]
-    built = [f"{use.leaf.path!r} {use.form} {use.reason}" for use in materialized(ctx)]
+    record = rehearse(jaxpr, [*consts, *call.values])
+    rows = [row for owner in call.lora_params for row in _rows(record, call, owner)]
+    built = [f"{use.leaf.path!r} {use.form} {use.reason}" for use in record.materialized]
     unused = tuple(row["path"] for row in rows if not row["uses"])
     total = tuple(count_line(lora_params) for lora_params in call.lora_params.values())
     return Report(tuple(rows), tuple(built), unused, total)
 
 
-def _rows(ctx: Context, call: Call, owner: int):
+def _rows(record: Record, call: Call, owner: int):
+    """Yield the rows of one LoraParams."""
     leaves = call.leaves[owner]
     for key, f in call.lora_params[owner].adapter.factors.items():
         path = part_of(key, leaves).path
-        uses = ctx.uses_of(Leaf(owner, path))
+        uses = record.uses_of(Leaf(owner, path))
         yield {
             "path": key,
             "shape": "x".join(map(str, leaves[path].shape)),
@@ -98,5 +99,5 @@ def _rows(ctx: Context, call: Call, owner: int):
             "uses": len(uses),
             "rank": int(f.rank),
             "parameters": int(f.size),
-            "extra FLOPs": int(ctx.flops.get(Leaf(owner, path), 0)),
+            "extra FLOPs": int(record.flops.get(Leaf(owner, path), 0)),
         }

@@ -7,13 +7,13 @@ from lora_jax._transform.context import Context
 
 
 class Rule(NamedTuple):
-    """How a primitive is evaluated where a :class:`LoraArray` is among its operands.
+    """How a primitive is evaluated if a :class:`LoraArray` is among its operands.
 
     Attributes:
-        apply: ``(ctx, eqn, values) -> list of outputs``; or NotImplemented: the weights are then
+        apply: ``(ctx, eqn, values) -> list of outputs``; or NotImplemented: then the weights are
             materialized.
-        reads: the operands that come as plain arrays where they are rows of a lookup.
-        folds: whether operands come with axes of different roles merged.
+        reads: the operands that come as plain arrays if they are rows of a lookup.
+        folds: whether operands may have merged axes of different roles (``unfolded``).
     """
 
     apply: Callable[[Context, Any, list[Any]], Any]

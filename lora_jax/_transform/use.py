@@ -1,4 +1,4 @@
-"""``Use``: one reading of an adapted weight, and what there is to say if it is built there."""
+"""``Use``: one reading of an adapted weight, and the message if the weight is built there."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 from lora_jax import _jax
 from lora_jax._transform.origin import Leaf
 
-_WARNED: dict[Any, Any] = {}  # Python notes here which warnings it has shown
-MATERIALIZE = "materialize"  # the primitive of a Use that built the whole weight
+_WARNED: dict[Any, Any] = {}  # the warnings that Python has shown
+MATERIALIZE = "materialize"  # the primitive of a Use that built its weight
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Use:
 
     Attributes:
         leaf: the weight.
-        primitive: that reads it.
-        contracted: the axes of the weight's leaf that are summed over, or looked up.
+        primitive: the primitive that reads it.
+        contracted: the axes of the leaf that are summed over, or looked up.
         free: the axes of the leaf that the result has, and the other operand has not.
-        eqns: the equation that reads it, inside those it is part of, outermost first.
-        why: of a materialization, what for.
-        form: of a materialization, the dtype and shape that is built.
+        eqns: the equation that reads it, after those it is part of, outermost first.
+        why: why the weight was built; empty if it was not.
+        form: the dtype and shape of the built weight.
     """
 
     leaf: Leaf
@@ -36,12 +36,12 @@ class Use:
 
     @property
     def frame(self) -> FrameSummary | None:
-        """The line of the user's code: that of the innermost equation which has one."""
+        """The line of the user's code, of the innermost equation that has one."""
         return next(filter(None, map(_jax.source_frame, reversed(self.eqns))), None)
 
     @property
     def source(self) -> str:
-        """That line in words: ``model.py:41 (Mlp.__call__): y = ...``."""
+        """That line as text: ``model.py:41 (Mlp.__call__): y = ...``."""
         if (frame := self.frame) is None:
             return "an unknown line"
         text = f": {frame.line}" if frame.line else ""
@@ -54,12 +54,12 @@ class Use:
 
     @property
     def reason(self) -> str:
-        """Of a materialization: what for, and where."""
+        """Why and where the weight was built."""
         return f"{self.why}, at {self.source}" if self.eqns else self.why
 
     @property
     def complaint(self) -> str:
-        """Of a materialization: all that there is to say."""
+        """The message about a weight that was built."""
         path = self.leaf.path
         return (
             f"lora: the weight {path!r} {self.form} {self.reason}\n"
@@ -69,11 +69,11 @@ class Use:
         )
 
     def warn(self) -> None:
-        """Say so, as a warning of the user's line."""
+        """Warn of a built weight, at the user's line."""
         frame = self.frame
         file, line = (frame.filename, frame.lineno) if frame else ("lora(fn)", 0)
         warnings.warn_explicit(self.complaint, UserWarning, file, line or 0, registry=_WARNED)
 
     def role(self, axis: int) -> str:
-        """The letter of the leaf's axis in this use: scanned and matched ones are batch axes."""
+        """Return the letter of an axis of the leaf: ``"b"`` if it was scanned or matched."""
         return "i" if axis in self.contracted else "o" if axis in self.free else "b"

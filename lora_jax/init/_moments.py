@@ -1,4 +1,4 @@
-"""``input_moments``: sum up second moments of what the adapted weights read."""
+"""``input_moments``: second moments of the inputs that adapted weights read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,27 +9,27 @@ import jax.numpy as jnp
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.params import Adapter, LoraParams, check, is_lora
 from lora_jax._transform.call import is_traced
-from lora_jax._transform.context import Context
+from lora_jax._transform.context import Policy
 from lora_jax._transform.lora import run_lora
 from lora_jax._weights.axes import factor_shapes
 from lora_jax._weights.target import Target
 
 
 def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-    """Return ``sum x x^T`` over everything that each adapted weight reads in a call of ``fn``.
+    """Return ``sum x x^T`` over all inputs ``x`` of each adapted weight in a call of ``fn``.
 
-    This takes one forward and one backward pass, and ``[in, in]`` numbers per weight. Add up the
+    Takes one forward and one backward pass, with ``[in, in]`` numbers per weight. Add up the
     results of several batches by ``jax.tree.map(jnp.add, moments, more)``.
 
     Args:
         fn: a function as for :func:`lora`.
-        *args: its arguments, with one LoraParams in place of its parameters, which selects the
-            weights and gives their layouts; its factors do not matter.
-        **kwargs: its keyword arguments, likewise.
+        *args: its arguments, with one LoraParams where it takes parameters. The LoraParams selects
+            the weights and gives their layouts; its factors do not matter.
+        **kwargs: as ``args``.
 
     Returns:
         ``{path: [*batch, in, in]}`` in float32, by the keys of ``lora_params.adapter.factors``.
-        Lookups do not count, and neither do uses that contract the output axes, such as tied heads.
+        Lookups do not count, nor uses that contract a weight's output axes, as tied heads do.
 
     Raises:
         TypeError: the arguments do not contain exactly one LoraParams.
@@ -65,7 +65,7 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     def total(identities, base, arrays):
         arrays[places[0]] = LoraParams(base, Adapter(identities))
         probed = jax.tree.unflatten(tree, [arrays.get(i, node) for i, node in enumerate(nodes)])
-        outputs = run_lora(Context("error", observe=_observe), fn, *probed)
+        outputs = run_lora(Policy("error", observe=_observe), fn, *probed)
         floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
         return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
 
@@ -74,9 +74,9 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
 
 
 def _observe(product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:
-    """Compute the bilinear ``product(x, a)`` and give ``a`` the gradient ``x (x a)^T``.
+    """Return the bilinear ``product(x, a)``, with ``x (x a)^T`` for the gradient of ``a``.
 
-    If ``a`` is the identity, this is ``x x^T``, and autodiff adds it up over loops and uses.
+    If ``a`` is the identity, that is ``x x^T``; autodiff adds it up over loops and uses.
     """
 
     @jax.custom_vjp

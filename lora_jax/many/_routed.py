@@ -1,4 +1,4 @@
-"""``lora_routed(fn)``: the same function, where every input is routed to the adapters for it."""
+"""``lora_routed(fn)``: the same function, with every input routed to adapters of a stack."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,9 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._transform.call import Among, enter
-from lora_jax._transform.context import Context
+from lora_jax._transform.call import enter
+from lora_jax._transform.context import Policy
+from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lora import check_function, run_lora
+from lora_jax._transform.pick import Router
+from lora_jax._weights.axes import role_axes
 
 
 def lora_routed(
@@ -17,15 +20,15 @@ def lora_routed(
 ) -> Callable[..., Any]:
     """Return ``fn`` over a stack of adapters, mixed anew for every token at every weight.
 
-    The returned function takes what ``fn`` takes, with a LoraParams whose adapter is a stack, and
-    ``lora_router``, a direction ``v[n]`` for each adapter, as :func:`arrow` finds them. Where ``x``
+    The returned function takes the arguments of ``fn``, with a LoraParams whose adapter is a stack,
+    and ``lora_router``, a direction ``v[n]`` per adapter, as :func:`arrow` finds them. Where ``x``
     meets an adapted weight it computes::
 
         x W + sum_n g[n] scale[n] (x a[n]) b[n],   g = softmax of the top_k |x v[n]| / temperature
 
-    The factors of all adapters are read by every input, so it costs as one adapter of the sum of
-    their ranks. A mixture depends on the input: it cannot be merged, nor go where a weight is not
-    multiplied by an input, such as lookups and convolutions.
+    Every input reads the factors of all adapters, so the cost is that of one adapter of the sum of
+    their ranks. A mixture depends on the input: it cannot be merged, nor serve a weight that is not
+    multiplied by an input, as in lookups and convolutions.
 
     Args:
         fn: a pure function of arrays in pytrees.
@@ -36,8 +39,8 @@ def lora_routed(
     Raises:
         TypeError: ``fn`` is not callable; or, at the call, the router is no mapping.
         ValueError: an option is out of range, or ``fn`` has an argument ``lora_router``. At the
-            call: the adapter is no stack, has DoRA magnitudes or leaves trained whole; the router
-            is of other weights; or as :func:`lora`.
+            call: the adapter is no stack, has DoRA magnitudes or full leaves; the router is of
+            other weights; or as :func:`lora`.
         NotImplementedError: at the call: a weight is used otherwise than by a product with inputs.
 
     Example:
@@ -60,12 +63,16 @@ def lora_routed(
 
     @functools.wraps(fn)
     def routed_fn(*args, lora_router, **kwargs):
-        def how(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[str, Any]:
+        def routed(lora_params: LoraParams, owner: int, leaves: dict[str, Any]) -> dict[str, Any]:
             _check(lora_params, lora_router)
-            among = Among(router=lora_router, routing=(top_k, float(temperature)))
-            return enter(lora_params, owner, leaves, among=among)
+            routers = {}
+            for key, f in lora_params.adapter.factors.items():
+                axes = (*role_axes(f.layout, "b"), *role_axes(f.layout, "i"), Axis.MEMBER)
+                directions = Labelled(lora_router[key], axes)
+                routers[key] = Router(directions, top_k, float(temperature))
+            return enter(lora_params, owner, leaves, pick=routers)
 
-        return run_lora(Context("error"), fn, args, kwargs, how)
+        return run_lora(Policy("error"), fn, args, kwargs, routed)
 
     return routed_fn
 
@@ -84,20 +91,20 @@ def _check(lora_params: LoraParams, router: Any) -> None:
         )
     if adapter.full:
         raise ValueError(
-            f"lora_routed: {next(iter(adapter.full))!r} is trained whole, and a mixture of such "
+            f"lora_routed: {next(iter(adapter.full))!r} is a full leaf, and a mixture of full "
             "leaves would have to be built for every input. Route adapters without full="
         )
     if router.keys() != adapter.factors.keys():
         wrong = sorted(router.keys() ^ adapter.factors.keys())
         raise ValueError(
             f"lora_router is of other weights than the stack: {wrong[0]!r} is in one of them only. "
-            "Make it of this stack: lora_jax.many.arrow(stacked)"
+            "Compute it from this stack: lora_jax.many.arrow(stacked)"
         )
     for key, f in adapter.factors.items():
         if f.magnitude is not None:
             raise ValueError(
-                f"lora_routed: {key!r} has DoRA magnitudes, and what they normalize would be "
-                "another mixture for every input. Route plain LoRA"
+                f"lora_routed: {key!r} has DoRA magnitudes, which would have to normalize another "
+                "mixture for every input. Route plain LoRA"
             )
         expected = (*jnp.shape(f.a)[1:-1], *jnp.shape(f.scale))
         if jnp.ndim(f.scale) != 1 or jnp.shape(router[key]) != expected:

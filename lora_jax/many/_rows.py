@@ -1,4 +1,4 @@
-"""``lora_rows(fn)``: the same function, where every row of a batch has an adapter of its own."""
+"""``lora_rows(fn)``: the same function, with an adapter per batch row."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,10 @@ import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams, is_lora
-from lora_jax._transform.call import Among, enter, is_traced
-from lora_jax._transform.context import Context, OnMaterialize
+from lora_jax._transform.call import enter, is_traced
+from lora_jax._transform.context import OnMaterialize, Policy
 from lora_jax._transform.lora import check_function, run_lora
+from lora_jax._transform.pick import Slot
 
 _WANTS = "such as lora_jax.many.stack([...]) returns"
 
@@ -24,32 +25,32 @@ def lora_rows(
     out_axes: Any = 0,
     on_materialize: OnMaterialize = "error",
 ) -> Callable[..., Any]:
-    """Return ``fn`` over a stack of adapters, of which each row of a batch picks its own.
+    """Return ``fn`` over a stack of adapters, from which each batch row picks its own.
 
-    The returned function takes what ``fn`` takes, with a LoraParams whose adapter is a stack, and
-    ``lora_ids``, a number a row. For row ``n`` of the batch it computes::
+    The returned function takes the arguments of ``fn``, with a LoraParams whose adapter is a stack,
+    and ``lora_ids``, the number of a member per batch row. For row ``n`` it computes::
 
         x[n] W + scale[lora_ids[n]] * (x[n] a[lora_ids[n]]) b[lora_ids[n]]
 
-    and for rows of id -1 what the base alone computes. The rows meet ``W`` in one product; each
-    row's factors are gathered where they are used, a layer at a time. ``fn`` sees one row at a
-    time, as a batch of one, so what a row comes to cannot depend on the others. Compiled once, it
-    serves any mix of adapters, and other adapters in their places.
+    and for rows of id -1 the base alone. The rows meet ``W`` in one product; each row's factors are
+    gathered where they are used, a layer at a time. ``fn`` sees one row at a time, as a batch of
+    one, so the result of a row cannot depend on the others. Compiled once, it serves any mix of
+    adapters, and other adapters in their places.
 
     Args:
         fn: a pure function of arrays in pytrees, of any batch size.
-        in_axes: which axis of an argument is that of the rows: a number for all, or one, or a
-            tree of them, for each argument, as in ``jax.vmap``; None for what all rows share.
-            Arguments by name have it first. What stands for a LoraParams means nothing.
-        out_axes: the same of the results.
+        in_axes: the axis of the rows in each argument, as in ``jax.vmap``: a number for all
+            arguments, or one number or tree of numbers per argument; None for arguments that all
+            rows share. Arguments by name have it first. An entry for a LoraParams is ignored.
+        out_axes: the axis of the rows in the results.
         on_materialize: as in :func:`lora`.
 
     Raises:
         TypeError: ``fn`` is not callable, or ``lora_ids`` are not integers.
         ValueError: ``fn`` has an argument ``lora_ids``. At the call: the adapter is no stack; an
             array has another number of rows; a result has no axis of rows; or as :func:`lora`.
-        IndexError: at the call: an id is neither -1 nor one of the stack's. Where ids are traced
-            such a row has NaN wherever its adapter would have changed something.
+        IndexError: at the call: an id is neither -1 nor a member's. If ids are traced, such a row
+            has NaN wherever its adapter would have changed something.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -86,8 +87,8 @@ def lora_rows(
         def one(slot, arrays):
             own = {i: jnp.expand_dims(x, mapped[i]) for i, x in arrays.items()}
             own_args, own_kwargs = tree.unflatten([own.get(i, x) for i, x in enumerate(leaves)])
-            how = functools.partial(enter, among=Among(slot))
-            found = run_lora(Context(on_materialize), fn, own_args, own_kwargs, how)
+            member = functools.partial(enter, pick=Slot(slot))
+            found = run_lora(Policy(on_materialize), fn, own_args, own_kwargs, member)
             return _squeezed(found, out_axes)
 
         arrays = {i: leaves[i] for i in mapped}
@@ -101,17 +102,18 @@ def _is_axis(x: Any) -> bool:
 
 
 def _spread(axes: Any, tree: Any) -> list[int | None]:
-    """An axis for each leaf, of a prefix of the tree; None where there are no rows."""
+    """Return the axis of the rows for each leaf, given a prefix of the tree; None without rows."""
 
-    def of(axis: int | None, part: Any) -> Any:
+    def axis_of(axis: int | None, part: Any) -> Any:
         leaves = jax.tree.leaves(part, is_leaf=is_lora)
         return [axis if is_traced(x) and not is_lora(x) else None for x in leaves]
 
-    found = jax.tree.map(of, axes, tree, is_leaf=_is_axis)
+    found = jax.tree.map(axis_of, axes, tree, is_leaf=_is_axis)
     return jax.tree.leaves(found, is_leaf=_is_axis)
 
 
 def _check_ids(ids: Any, leaves: list[Any]) -> jax.Array:
+    """Check the ids and the stack; return the ids in int32, -2 for those that do not exist."""
     if not any(map(is_lora, leaves)):
         raise ValueError(
             f"lora_rows: there is no LoraParams among the arguments. Pass a stack, {_WANTS}"
@@ -120,22 +122,22 @@ def _check_ids(ids: Any, leaves: list[Any]) -> jax.Array:
     if () in counts.values() or len(set(counts.values())) > 1:
         shown = ", ".join(f"{k!r}: {c[0] if c else 'none'}" for k, c in list(counts.items())[:5])
         raise ValueError(
-            f"lora_rows: expected a stack of adapters, {_WANTS}: all with one number of them in "
-            f"front. They have {shown}"
+            f"lora_rows: expected a stack of adapters, {_WANTS}: all entries with one number of "
+            f"adapters in front. They have {shown}"
         )
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     count = min(counts.values(), default=(2**31 - 1,))[0]
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim != 1:
         raise TypeError(
             f"lora_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [rows]: "
-            "which adapter of the stack each row has, -1 for none"
+            "the number of each row's adapter in the stack, -1 for none"
         )
     if is_concrete(ids) and (wrong := [k for k in np.asarray(ids).tolist() if not -1 <= k < count]):
         raise IndexError(
             f"lora_ids has {wrong[0]}, expected -1, for the base alone, to {count - 1}: the "
             f"stack has {count} adapters"
         )
-    # In int32, as -1 and the number of adapters may have no place in the dtype of the ids.
+    # in int32: -1 and the number of adapters may not fit into the dtype of the ids
     ids = jnp.asarray(ids)
     known = jnp.iinfo(ids.dtype)
     is_there = (ids >= 0) & (ids <= min(count - 1, known.max))
@@ -145,7 +147,7 @@ def _check_ids(ids: Any, leaves: list[Any]) -> jax.Array:
 
 
 def _counts(lora_params: LoraParams) -> dict[str, tuple[int, ...]]:
-    """How many adapters there are by each part of a stack, ``()`` where it is none."""
+    """Return the number of adapters by each entry of a stack, ``()`` where it has none."""
     adapter = lora_params.adapter
     if not isinstance(adapter, Adapter):
         raise TypeError(
@@ -162,13 +164,13 @@ def _check_rows(mapped: dict[str, tuple[Any, int]], count: int) -> None:
         if not -len(shape) <= axis < len(shape) or shape[axis] != count:
             raise ValueError(
                 f"lora_rows: argument {name} has shape {shape}, expected {count} rows along axis "
-                f"{axis}, one for each of lora_ids. Say which axis it is by in_axes=, None for "
-                "what all rows share: pass that by position, as arguments by name have rows"
+                f"{axis}, one for each of lora_ids. Give the axis by in_axes=, None for arguments "
+                "that all rows share: pass those by position, as arguments by name have rows"
             )
 
 
 def _squeezed(found: Any, out_axes: Any) -> Any:
-    """Results of a batch of one, without its axis."""
+    """Drop the axis of the rows from the results of a batch of one."""
 
     def squeeze(axis: int | None, part: Any) -> Any:
         return part if axis is None else jax.tree.map(lambda x: one(axis, x), part)
@@ -177,8 +179,8 @@ def _squeezed(found: Any, out_axes: Any) -> Any:
         if not -x.ndim <= axis < x.ndim or x.shape[axis] != 1:
             raise ValueError(
                 f"lora_rows: for one row the function returns an array of shape {x.shape}, which "
-                f"has no axis {axis} of size 1. Return results with an axis for the rows, and say "
-                "which it is by out_axes="
+                f"has no axis {axis} of size 1. Return results with an axis for the rows, and give "
+                "it by out_axes="
             )
         return jnp.squeeze(x, axis)
 

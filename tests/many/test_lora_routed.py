@@ -191,7 +191,7 @@ def test_what_cannot_be_routed_is_refused():
     with pytest.raises(ValueError, match=r"router has shape .* expected a stack's"):
         apply(lora_jax.many.take(stacked, [0]), case.x, lora_router=router)
     whole = lora_jax.many.stack(adapters_of(case.params, 2, targets=case.targets, full="b1"))
-    with pytest.raises(ValueError, match="'b1' is trained whole"):
+    with pytest.raises(ValueError, match="'b1' is a full leaf"):
         apply(whole, case.x, lora_router=router)
     dora = lora_jax.many.stack(adapters_of(case.params, 2, targets=case.targets, dora=True))
     with pytest.raises(ValueError, match="has DoRA magnitudes"):

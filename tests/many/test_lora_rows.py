@@ -450,5 +450,5 @@ def test_axes_may_be_those_of_vmap():
     found = lora_jax.many.lora_rows(fn, in_axes=axes)(stacked, x, lora_ids=[1, 0])
     assert_close(found, lora_jax.many.lora_rows(fn)(stacked, x, lora_ids=[1, 0]))
     shared = lora_jax.many.lora_rows(lambda p, x, *, t: t * fn(p, x))
-    with pytest.raises(ValueError, match=r"'t'.* pass that by position"):
+    with pytest.raises(ValueError, match=r"'t'.* pass those by position"):
         shared(stacked, x, lora_ids=[1, 0], t=jnp.float32(1))

@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax
-from lora_jax._transform.call import Among, enter
-from lora_jax._transform.context import Context
+from lora_jax._transform.call import enter
+from lora_jax._transform.context import Policy
 from lora_jax._transform.lora import run_lora
+from lora_jax._transform.pick import Slot
 from lora_jax._weights.axes import max_rank
 
 WAYS = ("DoRA", "dropout", "quantized", "stack")
@@ -776,8 +777,9 @@ def in_stack(program: Program, policy, lora_params, x, ids) -> jax.Array:
         lora_params.adapter,
     )
     args = lora_jax.LoraParams(lora_params.base, stacked), x, ids
-    how = functools.partial(enter, key=key, among=Among(jnp.ones_like(ids[0])))
-    return run_lora(Context(policy, DROPOUT if key is not None else 0.0), program, args, {}, how)
+    second = functools.partial(enter, key=key, pick=Slot(jnp.ones_like(ids[0])))
+    policy = Policy(policy, DROPOUT if key is not None else 0.0)
+    return run_lora(policy, program, args, {}, second)
 
 
 def check(program: Program) -> None:

@@ -1,14 +1,16 @@
 """``conv_general_dilated``: ``a`` has the window and reads the channels, ``b`` writes them."""
 
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import jax
 from jax import lax
 
 from lora_jax._adapter.factors import wide
 from lora_jax._transform.context import Context
-from lora_jax._transform.delta import Delta, Labels, R
-from lora_jax._transform.labelled import contract, times
+from lora_jax._transform.delta import Delta
+from lora_jax._transform.labelled import Axis, Label, Labelled, contract, times
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray, gains_around
 from lora_jax._transform.rule import rule
@@ -17,80 +19,78 @@ from lora_jax._transform.rules.dot import compute_dtype
 
 @rule("conv_general_dilated", reads=(0,))
 def conv(ctx: Context, eqn, values):
-    """The window and the channels that are read are ``a``'s, those that are written are ``b``'s.
+    """Compute ``x * W + scale * (x * a) * b``, where ``*`` is the convolution.
 
-    ``conv(x, W) + scale * conv(conv(x, a), b)``, where any window axis is that of the factor
-    which has it, with its stride, padding and dilations; ``b``'s are 1 as a rule.
+    ``a`` reads the channels, and ``b`` writes them. A window axis belongs to the factor that has
+    it, with its stride, padding and dilations; the other factor's are 1.
     """
     x, v = values
     if isinstance(x, LoraArray):
         return NotImplemented  # a weight in the place of the image
     numbers = eqn.params["dimension_numbers"]
-    _, in_axis, *window = numbers.rhs_spec
+    out_axis, in_axis, *window = numbers.rhs_spec
     around = gains_around(v, (in_axis, *window), ())
     if around is None or (around[0] and eqn.params["feature_group_count"] != 1):
         return NotImplemented
-    for gain, labels in around[0]:
-        if labels != (in_axis,):
+    for gain in around[0]:
+        if gain.labels != (in_axis,):
             return NotImplemented  # along the window
-        x = times(x, gain, [numbers.lhs_spec[1]])
+        x = times(_image(x, numbers.lhs_spec, in_axis, window), gain).array
     (result,) = bind(eqn, [x, v.w])
     ctx.use(v, (in_axis, *window), ())
     with ctx.scope():
-        for delta in v.deltas:
-            if not delta.is_probe:
-                update = _conv_delta(ctx, eqn.params, x, v, delta, result)
-                if update is NotImplemented:
-                    return NotImplemented
-                result += update
-        for gain, labels in around[1]:  # without labels, of a single output
-            result = times(result, gain, [numbers.out_spec[1]] * len(labels))
+        for delta in v.updates:
+            update = _conv_delta(ctx, eqn.params, x, v, delta, result)
+            if update is NotImplemented:
+                return NotImplemented
+            result += update
+        for gain in around[1]:
+            result = times(_image(result, numbers.out_spec, out_axis, window), gain).array
     return [result]
 
 
-def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, result):
+def _image(x: jax.Array, spec: Sequence[int], channels: Label, window: Sequence[Label]) -> Labelled:
+    """Label an image, or the result: its channels, and the axes that the window goes along."""
+    labels = dict(zip(spec, ("batch", channels, *window), strict=True))
+    return Labelled(x, tuple(labels[i] for i in range(x.ndim)))
+
+
+def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, result) -> Any:
     numbers = params["dimension_numbers"]
     out_axis, in_axis, *window = numbers.rhs_spec
-    delta = delta.picked().whole(range(len(v.shape)), v.shape)
-    (first, first_labels), (then, then_labels) = delta.factors
-    if in_axis in then_labels or out_axis in first_labels:
-        first, first_labels, then, then_labels = then, then_labels, first, first_labels
-    both = set(first_labels) & set(then_labels) - {R}
-    if both or in_axis in then_labels or out_axis in first_labels:
+    delta = delta.picked().padded(range(len(v.shape)), v.shape)
+    first, then = delta.factors
+    if in_axis in then.labels or out_axis in first.labels:
+        first, then = then, first
+    both = set(first.labels) & set(then.labels) - {Axis.RANK}
+    if both or in_axis in then.labels or out_axis in first.labels:
         return NotImplemented
-    missing = [i for i in (in_axis, *window) if not delta.has(i)]
-    first = lax.broadcast(first, [v.shape[i] for i in missing])
-    first_labels = (*missing, *first_labels)
-    if out_axis not in then_labels:
-        then, then_labels = lax.broadcast(then, [v.shape[out_axis]]), (out_axis, *then_labels)
+    first = first.broadcast({i: v.shape[i] for i in (in_axis, *window) if not delta.has(i)})
+    if out_axis not in then.labels:
+        then = then.broadcast({out_axis: v.shape[out_axis]})
 
     groups = params["feature_group_count"]
     dtype = compute_dtype(x.dtype, result.dtype)
-    dtype = wide(dtype) if ctx.observe else dtype
-    ours = [i in first_labels for i in window]
-    narrow = _kernel(first, first_labels, (R, in_axis, *window)).astype(dtype)
+    dtype = wide(dtype) if ctx.policy.observe else dtype
+    ours = [i in first.labels for i in window]
+    narrow = first.aligned((Axis.RANK, in_axis, *window)).astype(dtype)
 
     def product(x, narrow):  # the same a for every group
         kernel = lax.concatenate([narrow] * groups, dimension=0)
         return _window_conv(x, kernel, params, ours, groups=groups)
 
     small = ctx.through(delta, product, x.astype(dtype), narrow)
-    small = small * delta.scale.astype(small.dtype)
-    kernel = _kernel(then, then_labels, (out_axis, R, *window)).astype(dtype)
+    small = small * delta.scale.astype(small.dtype)  # the axes of x, with the rank as channels
+    kernel = then.aligned((out_axis, Axis.RANK, *window)).astype(dtype)
     ctx.spend(delta, small.size * prod(narrow.shape[1:]) + result.size * prod(kernel.shape[1:]))
     if all(ours) and groups == params["batch_group_count"] == 1:  # a product with the channels
-        batch, channels, *image = numbers.lhs_spec
-        labels = dict(zip((batch, channels, *image), ("batch", R, *window), strict=True))
-        out = dict(zip(numbers.out_spec, ("batch", out_axis, *window), strict=True))
         return contract(
-            small,
-            [labels[i] for i in range(small.ndim)],
+            _image(small, numbers.lhs_spec, Axis.RANK, window),
             then.astype(dtype),
-            then_labels,
-            [out[i] for i in range(result.ndim)],
+            _image(result, numbers.out_spec, out_axis, window).labels,
             precision=params["precision"],
             dtype=result.dtype,
-        )
+        ).array
     update = _window_conv(
         small,
         kernel,
@@ -103,14 +103,8 @@ def _conv_delta(ctx: Context, params, x: jax.Array, v: LoraArray, delta: Delta, 
     return update.transpose(order).astype(result.dtype)
 
 
-def _kernel(x: jax.Array, labels: Labels, order: tuple[int, ...]) -> jax.Array:
-    """A factor with these axes, of size 1 where it has none."""
-    x = x.transpose([labels.index(i) for i in order if i in labels])
-    return lax.expand_dims(x, [k for k, i in enumerate(order) if i not in labels])
-
-
 def _window_conv(x, kernel, params, mine, *, groups, batch_groups=1):
-    """A convolution with the strides, paddings and dilations of some of the window's axes.
+    """Convolve with the strides, paddings and dilations of some of the window's axes.
 
     The result has its axes in the order of ``x``'s.
     """

@@ -1,4 +1,4 @@
-"""What moves a weight without reading it: the deltas follow by their labels."""
+"""Primitives that move a weight without reading it: the deltas follow by their labels."""
 
 import dataclasses
 
@@ -15,16 +15,16 @@ from lora_jax._transform.rule import rule
 
 @rule("transpose")
 def transpose(ctx: Context, eqn, values):
-    """Axes change places: labels are renamed, and factors stay where they are."""
+    """Rename the labels; the factors stay where they are."""
     (v,) = values
     (w,) = bind(eqn, [v.w])
     new = {int(old): i for i, old in enumerate(eqn.params["permutation"])}
-    return [v.map(w, lambda delta: delta.move(new, w.ndim))]
+    return [v.map(w, lambda delta: delta.moved(new, w.ndim))]
 
 
 @rule("convert_element_type", "reduce_precision", "copy", "copy_p", "pvary", "pcast", folds=True)
 def convert(ctx: Context, eqn, values):
-    """A cast or a copy: the factors stay float32 masters, cast where they are used."""
+    """Cast or copy the frozen part; the factors stay float32 masters, cast where they are used."""
     (v,) = values
     if not jnp.issubdtype(eqn.params.get("new_dtype", v.w.dtype), jnp.floating):
         return NotImplemented
@@ -34,7 +34,7 @@ def convert(ctx: Context, eqn, values):
 
 @rule("sharding_constraint", "device_put", "optimization_barrier", "name", folds=True)
 def pass_on(ctx: Context, eqn, values):
-    """What is asked of the weight's place, order or name is asked of the frozen part."""
+    """Give the frozen part the place, order or name that is asked for."""
     plain = [v.w if isinstance(v, LoraArray) else v for v in values]
     return [
         dataclasses.replace(v, w=out) if isinstance(v, LoraArray) else out
@@ -44,15 +44,14 @@ def pass_on(ctx: Context, eqn, values):
 
 @rule("reshard")
 def reshard(ctx: Context, eqn, values):
-    """On a mesh of Explicit axes: the factors follow to another mesh, not to another spreading."""
+    """Reshard the frozen part; the factors follow to another mesh, not to another sharding."""
     (v,) = values
     (w,) = bind(eqn, [v.w])
-    deltas = (jax.tree.map(lambda x: _jax.to_mesh_of(eqn, x), delta) for delta in v.deltas)
-    return [LoraArray(w, tuple(deltas))]
+    return [v.map(w, lambda delta: jax.tree.map(lambda x: _jax.to_mesh_of(eqn, x), delta))]
 
 
 @rule("stop_gradient", folds=True)
 def stop_gradient(ctx: Context, eqn, values):
-    """No gradient flows to the factors through this use."""
+    """Stop the gradients to the factors, too."""
     (v,) = values
     return [jax.tree.map(lax.stop_gradient, v)]

@@ -1,18 +1,18 @@
-"""Axes split, merged, dropped and made: a reshape of a weight is one of its factors."""
+"""Axes split, merged, dropped and made: a reshape of a weight is a reshape of its factors."""
 
 from lora_jax._transform.context import Context
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray
-from lora_jax._transform.regroup import axis_groups, regroup
+from lora_jax._transform.regroup import axis_groups
 from lora_jax._transform.rule import rule
 
 
 @rule("reshape", "squeeze", folds=True)
 def reshape(ctx: Context, eqn, values):
-    """Axes of one role may be split and merged; axes of size 1 come and go.
+    """Split and merge axes of one role; axes of size 1 come and go.
 
-    Where axes of different roles are merged, the weight keeps the shape it had in mind, for a
-    reshape that takes them apart again.
+    If axes of different roles are merged, the weight remembers the shape before, for a reshape that
+    takes them apart again.
     """
     v = values[0]
     (shape,) = (var.aval.shape for var in eqn.outvars)
@@ -21,7 +21,7 @@ def reshape(ctx: Context, eqn, values):
     (w,) = bind(eqn, [v.w])
     old = v.unfolded or v.shape
     groups = axis_groups(old, shape)
-    deltas = [regroup(delta, old, shape, groups) for delta in v.deltas]
+    deltas = [delta.regrouped(groups, old, shape) for delta in v.deltas]
     if None in deltas:
         return [LoraArray(w, v.deltas, unfolded=old)]
     return [LoraArray(w, tuple(deltas))]
@@ -29,7 +29,7 @@ def reshape(ctx: Context, eqn, values):
 
 @rule("broadcast_in_dim")
 def broadcast_in_dim(ctx: Context, eqn, values):
-    """New axes belong to no factor: every entry along them has the same update."""
+    """Give no factor the new axes: every entry along them has the same update."""
     v = values[0]
     dims, shape = eqn.params["broadcast_dimensions"], eqn.params["shape"]
     (w,) = bind(eqn, [v.w, *values[1:]])
@@ -37,4 +37,4 @@ def broadcast_in_dim(ctx: Context, eqn, values):
     for size, dim in zip(v.shape, dims, strict=True):
         ones[int(dim)] = size
     groups = axis_groups(v.shape, ones)
-    return [v.map(w, lambda delta: regroup(delta, v.shape, ones, groups))]
+    return [v.map(w, lambda delta: delta.regrouped(groups, v.shape, ones))]

@@ -1,6 +1,5 @@
-"""Parts of weights, and weights put together from parts: ranges of their axes."""
+"""Parts of weights, and weights put together of parts: ranges of their axes."""
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,14 +10,14 @@ import numpy as np
 from jax import lax
 
 from lora_jax._transform.context import Context
-from lora_jax._transform.delta import Delta
+from lora_jax._transform.delta import AnyDelta
 from lora_jax._transform.lazy import bind, moved
 from lora_jax._transform.lora_array import LoraArray, adapted
 from lora_jax._transform.rule import rule
 
 
 def take_range(v: Any, axis: int, start: int, stop: int, stride: int = 1) -> Any:
-    """``v[..., start:stop:stride, ...]`` of an array or an adapted weight."""
+    """Return ``v[..., start:stop:stride, ...]`` of an array or an adapted weight."""
     if (start, stop, stride) == (0, v.shape[axis], 1):
         return v
     if not isinstance(v, LoraArray):
@@ -29,14 +28,15 @@ def take_range(v: Any, axis: int, start: int, stop: int, stride: int = 1) -> Any
 
 
 def _take_range(
-    delta: Delta, shape: Sequence[int], axis: int, start: int, stop: int, stride: int
-) -> Delta | None:
+    delta: AnyDelta, shape: Sequence[int], axis: int, start: int, stop: int, stride: int
+) -> AnyDelta | None:
+    """Take a range of ``W``, of this shape; None if the delta has no entry there."""
     if stride != 1:
-        delta = delta.whole([axis], shape)
+        delta = delta.padded([axis], shape)
     first, last = delta.range_of(axis, shape[axis])
     begin, end = max(first, start), min(last, stop)
     if begin >= end:
-        return None  # the part is not adapted
+        return None
     size = len(range(start, stop, stride))
     delta = delta.along(
         axis, lambda x, i: lax.slice_in_dim(x, begin - first, end - first, stride, i)
@@ -45,16 +45,14 @@ def _take_range(
     return _picked(delta.with_range(axis, begin - start, end - start, size), axis, shape, size)
 
 
-def _picked(delta: Delta, axis: int, shape: Sequence[int], size: int) -> Delta:
-    if size != 1 or shape[axis] == 1:
-        return delta
-    picked = delta.past.picked | delta.past.behind([axis])
-    return dataclasses.replace(delta, past=delta.past._replace(picked=picked))
+def _picked(delta: AnyDelta, axis: int, shape: Sequence[int], size: int) -> AnyDelta:
+    """Note that one entry was picked, if ``size`` of ``shape[axis]`` says so."""
+    return delta if size != 1 or shape[axis] == 1 else delta.marked("picked", [axis])
 
 
 @rule("slice")
 def slice_(ctx: Context, eqn, values):
-    """Each factor is sliced along the axes it has."""
+    """Slice each factor along the axes it has."""
     (v,) = values
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or [1] * len(starts)
@@ -65,7 +63,7 @@ def slice_(ctx: Context, eqn, values):
 
 @rule("split")
 def split(ctx: Context, eqn, values):
-    """A fused weight taken apart."""
+    """Take a fused weight apart."""
     (v,) = values
     stops = np.cumsum(eqn.params["sizes"]).tolist()
     axis, starts = eqn.params["axis"], [0, *stops[:-1]]
@@ -74,7 +72,7 @@ def split(ctx: Context, eqn, values):
 
 @rule("dynamic_slice")
 def dynamic_slice(ctx: Context, eqn, values):
-    """Each factor is sliced along the axes it has, at the same indices."""
+    """Slice each factor along the axes it has, at the same indices."""
     v, *starts = values
     if any(isinstance(start, LoraArray) for start in starts):
         return NotImplemented
@@ -82,8 +80,8 @@ def dynamic_slice(ctx: Context, eqn, values):
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, size in enumerate(sizes) if size != v.shape[i]]
 
-    def slice_delta(delta: Delta) -> Delta:
-        delta = delta.whole(cut, v.shape)
+    def slice_delta(delta: AnyDelta) -> AnyDelta:
+        delta = delta.padded(cut, v.shape)
         for i in cut:
             delta = delta.along(
                 i, lambda x, k, i=i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], k)
@@ -96,10 +94,10 @@ def dynamic_slice(ctx: Context, eqn, values):
 
 @rule("concatenate")
 def concatenate(ctx: Context, eqn, values):
-    """A weight put together: each part's update covers a range of the whole."""
+    """Put weights together: the update of each covers a range of the result."""
     (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
     axis, start = eqn.params["dimension"], 0
-    deltas: list[Delta] = []
+    deltas: list[AnyDelta] = []
     for v in values:
         if isinstance(v, LoraArray):
             for delta in v.deltas:
@@ -111,12 +109,12 @@ def concatenate(ctx: Context, eqn, values):
 
 @rule("stack")
 def stack(ctx: Context, eqn, values):
-    """Weights along a new axis: each one's update covers one entry of it."""
+    """Stack weights along a new axis: the update of each covers one entry of it."""
     (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
     axis = eqn.params["axis"] % w.ndim
     new = {i: i + (i >= axis) for i in range(w.ndim - 1)}
     deltas = [
-        delta.move(new, w.ndim).with_range(axis, k, k + 1, len(values))
+        delta.moved(new, w.ndim).with_range(axis, k, k + 1, len(values))
         for k, v in enumerate(values)
         if isinstance(v, LoraArray)
         for delta in v.deltas
@@ -126,18 +124,18 @@ def stack(ctx: Context, eqn, values):
 
 @rule("pad")
 def pad(ctx: Context, eqn, values):
-    """The update covers a range of the padded weight."""
+    """Pad a weight: the update covers a range of the result."""
     v, value = values
     if not isinstance(v, LoraArray):
         return NotImplemented
     (w,) = bind(eqn, [v.w, value])
     config = [tuple(map(int, c)) for c in eqn.params["padding_config"]]
 
-    def pad_delta(delta: Delta) -> Delta | None:
+    def pad_delta(delta: AnyDelta) -> AnyDelta | None:
         for axis, (low, high, interior) in enumerate(config):
             size = v.shape[axis]
             if interior:
-                delta = delta.whole([axis], v.shape).expand(axis, size)
+                delta = delta.padded([axis], v.shape).expanded(axis, size)
                 spread = partial(_spread, interior=interior)
                 delta, size = delta.along(axis, spread), size + (size - 1) * interior
             first, last = delta.range_of(axis, size)
@@ -160,11 +158,11 @@ def _spread(x: jax.Array, axis: int, interior: int) -> jax.Array:
 
 @rule("rev")
 def rev(ctx: Context, eqn, values):
-    """Each factor is reversed along the axes it has."""
+    """Reverse each factor along the axes it has."""
     (v,) = values
     (w,) = bind(eqn, [v.w])
 
-    def reverse(delta: Delta) -> Delta:
+    def reverse(delta: AnyDelta) -> AnyDelta:
         for axis in eqn.params["dimensions"]:
             size = v.shape[axis]
             first, last = delta.range_of(axis, size)
@@ -177,14 +175,14 @@ def rev(ctx: Context, eqn, values):
 
 @rule("tile")
 def tile(ctx: Context, eqn, values):
-    """Each factor is tiled along the axes it has."""
+    """Tile each factor along the axes it has."""
     (v,) = values
     (w,) = bind(eqn, [v.w])
 
-    def repeat(delta: Delta) -> Delta:
+    def repeat(delta: AnyDelta) -> AnyDelta:
         for axis, times in enumerate(eqn.params["reps"]):
             if times != 1:
-                delta = delta.whole([axis], v.shape)
+                delta = delta.padded([axis], v.shape)
                 delta = delta.along(
                     axis, lambda x, i, n=times: lax.concatenate([x] * n, dimension=i)
                 )

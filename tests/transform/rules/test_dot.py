@@ -18,7 +18,7 @@ from helpers import (
 from jax import lax
 
 import lora_jax
-from lora_jax._transform.labelled import contract
+from lora_jax._transform.labelled import Labelled, contract
 from lora_jax._transform.rules.dot import product_cost
 
 SIZES = dict(zip("bcdehijkno", (3, 5, 6, 7, 2, 4, 5, 6, 3, 8), strict=True))
@@ -205,7 +205,7 @@ def test_contract_agrees_with_einsum():
     @jax.jit
     def contracted(operands):
         return [
-            contract(x, x_axes, y, y_axes, out, **options)
+            contract(Labelled(x, tuple(x_axes)), Labelled(y, tuple(y_axes)), out, **options).array
             for (x, y), (x_axes, y_axes, out) in zip(operands, cases, strict=True)
         ]
 
