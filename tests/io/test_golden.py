@@ -6,12 +6,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import assert_same
 
 import lora_jax
-from lora_jax.io import hf, orbax, peft, safetensors
+from lora_jax.io import _record, hf, orbax, peft, safetensors
 
 OWN = Path(__file__).parents[1] / "golden" / "own"
 spec = importlib.util.spec_from_file_location("make_own", OWN.parent / "make_own.py")
@@ -77,3 +78,18 @@ def test_merged_folder(tmp_path):
     expected = lora_jax.merge(made.llama("plain"))
     found = hf.load(OWN / "merged", expected, hf.Family(), layout=made.LLAMA)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("change", [lambda a: a[::-1], lambda a: 2 * a, lambda a: a[:5]])
+def test_rows_of_version_1_pick_rows_or_are_refused(change):
+    entry = {"layout": "io", "rank": 2, "frozen": ["a"], "residual": False, "dora": False}
+    record = {"factors": {"t[[2, 6]]": entry}, "full": []}
+    a = np.eye(7, dtype=np.float32)[:, [2, 6]]
+    arrays = {"a": a, "b": np.ones((2, 3), np.float32), "scale": np.ones((), np.float32)}
+    load = lambda a: _record.adapter_of(  # noqa: E731
+        record, {f"t[[2, 6]].{k}": x for k, x in (arrays | {"a": a}).items()}, "it"
+    )
+    f = load(a).factors["t"]
+    assert (f.ids, f.vocabulary, f.layout) == ((2, 6), 7, "io")
+    with pytest.raises(ValueError, match=r"t\[\[2, 6\]\]' are not those of these rows"):
+        load(change(a))
