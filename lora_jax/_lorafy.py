@@ -48,56 +48,56 @@ def lorafy(
 
         W x  becomes  W x + (alpha / rank) * B A x,   A ~ N(0, 1/in),  B = 0
 
-    so that the adapted model starts as the base model. (A lookup reads one row, so for embedding
-    tables ``A ~ N(0, 1)``.) Pure: the same factors to the bit in
-    every process, eager or under ``jit``, and different ones for every path. The base holds the
-    very same arrays as ``params``, in the same containers.
+    so that the adapted model starts as the base model. (A lookup reads one table row, so for
+    embedding tables ``A ~ N(0, 1)``.) The function is pure: it returns the same factors to the bit
+    in every process, eager or under ``jit``, and different factors for every path. The base holds
+    the very same arrays as ``params``, in the same containers.
 
     A selector (``targets``, ``exclude``, ``full``) is a regular expression matched in full
     against paths such as ``layers_0/attn/query/kernel``; ``"all-linear"`` (every weight that can
-    take a LoRA, but for embeddings, the output head by its usual names, and, by a discovered
-    layout, vectors stored ``[n, 1]``); a callable ``(path, leaf) -> bool``; or
-    a list of those. Where they overlap, ``exclude`` wins over ``full``, and ``full`` over
-    ``targets``. A target may be a part of a weight, a range after a regular expression, such as
-    the query columns of a fused kernel: ``".*c_attn/kernel[:, 0:768]"``; the rest stays as it is.
+    take a LoRA, except embeddings, the output head by its usual names, and, if the layout was
+    discovered, vectors stored ``[n, 1]``); a callable ``(path, leaf) -> bool``; or a list of those.
+    ``exclude`` wins over ``full``, and ``full`` wins over ``targets``. A target may be a part of a
+    weight: a range after a regular expression, such as the query columns of a fused kernel,
+    ``".*c_attn/kernel[:, 0:768]"``. The rest of the weight stays frozen.
 
     Args:
         params: any pytree of arrays: nested dicts, FrozenDicts, lists, dataclasses, boxed Linen
             metadata, ``nnx.State``; with or without a top-level ``"params"``.
-        rank: the rank of the update, from 1 to ``min(in, out)``; or ``{pattern: rank}``, where
-            the first pattern that matches a path counts.
+        rank: the rank of the update, from 1 to ``min(in, out)``; or ``{pattern: rank}``. The first
+            pattern that matches a path counts.
         alpha: the update is scaled by ``alpha / rank``; a number, or ``{pattern: alpha}``.
         rslora: scale by ``alpha / sqrt(rank)`` instead, so that updates of high rank learn as fast
-            as those of a low one.
-        targets: which weights get factors; None: query and value projections, by the field's
-            names for them. A callable may return a rank. ``[]`` is legal where ``full`` is given.
-        exclude: leaves to keep from ``targets`` and ``full``.
-        layers: which layers' targets to take, by number, from the end if negative: by the numbers
-            in their paths, or along the layer axis of stacked weights. Targets that are of no
-            layer are left out.
-        full: leaves to train whole (heads, biases, norms): copied to float32 masters.
+            as those of low rank.
+        targets: the weights that get factors; None: query and value projections, by the field's
+            names for them. A callable may return a rank. ``[]`` is valid if ``full`` is given.
+        exclude: leaves that neither ``targets`` nor ``full`` may select.
+        layers: the numbers of the layers to adapt, from the end if negative: by the numbers in
+            their paths, or along the layer axis of stacked weights. Targets outside of layers are
+            left out.
+        full: leaves to train fully (heads, biases, norms): copied to float32 masters.
         bias: ``"all"`` trains every bias, too, ``"lora_only"`` those beside adapted weights.
-        rows: rows of tables that train on their own, such as those of new tokens:
-            ``{pattern: ids}``. Each takes the memory of a column of its table.
+        rows: table rows to train, such as those of new tokens: ``{pattern: ids}``. Only these rows
+            are stored.
         dora: train the norms of the weights' columns apart from their directions, as
             ``m (W + scale B A) / |W + scale B A|``.
-        freeze: what of the factors does not train: ``"a"``, as LoRA-FA has it, or ``"b"``.
-        layout: what :func:`layout_of` found for the function, which then needs no names; or
-            ``{pattern: letters}``, one letter an axis (``b`` batch, ``i`` in, ``o`` out), for
-            weights whose axes Flax's conventions do not tell.
-        init: how factors start: a name (``"gaussian"``, ``"kaiming_uniform"``, ``"orthogonal"``,
-            ``"pissa"``, ``"olora"``) or a function, such as those of :mod:`lora_jax.init`. One
-            whose first update is not zero takes it out of the base.
+        freeze: the fields that do not train: ``"a"``, as in LoRA-FA, or ``"b"``.
+        layout: the result of :func:`layout_of` for the function, which needs no names; or
+            ``{pattern: letters}``, one letter per axis (``b`` batch, ``i`` in, ``o`` out), for
+            weights whose axes do not follow from Flax's conventions.
+        init: the start of the factors: a name (``"gaussian"``, ``"kaiming_uniform"``,
+            ``"orthogonal"``, ``"pissa"``, ``"olora"``) or a function, such as those of
+            :mod:`lora_jax.init`. If its first update is not zero, it is taken out of the base.
         key: a PRNG key; None is ``jax.random.key(0)``.
-        dtype: of the factors; a float32 master serves a base of any dtype.
+        dtype: the dtype of the factors; float32 masters suit a base of any dtype.
 
     Returns:
         ``LoraParams(base, adapter)``: ``a`` has shape ``[*batch, *in, rank]``, ``b``
         ``[*batch, rank, *out]``, DoRA's magnitude ``[*batch, *out]``.
 
     Raises:
-        ValueError: a pattern selects nothing, a rank or alpha is out of range, an axis layout is
-            ambiguous or of another model, or two targets are one array or overlap.
+        ValueError: a pattern selects nothing, a rank or alpha is out of range, a layout is
+            ambiguous or belongs to another model, or two targets overlap or are one array.
         TypeError: an argument is of the wrong kind.
 
     Example:

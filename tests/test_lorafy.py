@@ -396,7 +396,7 @@ def test_other_bad_arguments(params):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({".*query/kernel": "ix"}, "one letter an axis"),
+        ({".*query/kernel": "ix"}, "one letter per axis"),
         ({".*query/kernel": "ii"}, "at least one 'i' and one 'o'"),
         ({".*query/kernel": "bio"}, "3 letters for a weight of 2 axes"),
         ({"oops": "io"}, "matches none"),

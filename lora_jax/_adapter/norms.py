@@ -1,4 +1,4 @@
-"""The norms of a weight's columns, which DoRA trains apart from their directions."""
+"""Compute the norms of a weight's columns, which DoRA trains apart from their directions."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lora_jax._weights.ranges import part_of
 
 
 def squared_norm(w: jax.Array, layout: str) -> jax.Array:
-    """``|W|^2`` of every column: ``[*batch, *out]``, in at least float32."""
+    """Return ``|W|^2`` of every column: ``[*batch, *out]``, in at least float32."""
     x = w.astype(wide(w.dtype))
     kept = [*role_axes(layout, "b"), *role_axes(layout, "o")]
     squares = jnp.square(x).sum(role_axes(layout, "i"))
@@ -23,7 +23,7 @@ def squared_norm(w: jax.Array, layout: str) -> jax.Array:
 
 
 def with_norms(lora_params: LoraParams) -> LoraParams:
-    """The same with the norms of this base's columns, wherever there is a magnitude."""
+    """Fill in the norms of this base's columns wherever there is a magnitude."""
     leaves, adapter = flatten(lora_params.base)[0], lora_params.adapter
     factors = dict(adapter.factors)
     for key, f in factors.items():

@@ -1,4 +1,4 @@
-"""The containers: Adapter and LoraParams. Immutable pytrees that validate nothing.
+"""Define the containers Adapter and LoraParams, immutable pytrees, and check that they fit.
 
 Nothing is checked on construction, so that prefix trees such as ``LoraParams(None, 0)`` build;
 ``lora`` and ``merge`` call :func:`check`.
@@ -19,13 +19,13 @@ from lora_jax._weights.layouts import table
 from lora_jax._weights.paths import PyTree, flatten, nearest
 from lora_jax._weights.ranges import Part, overlap, part_of
 
-OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which is made of these classes
+OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which needs these classes
 
 
 class _Arithmetic:
-    """``x + y``, ``x - y``, ``-x``, ``c * x``, ``x / c``: of the updates, not of the factors."""
+    """The operators ``x + y``, ``x - y``, ``-x``, ``c * x``, ``x / c``, which act on updates."""
 
-    __array_ufunc__ = None  # NumPy's numbers leave ``c * x`` to us
+    __array_ufunc__ = None  # NumPy's numbers leave ``c * x`` to this class
 
     def __add__(self, other: Any) -> Self:
         return OPERATORS["add"](self, other)
@@ -33,7 +33,7 @@ class _Arithmetic:
     def __mul__(self, number: Any) -> Self:
         return OPERATORS["times"](self, number)
 
-    __radd__, __rmul__ = __add__, __mul__  # sum() begins with 0
+    __radd__, __rmul__ = __add__, __mul__  # sum() starts with 0
 
     def __neg__(self) -> Self:
         return -1 * self
@@ -50,11 +50,10 @@ class _Arithmetic:
 class Adapter(_Arithmetic):
     """All that training changes: what you save, stack, average and send.
 
-    It adds up as its update ``dW = scale * a b`` does: ``0.7 * math + 0.3 * code - toxic`` is the
-    adapter of ``0.7 dW_math + 0.3 dW_code - dW_toxic``, exactly, of the sum of their ranks;
-    ``lora_jax.algebra.resize`` makes it smaller. A weight that one of them does not adapt gets
-    nothing from it. With leaves trained whole, add up :class:`LoraParams` of one base. DoRA does
-    not add up.
+    Arithmetic acts on the update ``dW = scale * a b``: ``0.7 * math + 0.3 * code - toxic`` is the
+    adapter of exactly ``0.7 dW_math + 0.3 dW_code - dW_toxic``. Its rank is the sum of their ranks;
+    ``lora_jax.algebra.resize`` reduces it. An adapter adds nothing to a weight that it does not
+    adapt. To add up full leaves, use :class:`LoraParams` of one base. DoRA has no sums.
 
     Attributes:
         factors: :class:`Factors` by the path of their weight, such as
@@ -87,11 +86,11 @@ class Adapter(_Arithmetic):
 class LoraParams(_Arithmetic):
     """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
 
-    It unpacks: ``base, adapter = lora_params``. The base is the tree that was given, with the
-    very same arrays: calling the unadapted function on it is calling the model without LoRA.
+    It unpacks: ``base, adapter = lora_params``. The base is the given tree, with the same arrays:
+    the original function on it is the model without LoRA.
 
-    Those of the very same base add up as their adapters do, leaves trained whole by what they
-    differ from the base.
+    LoraParams of one base add up as their adapters do; full leaves add up by their differences
+    from the base.
 
     Attributes:
         base: the frozen parameters.
@@ -109,7 +108,7 @@ class LoraParams(_Arithmetic):
             return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
         try:
             counts = count_line(self)
-        except (AttributeError, TypeError):  # a tree of labels, of specs, ...
+        except (AttributeError, TypeError):  # a tree of labels or specs
             return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
         return (
             f"LoraParams({len(self.adapter.factors)} adapted weights, "
@@ -117,9 +116,9 @@ class LoraParams(_Arithmetic):
         )
 
     def summary(self) -> str:
-        """A table of what trains: path, shape, layout, rank, scale, and parameters.
+        """Format a table of what trains: path, shape, layout, rank, scale and parameters.
 
-        The last line is the total, as PEFT prints it.
+        The last line is the total, in PEFT's format.
         """
         rows = [("path", "shape", "layout", "rank", "scale", "parameters")]
         leaves, parts = check(self)
@@ -136,7 +135,7 @@ class LoraParams(_Arithmetic):
 
 
 def count_line(lora_params: LoraParams) -> str:
-    """``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
+    """Format ``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
     adapter = lora_params.adapter
     factors = adapter.factors.values()
     trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())

@@ -1,4 +1,4 @@
-"""Where the factors of a sharded base go: beside the axes that they read and write."""
+"""Shard factors like the axes of the base that they read and write."""
 
 import math
 import warnings
@@ -24,39 +24,38 @@ def shardings(
     *,
     replicate: Collection[str] = (),
 ) -> LoraParams:
-    """Shardings of a LoraParams, derived from those of its base.
+    """Derive the shardings of a LoraParams from those of its base.
 
-    Of a weight of layout ``"io"`` that is sharded ``P(x, y)``::
+    For a weight of layout ``"io"`` that is sharded ``P(x, y)``::
 
         a [in, rank]   P(x, None)        scale   P()
         b [rank, out]  P(None, y)        magnitude, norm [out]   P(y)
 
-    and so on for any layout: an axis of a factor is sharded as the weight's axis that it stands
-    for, the rank never. So the low-rank path follows the weight's own, and no factor moves where
-    the weight does not. Use it for ``jax.device_put``, for ``in_shardings`` and ``out_shardings``
-    of ``jax.jit``, and through :func:`state_shardings` for the state of the optimizer.
+    and so on for any layout: an axis of a factor is sharded as the weight's axis that it belongs
+    to, and the rank is not sharded. So the low-rank path is sharded like the weight's, and a factor
+    moves only if the weight does. Use the result for ``jax.device_put``, for ``in_shardings`` and
+    ``out_shardings`` of ``jax.jit``, and with :func:`state_shardings` for an optimizer's state.
 
     Args:
-        lora_params: from ``lorafy``, or its shapes: ``jax.eval_shape(lorafy, params)``. Of the
-            layouts that :func:`layout_of` returns: for an adapter of all those weights.
+        lora_params: from ``lorafy``, or its shapes: ``jax.eval_shape(lorafy, params)``; or the
+            layouts that :func:`layout_of` returns, for an adapter of all their weights.
         base_shardings: a tree of the base's structure of ``NamedSharding``s on one mesh, such as
             ``nn.get_sharding(boxed, mesh)``, ``nn.logical_to_mesh_sharding(...)`` or
-            ``nnx.get_named_sharding(state, mesh)`` return. None: those of the base's arrays;
-            what is on one device only counts as replicated.
-        replicate: axes of the mesh along which factors are whole, and leaves that train whole:
-            those that the batch is spread over, where the base is sharded along them as well
-            (FSDP). The adapter is small; so no step has to gather it, and its gradient is reduced
-            once.
+            ``nnx.get_named_sharding(state, mesh)`` return. None: those of the base's arrays; an
+            array on one device counts as replicated.
+        replicate: axes of the mesh along which factors and full leaves are replicated: pass the
+            axes of the batch if the base is sharded along them as well (FSDP). The adapter is
+            small; then no step gathers it, and its gradient is reduced once.
 
     Returns:
         A LoraParams of ``NamedSharding``s.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: there is no mesh, or more than one; a leaf has no sharding; the mesh has no
-            axis of a name in ``replicate``.
-        UserWarning: a part of a weight has an axis that the mesh does not divide, and which is
-            replicated.
+        ValueError: there is no mesh, or more than one; a leaf has no sharding; or ``replicate``
+            names an axis that the mesh does not have.
+        UserWarning: the mesh does not divide an axis of a part of a weight, and the factors are
+            replicated along it.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -99,10 +98,10 @@ def shardings(
 
 
 def _of_layouts(layouts: Layouts, base_shardings: PyTree) -> LoraParams:
-    """The shapes of an adapter of all weights that can take one, of rank 1."""
+    """Return the shapes of an adapter of rank 1 of all weights that can take one."""
     if base_shardings is None:
         raise ValueError(
-            "shardings: layouts have no arrays, whose shardings could be taken: pass base_shardings"
+            "shardings: layouts have no arrays to take shardings from: pass base_shardings"
         )
     paths, tree = flatten(base_shardings)
     if missing := [path for path in layouts.weights if path not in paths]:
@@ -122,7 +121,7 @@ def _of_layouts(layouts: Layouts, base_shardings: PyTree) -> LoraParams:
 
 
 def _of_parts(leaf: Any, s: NamedSharding) -> Any:
-    """The sharding of a leaf; of a quantized one, of each of its arrays, where these divide."""
+    """Shard a leaf, or each array of a quantized leaf along the axes that divide."""
     if not is_quantized(leaf):
         return s
 
@@ -135,7 +134,7 @@ def _of_parts(leaf: Any, s: NamedSharding) -> Any:
 
 
 def _without(axes: Collection[str], s: NamedSharding) -> NamedSharding:
-    """The sharding without these axes of the mesh."""
+    """Remove axes of the mesh from a sharding."""
     if not axes:
         return s
     kept = [tuple(name for name in _names(spec) if name not in axes) for spec in s.spec]
@@ -144,7 +143,7 @@ def _without(axes: Collection[str], s: NamedSharding) -> NamedSharding:
 
 
 def _of_arrays(leaves: dict[str, Any]) -> dict[str, NamedSharding]:
-    """The shardings that arrays have; those without are replicated over the mesh of the others."""
+    """Return the shardings of arrays; an array without one is replicated on the others' mesh."""
     own = {path: named(array_of(x)) for path, x in leaves.items() if is_array(x)}
     spread = {path: s for path, s in own.items() if s is not None}
     meshes = {s.mesh for s in spread.values()}
@@ -153,7 +152,7 @@ def _of_arrays(leaves: dict[str, Any]) -> dict[str, NamedSharding]:
 
 
 def array_of(leaf: Any) -> Any:
-    """An array with the leaf's sharding: of a quantized one, its entries."""
+    """Return an array with the leaf's sharding: the entries of a quantized leaf."""
     return jax.tree.leaves(leaf)[0] if is_quantized(leaf) else leaf
 
 
@@ -215,7 +214,7 @@ def _of_entry(
 
 
 def _parts(mesh: Mesh | AbstractMesh, axes: str | Sequence[str] | None) -> int:
-    """How many parts an axis is in."""
+    """Count the parts that an axis is split into."""
     return math.prod(mesh.shape[name] for name in _names(axes))
 
 
@@ -224,22 +223,22 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> PyTree:
-    """Shardings of a tree that mirrors parameters, such as the state of an optimizer.
+    """Derive the shardings of a tree that mirrors parameters, such as an optimizer's state.
 
-    An array whose path ends as one of ``params``' and which has its shape goes where that one
-    does; all others (counts, factored moments) are replicated.
+    An array of the state is sharded like the parameter with its shape whose path ends its own
+    path. All others (counts, factored moments) are replicated.
 
     Args:
-        state: or its shapes: ``jax.eval_shape(tx.init, params)``.
-        params: what the optimizer was initialized with: a LoraParams, or the ``trainable`` of
-            ``lora_jax.split``.
-        params_shardings: of these, a tree of the same structure.
+        state: the state, or its shapes: ``jax.eval_shape(tx.init, params)``.
+        params: the parameters that the optimizer was initialized with: a LoraParams, or the
+            ``trainable`` of ``lora_jax.split``.
+        params_shardings: the shardings of ``params``, a tree of the same structure.
 
     Returns:
         A tree of the structure of ``state``.
 
     Raises:
-        ValueError: the last two are not of one structure.
+        ValueError: ``params`` and ``params_shardings`` have different structures.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax, optax
@@ -279,6 +278,6 @@ def state_shardings(state: PyTree, params: PyTree, params_shardings: PyTree) -> 
 
 
 def named(x: Any) -> NamedSharding | None:
-    """The sharding of an array, if it is one by the names of a mesh's axes."""
+    """Return the sharding of an array if it is a NamedSharding, else None."""
     s = getattr(x, "sharding", None)
     return s if isinstance(s, NamedSharding) else None

@@ -1,12 +1,12 @@
-"""Arithmetic of adapters: ``0.7 * math + 0.3 * code - toxic`` adds up their updates, exactly.
+"""Add, subtract and scale adapters: ``0.7 * math + 0.3 * code - toxic``, exactly.
 
-The update of a weight is ``dW = scale * a b``. A sum of updates is again one of low rank::
+The update of a weight is ``dW = scale * a b``. A sum of updates has low rank, too::
 
     s1 a1 b1 + s2 a2 b2  =  [a1, a2] [s1 b1; s2 b2]
 
-so nothing of the weight's size is formed, ranks and scales may differ, and the ranks add up. A
-number goes into the scale; one that is traced, which may want a gradient, where there is one: into
-the factor that trains. The operators of ``params`` come here.
+so nothing of the weight's size is formed. Ranks and scales may differ, and the ranks add up. A
+concrete number multiplies the scale. A traced number, which may need a gradient, multiplies the
+factor that trains. These are the operators of ``params``.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from lora_jax._weights.axes import is_array
 
 
 def add(x: Any, y: Any) -> Any:
-    """``x + y``: the sum of the updates."""
+    """Return ``x + y``: add the updates."""
     if isinstance(y, int) and y == 0:
         return x
     if type(y) is not type(x):
@@ -39,11 +39,11 @@ def add(x: Any, y: Any) -> Any:
 
 
 def times(x: Any, number: Any) -> Any:
-    """``number * x``: of the scale, free and exact; of a factor where the number is traced."""
+    """Return ``number * x``: exact in the scale, or in a factor if the number is traced."""
     if is_array(number) and number.shape != ():
         raise ValueError(
-            f"number * x: the number has shape {number.shape}, expected one number. For an adapter "
-            "by each of them: jax.vmap(lambda number: number * x)(numbers)"
+            f"number * x: the number has shape {number.shape}, expected one number. To scale by "
+            "each of several: jax.vmap(lambda number: number * x)(numbers)"
         )
     if is_array(number) and jnp.issubdtype(number.dtype, jnp.complexfloating):
         return NotImplemented
@@ -59,7 +59,7 @@ def times(x: Any, number: Any) -> Any:
             continue
         scale = jnp.asarray(f.scale, wide(jnp.result_type(f.scale)))
         factors[key] = replace(f, scale=scale * jnp.asarray(number, scale.dtype))
-    full = {  # base + number (leaf - base), and the leaf itself where the number is 1
+    full = {  # base + number * (leaf - base); exactly the leaf if the number is 1
         path: adapter.full[path] + (jnp.asarray(number, d.dtype) - 1) * d
         for path, d in differences(x).items()
     }
@@ -67,7 +67,7 @@ def times(x: Any, number: Any) -> Any:
 
 
 def over(x: Any, number: Any) -> Any:
-    """``x / number``, whose inverse is of at least float32."""
+    """Return ``x / number``, with the inverse in at least float32."""
     if is_array(number) and not jnp.issubdtype(number.dtype, jnp.complexfloating):
         number = jnp.asarray(number, wide(number.dtype))
     return x * (1 / number)
@@ -75,10 +75,10 @@ def over(x: Any, number: Any) -> Any:
 
 def sum_of(fs: Sequence[Entry]) -> Entry:
     """Sum the updates of one weight; the ranks add up."""
-    if isinstance(fs[0], Rows):  # all are of the same rows
+    if isinstance(fs[0], Rows):  # all have the same rows
         return replace(fs[0], b=sum(scaled_rows(fs)), scale=jnp.ones((), jnp.float32))
     parts = terms(fs)
-    is_b_frozen = all("b" in f.frozen for f in fs)  # then the scales, perhaps traced, are a's
+    is_b_frozen = all("b" in f.frozen for f in fs)  # then the scales, perhaps traced, go into a
     a = jnp.concatenate([a * s if is_b_frozen else a for a, _, s in parts], -1)
     b = [b if is_b_frozen else b * s for _, b, s in parts]
     return plain(fs, a, jnp.concatenate(b, fs[0].layout.count("b")))
@@ -91,7 +91,7 @@ def scaled_rows(fs: Sequence[Entry]) -> list[jax.Array]:
 
 
 def sum_of_full(xs: Sequence[Any]) -> dict[str, Any]:
-    """The leaves trained whole: the base's plus all that they differ from it."""
+    """Sum the full leaves: the base plus all differences from it."""
     full: dict[str, Any] = {}
     for x in xs:
         for path, d in differences(x).items():

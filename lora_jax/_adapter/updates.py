@@ -1,6 +1,6 @@
-"""Adapters as updates of one model: what can be added up, and what cannot.
+"""Read adapters as updates of one model, and refuse those that have no sum.
 
-An update is ``scale * a b``, or what a leaf that is trained whole differs from the base.
+An update is ``scale * a b``, or the difference of a full leaf from the base.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ from lora_jax._weights.paths import flatten
 
 
 def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
-    """The adapters of the operands.
+    """Return the adapters of the operands of ``verb``.
 
     Raises:
-        TypeError: they are not all Adapters, or all LoraParams.
-        ValueError: they have no updates to add up, or not of the same weights.
+        TypeError: the operands are neither all Adapters nor all LoraParams.
+        ValueError: an operand has no update to add, or they belong to different models.
     """
     if not xs:
         raise ValueError(f"{verb}: there are no adapters, expected at least one")
@@ -35,14 +35,14 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
     for adapter in adapters:
         if adapter.full and not isinstance(xs[0], LoraParams):
             raise ValueError(
-                f"{verb}: {next(iter(adapter.full))!r} is trained whole, and what it differs from "
-                "the base is not in an Adapter: use the LoraParams, of the very same base"
+                f"{verb}: {next(iter(adapter.full))!r} is a full leaf, and its difference from the "
+                "base is not in an Adapter: use the LoraParams, of the very same base"
             )
         for key, f in adapter.factors.items():
             check_linear(verb, key, f)
     _check_alike(verb, adapters)
     remedy = (
-        "Take both from what they make of the base: lora_jax.algebra.extract(base, merged, rank, "
+        "Extract both from their merged parameters: lora_jax.algebra.extract(base, merged, rank, "
         "rest='full')"
     )
     base = flatten(xs[0].base)[0] if isinstance(xs[0], LoraParams) else None
@@ -51,7 +51,7 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
 
 
 def differences(x: Any) -> dict[str, jax.Array]:
-    """What the leaves of a LoraParams that are trained whole differ from its base."""
+    """Return the difference of each full leaf of a LoraParams from its base."""
     leaves = flatten(x.base)[0] if adapter_of(x).full else {}
     return {
         path: leaf - leaves[path].astype(leaf.dtype) for path, leaf in adapter_of(x).full.items()
@@ -59,7 +59,7 @@ def differences(x: Any) -> dict[str, jax.Array]:
 
 
 def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Entry]]:
-    """The factors of each weight, by the number of the adapter, of those that adapt it."""
+    """Group the entries by key; each group maps the number of an adapter to its entry."""
     found: dict[str, dict[int, Entry]] = {}
     for k, adapter in enumerate(adapters):
         for key, f in adapter.factors.items():
@@ -68,28 +68,28 @@ def by_key(adapters: Iterable[Adapter]) -> dict[str, dict[int, Entry]]:
 
 
 def plain(fs: Sequence[Entry], a: Any, b: Any) -> Factors:
-    """Factors in the place of ``fs``, of scale 1; frozen is what is frozen in all of them."""
+    """Make factors in place of ``fs``, with scale 1; frozen is what all of them freeze."""
     frozen = tuple(name for name in fs[0].frozen if all(name in f.frozen for f in fs))
     return Factors(a, b, jnp.ones((), jnp.float32), fs[0].layout, frozen=frozen)
 
 
 def check_linear(verb: str, key: str, f: Entry) -> None:
-    """Raise unless the update is ``scale * a b`` of the base as it was."""
+    """Raise unless the update is ``scale * a b`` on the original base."""
     if f.magnitude is not None:
         raise ValueError(
             f"{verb}: {key!r} has a DoRA magnitude, and normalizing is not linear. As plain LoRA: "
             "lora_jax.algebra.extract(base, lora_jax.merge(lora_params), rank), with rest='full' "
-            "where leaves train whole"
+            "if there are full leaves"
         )
     if f.residual:
         raise ValueError(
-            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA of "
-            "the base as it was: lora_jax.algebra.to_plain"
+            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA on the "
+            "original base: lora_jax.algebra.to_plain"
         )
 
 
 def _check_alike(verb: str, adapters: Sequence[Adapter]) -> None:
-    """Raise unless what is of one weight is of one shape and layout."""
+    """Raise unless all entries of a weight have one shape and layout."""
     for key, fs in by_key(adapters).items():
         forms = dict.fromkeys((f.layout, f.weight_shape) for f in fs.values())
         if len(forms) > 1:

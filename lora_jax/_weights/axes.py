@@ -1,6 +1,6 @@
-"""Which axes of a weight are read and which are written.
+"""Read layouts: which axes of a weight are inputs and which are outputs.
 
-A layout is a string with one letter an axis of the weight ``W``:
+A layout is a string with one letter per axis of the weight ``W``:
 
 * ``i``: an input axis, contracted with the activations. Only ``a`` has it.
 * ``o``: an output axis. Only ``b`` has it.
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 
 def check_layout(layout: str, name: str, ndim: int | None = None) -> str:
-    """Return ``layout``, or raise if it is not one letter an axis with inputs and outputs."""
+    """Return ``layout``, or raise unless it has one letter per axis, inputs and outputs."""
     if not isinstance(layout, str) or not re.fullmatch("[bio]+", layout):
         raise ValueError(
-            f"layout={layout!r} for {name}: expected one letter an axis, 'b' (batch), 'i' (input) "
+            f"layout={layout!r} for {name}: expected one letter per axis, 'b' (batch), 'i' (input) "
             "or 'o' (output), such as 'io' for a dense kernel [in, out]"
         )
     if "i" not in layout or "o" not in layout:
@@ -37,19 +37,19 @@ def check_layout(layout: str, name: str, ndim: int | None = None) -> str:
 
 
 def role_axes(layout: str, role: str) -> tuple[int, ...]:
-    """The axes of the weight with this role: ``role_axes("bio", "i") == (1,)``."""
+    """Return the axes of the weight with this role: ``role_axes("bio", "i") == (1,)``."""
     return tuple(i for i, letter in enumerate(layout) if letter == role)
 
 
 def role_shape(layout: str, shape: Sequence[int], role: str) -> tuple[int, ...]:
-    """The sizes of the axes with this role."""
+    """Return the sizes of the axes with this role."""
     return tuple(shape[i] for i in role_axes(layout, role))
 
 
 def factor_shapes(
     layout: str, shape: Sequence[int], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of ``a`` and ``b``: ``[*batch, *in, rank]`` and ``[*batch, rank, *out]``.
+    """Return the shapes of ``a`` and ``b``: ``[*batch, *in, rank]``, ``[*batch, rank, *out]``.
 
     >>> factor_shapes("ioo", (64, 4, 16), 8)
     ((64, 8), (8, 4, 16))
@@ -59,17 +59,17 @@ def factor_shapes(
 
 
 def max_rank(layout: str, shape: Sequence[int]) -> int:
-    """``min(in, out)``: at this rank a LoRA can express any update."""
+    """Return ``min(in, out)``: at this rank a LoRA can express any update."""
     return min(math.prod(role_shape(layout, shape, role)) for role in "io")
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has a shape and a dtype: an array, a tracer, or a ShapeDtypeStruct."""
+    """Return whether a leaf has a shape and a dtype: array, tracer or ShapeDtypeStruct."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def not_trainable(leaf: Any) -> str | None:
-    """Why no gradient step can move this leaf; None if one can."""
+    """Return why no gradient step can move this leaf; None if one can."""
     if not is_array(leaf):
         return f"not an array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

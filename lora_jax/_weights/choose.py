@@ -1,4 +1,4 @@
-"""Which leaves get factors, which train whole, and which layers of them."""
+"""Choose which leaves get factors, in which layers, and which leaves train fully."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -99,13 +99,13 @@ def _found(biases: list[str], bias: str, leaves: Mapping[str, Any]) -> list[str]
 
 
 def _is_vector(path: str, leaf: Any, layout: Mapping[str, str]) -> bool:
-    """Whether a weight is known to read or write one entry, as a bias stored ``[n, 1]`` does."""
+    """Return whether a weight reads or writes one entry, as a bias stored ``[n, 1]`` does."""
     found = layout.get(path) if isinstance(layout, Layouts) else None
     return found is not None and max_rank(found, leaf.shape) == 1
 
 
 def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
-    """The default targets: query and value projections, by the field's names for them."""
+    """Select the default targets: query and value projections, by the field's names."""
     chosen = {
         path: True
         for path, leaf in leaves.items()
@@ -115,7 +115,7 @@ def select_query_value(leaves: Mapping[str, Any]) -> dict[str, bool]:
         able = [p for p, leaf in leaves.items() if why_not(p, leaf) is None]
         raise ValueError(
             "targets=None adapts query and value projections, and no weight lies under a module "
-            f"named {', '.join(sorted(QUERY_VALUE))}. Say which to adapt: targets='all-linear', "
+            f"named {', '.join(sorted(QUERY_VALUE))}. Pass the targets: targets='all-linear', "
             f"or a regular expression over paths such as {nearest('query/kernel', able)}"
         )
     return chosen

@@ -1,4 +1,4 @@
-"""What the names of weights tell: embeddings, heads, biases, and axes by Flax's conventions."""
+"""Infer from names: embeddings, heads, biases, and axes by Flax's conventions."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,22 +23,22 @@ _HEAD = frozenset(
 
 
 def is_embedding(path: str) -> bool:
-    """Whether the path names a lookup table; a ``kernel`` is dense, whatever its module's name."""
+    """Return whether the path names a lookup table; a ``kernel`` is dense in any module."""
     names = path.lower().split("/")[-2:]
     return names[-1] != "kernel" and any(_EMBEDDING.fullmatch(name) for name in names)
 
 
 def is_head(path: str) -> bool:
-    """Whether the path names an output head by one of its usual names."""
+    """Return whether the path names an output head by one of its usual names."""
     return any(name in _HEAD for name in path.lower().split("/"))
 
 
 def why_not(path: str, leaf: Any) -> str | None:
-    """Why this leaf cannot take a LoRA; None if it can."""
+    """Return why this leaf cannot take a LoRA; None if it can."""
     if reason := not_trainable(leaf):
         return reason
     if path.split("/")[-1] in VECTORS:
-        return "a bias, a norm or a statistic: train it whole with full="
+        return "a bias, a norm or a statistic: train it fully, with full="
     if len(leaf.shape) < 2:
         return f"{len(leaf.shape)}-D: a LoRA needs an input and an output axis"
     if 0 in leaf.shape:
@@ -47,12 +47,12 @@ def why_not(path: str, leaf: Any) -> str | None:
 
 
 def _stacked(path: str, shape: Sequence[int], leaves: Mapping[str, Any]) -> bool | None:
-    """Whether ``nn.scan`` has put a layer axis in front; None if the tree does not tell.
+    """Return whether ``nn.scan`` put a layer axis in front; None if the tree cannot tell.
 
-    Biases and norm scales are vectors by nature: where they have two axes, the first one is
-    the layers'. The innermost module that holds one decides; failing that, so does a kernel of
-    two axes. Attention biases ``[heads, head_dim]`` tell nothing, and nor does the root of the
-    tree, where scanned modules stand beside others.
+    Biases and norm scales are vectors: if they have two axes, the first one is the layer axis.
+    The innermost module with a bias or norm decides; without one, a kernel of two axes does.
+    Attention biases ``[heads, head_dim]`` decide nothing, and neither does the root of the tree,
+    where scanned modules and others are siblings.
     """
     parts = path.split("/")
     for depth in range(len(parts) - 1, 0 if len(parts) > 2 else -1, -1):
@@ -73,14 +73,14 @@ def _stacked(path: str, shape: Sequence[int], leaves: Mapping[str, Any]) -> bool
 
 
 def conventional(path: str, leaf: Any, leaves: Mapping[str, Any]) -> str:
-    """The layout of a leaf by Flax's conventions for names and axes.
+    """Infer the layout of a leaf from Flax's conventions for names and axes.
 
     Two axes are ``[in, out]``. Three axes under ``query``, ``key``, ``value`` (``q_proj``, ...)
     are ``[in, heads, head_dim]``, under ``out`` (``o_proj``, ...) ``[heads, head_dim, out]``. A
-    layer axis stacked in front by ``nn.scan`` is told from the biases and norms beside it.
+    layer axis stacked in front by ``nn.scan`` is inferred from the biases and norms beside it.
 
     Raises:
-        ValueError: the conventions do not say; the message names the ``layout=`` to pass.
+        ValueError: the conventions are ambiguous; the message names the ``layout=`` to pass.
     """
     shape, names = tuple(leaf.shape), set(path.split("/"))
     if len(shape) == 2:
@@ -101,18 +101,18 @@ def conventional(path: str, leaf: Any, leaves: Mapping[str, Any]) -> str:
     raise ValueError(
         f"{path}: the axes of its shape {shape} are ambiguous by Flax's naming conventions. Say "
         f"which are inputs, outputs and batch, one letter an axis: layout={{{path!r}: ...}} with "
-        f"{choices}; or let the function say: layout=lora_jax.layout_of(fn, params, *args); or "
+        f"{choices}; or ask the function: layout=lora_jax.layout_of(fn, params, *args); or "
         f"leave it out: exclude={path!r}"
     )
 
 
 def is_bias(path: str) -> bool:
-    """Whether the path names a bias."""
+    """Return whether the path names a bias."""
     return path.split("/")[-1] in ("bias", "b", "beta")
 
 
 def is_table(path: str, layout: Mapping[str, str]) -> bool:
-    """Whether a weight is looked up: by what the function does, if known, or else by its name."""
+    """Return whether a weight is looked up: by its use if that is known, else by its name."""
     if isinstance(layout, Layouts):
         return layout.weights[path].kind == "embedding"
     return is_embedding(path)

@@ -53,7 +53,7 @@ def of_layers(
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """The numbers as ranges: ``[0, 1, 5]`` as ``[(0, 2), (5, 6)]``."""
+    """Turn numbers into ranges: ``[0, 1, 5]`` becomes ``[(0, 2), (5, 6)]``."""
     runs: list[tuple[int, int]] = []
     for k in numbers:
         if runs and runs[-1][1] == k:
@@ -64,10 +64,10 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
 
 
 def _layer_numbers(leaves: Iterable[str]) -> dict[str, int]:
-    """The layer of every path that has one: of ``encoder/layers_3/attn/kernel``, 3.
+    """Return the layer number of every path that has one: 3 for ``encoder/layers_3/attn/kernel``.
 
-    It is the first number in a path under which others stand beside it, in the modules above the
-    last: ``Dense_0/kernel`` is a layer among ``Dense_1``, ``Transformer_0`` alone is none.
+    It is the first number in the path, without its last name, that has siblings:
+    ``Dense_0/kernel`` is a layer beside ``Dense_1``; ``Transformer_0`` alone is none.
     """
     siblings: dict[tuple[str, str], set[str]] = {}
     split = [path.split("/") for path in leaves]

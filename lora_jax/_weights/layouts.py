@@ -1,4 +1,4 @@
-"""What a function does with each of its weights."""
+"""Record the use that a function makes of each weight."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Weight:
-    """What a function does with one weight, as ``layout_of`` saw it.
+    """The use that a function makes of one weight, as ``layout_of`` saw it.
 
     Attributes:
-        shape: of the weight.
-        dtype: of the weight.
-        layout: its letters, one an axis; None if it cannot take a LoRA.
-        kind: ``"dot"``, ``"conv"``, ``"embedding"`` or ``"ragged"``; None as ``layout``.
-        uses: what reads it, and where: ``"dot_general at model.py:41 (Mlp.__call__): y = ..."``.
-        why_not: why it cannot take a LoRA; None if it can.
+        shape: the shape of the weight.
+        dtype: the dtype of the weight.
+        layout: one letter per axis; None if the weight cannot take a LoRA.
+        kind: ``"dot"``, ``"conv"``, ``"embedding"`` or ``"ragged"``; None if ``layout`` is.
+        uses: the operations that read the weight, with their places:
+            ``"dot_general at model.py:41 (Mlp.__call__): y = ..."``.
+        why_not: the reason why it cannot take a LoRA; None if it can.
     """
 
     shape: tuple[int, ...]
@@ -29,11 +30,11 @@ class Weight:
 class Layouts(Mapping[str, str]):
     """The layouts of a function's weights by path, for ``lorafy(params, layout=...)``.
 
-    A mapping from the path of every weight that can take a LoRA to its letters. Printed, it is a
-    table of all weights, with the reasons of those that cannot.
+    A mapping from paths to letters, for the weights that can take a LoRA. Its repr is a table of
+    all weights, which gives a reason for each that cannot.
 
     Attributes:
-        weights: :class:`Weight` by path, of every leaf.
+        weights: a :class:`Weight` for every leaf, by path.
     """
 
     def __init__(self, weights: Mapping[str, Weight]):
@@ -55,13 +56,13 @@ class Layouts(Mapping[str, str]):
         rows = [("path", "shape", "kind", "layout", "uses")]
         for path, w in self.weights.items():
             shape = "x".join(map(str, w.shape)) or "()"
-            said = str(len(w.uses)) if w.why_not is None else w.why_not
-            rows.append((path, shape, w.kind or "-", w.layout or "-", said))
+            uses = str(len(w.uses)) if w.why_not is None else w.why_not
+            rows.append((path, shape, w.kind or "-", w.layout or "-", uses))
         return table(rows)
 
 
 def table(rows: Sequence[Sequence[str]], right: int = 99) -> str:
-    """Rows of cells under a header, in columns; those from ``right`` on are flush right."""
+    """Format cells in columns under a header; columns from ``right`` on are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Names for the leaves of a parameter tree: ``layers_0/attn/query/kernel``.
+"""Name the leaves of a parameter tree: ``layers_0/attn/query/kernel``.
 
 Every container that JAX can flatten has paths: dicts, FrozenDicts, lists, dataclasses,
 ``nnx.State``. A box around one array (``nn.Partitioned``, ``nnx.Variable``) adds nothing to
@@ -20,12 +20,12 @@ PyTree: TypeAlias = Any
 
 
 def is_box(x: Any) -> bool:
-    """Whether ``x`` is Flax metadata around an array, rather than an array or a container."""
+    """Return whether ``x`` is Flax metadata around an array, not an array or a container."""
     return is_flax(x, "core.meta", "AxisMetadata") or is_flax(x, "nnx", "Variable")
 
 
 def is_flax(x: Any, module: str, name: str) -> bool:
-    """Whether ``x`` is of a Flax type; before Flax is imported nothing can be."""
+    """Return whether ``x`` is of a Flax type; before Flax is imported nothing can be."""
     flax = sys.modules.get(f"flax.{module}")
     return flax is not None and isinstance(x, getattr(flax, name))
 
@@ -52,8 +52,8 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
     """
     paths: dict[str, Any] = {}
     wrapped = isinstance(tree, Mapping) and "params" in tree
-    is_whole = lambda x: is_box(x) or is_quantized(x)  # noqa: E731
-    for outer, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_whole)[0]:
+    is_node = lambda x: is_box(x) or is_quantized(x)  # noqa: E731
+    for outer, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
         inner = jax.tree_util.tree_flatten_with_path(node)[0] if is_box(node) else [((), node)]
         for keys, leaf in inner:
             names = [_name(k) for k in (outer if len(inner) == 1 else (*outer, *keys))]
@@ -74,7 +74,7 @@ def arrays_in(tree: PyTree) -> dict[str, Any]:
 
 
 def nearest(path: str, paths: Iterable[str], n: int = 5) -> str:
-    """The paths most like ``path``, for the end of an error message."""
+    """List the paths most like ``path``, for the end of an error message."""
     paths = list(paths)
     found = difflib.get_close_matches(path, paths, n=n, cutoff=0.3) or paths[:n]
     return ", ".join(found) if found else "(none)"

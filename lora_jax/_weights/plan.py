@@ -1,4 +1,4 @@
-"""``Plan``: what ``lorafy`` adapts, checked before any factor is made."""
+"""Plan what ``lorafy`` adapts, and check all of it before any factor is made."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from lora_jax._weights.target import Target
 
 
 class Table(NamedTuple):
-    """A table of which some rows train: its layout, and the ids of the rows."""
+    """A table with trainable rows: its layout, and the ids of the rows."""
 
     layout: str
     ids: tuple[int, ...]
@@ -24,11 +24,11 @@ class Table(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What trains.
+    """Everything that trains.
 
     Attributes:
         targets: the weights that get factors.
-        tables: the tables of which some rows train, by path.
+        tables: the tables with trainable rows, by path.
         full: the paths of the leaves that train fully.
     """
 
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of all leaves that the plan is about, each once."""
+        """The paths of all leaves in the plan, each once."""
         targets = (target.part.path for target in self.targets)
         return tuple(dict.fromkeys([*targets, *self.tables, *self.full]))
 
@@ -122,7 +122,7 @@ def _target(
 def _tables(
     rows: Mapping[str, Iterable[int]], leaves: Mapping[str, Any], layout: Mapping[str, str]
 ) -> dict[str, Table]:
-    """Find the tables of which rows train, by path."""
+    """Find the tables with trainable rows, by path."""
     check_patterns(rows, "rows", leaves)
     tables = {}
     for path, leaf in leaves.items():

@@ -1,4 +1,4 @@
-"""Quantized bases: arrays of qwix in place of plain ones."""
+"""Recognize, read and make quantized arrays, which are those of qwix."""
 
 import sys
 from typing import Any
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 
 def is_quantized(x: Any) -> bool:
-    """Whether ``x`` is a quantized array; before qwix is imported nothing can be."""
+    """Return whether ``x`` is a quantized array; before qwix is imported nothing can be."""
     qwix = sys.modules.get("qwix")
     return qwix is not None and isinstance(x, qwix.QArray)
 
 
 def import_qwix() -> Any:
-    """The library of quantized types.
+    """Import the library of quantized types.
 
     Raises:
         ImportError: it is not installed.
@@ -30,7 +30,7 @@ def import_qwix() -> Any:
 
 
 def dequantize_array(x: Any) -> jax.Array:
-    """The array that a quantized one stands for, in the dtype of its scales."""
+    """Return the plain array that a quantized one represents, in the dtype of its scales."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return import_qwix().dequantize(x)
 
@@ -41,7 +41,7 @@ def plain_array(x: Any) -> Any:
 
 
 def quantize_array(x: jax.Array, qtype: Any, tiles: dict[int, int]) -> Any:
-    """``x`` in steps of its own for every tile; axes that are in no tile are channels."""
+    """Quantize ``x`` with one scale per tile; axes that are in no tile are channels."""
     qwix = import_qwix()
     channels = [axis for axis in range(x.ndim) if axis not in tiles]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -49,13 +49,13 @@ def quantize_array(x: jax.Array, qtype: Any, tiles: dict[int, int]) -> Any:
 
 
 def requantize(x: jax.Array, like: Any) -> Any:
-    """``x`` quantized as ``like`` is."""
+    """Quantize ``x`` as ``like`` is quantized."""
     sizes = zip(like.qvalue.shape, like.scale.shape, strict=True)
     tiles = {axis: n // scales for axis, (n, scales) in enumerate(sizes) if n != scales}
     return quantize_array(x.astype(like.scale.dtype), like.qtype, tiles)
 
 
 def relative_error(x: Any, exact: Any) -> float:
-    """``|x - exact| / |exact|``, of all entries together."""
+    """Return ``|x - exact| / |exact|`` over all entries."""
     x, exact = (jnp.asarray(plain_array(y), jnp.float32) for y in (x, exact))
     return float(jnp.linalg.norm((x - exact).ravel()) / jnp.linalg.norm(exact.ravel()))

@@ -1,4 +1,4 @@
-"""Parts of a weight as targets: ``c_attn/kernel[:, 0:768]``.
+"""Parse and compare parts of weights: ``c_attn/kernel[:, 0:768]``.
 
 A range follows the path, as in NumPy: one ``start:stop`` per axis, ``:`` for an entire axis.
 Trailing axes that are not given are entire.
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 def split_range(text: str) -> tuple[str, str | None]:
-    """``"c_attn/kernel[:, 0:768]"`` as ``("c_attn/kernel", ":, 0:768")``.
+    """Split ``"c_attn/kernel[:, 0:768]"`` into ``("c_attn/kernel", ":, 0:768")``.
 
     >>> split_range("layers_[01]/kernel")  # a character class, as it has no colon
     ('layers_[01]/kernel', None)
@@ -51,7 +51,7 @@ def split_range(text: str) -> tuple[str, str | None]:
 
 
 def resolve(ranges: str, path: str, shape: Sequence[int]) -> tuple[Range, ...]:
-    """The ranges of the axes that are not covered whole.
+    """Parse the ranges, without those that cover an entire axis.
 
     >>> resolve(":, 0:768", "c_attn/kernel", (768, 2304))
     (Range(axis=1, start=0, stop=768),)
@@ -79,7 +79,7 @@ def resolve(ranges: str, path: str, shape: Sequence[int]) -> tuple[Range, ...]:
 
 
 def spell(path: str, ranges: Sequence[Range], ndim: int) -> str:
-    """The one spelling of a part of a weight: the key of its factors.
+    """Spell a part of a weight in its one way: the key of its factors.
 
     >>> spell("c_attn/kernel", [Range(1, 0, 768)], 2)
     'c_attn/kernel[:, 0:768]'
@@ -118,7 +118,7 @@ def part_of(key: str, leaves: Mapping[str, Any] | None) -> Part:
 
 
 def overlap(one: Sequence[Range], other: Sequence[Range]) -> bool:
-    """Whether two parts of a weight have an entry in common."""
+    """Return whether two parts of a weight have an entry in common."""
     first = {r.axis: r for r in one}
     return all(
         r.axis not in first or max(r.start, first[r.axis].start) < min(r.stop, first[r.axis].stop)

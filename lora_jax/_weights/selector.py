@@ -1,4 +1,4 @@
-"""The selector language: which leaves, by path.
+"""Select leaves by path, with the selector language.
 
 A selector is a regular expression matched in full against the path, ``"all-linear"``, a
 callable ``(path, leaf) -> bool | int``, or a list of those. A target may be a part of a weight: a
@@ -37,21 +37,21 @@ def select(
     argument: str,
     not_linear: Container[str] = (),
 ) -> dict[str, bool | int]:
-    """The selected paths, and what the selector said of each (True, or a rank).
+    """Return the selected paths, each with the selector's answer: True, or a rank.
 
-    A path that was selected with a range comes with it.
+    A path that was selected with a range keeps it.
 
     Args:
-        selector: what the user passed.
+        selector: the user's argument.
         leaves: every leaf by path.
-        blocked: the leaves that may not be selected, and why.
+        blocked: the leaves that may not be selected, each with the reason.
         argument: the name of the argument, for messages.
         not_linear: what ``"all-linear"`` leaves out.
 
     Raises:
-        ValueError: a pattern selects nothing; the message says what it did match and why that
-            does not count, and lists the nearest paths.
-        TypeError: the selector is of none of the kinds.
+        ValueError: a pattern selects nothing; the message lists what it matched, why that is
+            blocked, and the nearest paths.
+        TypeError: the selector is of no known kind.
     """
     if isinstance(selector, str | re.Pattern):
         return _select_pattern(selector, leaves, blocked, argument, not_linear)
@@ -128,7 +128,7 @@ def _select_callable(
 
 
 def lookup(value: Any, path: str, argument: str, default: Any = None) -> Any:
-    """The setting of one path: ``value``, or, of a mapping, the first pattern that matches."""
+    """Return the setting for a path: ``value``, or that of a mapping's first matching pattern."""
     if isinstance(value, Layouts):
         return value.get(path, default)
     if not isinstance(value, Mapping):

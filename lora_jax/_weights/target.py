@@ -1,4 +1,4 @@
-"""``Target``: a weight as initializers see it, as a matrix; and what they return."""
+"""Show a weight to initializers as a matrix: ``Target``, and the type of an initializer."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ class Target:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The sizes of the batch axes: every entry of them is a matrix of its own."""
+        """The sizes of the batch axes; each entry is a separate matrix."""
         return role_shape(self.layout, self.shape, "b")
 
     @property
@@ -57,7 +57,7 @@ class Target:
         return math.prod(role_shape(self.layout, self.shape, "o"))
 
     def matrix(self) -> jax.Array:
-        """The weight as float32 ``[*batch, in, out]``.
+        """Return the weight as float32 ``[*batch, in, out]``.
 
         Raises:
             ValueError: it is quantized.
@@ -71,12 +71,12 @@ class Target:
         return self.as_matrix(self.leaf[self.index])
 
     def as_matrix(self, x: jax.Array) -> jax.Array:
-        """An array with the weight's axes as float32 ``[*batch, in, out]``."""
+        """Reshape an array with the weight's axes to float32 ``[*batch, in, out]``."""
         x = jnp.asarray(x, jnp.float32).transpose(self._order)
         return x.reshape(*self.batch, self.inputs, self.outputs)
 
     def leaf_with(self, matrix: jax.Array) -> jax.Array:
-        """The array with the weight replaced by ``matrix``, ``[*batch, in, out]``."""
+        """Return the leaf with the weight replaced by ``matrix``, ``[*batch, in, out]``."""
         back = sorted(range(len(self.shape)), key=lambda i: self._order[i])
         weight = matrix.reshape([self.shape[i] for i in self._order]).transpose(back)
         weight = weight.astype(self.leaf.dtype)
@@ -92,13 +92,13 @@ class Target:
         return self.part.slices(len(self.layout))
 
 
-# (key, target) -> a [*batch, in, rank], b [*batch, rank, out]; and, where scale * a b is not
-# zero, what is left of the weight, [*batch, in, out].
+# (key, target) -> a [*batch, in, rank], b [*batch, rank, out], and, if scale * a b is not zero,
+# the remainder of the weight, [*batch, in, out].
 Initializer: TypeAlias = Callable[[jax.Array, Target], tuple[jax.Array, ...]]
 
 
 def fold_in_path(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for every path, the same in every process.
+    """Derive a PRNG key from a path: a different one for every path, equal in every process.
 
     ``hash()`` would differ between processes; a SHA-256 does not.
     """
