@@ -83,8 +83,8 @@ def check_linear(verb: str, key: str, f: Entry) -> None:
         )
     if f.residual:
         raise ValueError(
-            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA on the "
-            "original base: lora_jax.algebra.to_plain"
+            f"{verb}: {key!r} belongs to what its initializer left of the base. As plain LoRA on "
+            "the original base: lora_jax.algebra.to_plain"
         )
 
 
