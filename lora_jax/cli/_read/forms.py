@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.ranges import rows_of
+from lora_jax.io.peft._folder import Folder
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class AdapterFile:
         whole: what is trained whole, or, of PEFT's rows, replaces: arrays by path.
         base: of which base it is, in words.
         native: the adapter and its record, unless it is PEFT's.
-        config: PEFT's.
+        folder: PEFT's files, if it is PEFT's.
         note: what was chosen, where there was more; and whether the base is a changed one.
     """
 
@@ -72,7 +73,7 @@ class AdapterFile:
     whole: Mapping[str, np.ndarray]
     base: str
     native: tuple[Adapter, Any] | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Folder | None = None
     note: str = ""
 
     @property

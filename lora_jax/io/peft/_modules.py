@@ -9,14 +9,14 @@ import numpy as np
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.norms import squared_norm
 from lora_jax._adapter.params import LoraParams
-from lora_jax._weights.quantized import dequantize_array, is_quantized
-from lora_jax._weights.ranges import Range, entry, rows_of
+from lora_jax._weights.ranges import Range, entry
 from lora_jax.io._record import to_host
-from lora_jax.io._torch import Kind, Map, Place
+from lora_jax.io._torch import Map, Place
 from lora_jax.io.peft import _config as configs
-from lora_jax.io.peft._axes import PREFIX, TIED, TOKENS, Piece, joined, to_peft, wrapped
+from lora_jax.io.peft._axes import PREFIX, TIED, Part, Piece, joined, to_peft, wrapped
+from lora_jax.io.peft._rows import is_rows, written_rows
 
-Modules = dict[str, tuple[Kind, str, Piece]]  # the kind, the layout within, and the factors
+Modules = dict[str, Part]  # by the name of the module, or of the parameter
 
 
 def to_files(
@@ -27,29 +27,33 @@ def to_files(
     rslora: bool,
     **more: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors by name, and the configuration; ``more`` goes into that as it is."""
+    """Write the tensors by name, and the configuration; ``more`` goes into that as it is.
+
+    Raises:
+        ValueError: something has no name, no form in PEFT, or no exact one.
+    """
     modules, tensors, tokens = _modules(lora_params, places)
     if not modules:
         raise ValueError(
             "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
             "parameters themselves"
         )
-    parameters = {name for name, (kind, *_) in modules.items() if kind == "Parameter"}
-    for name, (kind, letters, piece) in modules.items():
-        prefix = wrapped(name, parameters, parameter_order) if kind == "Parameter" else name
-        for suffix, x in to_peft(piece, letters, kind).items():
+    parameters = {name for name, part in modules.items() if part.kind == "Parameter"}
+    for name, part in modules.items():
+        prefix = wrapped(name, parameters, parameter_order) if name in parameters else name
+        for suffix, x in to_peft(part.piece, part.letters, part.kind).items():
             tensors[f"{prefix}.{suffix}"] = x
-    whole, bias, of_whole = _trained_whole(lora_params, places, modules)
-    tensors |= of_whole
+    saved, bias, of_full = _full(lora_params, places, modules)
+    tensors |= of_full
     config = configs.write(
-        {name: (piece.rank, piece.scale) for name, (_, _, piece) in modules.items()},
+        {name: (part.piece.rank, part.piece.scale) for name, part in modules.items()},
         parameters,
         places.modules(),
         all_named=places.all_named,
         rslora=rslora,
         bias=bias,
-        fan_in_fan_out=any(kind == "Conv1D" for kind, *_ in modules.values()),
-        modules_to_save=sorted(whole) or None,
+        fan_in_fan_out=any(part.kind == "Conv1D" for part in modules.values()),
+        modules_to_save=sorted(saved) or None,
         trainable_token_indices=tokens or None,
         use_dora=_is_dora(modules),
         **more,
@@ -60,50 +64,50 @@ def to_files(
 def _modules(
     lora_params: LoraParams, places: Map
 ) -> tuple[Modules, dict[str, np.ndarray], dict[str, list[int]]]:
-    """The factors by module; and the rows of tables that train, as tensors and as numbers."""
-    pieces: dict[str, list[tuple[Place, Piece]]] = {}
+    """Find the factors of every module; and the rows of tables that train: tensors and numbers."""
+    parts: dict[str, list[Part]] = {}
     tensors: dict[str, np.ndarray] = {}
     tokens: dict[str, list[int]] = {}
-    about: dict[str, tuple[Kind, str]] = {}
-    leaves = places.leaves
     for key, f in lora_params.adapter.factors.items():
-        path, ranges = entry(key, leaves)
+        path, ranges = entry(key, places.leaves)
         if f.residual:
             raise ValueError(
                 f"peft.save: {key!r} belongs to what its initializer left of the base, and PEFT "
                 "would add it to the model's own weights. To write it as plain LoRA on those, say "
                 "initial= and params=, as for lora_jax.algebra.to_plain"
             )
-        if (rows := rows_of(key)) is not None and path != key:
-            (place,) = places.of(path)
-            tokens[place.module] = list(rows)
-            tensors[f"{place.module}.{TOKENS}"] = _new_rows(f, rows, leaves[path])
+        if is_rows(key, path):
+            module, tokens_of, new = written_rows(key, f, path, places)
+            tensors |= new
+            tokens[module] = tokens_of
             continue
-        letters = places.within(path, f.layout)
-        kind = places.kind(path, letters)
-        if places.is_tied(path):
-            raise ValueError(TIED.format(verb="save", path=path))
-        if kind == "Parameter" and f.magnitude is not None:
-            raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
-        for place, piece in _by_place(key, f, ranges, places.of(path)):
-            about[place.module] = kind, letters
-            pieces.setdefault(place.module, []).append((place, piece))
-    modules: Modules = {}
-    for name, parts in pieces.items():
-        kind, letters = about[name]
-        place = parts[0][0]
-        norm = np.zeros(0)
-        if any(piece.magnitude is not None for _, piece in parts):
-            norm = np.sqrt(squared_norm(jnp.asarray(places.array(place)), letters))
-        piece = joined([piece for _, piece in parts], letters, place.shape, norm)
-        modules[name] = kind, letters, piece
-    return modules, tensors, tokens
+        for part in _parts(key, f, path, ranges, places):
+            parts.setdefault(part.place.module, []).append(part)
+    return {name: _joined(found, places) for name, found in parts.items()}, tensors, tokens
+
+
+def _parts(
+    key: str, f: Factors, path: str, ranges: tuple[Range, ...], places: Map
+) -> Iterator[Part]:
+    """Take factors apart by the modules that they are of.
+
+    Raises:
+        ValueError: PEFT has no such factors of such a module.
+    """
+    letters = places.within(path, f.layout)
+    kind = places.kind(path, letters)
+    if places.is_tied(path):
+        raise ValueError(TIED.format(verb="save", path=path))
+    if kind == "Parameter" and f.magnitude is not None:
+        raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
+    for place, piece in _by_place(key, f, ranges, places.of(path)):
+        yield Part(place, letters, kind, piece)
 
 
 def _by_place(
     key: str, f: Factors, ranges: tuple[Range, ...], places: list[Place]
 ) -> Iterator[tuple[Place, Piece]]:
-    """The factors of every place that they are of, as NumPy has them."""
+    """Take the factors of every place out of those of a leaf, as NumPy has them."""
     arrays = to_host({"a": f.a, "b": f.b})
     magnitude = None if f.magnitude is None else np.asarray(f.magnitude)
     outer = len(places[0].index)
@@ -123,18 +127,17 @@ def _by_place(
             yield place, Piece(key, a, b, np.float32(f.scale), own, inner)
 
 
-def _new_rows(f: Factors, rows: tuple[int, ...], table: Any) -> np.ndarray:
-    """The rows themselves: what PEFT calls a delta replaces them."""
-    table = dequantize_array(table) if is_quantized(table) else table
-    by_row = np.asarray(
-        table[jnp.asarray(rows)] if f.layout == "io" else table[:, jnp.asarray(rows)].T
-    )
-    new = by_row.astype(np.float32) + np.float32(f.scale) * np.asarray(f.b, np.float32)
-    return new
+def _joined(parts: list[Part], places: Map) -> Part:
+    """Join the factors of one module."""
+    place, letters, kind, _ = parts[0]
+    pieces, norm = [part.piece for part in parts], np.zeros(0)
+    if any(piece.magnitude is not None for piece in pieces):
+        norm = np.sqrt(squared_norm(jnp.asarray(places.array(place)), letters))
+    return Part(place, letters, kind, joined(pieces, letters, place.shape, norm))
 
 
 def _is_dora(modules: Modules) -> bool:
-    with_it = [name for name, (_, _, piece) in modules.items() if piece.magnitude is not None]
+    with_it = [name for name, part in modules.items() if part.piece.magnitude is not None]
     if with_it and len(with_it) < len(modules):
         without = sorted(modules.keys() - set(with_it))
         raise ValueError(
@@ -144,24 +147,18 @@ def _is_dora(modules: Modules) -> bool:
     return bool(with_it)
 
 
-def _trained_whole(
+def _full(
     lora_params: LoraParams, places: Map, modules: Modules
 ) -> tuple[list[str], str, dict[str, np.ndarray]]:
-    """The modules to save, whose biases train besides, and the tensors of both."""
+    """Find the modules to save, whose biases train besides, and the tensors of both.
+
+    Raises:
+        ValueError: a full leaf is no part of a module, is tied, or has factors as well.
+    """
     full = lora_params.adapter.full
-    at = {path: places.of(path) for path in full}
-    for path in full:
-        if not places.is_module(path):
-            raise ValueError(
-                f"peft.save: {path!r} trains whole, and is no weight or bias of a module by its "
-                "name: PEFT saves whole modules. If it is the weight of one, say "
-                f"kinds={{{path!r}: 'Linear'}}"
-            )
-    for path in full:
-        if places.is_tied(path):
-            raise ValueError(TIED.format(verb="save", path=path))
-    whole = [p.module for found in at.values() for p in found if p.suffix == "weight"]
-    biases = [p.module for found in at.values() for p in found if p.suffix == "bias"]
+    _check_full(full, places)
+    found = [place for path in full for place in places.of(path)]
+    whole = [place.module for place in found if place.suffix == "weight"]
     # PEFT saves every module whose name ends so, and all of each: what did not train is the base's.
     saved = [name for name in places.all_modules() if configs.is_saved(whole, name)]
     if both := sorted(set(saved) & modules.keys()):
@@ -178,7 +175,7 @@ def _trained_whole(
         for suffix in ("weight", "bias"):
             if place := places.find(name, suffix):
                 tensors[f"{name}.{suffix}"] = trained(place)
-    alone = set(biases) - set(saved)
+    alone = {place.module for place in found if place.suffix == "bias"} - set(saved)
     bias = "none" if not alone else "lora_only" if alone <= modules.keys() else "all"
     for name in places.all_modules() if bias != "none" else ():
         place = places.find(name, "bias")
@@ -186,3 +183,17 @@ def _trained_whole(
             inner = ".base_layer" if name in modules else ""
             tensors[f"{name}{inner}.bias"] = trained(place)
     return whole, bias, tensors
+
+
+def _check_full(full: dict[str, Any], places: Map) -> None:
+    """Raise unless every full leaf has a name there, is of a module, and is no tied table."""
+    for path in full:
+        places.of(path)
+        if not places.is_module(path):
+            raise ValueError(
+                f"peft.save: {path!r} trains whole, and is no weight or bias of a module by its "
+                "name: PEFT saves whole modules. If it is the weight of one, say "
+                f"kinds={{{path!r}: 'Linear'}}"
+            )
+        if places.is_tied(path):
+            raise ValueError(TIED.format(verb="save", path=path))

@@ -39,26 +39,26 @@ def save(
     computes what ``lora(fn)`` computes here.
 
     Args:
-        path: of the folder, in one that exists.
-        lora_params: what to write. What trains whole goes where PEFT keeps it: biases, whole
-            modules (``modules_to_save``), rows of tables.
-        initial: where the initializer changed the base (PiSSA, OLoRA, LoftQ, ...), the LoraParams
-            before training: what is written is then plain LoRA, of twice the rank, on ``params``.
+        path: the folder to write, in one that exists.
+        lora_params: the adapter and its base. Full leaves and rows of tables go where PEFT keeps
+            them: biases, whole modules (``modules_to_save``), ``trainable_token_indices``.
+        initial: the LoraParams before training, if the initializer changed the base (PiSSA, OLoRA,
+            LoftQ, ...). Plain LoRA of twice the rank, on ``params``, is then written.
         params: the parameters that ``lorafy`` was given, with ``initial``.
         names: the name of a module there, by the path of it here: ``{pattern: template}``, such as
             ``{r"layers_(\d+)/attn/query": r"model.layers.\1.self_attn.q_proj"}``, or a function.
             Patterns are regular expressions, matched in full; the first one counts. In a template
-            ``{layer}`` stands for the number of a layer, of leaves that have the layers stacked in
-            front, and ``{expert}`` likewise. None: the path with dots for slashes.
-        kinds: where the axes leave a doubt, ``{pattern of the leaf: kind}``, of ``"Linear"``,
-            ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` and ``"Parameter"`` (experts).
-        layout: as in ``lorafy``, for leaves that train whole; that of ``layout_of`` knows the
-            kinds as well.
+            ``{layer}`` is replaced by the number of the layer, for leaves that have the layers
+            stacked in front, and ``{expert}`` likewise. None: the path with dots for slashes.
+        kinds: ``{pattern of the leaf: kind}``, for leaves whose axes leave a doubt. A kind is
+            ``"Linear"``, ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` or ``"Parameter"``
+            (experts).
+        layout: as in ``lorafy``, for full leaves; a layout from ``layout_of`` knows the kinds too.
         base_model: the name or folder of the model, for the configuration.
         task_type: such as ``"CAUSAL_LM"``, for the configuration.
-        rslora: whether the configuration is to say ``use_rslora``; the function is the same.
-        parameter_order: the order in which modules there register their parameters, where several
-            of one module are adapted.
+        rslora: whether the configuration sets ``use_rslora``; the function is the same.
+        parameter_order: the order in which modules there register their parameters, for modules
+            of which several are adapted.
         for_vllm: whether to refuse what vLLM would.
         overwrite: whether an existing adapter may be replaced.
 
