@@ -1,4 +1,4 @@
-"""``convert``: an adapter in another format, without the model; or a model."""
+"""``convert``: write an adapter in another format, without the model; or a model."""
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ from lora_jax.cli._read.base import (
     source_like,
     with_stand_ins,
 )
-from lora_jax.cli._read.forms import AdapterFile, Checkpoint, size_of
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
-from lora_jax.cli._show import Show, size
+from lora_jax.cli._show import Show
 from lora_jax.io import _files as files
 from lora_jax.io import _record as records
 from lora_jax.io import orbax, peft, safetensors
@@ -37,7 +37,7 @@ from lora_jax.io.peft._read import read
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command."""
+    """Run the command."""
     found = open_path(args.path)
     if isinstance(found, Checkpoint):
         return convert_model.run(found, args, show, *names_and_kinds(args))
@@ -60,16 +60,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
         else:
             _from_peft(found, out, args)
     entries = len(found.updates) + len(found.whole)
-    show.line(f"{out}: {entries} entries, {size(size_of(out))}, as {args.to}")
-    show.document(
-        {
-            "path": str(out),
-            "format": args.to,
-            "from": found.format,
-            "entries": entries,
-            "bytes": size_of(out),
-        }
-    )
+    convert_model.report(out, args.to, found, show, entries=entries)
     return 0
 
 

@@ -1,7 +1,8 @@
-"""``convert`` of whole models: GGUF and Orbax into a Hugging Face folder, and that into Orbax."""
+"""``convert`` of models: GGUF and Orbax into a Hugging Face folder, and that into Orbax."""
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 from lora_jax.cli._options import writing
 from lora_jax.cli._read.base import leaves_of
-from lora_jax.cli._read.forms import Checkpoint, size_of
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint, size_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Show, size
 from lora_jax.io import hf, orbax
@@ -50,17 +51,16 @@ def run(
             hf.merge(
                 found.path, {}, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
             )
-    show.line(f"{out}: {len(found.tensors)} tensors, {size(size_of(out))}, as {args.to}")
-    show.document(
-        {
-            "path": str(out),
-            "format": args.to,
-            "from": found.format,
-            "tensors": len(found.tensors),
-            "bytes": size_of(out),
-        }
-    )
+    report(out, args.to, found, show, tensors=len(found.tensors))
     return 0
+
+
+def report(out: Path, to: str, found: AdapterFile | Checkpoint, show: Show, **counts: int) -> None:
+    """Tell what was written: its format and its size, and how many entries or tensors."""
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    show.line(f"{out}: {said}, {size(size_of(out))}, as {to}")
+    document = {"path": str(out), "format": to, "from": found.format}
+    show.document(document | counts | {"bytes": size_of(out)})
 
 
 def _loaded(

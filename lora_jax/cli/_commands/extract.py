@@ -1,4 +1,4 @@
-"""``extract``: the LoRA that comes nearest to what fine-tuning changed in a model."""
+"""``extract``: find the LoRA that comes nearest to what fine-tuning changed in a model."""
 
 import argparse
 from collections.abc import Mapping
@@ -38,26 +38,20 @@ def run(args: argparse.Namespace, show: Show) -> int:
     if to != "peft" and (names or kinds or args.base_model):
         raise ValueError("--names, --kinds and --base-model go with --to peft")
     with writing(args.out, overwrite=args.overwrite) as out:
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"kinds": kinds}
         if base.format == "orbax":
             lora_params, rows = _of_parameters(base, tuned, args)
         else:
-            lora_params, rows, more = _of_folder(base, tuned, args, show)
+            tree = _tree_of(base)
+            lora_params, rows = _of_folder(tree, base, tuned, args, show)
+            more = tree.options(kinds)
         if to == "orbax":
             orbax.save(out, lora_params)
         elif to == "safetensors":
             safetensors.save(out, lora_params, overwrite=args.overwrite)
         else:
-            kinds = {**(kinds or {}), **more.pop("kinds", {})}
-            peft.save(
-                out,
-                lora_params,
-                names=names,
-                kinds=kinds,
-                base_model=args.base_model,
-                overwrite=args.overwrite,
-                **more,
-            )
+            more |= {"base_model": args.base_model, "overwrite": args.overwrite}
+            peft.save(out, lora_params, names=names, **more)
     _report(out, to, rows, lora_params.adapter, show)
     return 0
 
@@ -147,10 +141,9 @@ def _row(path: str, shape: tuple[int, ...], change: np.ndarray, f: Factors) -> d
 
 
 def _of_folder(
-    base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace, show: Show
-) -> tuple[LoraParams, list[dict[str, Any]], dict[str, Any]]:
+    tree: TorchTree, base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace, show: Show
+) -> tuple[LoraParams, list[dict[str, Any]]]:
     """Extract from two models' files, one pair of tensors at a time; in their names."""
-    tree = _tree_of(base)
     wanted = _wanted(tree, args.targets)
     factors: dict[str, Factors] = {}
     full: dict[str, Any] = {}
@@ -176,7 +169,7 @@ def _of_folder(
             if not left
             else f"no linear layer changed, but {', '.join(left[:5])}: there is no LoRA of that"
         )
-    return LoraParams(tree.leaves, Adapter(factors, full)), rows, tree.options()
+    return LoraParams(tree.leaves, Adapter(factors, full)), rows
 
 
 def _truncated(

@@ -1,4 +1,4 @@
-"""``merge``: adapters of any format into a model's files."""
+"""``merge``: add adapters of any format to a model's files."""
 
 import argparse
 import os

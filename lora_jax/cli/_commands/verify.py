@@ -1,4 +1,4 @@
-"""``verify``: is this adapter for this model?"""
+"""``verify``: tell whether an adapter is for a model."""
 
 import argparse
 import dataclasses

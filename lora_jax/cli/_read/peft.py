@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from lora_jax.cli._read.forms import AdapterFile, Update
-from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._axes import Part
+from lora_jax.io.peft._config import REDONE
 from lora_jax.io.peft._folder import Folder
-from lora_jax.io.peft._own import Module, own_modules, own_others
+from lora_jax.io.peft._own import own_others, own_parts
 
 
 def open_peft(path: Path) -> AdapterFile:
@@ -16,27 +17,25 @@ def open_peft(path: Path) -> AdapterFile:
         ValueError: it is damaged, or cannot be read exactly.
     """
     folder = Folder.open(path)
-    updates = {name: _update(name, m, folder) for name, m in own_modules(folder).items()}
+    rslora = bool(folder.config.get("use_rslora"))
+    updates = {name: _update(name, part, rslora) for name, part in own_parts(folder).items()}
     base = folder.config.get("base_model_name_or_path") or "not recorded"
     init = folder.config["init_lora_weights"]
-    note = f"on what {init} leaves of its base" if init in configs.REDONE else ""
+    note = f"on what {init} leaves of its base" if init in REDONE else ""
     others = own_others(folder)
     return AdapterFile(path, "peft", updates, others, str(base), folder=folder, note=note)
 
 
-def _update(name: str, module: Module, folder: Folder) -> Update:
-    piece, batch = module.piece, module.shape[: module.letters.count("b")]
-    root = piece.rank**0.5 if folder.config.get("use_rslora") else piece.rank
-    layers = piece.a.shape[0] if batch else 1
-    arrays = (piece.a, piece.b, piece.magnitude)
+def _update(name: str, part: Part, rslora: bool) -> Update:
+    rank, scale, batch = part.rank, float(part.scale), part.place.shape[: part.letters.count("b")]
     return Update(
         name,
-        "Linear" if module.kind == "Conv1D" else module.kind,
-        piece.a.reshape(layers, -1, piece.rank),
-        piece.b.reshape(layers, piece.rank, -1),
-        float(piece.scale),
-        float(piece.scale) * root,
+        "Linear" if part.kind == "Conv1D" else part.kind,
+        part.a.reshape(*batch or (1,), -1, rank),
+        part.b.reshape(*batch or (1,), rank, -1),
+        scale,
+        scale * (rank**0.5 if rslora else rank),
         batch,
-        piece.magnitude,
-        sum(x.size for x in arrays if x is not None),
+        part.magnitude,
+        sum(x.size for x in (part.a, part.b, part.magnitude) if x is not None),
     )

@@ -12,7 +12,7 @@ from lora_jax._weights.axes import role_axes
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Progress, dtype_of, narrowed, write
-from lora_jax.io.peft._axes import Piece
+from lora_jax.io.peft._axes import Part
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
 
@@ -79,7 +79,7 @@ def merge(
         for change in replaced:
             change.replace(name, w)
         if updates:
-            _add(w, updates[0][0], [piece for _, piece in updates])
+            _add(w, updates)
         return narrowed(w, wanted, name)
 
     write(
@@ -111,7 +111,7 @@ class Change:
 
     Attributes:
         weight: what its updates are multiplied by.
-        updates: the letters of a tensor and the factors that are added to it.
+        updates: the factors that are added to a tensor.
     """
 
     def __init__(self, adapter: Folder, source: Source, weight: float):
@@ -124,16 +124,16 @@ class Change:
                 "LoRA first, by path_initial_model_for_weight_conversion in PEFT, or by peft.load "
                 "and peft.save here"
             )
-        self.updates: dict[str, tuple[str, Piece]] = {}
-        for path, (part,) in contents.factors.items():
-            scale = np.float32(weight) * part.piece.scale
-            self.updates[tree.names[path]] = part.letters, replace(part.piece, scale=scale)
+        self.updates = {
+            tree.names[path]: replace(part, scale=np.float32(weight) * part.scale)
+            for path, (part,) in contents.factors.items()
+        }
         self._full = {tree.names[path]: np.asarray(x) for path, x in contents.full.items()}
         self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
 
     def check_adds(self) -> None:
         """Raise unless all it does is to add to weights."""
-        is_dora = any(piece.magnitude is not None for _, piece in self.updates.values())
+        is_dora = any(part.magnitude is not None for part in self.updates.values())
         if self._full or self._rows or is_dora:
             raise ValueError(
                 f"{self.where}: its DoRA, biases, rows or whole modules replace what is there, and "
@@ -158,15 +158,16 @@ class Change:
             w[ids] = (w[ids].astype(np.float32) + rows.change).astype(w.dtype)
 
 
-def _add(w: np.ndarray, letters: str, pieces: list[Piece]) -> None:
+def _add(w: np.ndarray, parts: list[Part]) -> None:
     """Add ``scale * a b`` of each in place, some rows at a time; with a magnitude, as DoRA does."""
+    letters = parts[0].letters
     if letters[0] == "b":
         for k in range(len(w)):
-            _add(w[k], letters[1:], [replace(p, a=p.a[k], b=p.b[k]) for p in pieces])
+            _add(w[k], [replace(p, letters=p.letters[1:], a=p.a[k], b=p.b[k]) for p in parts])
         return
     rows_write = letters[0] == "o"
     matrix = w.reshape(prod(w.shape[: len(role_axes(letters, letters[0]))]), -1)  # a view
-    factors = [(p.a.reshape(-1, p.rank), p.b.reshape(p.rank, -1) * p.scale) for p in pieces]
+    factors = [(p.a.reshape(-1, p.rank), p.b.reshape(p.rank, -1) * p.scale) for p in parts]
     step = max(1, _CHUNK // matrix.shape[1])
     chunks = [slice(k, k + step) for k in range(0, len(matrix), step)]
 
@@ -176,7 +177,7 @@ def _add(w: np.ndarray, letters: str, pieces: list[Piece]) -> None:
             x += b[:, rows].T @ a.T if rows_write else a[rows] @ b
         return x
 
-    if (magnitude := pieces[0].magnitude) is None:
+    if (magnitude := parts[0].magnitude) is None:
         for rows in chunks:
             matrix[rows] = summed(rows).astype(w.dtype)
         return

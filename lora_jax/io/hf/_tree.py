@@ -7,7 +7,7 @@ whether it is another tensor as well, and whether its numbers are the weight.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
 from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
 from lora_jax.io.hf._source import Source
 from lora_jax.io.peft._folder import Folder
-from lora_jax.io.peft._own import forms_in, own_modules, own_others
+from lora_jax.io.peft._own import forms_in, own_others, own_parts
 
-_Forms = Mapping[str, tuple[str, Kind]]  # letters and kinds by path
+_Forms: TypeAlias = dict[str, tuple[str, Kind]]  # letters and kinds by path
 _USES: dict[Kind, str] = {"Conv": "conv", "Embedding": "embedding", "Parameter": "ragged"}
 
 
@@ -59,35 +59,33 @@ class TorchTree:
         """
         names = {as_path(name): name for name in source.tensors}
         leaves = {path: source.tensors[name] for path, name in names.items()}
-        like_conv1d = [
-            path for path, x in leaves.items() if len(x.shape) == 2 and re.fullmatch(CONV1D, path)
-        ]
+        matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
+        conv1d = [path for path in matrices if re.fullmatch(CONV1D, path)]
         kind = (source.config or {}).get("model_type")
-        forms: dict[str, tuple[str, Kind]] = dict.fromkeys(
-            like_conv1d if kind in CONV1D_MODELS else (), ("io", "Conv1D")
-        )
-        forms |= _tables(leaves) if adapter is None else forms_in(adapter, leaves)
-        doubtful = () if source.config is not None else tuple(like_conv1d)
+        forms: _Forms = {path: ("io", "Conv1D") for path in conv1d if kind in CONV1D_MODELS}
+        if adapter is not None:
+            forms |= forms_in(adapter, leaves)
+        else:
+            forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
+        doubtful = () if source.config is not None else tuple(conv1d)
         return _tree(leaves, forms, names=names, ties=ties_of(source.config), doubtful=doubtful)
 
     @classmethod
     def own(cls, adapter: Folder) -> "TorchTree":
         """Make the tree of the leaves that an adapter's files tell of, without what is in them."""
-        forms: dict[str, tuple[str, Kind]] = {}
-        shapes = {}
-        for name, module in own_modules(adapter).items():
-            path = as_path(name) + ("" if module.kind == "Parameter" else "/weight")
-            shapes[path] = module.shape
-            forms[path] = module.letters, module.kind
+        parts = own_parts(adapter).values()
+        shapes = {part.place.path: part.place.shape for part in parts}
         shapes |= {as_path(name): x.shape for name, x in own_others(adapter).items()}
         dtype = jnp.dtype("float32")
         leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+        forms: _Forms = {part.place.path: (part.letters, part.kind) for part in parts}
         return _tree(leaves, forms)
 
     @classmethod
     def known(cls, leaves: Mapping[str, Any], adapter: Adapter) -> "TorchTree":
         """Make a tree of leaves in PyTorch's names and axes, which an adapter of ours tells."""
-        forms = {path: (f.layout, _kind_of(path, f.layout)) for path, f in adapter.factors.items()}
+        letters = {path: f.layout for path, f in adapter.factors.items()}
+        forms: _Forms = {path: (own, _kind_of(path, own)) for path, own in letters.items()}
         return _tree(leaves, forms)
 
     def options(self, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -133,16 +131,8 @@ def _kind_of(path: str, letters: str) -> Kind:
     return "Conv" if letters.startswith("oii") else "Linear"
 
 
-def _tables(leaves: Mapping[str, Any]) -> dict[str, tuple[str, Kind]]:
-    """Find lookup tables by their names."""
-    return {
-        path: ("io", "Embedding")
-        for path, leaf in leaves.items()
-        if len(leaf.shape) == 2 and _is_table(path)
-    }
-
-
 def _is_table(path: str) -> bool:
+    """Whether a weight is a lookup table by its name."""
     parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
     last = parts[-1].lower() if parts else ""
     return is_embedding(f"{last}/weight") or last == "shared" or last.startswith("embed_")

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax._adapter.factors import wide
 from lora_jax.io import _files as files
+from lora_jax.io._torch import Map
 from lora_jax.io.peft._axes import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PREFIX, ROWS
 from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
@@ -76,6 +77,14 @@ class Folder:
         """Make an error that names the folder."""
         return ValueError(f"{self.where}: {what}")
 
+    def left_over(self, name: str, places: Map) -> ValueError:
+        """Make the error for a tensor that has no place."""
+        return self.error(
+            f"the tensor {PREFIX + name!r} has no place here: its configuration does not speak of "
+            "it, or the parameters have no such module. Nearest: "
+            f"{places.nearest(name.rpartition('.')[0])}"
+        )
+
 
 def _check_tensor(name: str, x: np.ndarray, where: Path, *, finite: bool) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -88,17 +97,12 @@ def _check_tensor(name: str, x: np.ndarray, where: Path, *, finite: bool) -> Non
     if not name.startswith(PREFIX):
         raise ValueError(
             f"{where}: the tensor {name!r} does not begin with {PREFIX!r}: PEFT would load nothing "
-            "of it, and only warn"
+            "of it, and say so in a warning only"
         )
 
 
 def _config_in(folder: Path) -> Path:
-    """Find the configuration, and the tensors beside it.
-
-    Raises:
-        FileNotFoundError: one of them is missing; the message names adapters further in.
-        ValueError: the tensors are a pickle.
-    """
+    """Find the configuration, with the tensors beside it."""
     for name in (CONFIG, TENSORS):
         if (folder / name).exists():
             continue

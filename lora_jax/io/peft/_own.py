@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lora_jax.io._torch import Kind, as_name, module_path
+from lora_jax.io._torch import Kind, Place, as_name, as_path, module_path
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,
@@ -16,32 +15,15 @@ from lora_jax.io.peft._axes import (
     MAGNITUDE,
     PARAMETER_ORDER,
     ROWS,
-    Piece,
+    Part,
     from_peft,
-    wrapped,
+    wrappers,
 )
 from lora_jax.io.peft._folder import Folder
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module that is adapted, or a parameter of one.
-
-    Attributes:
-        shape: the shape of its weight in PyTorch.
-        letters: the layout of that.
-        kind: the kind of the module.
-        piece: its factors, in the dtypes of the file.
-    """
-
-    shape: tuple[int, ...]
-    letters: str
-    kind: Kind
-    piece: Piece
-
-
-def own_modules(folder: Folder) -> dict[str, Module]:
-    """Find the modules that have factors, by name.
+def own_parts(folder: Folder) -> dict[str, Part]:
+    """Find the factors of every module, in the dtypes of the file, by the name of the module.
 
     Raises:
         ValueError: a factor is missing, or two do not fit each other or their rank.
@@ -50,56 +32,55 @@ def own_modules(folder: Folder) -> dict[str, Module]:
     found = {}
     for module, tensors in folder.modules.items():
         pairs = [pair for pair in (LINEAR, EMBEDDING) if pair[0] in tensors]
-        for first, second in pairs:
-            names = f"{module}.{first}", f"{module}.{second}"
-            if second not in tensors:
-                raise folder.error(f"has {names[0]!r} and not {names[1]!r}")
-            own = parameters.get(module, module) if first == LINEAR[0] else module
-            kind: Kind = "Embedding" if first == EMBEDDING[0] else "Linear"
+        for pair in pairs:
+            first, second = (f"{module}.{role}" for role in pair)
+            if pair[1] not in tensors:
+                raise folder.error(f"has {first!r} and not {second!r}")
+            own = parameters.get(module, module) if pair == LINEAR else module
+            kind: Kind = "Linear" if pair == LINEAR else "Embedding"
             kind = "Parameter" if own != module else kind
-            found[own] = _module(folder, own, kind, tensors[first], tensors[second], tensors)
-        seconds = {second for first, second in (LINEAR, EMBEDDING) if first not in tensors}
-        seconds |= set() if pairs else {MAGNITUDE}
-        for alone in sorted(f"{module}.{role}" for role in seconds & tensors.keys()):
-            raise folder.error(f"has {alone!r} and not the factor that goes with it")
+            found[own] = _part(folder, own, kind, tensors[pair[0]], tensors[pair[1]], tensors)
+        alone = {pair[1] for pair in (LINEAR, EMBEDDING) if pair not in pairs}
+        for role in sorted(tensors.keys() & (alone if pairs else {*alone, MAGNITUDE})):
+            name = f"{module}.{role}"
+            raise folder.error(f"has {name!r} and not the factor that goes with it")
     return found
 
 
 def _parameters(folder: Folder) -> dict[str, str]:
     """Find the parameters that are adapted, by the name of their wrapper, as the tensors tell."""
-    found = {}
+    with_factors = (name for name, tensors in folder.modules.items() if LINEAR[0] in tensors)
+    modules = {re.sub(r"(\.base_layer)*$", "", name) for name in with_factors}
     targets = folder.config.get("target_parameters") or []
-    modules = (name for name, tensors in folder.modules.items() if LINEAR[0] in tensors)
-    for module in {re.sub(r"(\.base_layer)*$", "", name) for name in modules}:
-        own = {f"{module}.{target.rpartition('.')[2]}" for target in targets}
-        own = {name for name in own if configs.matches(targets, name)}
-        found |= {wrapped(name, own, PARAMETER_ORDER): name for name in own}
-    return found
+    names = {f"{module}.{t.rpartition('.')[2]}" for module in modules for t in targets}
+    known = configs.target_parameters(folder.config, names)
+    return {wrapper: name for name, wrapper in wrappers(known, PARAMETER_ORDER).items()}
 
 
-def _module(
+def _part(
     folder: Folder, own: str, kind: Kind, a: np.ndarray, b: np.ndarray, tensors: Mapping[str, Any]
-) -> Module:
+) -> Part:
+    """Find the weight that two factors fit, and read them as its."""
     rank = configs.rank_of(folder.config, own)
     experts = len(a) // rank if kind == "Parameter" and a.ndim == 2 else 1
-    fits = min(a.ndim, b.ndim) > 1 and 0 < len(a) == b.shape[1] == rank * experts
-    if not fits or a.ndim != b.ndim or (kind != "Linear" and a.ndim > 2):
+    fits = 1 < a.ndim == b.ndim and 0 < len(a) == b.shape[1] == rank * experts
+    if not fits or (kind != "Linear" and a.ndim > 2):
         raise folder.error(
             f"the factors of {own!r} have shapes {a.shape} and {b.shape}, which do not fit each "
             f"other or rank {rank} of the configuration"
         )
-    if a.ndim > 2:
-        kind, shape, letters = "Conv", (len(b), *a.shape[1:]), "o" + "i" * (a.ndim - 1)
-    elif kind == "Linear" and folder.config.get("fan_in_fan_out") is not True:
-        shape, letters = (len(b), a.shape[1]), "oi"
-    elif kind == "Parameter":
-        shape, letters = (experts, a.shape[1], len(b)), "bio"
+    inputs, outputs = a.shape[1:], len(b)
+    if kind == "Linear":
+        dense: Kind = "Conv1D" if folder.config.get("fan_in_fan_out") else "Linear"
+        kind = dense if len(inputs) == 1 else "Conv"
+    if kind in ("Linear", "Conv"):
+        shape, letters = (outputs, *inputs), "o" + "i" * len(inputs)
     else:
-        kind = "Conv1D" if kind == "Linear" else kind
-        shape, letters = (a.shape[1], len(b)), "io"
-    scale = configs.scale_of(folder.config, own)
-    piece = from_peft(own, a, b, tensors.get(MAGNITUDE), scale, shape, letters, kind)
-    return Module(shape, letters, kind, piece)
+        batch = (experts,) if kind == "Parameter" else ()
+        shape, letters = (*batch, *inputs, outputs), "b" * len(batch) + "io"
+    path = as_path(own) + ("" if kind == "Parameter" else "/weight")
+    place, scale = Place(path, (), own, "weight", shape), configs.scale_of(folder.config, own)
+    return from_peft(place, letters, kind, a, b, scale, tensors.get(MAGNITUDE))
 
 
 def own_others(folder: Folder) -> dict[str, np.ndarray]:
@@ -117,26 +98,21 @@ def own_others(folder: Folder) -> dict[str, np.ndarray]:
 
 
 def forms_in(folder: Folder, leaves: Mapping[str, Any]) -> dict[str, tuple[str, Kind]]:
-    """Find the letters and the kinds of a model's tensors that the adapter's files tell.
-
-    Args:
-        folder: the adapter.
-        leaves: the tensors by path.
+    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path.
 
     Raises:
         ValueError: the factors of experts do not tell which axis is read.
     """
     modules = {path: as_name(module_path(path)[0]) for path in leaves}
-    is_parameter = configs.is_target_parameter
-    parameters = {name for name in modules.values() if is_parameter(folder.config, name)}
+    parameters = configs.target_parameters(folder.config, modules.values())
+    nested = wrappers(parameters, PARAMETER_ORDER)
     found: dict[str, tuple[str, Kind]] = {}
     for path, leaf in leaves.items():
         name = modules[path]
         if folder.modules.get(name, {}).keys() & {EMBEDDING[0], ROWS}:
             found[path] = "io", "Embedding"
-        elif name in parameters and len(leaf.shape) == 3:
-            wrapper = wrapped(name, parameters, PARAMETER_ORDER)
-            tensors = folder.modules.get(wrapper, {})
+        elif name in nested and len(leaf.shape) == 3:
+            tensors = folder.modules.get(nested[name], {})
             found[path] = _letters_of_experts(name, leaf.shape, tensors), "Parameter"
     return found
 

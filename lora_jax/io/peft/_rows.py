@@ -33,24 +33,28 @@ class TableRows:
     size: int
     layout: str
 
-    def entry(self, path: str) -> tuple[str, Factors]:
-        """Make the entry of an adapter, and its key."""
+    def entry(self, path: str) -> dict[str, Factors]:
+        """Make the entry of an adapter, by its key."""
         a = np.zeros((self.size, len(self.ids)), np.float32)  # [table rows, rows]
         a[list(self.ids), range(len(self.ids))] = 1
         a, b = jnp.asarray(a), jnp.asarray(self.change)
         f = Factors(a, b, jnp.ones(()), self.layout, frozen=("a",))
-        return spell_rows(path, self.ids), f
+        return {spell_rows(path, self.ids): f}
 
 
 def read_rows(folder: Folder, places: Map) -> dict[str, TableRows]:
     """Read the rows of every table, by its path.
 
     Raises:
-        ValueError: there is no such table, or the configuration names other rows.
+        ValueError: there is no such table, or the configuration names other rows, or none.
     """
     said = folder.config.get("trainable_token_indices") or {}
+    modules = [name for name, tensors in folder.modules.items() if ROWS in tensors]
+    for key in said if isinstance(said, dict) else [""] if said else []:
+        if not any(module.endswith(key) for module in modules):
+            folder.array(f"{key or '...'}.{ROWS}")
     found = {}
-    for module in [name for name, tensors in folder.modules.items() if ROWS in tensors]:
+    for module in modules:
         place = places.find(module)
         if place is None or place.index or len(place.shape) != 2:
             raise folder.error(f"rows of {module!r} train, and there is no such table here")
@@ -81,11 +85,8 @@ def is_rows(key: str, path: str) -> bool:
 
 def written_rows(
     key: str, f: Factors, path: str, places: Map
-) -> tuple[str, list[int], dict[str, np.ndarray]]:
-    """Write an entry as PEFT does: the name of the table, the numbers of its rows, the tensor.
-
-    PEFT calls the tensor a delta; it holds the new rows themselves.
-    """
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Write an entry as PEFT does: the numbers of the rows and the new rows, by their module."""
     ids = rows_of(key) or ()
     (place,) = places.of(path)
     table = places.leaves[path]
@@ -93,4 +94,4 @@ def written_rows(
     index = jnp.asarray(ids)
     rows = np.asarray(table[index] if f.layout == "io" else table[:, index].T)  # [rows, out]
     new = rows.astype(np.float32) + np.float32(f.scale) * np.asarray(f.b, np.float32)
-    return place.module, list(ids), {f"{place.module}.{ROWS}": new}
+    return {place.module: (list(ids), new)}
