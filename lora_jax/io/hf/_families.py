@@ -60,11 +60,15 @@ def _beside(root: str, modules: str) -> dict[str, str]:
     return {rf"(?:{root}/)?((?:{modules})(?:/.+)?)": rf"{root}.\1"}
 
 
-def _encoder(root: str, beside: str, heads: str, head: Mapping[str, str] | None = None) -> Family:
-    """Make the family of BERT or a descendant."""
+def _encoder(root: str, beside: str, heads: str, tied: str = "") -> Family:
+    """Make the family of BERT or a descendant, whose head ``tied`` may decode by the table."""
     names = _numbered(root, "encoder/layer") | _beside(root, beside)
     names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
-    return Family(names, prefix=f"{root}.", tied_head=head)
+    head = {
+        f"{tied}.decoder.weight": f"{root}.embeddings.word_embeddings.weight",
+        f"{tied}.decoder.bias": f"{tied}.bias",
+    }
+    return Family(names, prefix=f"{root}.", tied_head=head if tied else None)
 
 
 def _decoder(*, ties_head: bool) -> Family:
@@ -75,35 +79,15 @@ def _decoder(*, ties_head: bool) -> Family:
     return Family(names, prefix="model.", tied_head=head, ties_head=ties_head)
 
 
-_BERT_TABLE = "bert.embeddings.word_embeddings.weight"
-_ROBERTA_TABLE = "roberta.embeddings.word_embeddings.weight"
-_DEBERTA_TABLE = "deberta.embeddings.word_embeddings.weight"
+_BERT = _encoder("bert", "embeddings|pooler", "cls|classifier|qa_outputs", "cls.predictions")
 
-_BERT = _encoder(
-    "bert",
-    "embeddings|pooler",
-    "cls|classifier|qa_outputs",
-    {
-        "cls.predictions.decoder.weight": _BERT_TABLE,
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
-)
-
-_ROBERTA = _encoder(
-    "roberta",
-    "embeddings|pooler",
-    "lm_head|classifier|qa_outputs",
-    {"lm_head.decoder.weight": _ROBERTA_TABLE, "lm_head.decoder.bias": "lm_head.bias"},
-)
+_ROBERTA = _encoder("roberta", "embeddings|pooler", "lm_head|classifier|qa_outputs", "lm_head")
 
 _DEBERTA = _encoder(
     "deberta",
     "embeddings|encoder/(?:rel_embeddings|LayerNorm|conv)",
     "cls|lm_predictions|classifier|qa_outputs|pooler",
-    {
-        "cls.predictions.decoder.weight": _DEBERTA_TABLE,
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
+    "cls.predictions",
 )
 
 _T5 = Family(

@@ -102,11 +102,7 @@ def from_peft(
     scale: np.float32,
     magnitude: np.ndarray | None,
 ) -> Part:
-    """Read the tensors of a module as factors of a weight of ours.
-
-    Raises:
-        ValueError: their shapes are not those of such a module.
-    """
+    """Read the tensors of a module as factors of a weight of ours."""
     key, shape = place.module, place.shape
     batch, inputs, outs = (role_shape(letters, shape, role) for role in "bio")
     outputs, experts = prod(outs), prod(batch)
@@ -152,11 +148,7 @@ def _order_of_a(letters: str) -> list[int]:
 
 
 def wrappers(names: Collection[str], order: tuple[str, ...]) -> dict[str, str]:
-    """Name the wrapper of every parameter: it is inside those of the later ones of its module.
-
-    Raises:
-        ValueError: ``order`` does not contain all parameters of a module that are adapted.
-    """
+    """Name the wrapper of every parameter: it is inside those of the later ones of its module."""
     found = {}
     for name in names:
         module, _, own = name.rpartition(".")

@@ -28,19 +28,14 @@ from lora_jax.io.peft._folder import Folder
 
 
 def read_factors(folder: Folder, places: Map, order: tuple[str, ...]) -> dict[str, Part]:
-    """Read the factors of every module, by the name of the module or parameter.
-
-    Raises:
-        ValueError: a module is not here, or is of another kind or shape; or the configuration
-            contradicts the tensors.
-    """
-    for target in folder.config.get("target_parameters") or []:
-        if not any(configs.matches([target], name) for name in places.modules()):
-            raise folder.error(
-                f"adapts the parameters {[target]}, which are not here. Nearest: "
-                f"{places.nearest(target)}"
-            )
+    """Read the factors of every module, by the name of the module or parameter."""
+    targets = folder.config.get("target_parameters") or []
     known = configs.target_parameters(folder.config, places.modules())
+    if unknown := [t for t in targets if not any(configs.matches([t], name) for name in known)]:
+        raise folder.error(
+            f"adapts the parameters {unknown}, which are not here. Nearest: "
+            f"{places.nearest(unknown[0])}"
+        )
     parameters = {wrapper: name for name, wrapper in wrappers(known, order).items()}
     found = {}
     for module, tensors in folder.modules.items():
@@ -105,7 +100,8 @@ def _experts(
             f"{place.module!r} is square: which axis is which cannot be told. Load and save it "
             "with PEFT 0.19 or later"
         )
-    if a.ndim != 2 or (a.shape[1], b.shape[0]) != (outputs, inputs) or a.shape[0] % experts:
+    fits = a.ndim == b.ndim == 2 and (a.shape[1], b.shape[0]) == (outputs, inputs)
+    if not fits or a.shape[0] % experts:
         return a, b  # as it is now, or from_peft says what is wrong
     rank = a.shape[0] // experts  # the factor that reads is the one that wrote
     first = a.reshape(experts, rank, outputs)
@@ -146,11 +142,7 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
 def written_factors(
     key: str, f: Factors, path: str, ranges: tuple[Range, ...], places: Map
 ) -> Iterator[Part]:
-    """Take factors apart by the modules that they are of.
-
-    Raises:
-        ValueError: PEFT has no such factors of such a module.
-    """
+    """Take factors apart by the modules that they are of."""
     letters = places.within(path, f.layout)
     kind = places.kind(path, letters)
     if places.is_tied(path):

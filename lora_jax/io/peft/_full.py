@@ -31,23 +31,12 @@ def _trained(
 
 
 def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str, Any]:
-    """Read the leaves that train entirely, by path.
-
-    Args:
-        folder: the adapter.
-        places: those of the parameters.
-        adapted: the modules that have factors.
-
-    Raises:
-        ValueError: a tensor is missing, has no place or another shape, or is another base's.
-    """
+    """Read the leaves that train entirely, by path; ``adapted`` are the modules with factors."""
     config = folder.config
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
-        x, (letters, kind) = folder.array(name), places.form(place)
-        if x.shape != (expected := torch_shape(place.shape, letters, kind)):
-            raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
+        x, (letters, kind) = _array(folder, places, name, place), places.form(place)
         if places.is_tied(place.path):
             raise folder.error(TIED.format(verb="load", path=place.path))
         part = from_torch(x, place.shape, letters, kind)
@@ -73,20 +62,29 @@ def _copies(folder: Folder) -> set[str]:
     return found
 
 
+def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
+    x, expected = folder.array(name), torch_shape(place.shape, *places.form(place))
+    if x.shape != expected:
+        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
+    return x
+
+
 def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[str]) -> None:
     """Raise unless a tensor that does not train is the base's own, rounded as that is."""
     module, _, suffix = name.rpartition(".")
     owner = module.removesuffix(".base_layer")
-    if (place := places.find(owner, suffix)) is not None:
-        theirs, ours = folder.array(name), places.tensor(place)
-        rounded = theirs.astype(places.leaves[place.path].dtype).astype(np.float32)
-        if ours.shape == theirs.shape and np.array_equal(rounded, ours):
-            return
-        if owner in adapted and owner != module and suffix == "weight":
-            raise folder.error(
-                f"brings a weight of {owner!r} that is not the one in params: its rows were added "
-                "to or trained. Put it into params first"
-            )
+    if (place := places.find(owner, suffix)) is None:
+        raise folder.left_over(name, places)
+    is_table = owner in adapted and owner != module and suffix == "weight"
+    theirs = folder.array(name) if is_table else _array(folder, places, name, place)
+    rounded = theirs.astype(places.leaves[place.path].dtype).astype(np.float32)
+    if np.array_equal(rounded, places.tensor(place)):
+        return
+    if is_table:
+        raise folder.error(
+            f"brings a weight of {owner!r} that is not the one in params: its rows were added to "
+            "or trained. Put it into params first"
+        )
     raise folder.left_over(name, places)
 
 
@@ -117,11 +115,7 @@ def _filled(places: Map, path: str, parts: Mapping[tuple[int, ...], np.ndarray])
 def written_full(
     full: Mapping[str, Any], places: Map, modules: Mapping[str, Part]
 ) -> tuple[list[str], str, dict[str, np.ndarray]]:
-    """Write full leaves: the modules to save, whose biases train besides, and the tensors of both.
-
-    Raises:
-        ValueError: a leaf is no part of a module, is tied, or has factors as well.
-    """
+    """Write full leaves: the modules to save, whose biases train besides, and all tensors."""
     for path in full:
         places.of(path)
         if not places.is_module(path):

@@ -73,11 +73,7 @@ def _padded(part: Part) -> Part:
 
 
 def stacked(path: str, parts: Sequence[Part], leaf: Any) -> Iterator[tuple[str, Factors]]:
-    """Stack the factors of one module, or those of the layers that are adapted, with their keys.
-
-    Raises:
-        ValueError: some experts of some layers are adapted, which are no one range.
-    """
+    """Stack the factors of one module, or those of the layers that are adapted, with their keys."""
     parts = sorted(parts, key=lambda part: part.place.index)
     letters, outer = parts[0].letters, len(parts[0].place.index)
     if not outer:

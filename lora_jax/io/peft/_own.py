@@ -23,11 +23,7 @@ from lora_jax.io.peft._folder import Folder
 
 
 def own_parts(folder: Folder) -> dict[str, Part]:
-    """Find the factors of every module, in the dtypes of the file, by the name of the module.
-
-    Raises:
-        ValueError: a factor is missing, or two do not fit each other or their rank.
-    """
+    """Find the factors of every module, in the dtypes of the file, by the name of the module."""
     parameters = _parameters(folder)
     found = {}
     for module, tensors in folder.modules.items():
@@ -98,11 +94,7 @@ def own_others(folder: Folder) -> dict[str, np.ndarray]:
 
 
 def forms_in(folder: Folder, leaves: Mapping[str, Any]) -> dict[str, tuple[str, Kind]]:
-    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path.
-
-    Raises:
-        ValueError: the factors of experts do not tell which axis is read.
-    """
+    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path."""
     modules = {path: as_name(module_path(path)[0]) for path in leaves}
     parameters = configs.target_parameters(folder.config, modules.values())
     nested = wrappers(parameters, PARAMETER_ORDER)

@@ -1,6 +1,6 @@
-"""Rows of tables that train on their own: what PEFT writes of them, and the entries they are here.
+"""Rows of tables that train on their own: PEFT's tensors, and the entries of an adapter of ours.
 
-Only this file knows how such an entry is made, and what is in one.
+Only this file makes such entries, and takes them apart.
 """
 
 from dataclasses import dataclass
@@ -43,11 +43,7 @@ class TableRows:
 
 
 def read_rows(folder: Folder, places: Map) -> dict[str, TableRows]:
-    """Read the rows of every table, by its path.
-
-    Raises:
-        ValueError: there is no such table, or the configuration names other rows, or none.
-    """
+    """Read the rows of every table, by its path."""
     said = folder.config.get("trainable_token_indices") or {}
     modules = [name for name, tensors in folder.modules.items() if ROWS in tensors]
     for key in said if isinstance(said, dict) else [""] if said else []:
