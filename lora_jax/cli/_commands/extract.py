@@ -74,9 +74,9 @@ def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -
         for row in rows
     ]
     show.table(columns, cells)
-    whole = f", {len(adapter.full)} trained whole" if adapter.full else ""
+    full = f", {len(adapter.full)} trained whole" if adapter.full else ""
     show.line(
-        f"{out}: {len(rows)} weights{whole}; {100 * (1 - error**2):.2f}% of the energy kept, "
+        f"{out}: {len(rows)} weights{full}; {100 * (1 - error**2):.2f}% of the energy kept, "
         f"relative error {number(error, '.3g')}; {size(size_of(out))} as {to}"
     )
     show.document(
@@ -133,10 +133,10 @@ def _row(path: str, shape: tuple[int, ...], change: np.ndarray, f: Factors) -> d
     """Tell what factors keep of a change, ``[*batch, in, out]``, as they are written."""
     u = update_of(path, f)
     change = change.reshape(len(u.a), u.a.shape[1], -1).astype(np.float64)
-    whole = float(np.linalg.norm(change))
+    size = float(np.linalg.norm(change))
     rest = change - u.scale * (u.a.astype(np.float64) @ u.b.astype(np.float64))
-    error = float(np.linalg.norm(rest)) / whole
-    row = {"path": path, "shape": list(shape), "rank": u.rank, "norm": whole}
+    error = float(np.linalg.norm(rest)) / size
+    row = {"path": path, "shape": list(shape), "rank": u.rank, "norm": size}
     return row | {"kept": 1 - error**2, "error": error}
 
 

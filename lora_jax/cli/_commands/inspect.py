@@ -89,7 +89,7 @@ def _low_rank(u: Update, base: Checkpoint | None) -> dict[str, Any]:
     s = singular_values([u])
     more: dict[str, Any] = {"dora": u.magnitude is not None, "rank": u.rank, "alpha": u.alpha}
     more |= {"scale": u.scale, "norm": norm(s), "effective_rank": effective_rank(s)}
-    if base is not None and u.kind == "rows":  # of the whole table
+    if base is not None and u.kind == "rows":  # relative to the full table
         table = base.tensors[find(u.path, base.tensors, base.path)[0]].read()
         more["relative"] = _ratio(more["norm"], tensor_norm(table))
     elif base is not None:

@@ -81,5 +81,5 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 def _changed(found: AdapterFile) -> set[str]:
     """Find the tensors that an adapter of PEFT's changes, by their names without an ending."""
-    whole = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
-    return {canonical(path) for path in [*found.updates, *whole]}
+    others = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
+    return {canonical(path) for path in [*found.updates, *others]}

@@ -1,4 +1,4 @@
-"""What files hold, in two neutral forms: updates, or tensors."""
+"""Two neutral forms for what files hold: updates, or tensors."""
 
 import re
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Of the factors."""
+        """The rank of the factors."""
         return self.a.shape[-1]
 
     @property
@@ -60,7 +60,7 @@ class AdapterFile:
         path: of it; of a step, where that is.
         format: ``"safetensors"``, ``"orbax"`` or ``"peft"``.
         updates: low-rank ones, by path.
-        whole: what is trained whole, or, of PEFT's rows, replaces: arrays by path.
+        whole: the full leaves, and PEFT's new rows: arrays by path.
         base: of which base it is, in words.
         native: the adapter and its record, unless it is PEFT's.
         folder: PEFT's files, if it is PEFT's.
@@ -109,13 +109,13 @@ class Checkpoint:
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file, or of all in a folder."""
+    """Return the bytes of a file, or of all files in a folder."""
     found = [path] if path.is_file() else path.rglob("*")
     return sum(p.stat().st_size for p in found if p.is_file())
 
 
 def update_of(key: str, f: Factors) -> Update:
-    """Factors of ours in the neutral form."""
+    """Put factors of ours into the neutral form."""
     batch, inputs = f.layout.count("b"), f.layout.count("i")
     a, b, scale = np.asarray(f.a), np.asarray(f.b), float(f.scale)
     sizes, layers = a.shape[:batch], prod(a.shape[:batch])
@@ -133,5 +133,5 @@ def update_of(key: str, f: Factors) -> Update:
 
 
 def natural(path: str) -> list[Any]:
-    """A key to sort by: numbers in a path count as numbers."""
+    """Make a key to sort paths by, in which numbers count as numbers."""
     return [(int(x), "") if x.isdecimal() else (-1, x) for x in re.split(r"(\d+)", path)]

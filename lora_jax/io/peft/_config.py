@@ -138,7 +138,7 @@ def _match(pattern: str, name: str) -> bool:
 
 
 def is_saved(saved: Iterable[str] | None, module: str) -> bool:
-    """Whether PEFT saves a module whole: its name, or that of one it is in, ends so."""
+    """Whether PEFT saves all of a module: its name, or that of one it is in, ends so."""
     parts = module.split(".")
     prefixes = [".".join(parts[: k + 1]) for k in range(len(parts))]
     return any(prefix.endswith(name) for name in saved or () for prefix in prefixes)

@@ -62,7 +62,7 @@ class Folder:
 
     @functools.cached_property
     def others(self) -> dict[str, np.ndarray]:
-        """The other tensors by name: biases, whole modules, and copies of the base's."""
+        """The other tensors by name: biases, modules to save, and copies of the base's."""
         marks = tuple(f".{role}" for role in _ROLES)
         return {name: x for name, x in self.tensors.items() if not name.endswith(marks)}
 

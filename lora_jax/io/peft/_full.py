@@ -1,6 +1,6 @@
-"""Full leaves, as PEFT writes them: whole modules, and biases."""
+"""Full leaves, as PEFT writes them: modules to save, and biases."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,11 +36,11 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
-        x, (letters, kind) = _array(folder, places, name, place), places.form(place)
+        x = _array(folder, places, name, place)
         if places.is_tied(place.path):
             raise folder.error(TIED.format(verb="load", path=place.path))
-        part = from_torch(x, place.shape, letters, kind)
-        parts.setdefault(place.path, {})[place.index] = part
+        own = from_torch(x, place.shape, *places.form(place))
+        parts.setdefault(place.path, {})[place.index] = own
     for name in sorted(folder.others.keys() - wanted.keys() - _copies(folder)):
         _check_base_s(folder, places, name, adapted)
     if config.get("lora_bias"):
@@ -50,7 +50,7 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
 
 
 def _copies(folder: Folder) -> set[str]:
-    """List biases to leave: with ``bias="all"`` PEFT writes those of whole modules three times."""
+    """List biases to leave: with ``bias="all"`` PEFT writes those of saved modules three times."""
     found = set()
     for name, x in folder.others.items() if folder.config["bias"] == "all" else ():
         owner, _, wrapper = name.removesuffix(".bias").rpartition(".")
@@ -88,7 +88,7 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
     raise folder.left_over(name, places)
 
 
-def _sums_of_biases(folder: Folder, places: Map):
+def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.ndarray]]:
     """Add the biases that PEFT trains beside its factors to the model's own."""
     for module in [module for module, tensors in folder.modules.items() if LINEAR[0] in tensors]:
         name, place = f"{module}.{BIAS}", places.find(module, "bias")
@@ -127,18 +127,18 @@ def written_full(
         if places.is_tied(path):
             raise ValueError(TIED.format(verb="save", path=path))
     found = [place for path in full for place in places.of(path)]
-    whole = [place.module for place in found if place.suffix == "weight"]
+    trained = [place.module for place in found if place.suffix == "weight"]
     # PEFT saves every module whose name ends so, and all of each: what did not train is the base's.
-    saved = {name for name in places.all_modules() if configs.is_saved(whole, name)}
+    saved = {name for name in places.all_modules() if configs.is_saved(trained, name)}
     if both := sorted(saved & modules.keys()):
         raise ValueError(
             f"peft.save: the module {both[0]!r} would train whole and have factors as well: it is "
-            f"one of {whole}, or its name ends like theirs"
+            f"one of {trained}, or its name ends like theirs"
         )
     alone = {place.module for place in found if place.suffix == "bias"} - saved
     bias = "none" if not alone else "lora_only" if alone <= modules.keys() else "all"
     tensors = {
         name: places.tensor(place, full if place.path in full else None)
-        for name, place in _trained(places, whole, bias, modules).items()
+        for name, place in _trained(places, trained, bias, modules).items()
     }
-    return sorted(whole), bias, tensors
+    return sorted(trained), bias, tensors

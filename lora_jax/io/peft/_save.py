@@ -51,7 +51,7 @@ def save(
     Args:
         path: the folder to write, in one that exists.
         lora_params: the adapter and its base. Full leaves and rows of tables go where PEFT keeps
-            them: biases, whole modules (``modules_to_save``), ``trainable_token_indices``.
+            them: biases, ``modules_to_save``, ``trainable_token_indices``.
         initial: the LoraParams before training, if the initializer changed the base (PiSSA, OLoRA,
             LoftQ, ...). Plain LoRA of twice the rank, on ``params``, is then written.
         params: the parameters that ``lorafy`` was given, with ``initial``.
