@@ -1,7 +1,7 @@
-"""Where a leaf of ours is in a model of PyTorch: the names of its modules, and their axes.
+"""The places of our leaves in a model of PyTorch: the names of its modules, and their axes.
 
-A leaf is one tensor there, or with a layer axis in front one a layer. Modules keep their weights
-otherwise than Flax does, each kind in its own way::
+A leaf is one tensor there, or one per layer if the layers are stacked in front. Modules do not
+keep their weights as Flax does; each kind has axes of its own::
 
     Linear     [out, in]            Conv        [out, in, *window]
     Conv1D     [in, out]            Embedding   [rows, out]
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import numpy as np
 
-from lora_jax._weights.axes import check_layout, is_array
+from lora_jax._weights.axes import check_layout, is_array, role_axes, role_shape
 from lora_jax._weights.conventions import WRITES, conventional, is_table
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.quantized import dequantize_array, is_quantized
@@ -40,11 +40,11 @@ class Place:
     """One tensor of the other model, and the part of our leaf that it is.
 
     Attributes:
-        path: of our leaf.
-        index: of that part, along the leaf's first axes.
-        module: the name of the module there; of a Parameter, that of the parameter.
+        path: the path of our leaf.
+        index: the index of that part, along the leaf's first axes.
+        module: the name of the module there; for a Parameter, that of the parameter.
         suffix: ``"weight"`` or ``"bias"``.
-        shape: of the part.
+        shape: the shape of the part.
     """
 
     path: str
@@ -58,8 +58,8 @@ class Map:
     """The places of all leaves of a tree.
 
     Attributes:
-        leaves: by path.
-        places: of each leaf, by path.
+        leaves: the arrays of the tree, by path.
+        places: the places of each leaf, by path; None if it has no name there.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Map:
                 self._by_name[key] = place
 
     def of(self, path: str) -> list[Place]:
-        """The places of a leaf.
+        """Return the places of a leaf.
 
         Raises:
             ValueError: it has no name there.
@@ -99,38 +99,38 @@ class Map:
         return places
 
     def find(self, module: str, suffix: str = "weight") -> Place | None:
-        """The place of this name."""
+        """Find the place of this name."""
         return self._by_name.get((module, suffix))
 
     def modules(self) -> list[str]:
-        """The names of all modules with a weight."""
+        """List the names of all modules that have a weight."""
         return [module for module, suffix in self._by_name if suffix == "weight"]
 
     def nearest(self, module: str) -> str:
-        """The names most like one that is not there."""
+        """List the names that are most like one that is not there."""
         return nearest(module, self.modules())
 
     def array(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
-        """The part of a leaf that is at a place, as the host has it; quantized ones made plain."""
+        """Read the part of a leaf that is at a place, onto the host, and dequantized."""
         leaf = (leaves or self.leaves)[place.path]
         leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
         return to_host({place.path: leaf})[place.path][place.index]
 
     def tensor(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
-        """The same in the axes of its module, in float32."""
+        """Read the same part in the axes of its module, in float32."""
         x = self.array(place, leaves).astype(np.float32)
         letters, kind = self.form(place)
         return to_torch(x, letters, kind)
 
     def form(self, place: Place) -> tuple[str, Kind]:
-        """The letters and the kind of what is at a place; no letters of a vector."""
+        """Return the letters and the kind of the module at a place; a vector has no letters."""
         if place.suffix == "bias" or len(place.shape) < 2:
             return "", "Linear"
         letters = self.letters(place.path)
         return letters, self.kind(place.path, letters)
 
     def is_module(self, path: str) -> bool:
-        """Whether a leaf is the weight or the bias of a module, by its name or as said."""
+        """Whether a leaf is the weight or the bias of a module, by its name or by ``kinds``."""
         own = module_path(path, self.leaves)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
@@ -149,12 +149,12 @@ class Map:
         return None not in self.places.values()
 
     def all_modules(self) -> list[str]:
-        """The names of all modules."""
+        """List the names of all modules."""
         found = (place.module for places in self.places.values() for place in places or ())
         return list(dict.fromkeys(found))
 
     def letters(self, path: str) -> str:
-        """The layout of a leaf without the axes that are unstacked."""
+        """Return the layout of a leaf without the axes that are unstacked."""
         letters = lookup(self._layout, path, "layout")
         if letters is None:
             within = conventional(path, self._parts[path], self._parts)
@@ -164,7 +164,7 @@ class Map:
 
     @functools.cached_property
     def _parts(self) -> dict[str, Any]:
-        """The leaves without the axes that are unstacked: names speak of what is within."""
+        """The leaves without the axes that are unstacked: conventions are for a single layer."""
         outer = {path: len(found[0].index) if found else 0 for path, found in self.places.items()}
         return {
             path: jax.ShapeDtypeStruct(x.shape[outer[path] :], x.dtype)
@@ -172,7 +172,7 @@ class Map:
         }
 
     def within(self, path: str, letters: str) -> str:
-        """The letters of a leaf's layout that are left when it is unstacked."""
+        """Return the letters of a leaf's layout that are left when it is unstacked."""
         outer = len(self.of(path)[0].index)
         if letters[:outer] != "b" * outer:
             raise ValueError(
@@ -182,7 +182,7 @@ class Map:
         return letters[outer:]
 
     def kind(self, path: str, letters: str) -> Kind:
-        """What kind of module a leaf is in, given its letters within.
+        """Return the kind of module that a leaf is in, given its letters within.
 
         Raises:
             ValueError: its layout leaves a doubt, or is none of that kind.
@@ -218,17 +218,18 @@ class Map:
         )
 
     def _template(self, path: str) -> str | None:
-        name = self._named(module_path(path, self.leaves)[0])
+        name = self.named(module_path(path, self.leaves)[0])
         if name is None:
             return None
         if not isinstance(name, str):
             raise TypeError(f"names: {name!r} for {path!r}, expected a name")
-        name = name.replace("/", ".")
+        name = as_name(name)
         if set("{}") & set(name.replace(LAYER, "").replace(EXPERT, "")):
             raise ValueError(f"names: {name!r} for {path!r} has marks besides {LAYER} and {EXPERT}")
         return name
 
-    def _named(self, module: str) -> Any:
+    def named(self, module: str) -> Any:
+        """Name the module at a path as ``names`` does; None if that does not say."""
         if self._names is None:
             return module
         if callable(self._names):
@@ -258,8 +259,18 @@ class Map:
         return places
 
 
+def as_path(name: str) -> str:
+    """Turn the name of a tensor into a path: ``h.0.mlp.c_fc.weight``, ``h/0/mlp/c_fc/weight``."""
+    return name.replace(".", "/")
+
+
+def as_name(path: str) -> str:
+    """Turn a path into a name: the reverse of :func:`as_path`."""
+    return path.replace("/", ".")
+
+
 def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
-    """The path of a leaf's module, and whether the leaf is a weight or a bias.
+    """Split a leaf's path into that of its module, and ``"weight"`` or ``"bias"``.
 
     >>> module_path("layers_0/attn/query/kernel"), module_path("layers/0/wq")
     (('layers_0/attn/query', 'weight'), ('layers/0/wq', 'weight'))
@@ -271,37 +282,38 @@ def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
 
 
 def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
-    """A weight in the axes of its module; a vector as a vector."""
+    """Put a weight into the axes of its module; a vector stays one."""
     if not letters:
         return x.reshape(-1)
     if kind == "Conv":
         return x.transpose([letters.index("o"), *channels_first(letters)])
-    sizes = [
-        prod(n for n, letter in zip(x.shape, letters, strict=True) if letter == r) for r in "io"
-    ]
-    order = [k for role in "io" for k, letter in enumerate(letters) if letter == role]
-    matrix = x.transpose(order).reshape(sizes)
+    sizes = [prod(role_shape(letters, x.shape, role)) for role in "io"]
+    matrix = x.transpose(_inputs_first(letters)).reshape(sizes)  # [in, out]
     return matrix.T if kind == "Linear" else matrix
 
 
 def from_torch(x: np.ndarray, shape: tuple[int, ...], letters: str, kind: Kind) -> np.ndarray:
-    """The reverse of :func:`to_torch`, for a weight of this shape of ours."""
+    """Put a weight of a module into our axes, which have this shape: undo :func:`to_torch`."""
     if not letters:
         return x.reshape(shape)
     if kind == "Conv":
         order = [letters.index("o"), *channels_first(letters)]
     else:
-        order = [k for role in "io" for k, letter in enumerate(letters) if letter == role]
+        order = _inputs_first(letters)
         x = x.T if kind == "Linear" else x
     return x.reshape([shape[k] for k in order]).transpose(np.argsort(order))
 
 
 def torch_shape(shape: tuple[int, ...], letters: str, kind: Kind) -> tuple[int, ...]:
-    """The shape of a weight of ours in the axes of its module."""
+    """Return the shape of a weight of ours in the axes of its module."""
     return to_torch(np.broadcast_to(np.zeros(()), shape), letters, kind).shape
 
 
+def _inputs_first(letters: str) -> list[int]:
+    return [*role_axes(letters, "i"), *role_axes(letters, "o")]
+
+
 def channels_first(letters: str) -> list[int]:
-    """The input axes, channels before the window: Flax has them last, PyTorch first."""
-    inputs = [k for k, letter in enumerate(letters) if letter == "i"]
+    """Order the input axes, channels before the window: Flax has them last, PyTorch first."""
+    inputs = list(role_axes(letters, "i"))
     return inputs if letters[0] == "o" else [inputs[-1], *inputs[:-1]]

@@ -1,7 +1,8 @@
-"""``convert`` of whole models: GGUF and Orbax into a Hugging Face folder, and that into Orbax."""
+"""``convert`` of models: GGUF and Orbax into a Hugging Face folder, and that into Orbax."""
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from lora_jax.cli._options import writing
-from lora_jax.cli._read.forms import Checkpoint, size_of
+from lora_jax.cli._read.base import leaves_of
+from lora_jax.cli._read.forms import AdapterFile, Checkpoint, size_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Show, size
 from lora_jax.io import hf, orbax
@@ -18,7 +20,7 @@ from lora_jax.io import hf, orbax
 def run(
     found: Checkpoint, args: argparse.Namespace, show: Show, names: Any, kinds: Mapping | None
 ) -> int:
-    """The command, of a model."""
+    """Run the command for a model."""
     if args.to not in ("hf", "orbax") or args.to == found.format:
         raise ValueError(
             f"{args.path} is a model, in the format {found.format}: expected --to hf, or from "
@@ -49,29 +51,28 @@ def run(
             hf.merge(
                 found.path, {}, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
             )
-    show.line(f"{out}: {len(found.tensors)} tensors, {size(size_of(out))}, as {args.to}")
-    show.document(
-        {
-            "path": str(out),
-            "format": args.to,
-            "from": found.format,
-            "tensors": len(found.tensors),
-            "bytes": size_of(out),
-        }
-    )
+    report(out, args.to, found, show, tensors=len(found.tensors))
     return 0
+
+
+def report(out: Path, to: str, found: AdapterFile | Checkpoint, show: Show, **counts: int) -> None:
+    """Tell what was written: its format and its size, and how many entries or tensors."""
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    show.line(f"{out}: {said}, {size(size_of(out))}, as {to}")
+    document = {"path": str(out), "format": to, "from": found.format}
+    show.document(document | counts | {"bytes": size_of(out)})
 
 
 def _loaded(
     found: Checkpoint, args: argparse.Namespace, names: Any, kinds: Any, progress: Any
 ) -> dict[str, Any]:
-    """The parameters by path: those of ``--like``, an Orbax checkpoint, or the names there."""
+    """Return the parameters by path: by those of ``--like``, or by the names there."""
     if args.dtype is not None:
         raise ValueError("--dtype goes with --to hf: parameters have the dtypes of --like")
     if args.like is None:
         if names is not None:
             raise ValueError("--names is of the paths in --like, an Orbax checkpoint of parameters")
-        return {name.replace(".", "/"): np.asarray(x) for name, x in found.tensors.items()}
+        return {path: np.asarray(x) for path, x in leaves_of(found).items()}
     like = {
         path: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         for path, x in open_checkpoint(args.like).tensors.items()

@@ -1,7 +1,6 @@
-"""``extract``: the LoRA that comes nearest to what fine-tuning changed in a model."""
+"""``extract``: find the LoRA that comes nearest to what fine-tuning changed in a model."""
 
 import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,18 @@ from lora_jax._weights.ranges import Part
 from lora_jax._weights.selector import select
 from lora_jax._weights.target import Target
 from lora_jax.algebra._extract import check_options, check_rest, extract, truncated
-from lora_jax.cli._numbers import is_float
 from lora_jax.cli._options import names_and_kinds, writing
-from lora_jax.cli._read.base import CONV1D, torch_forms
+from lora_jax.cli._read.base import source_of
 from lora_jax.cli._read.forms import Checkpoint, size_of, update_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Column, Show, number, size
 from lora_jax.io import orbax, peft, safetensors
-from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
-from lora_jax.io.hf._source import open_source
-
-_TABLE = re.compile(r"(.*[._])?(embed|embeddings?|wte|wpe|shared)([._].*)?")
+from lora_jax.io._torch import as_path
+from lora_jax.io.hf._tree import TorchTree
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command."""
+    """Run the command."""
     check_options(args.rank, args.energy, args.alpha, args.rest)
     base, tuned = open_checkpoint(args.base), open_checkpoint(args.tuned)
     if base.format != tuned.format and "orbax" in (base.format, tuned.format):
@@ -43,26 +39,20 @@ def run(args: argparse.Namespace, show: Show) -> int:
     if to != "peft" and (names or kinds or args.base_model):
         raise ValueError("--names, --kinds and --base-model go with --to peft")
     with writing(args.out, overwrite=args.overwrite) as out:
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"kinds": kinds}
         if base.format == "orbax":
             lora_params, rows = _of_parameters(base, tuned, args)
         else:
-            lora_params, rows, more = _of_folder(base, tuned, args, show)
+            tree = _tree_of(base)
+            lora_params, rows = _of_folder(tree, base, tuned, args, show)
+            more = tree.options(kinds)
         if to == "orbax":
             orbax.save(out, lora_params)
         elif to == "safetensors":
             safetensors.save(out, lora_params, overwrite=args.overwrite)
         else:
-            kinds = {**(kinds or {}), **more.pop("kinds", {})}
-            peft.save(
-                out,
-                lora_params,
-                names=names,
-                kinds=kinds,
-                base_model=args.base_model,
-                overwrite=args.overwrite,
-                **more,
-            )
+            more |= {"base_model": args.base_model, "overwrite": args.overwrite}
+            peft.save(out, lora_params, names=names, **more)
     _report(out, to, rows, lora_params.adapter, show)
     return 0
 
@@ -85,9 +75,9 @@ def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -
         for row in rows
     ]
     show.table(columns, cells)
-    whole = f", {len(adapter.full)} trained whole" if adapter.full else ""
+    full = f", {len(adapter.full)} trained whole" if adapter.full else ""
     show.line(
-        f"{out}: {len(rows)} weights{whole}; {100 * (1 - error**2):.2f}% of the energy kept, "
+        f"{out}: {len(rows)} weights{full}; {100 * (1 - error**2):.2f}% of the energy kept, "
         f"relative error {number(error, '.3g')}; {size(size_of(out))} as {to}"
     )
     show.document(
@@ -121,7 +111,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:
 def _of_parameters(
     base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace
 ) -> tuple[LoraParams, list[dict[str, Any]]]:
-    """Of two trees of parameters, as a whole."""
+    """Extract from two trees of parameters."""
     trees = [
         {path: jnp.asarray(t.read()) for path, t in model.tensors.items()}
         for model in (base, tuned)
@@ -141,52 +131,37 @@ def _of_parameters(
 
 
 def _row(path: str, shape: tuple[int, ...], change: np.ndarray, f: Entry) -> dict[str, Any]:
-    """What factors keep of a change, ``[*batch, in, out]``, as they are written."""
+    """Tell what factors keep of a change, ``[*batch, in, out]``, as they are written."""
     u = update_of(path, f)
     change = change.reshape(len(u.a), u.a.shape[1], -1).astype(np.float64)
-    whole = float(np.linalg.norm(change))
+    size = float(np.linalg.norm(change))
     rest = change - u.scale * (u.a.astype(np.float64) @ u.b.astype(np.float64))
-    error = float(np.linalg.norm(rest)) / whole
-    row = {"path": path, "shape": list(shape), "rank": u.rank, "norm": whole}
+    error = float(np.linalg.norm(rest)) / size
+    row = {"path": path, "shape": list(shape), "rank": u.rank, "norm": size}
     return row | {"kept": 1 - error**2, "error": error}
 
 
 def _of_folder(
-    base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace, show: Show
-) -> tuple[LoraParams, list[dict[str, Any]], dict[str, Any]]:
-    """Of two models' files, one pair of tensors at a time; in their names."""
-    transposed = _transposed(base)
-    wanted = _wanted(base, args.targets)
-    leaves = {_path(name): tensor for name, tensor in base.tensors.items()}
+    tree: TorchTree, base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace, show: Show
+) -> tuple[LoraParams, list[dict[str, Any]]]:
+    """Extract from two models' files, one pair of tensors at a time; in their names."""
+    wanted = _wanted(tree, args.targets)
     factors: dict[str, Entry] = {}
     full: dict[str, Any] = {}
-    letters: dict[str, str] = {}
-    kinds: dict[str, str] = {}
     rows, left = [], []
     with show.progress("extracting") as progress:
-        for k, name in enumerate(base.tensors):
+        for k, (path, name) in enumerate(tree.names.items()):
             before, after = (np.asarray(m.tensors[name].read()) for m in (base, tuned))
-            progress(k + 1, len(base.tensors))
+            progress(k + 1, len(tree.names))
             if np.array_equal(before, after):
                 continue
-            path = _path(name)
             if name not in wanted:
                 left.append(name)
                 if args.rest == "full":
-                    full[path] = _whole(name, after)
+                    full[path] = _full(name, after)
                 continue
             delta = after.astype(np.float32) - before.astype(np.float32)
-            is_io = path in transposed or _is_table(name)
-            letters[path] = "io" if is_io else "o" + "i" * (delta.ndim - 1)
-            if is_io:
-                kinds[path] = "Conv1D" if path in transposed else "Embedding"
-            else:
-                kinds[path] = "Linear" if delta.ndim == 2 else "Conv"
-            matrix = delta if is_io else delta.reshape(len(delta), -1).T
-            part = truncated(jnp.asarray(matrix), args.rank, args.energy, args.alpha, name)
-            a = part.a if is_io else part.a.reshape(*delta.shape[1:], part.rank)
-            scale = jnp.asarray(part.scale, jnp.float32)
-            factors[path] = Factors(a, part.b, scale, letters[path])
+            factors[path], matrix = _truncated(name, delta, tree.layout[path], args)
             rows.append(_row(name, delta.shape, matrix, factors[path]))
     check_rest(left, args.rest, "", "--rest ")
     if not factors:
@@ -195,56 +170,48 @@ def _of_folder(
             if not left
             else f"no linear layer changed, but {', '.join(left[:5])}: there is no LoRA of that"
         )
-    layout, kinds = torch_forms(leaves, letters, kinds)
-    lora_params = LoraParams(leaves, Adapter(factors, full))
-    return lora_params, rows, {"kinds": kinds, "layout": layout}
+    return LoraParams(tree.leaves, Adapter(factors, full)), rows
 
 
-def _whole(name: str, x: np.ndarray) -> Any:
+def _truncated(
+    name: str, delta: np.ndarray, letters: str, args: argparse.Namespace
+) -> tuple[Factors, np.ndarray]:
+    """Make the factors of a change; and the change as a matrix, ``[in, out]``."""
+    is_io = letters == "io"
+    matrix = delta if is_io else delta.reshape(len(delta), -1).T
+    part = truncated(jnp.asarray(matrix), args.rank, args.energy, args.alpha, name)
+    a = part.a if is_io else part.a.reshape(*delta.shape[1:], part.rank)
+    return Factors(a, part.b, jnp.asarray(part.scale, jnp.float32), letters), matrix
+
+
+def _full(name: str, x: np.ndarray) -> Any:
     if reason := not_trainable(x):
         raise ValueError(f"{name!r} changed, and cannot train whole: {reason}")
     return jnp.asarray(x, jnp.float32)
 
 
-def _path(name: str) -> str:
-    return name.replace(".", "/")
-
-
-def _is_table(name: str) -> bool:
-    return _TABLE.fullmatch(name.rpartition(".")[0]) is not None
-
-
-def _transposed(base: Checkpoint) -> set[str]:
-    """The paths of GPT-2's transposed layers.
+def _tree_of(base: Checkpoint) -> TorchTree:
+    """Return the tree of a model.
 
     Raises:
-        ValueError: there seem to be some, and no configuration says so.
+        ValueError: some layers may be stored transposed, and no configuration tells.
     """
-    named = {path for path in map(_path, base.tensors) if re.fullmatch(CONV1D, path)}
-    config = open_source(base.path).config if named and base.path.is_dir() else None
-    if named and config is None:
+    tree = TorchTree.of(source_of(base))
+    if tree.doubtful:
         raise ValueError(
             f"{base.path} holds no config.json, whose model_type tells whether "
-            f"{min(named)!r} is stored transposed, as GPT-2's is"
+            f"{min(tree.doubtful)!r} is stored transposed, as GPT-2's is"
         )
-    return named if (config or {}).get("model_type") in CONV1D_MODELS else set()
+    return tree
 
 
-def _wanted(base: Checkpoint, targets: str | None) -> Mapping[str, Any]:
-    """The names of the weights that get factors if they changed."""
-    blocked = {}
-    for name, tensor in base.tensors.items():
-        if not name.endswith(".weight"):
-            blocked[name] = "no weight of a module by its name"
-        elif len(tensor.shape) < 2:
-            blocked[name] = f"{len(tensor.shape)}-D"
-        elif not is_float(tensor.dtype):
-            blocked[name] = f"dtype {tensor.dtype}"
-        elif 0 in tensor.shape:
-            blocked[name] = "empty"
+def _wanted(tree: TorchTree, targets: str | None) -> Mapping[str, Any]:
+    """Choose the names of the weights that get factors if they changed."""
+    weights = {tree.names[path]: weight for path, weight in tree.layout.weights.items()}
+    blocked = {name: w.why_not for name, w in weights.items() if w.why_not is not None}
     others = {
         name
-        for name, tensor in base.tensors.items()
-        if is_head(_path(name)) or _is_table(name) or len(tensor.shape) > 2
+        for name, w in weights.items()
+        if is_head(as_path(name)) or w.kind == "embedding" or len(w.shape) > 2
     }
-    return select(targets or "all-linear", base.tensors, blocked, "--targets", others)
+    return select(targets or "all-linear", weights, blocked, "--targets", others)

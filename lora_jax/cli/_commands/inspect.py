@@ -1,4 +1,4 @@
-"""``inspect``: what a path holds, as a table."""
+"""``inspect``: show what a path holds, as a table."""
 
 import argparse
 from math import prod
@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
-from lora_jax.cli._read.match import part_of
+from lora_jax.cli._read.match import find, part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
 from lora_jax.cli._show import Column, Show, number, size
 
@@ -27,7 +27,7 @@ _MODELS = {
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command."""
+    """Run the command."""
     found = open_path(args.path)
     if isinstance(found, Checkpoint):
         if args.base:
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     base = open_checkpoint(args.base) if args.base else None
-    rows = [_row(u, base) for u in found.updates.values()]
-    rows += [_whole(path, x, base) for path, x in found.whole.items()]
+    rows = [_low_rank(u, base) for u in found.updates.values()]
+    rows += [_full(path, x, base) for path, x in found.whole.items()]
     shown = _sorted(rows, args)
     totals = _totals(found, base)
     dora = sum(u.magnitude is not None for u in found.updates.values())
@@ -53,9 +53,7 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     columns += [Column("params", spare=1)]
     note = f", {found.note}" if found.note else ""
     show.line(f"{found.path}: {_FORMATS[found.format]}{note}, {size(found.size)}")
-    show.table(columns, [_cells(row, base) for row in shown])
-    if len(shown) < len(rows):
-        show.line(f"... {len(shown)} of {len(rows)} rows")
+    _table(columns, [_cells(row, base) for row in shown], len(rows), show)
     show.line(_count_line(totals))
     if dora:
         show.line(f"DoRA: {dora} of {len(found.updates)} weights have magnitudes of their own")
@@ -73,47 +71,39 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     )
 
 
-def _row(u: Update, base: Checkpoint | None) -> dict[str, Any]:
+def _table(columns: list[Column], cells: list[list[str]], count: int, show: Show) -> None:
+    """Show some rows of ``count``."""
+    show.table(columns, cells)
+    if len(cells) < count:
+        show.line(f"... {len(cells)} of {count} rows")
+
+
+def _entry(path: str, shape: tuple[int, ...], kind: str, size: int, **more: Any) -> dict[str, Any]:
+    """Make a row of an adapter's table; a number that there is not is None."""
+    row = {"path": path, "shape": list(shape), "kind": kind, "dora": False}
+    row |= dict.fromkeys(("rank", "alpha", "scale", "norm", "effective_rank"))
+    return row | {"parameters": size} | more
+
+
+def _low_rank(u: Update, base: Checkpoint | None) -> dict[str, Any]:
     s = u.low_rank.svd(left=False, right=False).s
-    row = {
-        "path": u.path,
-        "shape": list(u.shape),
-        "kind": u.kind,
-        "dora": u.magnitude is not None,
-        "rank": u.rank,
-        "alpha": u.alpha,
+    more: dict[str, Any] = {"dora": u.magnitude is not None, "rank": u.rank, "alpha": u.alpha}
+    more |= {
         "scale": u.scale,
         "norm": float(np.linalg.norm(s)),
         "effective_rank": effective_rank(s),
-        "parameters": u.trainable,
     }
-    if base is not None:
-        shape = u.shape if u.kind != "rows" else ()
-        row["relative"] = _ratio(row["norm"], _weight_norm(u.path, base, shape))
-    return row
+    if base is not None and u.kind == "rows":  # relative to the full table
+        table = base.tensors[find(u.path, base.tensors, base.path)[0]].read()
+        more["relative"] = _ratio(more["norm"], tensor_norm(table))
+    elif base is not None:
+        weight = part_of(u.path, base.tensors, u.shape, base.path)
+        more["relative"] = _ratio(more["norm"], tensor_norm(weight))
+    return _entry(u.path, u.shape, u.kind, u.trainable, **more)
 
 
-def _weight_norm(path: str, base: Checkpoint, shape: tuple[int, ...]) -> float:
-    if not shape:  # rows: of the whole table
-        from lora_jax.cli._read.match import find
-
-        return tensor_norm(base.tensors[find(path, base.tensors, base.path)[0]].read()) or 0.0
-    return tensor_norm(part_of(path, base.tensors, shape, base.path)) or 0.0
-
-
-def _whole(path: str, x: np.ndarray, base: Checkpoint | None) -> dict[str, Any]:
-    row = {
-        "path": path,
-        "shape": list(x.shape),
-        "kind": "rows" if path.endswith(" (rows)") else "whole",
-        "dora": False,
-        "rank": None,
-        "alpha": None,
-        "scale": None,
-        "norm": None,
-        "effective_rank": None,
-        "parameters": int(x.size),
-    }
+def _full(path: str, x: np.ndarray, base: Checkpoint | None) -> dict[str, Any]:
+    row = _entry(path, x.shape, "rows" if path.endswith(" (rows)") else "whole", int(x.size))
     if base is not None and row["kind"] == "whole":
         w = part_of(path, base.tensors, x.shape, base.path).astype(np.float64).reshape(x.shape)
         row["norm"] = tensor_norm(x.astype(np.float64) - w)
@@ -196,9 +186,7 @@ def _model(found: Checkpoint, args: argparse.Namespace, show: Show) -> None:
         for row in shown
     ]
     show.line(f"{found.path}: {_MODELS[found.format]}, {size(found.size)}")
-    show.table(columns, cells)
-    if len(shown) < len(rows):
-        show.line(f"... {len(shown)} of {len(rows)} rows")
+    _table(columns, cells, len(rows), show)
     kinds = sorted({row["dtype"] for row in rows})
     show.line(f"{len(rows)} tensors, {total:,} parameters, {', '.join(kinds)}")
     totals = {"tensors": len(rows), "parameters": total, "bytes": found.size, "dtypes": kinds}
@@ -221,7 +209,7 @@ def _spectrum(x: np.ndarray) -> float | None:
 
 
 def _sorted(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows in the order asked for, and as many: the greatest first, or by path."""
+    """Sort the rows as asked for, the greatest first or by path; and keep as many as asked for."""
     if args.sort == "path":
         rows = sorted(rows, key=lambda row: natural(row["path"]))
     else:

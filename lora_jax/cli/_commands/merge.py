@@ -1,4 +1,4 @@
-"""``merge``: adapters of any format into a model's files."""
+"""``merge``: add adapters of any format to a model's files."""
 
 import argparse
 import os
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lora_jax.cli._commands.convert import to_peft
 from lora_jax.cli._options import names_and_kinds, writing
-from lora_jax.cli._read.base import is_torch
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_adapter
@@ -15,10 +14,11 @@ from lora_jax.cli._show import Show, size
 from lora_jax.io import hf
 from lora_jax.io.hf._families import FAMILIES
 from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._tree import is_torch
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command."""
+    """Run the command."""
     weights = args.weight or [1.0] * len(args.adapters)
     if len(weights) != len(args.adapters):
         raise ValueError(
@@ -80,6 +80,6 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 
 def _changed(found: AdapterFile) -> set[str]:
-    """The tensors that an adapter of PEFT's changes, by what they are called without an ending."""
-    whole = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
-    return {canonical(path) for path in [*found.updates, *whole]}
+    """Find the tensors that an adapter of PEFT's changes, by their names without an ending."""
+    others = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
+    return {canonical(path) for path in [*found.updates, *others]}

@@ -1,4 +1,4 @@
-"""``verify``: is this adapter for this model?"""
+"""``verify``: tell whether an adapter is for a model."""
 
 import argparse
 import dataclasses
@@ -16,26 +16,24 @@ from lora_jax.cli._options import names_and_kinds
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
-    is_torch,
     leaves_of,
     recorded_leaves,
-    torch_forms,
+    source_of,
 )
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
 from lora_jax.io._torch import Map
-from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import Names
-from lora_jax.io.hf._source import Source, open_source
-from lora_jax.io.peft._load import open_reader
+from lora_jax.io.hf._tree import TorchTree, is_torch
+from lora_jax.io.peft._read import read
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command: 0 if it is, 1 if not."""
+    """Run the command: 0 if it is, 1 if not."""
     found, model = open_adapter(args.adapter), open_checkpoint(args.base)
     names, kinds = names_and_kinds(args)
     options = {"names": names, "kinds": kinds}
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
         raise
     except ValueError as error:
         reason, fits = " ".join(str(error).split()), False
-    said = found.config.get("base_model_name_or_path")
+    said = found.folder and found.folder.config.get("base_model_name_or_path")
     show.line(f"{'yes' if fits else 'no'}: {reason}")
     if said:
         show.line(f"its configuration says it is of {said}")
@@ -55,18 +53,16 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 
 def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> str:
-    """What was looked at, and found to be right.
+    """Look at an adapter and a model, and say what was found to be right.
 
     Raises:
         ValueError: the adapter is another model's, and why.
     """
-    if found.format == "peft":
+    if found.folder is not None:
         if model.format == "orbax":
-            _peft_tree(found, model, options)
+            read(found.folder, Map(leaves_of(model), **options))
         else:
-            config = open_source(model.path).config if model.format != "safetensors" else None
-            is_conv1d = (config or {}).get("model_type") in CONV1D_MODELS
-            Change(str(found.path), model.tensors, 1.0, is_conv1d=is_conv1d)
+            Change(found.folder, source_of(model), 1.0)
         entries = len(found.updates) + len(found.whole)
         return f"each of its {entries} entries has its place, of the right shape"
     assert found.native is not None
@@ -76,7 +72,7 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> 
 
 
 def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) -> str:
-    """An adapter of ours and the leaves of a model, each read when it is asked for."""
+    """Compare an adapter of ours with the leaves of a model, each read when it is asked for."""
     assert found.native is not None
     adapter, record = found.native
     base, where = record["base"], str(found.path)
@@ -111,21 +107,18 @@ class _Leaf:
 def _leaves_in(
     found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]
 ) -> dict[str, _Leaf]:
-    """The leaves of an adapter's base in the files of a model, by their names there.
+    """Find the leaves of an adapter's base in the files of a model, by their names there.
 
     Raises:
         ValueError: they are not there, or have other shapes.
     """
     assert found.native is not None
     adapter, record = found.native
-    wanted = recorded_leaves(found) or adapted_leaves(adapter, whole=True)
-    config = None if model.format == "safetensors" else open_source(model.path).config
-    source = Source(str(model.path), model.tensors, config)
-    known = FAMILIES.get((config or {}).get("model_type", ""), Family())
+    wanted = recorded_leaves(found) or adapted_leaves(adapter, full=True)
+    source = source_of(model)
+    known = FAMILIES.get((source.config or {}).get("model_type", ""), Family())
     if is_torch(adapter):
-        letters = {path: f.layout for path, f in adapter.factors.items()}
-        layout, kinds = torch_forms(wanted, letters, {})
-        known = Family(None, kinds, layout=layout)
+        known = Family(**TorchTree.known(wanted, adapter).options())
     else:
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
@@ -146,13 +139,3 @@ def _leaves_in(
     if record["base"] is not None:
         names.left_over(used)
     return leaves
-
-
-def _peft_tree(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> None:
-    """Every tensor of PEFT's has its place in a tree of ours."""
-    reader = open_reader(found.path, Map(leaves_of(model), **options))
-    reader.factors()
-    reader.trained_whole()
-    reader.lora_biases()
-    reader.rows()
-    reader.check_complete()

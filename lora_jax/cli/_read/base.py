@@ -1,6 +1,5 @@
 """The leaves of the model that an adapter is for, as far as they are known."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,13 +9,11 @@ import numpy as np
 
 from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax._weights.ranges import split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
-from lora_jax.io._torch import Kind
-
-CONV1D = r".*/(c_attn|c_proj|c_fc|q_attn)/weight"  # GPT-2's layers that are stored transposed
+from lora_jax.io._torch import as_path
+from lora_jax.io.hf._source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class Absent:
 
 
 def leaves_like(path: str) -> dict[str, Any]:
-    """The leaves of a model, or of the base that an adapter has recorded.
+    """Return the leaves of a model, or of the base that an adapter has recorded.
 
     Raises:
-        ValueError: the adapter has not.
+        ValueError: the adapter has no record of its base.
     """
     found = open_path(path)
     if isinstance(found, Checkpoint):
@@ -58,14 +55,28 @@ def leaves_like(path: str) -> dict[str, Any]:
 
 
 def leaves_of(model: Checkpoint) -> dict[str, Any]:
-    """The tensors of a model by paths: dots are slashes."""
+    """Return the tensors of a model by paths."""
     if model.format == "orbax":
         return dict(model.tensors)
-    return {name.replace(".", "/"): tensor for name, tensor in model.tensors.items()}
+    return {as_path(name): tensor for name, tensor in model.tensors.items()}
+
+
+def source_of(model: Checkpoint) -> Source:
+    """Return a model in PyTorch's names, with its configuration if it has one."""
+    config = None if model.format == "safetensors" else open_source(model.path).config
+    return Source(str(model.path), model.tensors, config)
+
+
+def source_like(path: str) -> Source | None:
+    """Return the model at a path; None unless there is one in PyTorch's names."""
+    found = open_path(path)
+    if not isinstance(found, Checkpoint) or found.format == "orbax":
+        return None
+    return source_of(found)
 
 
 def recorded_leaves(found: AdapterFile) -> dict[str, Any] | None:
-    """The leaves of the base of an adapter of ours, if it says them."""
+    """Return the leaves of the base that an adapter of ours has recorded; None without a record."""
     record = found.native and found.native[1]["base"]
     if not record:
         return None
@@ -74,21 +85,21 @@ def recorded_leaves(found: AdapterFile) -> dict[str, Any] | None:
 
 
 class UnknownBaseError(ValueError):
-    """An adapter does not say what its base is like, and that matters."""
+    """An adapter does not tell what its base is like, and that matters."""
 
 
-def adapted_leaves(adapter: Adapter, *, whole: bool = False) -> dict[str, Any]:
-    """The leaves that an adapter is of, as itself tells; with ``whole``, those trained whole too.
+def adapted_leaves(adapter: Adapter, *, full: bool = False) -> dict[str, Any]:
+    """Return the leaves that an adapter itself tells of; with ``full``, its full leaves too.
 
     Raises:
-        UnknownBaseError: it does not.
+        UnknownBaseError: it does not tell what a leaf is like.
     """
     parts = [
         key
         for key, f in adapter.factors.items()
         if isinstance(f, Rows) or split_range(key)[1] is not None
     ]
-    parts += [] if whole else adapter.full
+    parts += [] if full else adapter.full
     if parts:
         raise UnknownBaseError(
             f"the adapter has no record of its base, and without {parts[0]!r} means nothing here: "
@@ -100,10 +111,10 @@ def adapted_leaves(adapter: Adapter, *, whole: bool = False) -> dict[str, Any]:
 
 
 def with_stand_ins(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The leaves as ``peft.save`` takes them.
+    """Return the leaves as ``peft.save`` takes them.
 
-    Absent weights with DoRA are zeros: their norms are of no use where all of them is adapted.
-    Tables with rows are arrays, not to be read when they are asked for.
+    Absent weights with DoRA are zeros: ``peft.save`` needs their norms only where a part of a
+    weight is not adapted. Tables with rows are arrays, not to be read when they are asked for.
     """
     found = dict(leaves)
     for key, f in adapter.factors.items():
@@ -112,37 +123,3 @@ def with_stand_ins(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any
         elif isinstance(f, Rows) and key in found:
             found[key] = jnp.asarray(np.asarray(found[key]))
     return found
-
-
-def is_torch(adapter: Adapter) -> bool:
-    """Whether weights are as PyTorch keeps them, ``[out, in]`` under the name ``weight``."""
-    return any(
-        path.endswith("/weight") and f.layout in ("oi", "oii", "oiii", "oiiii")
-        for path, f in adapter.factors.items()
-    )
-
-
-def torch_forms(
-    leaves: Mapping[str, Any], letters: Mapping[str, str], kinds: Mapping[str, str]
-) -> tuple[Layouts, dict[str, str]]:
-    """Layouts and kinds of leaves as PyTorch keeps them.
-
-    Args:
-        leaves: by path.
-        letters: of those that are known.
-        kinds: of those that are known.
-    """
-    weights, found = {}, {re.escape(path): kind for path, kind in kinds.items()}
-    for path, leaf in leaves.items():
-        own = letters.get(path)
-        if own is None and len(leaf.shape) > 1:
-            own = "o" + "i" * (len(leaf.shape) - 1)
-        kind: Kind | None = None
-        if own is not None and path.endswith("/weight") and path not in kinds:
-            is_conv1d = re.fullmatch(CONV1D, path) is not None
-            kind = "Linear" if own == "oi" else "Conv1D" if is_conv1d else "Embedding"
-            kind = "Conv" if own.startswith("oii") else kind
-            found[re.escape(path)] = kind
-        use = "embedding" if kinds.get(path, kind) == "Embedding" else "dot"
-        weights[path] = Weight(tuple(leaf.shape), leaf.dtype, own, use, (), None)
-    return Layouts(weights), found

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax._adapter.factors import Entry, Rows
 from lora_jax._adapter.lowrank import LowRank, as_matrix
 from lora_jax._adapter.params import Adapter
+from lora_jax.io.peft._folder import Folder
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class AdapterFile:
         whole: the full leaves, and the table rows that PEFT replaces: arrays by path.
         base: a description of its base.
         native: the adapter and its record; None for PEFT's formats.
-        config: PEFT's configuration.
+        folder: PEFT's files; None for other formats.
         note: what was chosen if there was more, and whether the base is a changed one.
     """
 
@@ -77,7 +78,7 @@ class AdapterFile:
     whole: Mapping[str, np.ndarray]
     base: str
     native: tuple[Adapter, Any] | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Folder | None = None
     note: str = ""
 
     @property

@@ -1,4 +1,4 @@
-"""Where in a model's tensors the weight of an adapter's entry is."""
+"""Find the weight of an adapter's entry among a model's tensors."""
 
 from collections.abc import Mapping
 from math import prod
@@ -9,32 +9,32 @@ import numpy as np
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.ranges import Range, index_of, part_shape, split_range
 from lora_jax._weights.ranges import part_of as parse
+from lora_jax.io._torch import as_name, as_path
 
 _ENDINGS = ("weight", "kernel", "embedding")
 
 
 def canonical(path: str) -> str:
-    """The name of an entry's module, whatever the file calls it.
+    """Return the name of an entry's module, whatever the file calls it.
 
     >>> canonical("model/layers/0/q_proj/kernel"), canonical("model.layers.0.q_proj")
     ('model.layers.0.q_proj', 'model.layers.0.q_proj')
     """
-    module, _, last = path.replace("/", ".").rpartition(".")
-    return module if module and last in _ENDINGS else path.replace("/", ".")
+    name = as_name(path)
+    module, _, last = name.rpartition(".")
+    return module if module and last in _ENDINGS else name
 
 
 def names_of(path: str) -> list[str]:
-    """What the tensor of an entry may be called, the likeliest first."""
+    """List what the tensor of an entry may be called, the likeliest first."""
     bare = split_range(path)[0]
     module = canonical(bare)
-    found = [bare, bare.replace("/", "."), bare.replace(".", "/")]
-    for ending in _ENDINGS:
-        found += [f"{module}.{ending}", f"{module.replace('.', '/')}/{ending}"]
-    return found
+    names = [bare, *(f"{module}.{ending}" for ending in _ENDINGS)]
+    return [bare, *(spell(name) for name in names for spell in (as_name, as_path))]
 
 
 def find(path: str, tensors: Mapping[str, Any], where: Any) -> tuple[str, tuple[Range, ...]]:
-    """The name of the tensor that an entry is of, and which part of it.
+    """Find the tensor that an entry is of: its name, and the part that is adapted.
 
     Raises:
         ValueError: there is none.
@@ -52,10 +52,10 @@ def find(path: str, tensors: Mapping[str, Any], where: Any) -> tuple[str, tuple[
 
 
 def part_of(path: str, tensors: Mapping[str, Any], shape: tuple[int, ...], where: Any) -> Any:
-    """The part of a tensor that an entry is of, which has as many entries as ``shape``.
+    """Read the part of a tensor that an entry is of, which has as many numbers as ``shape``.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has another number of them.
     """
     name, ranges = find(path, tensors, where)
     found = part_shape(tensors[name].shape, ranges)

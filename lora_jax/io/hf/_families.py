@@ -1,8 +1,8 @@
-"""Families of models as Hugging Face's files name them, as data: our paths to their names.
+"""Families of models: how Hugging Face's files name and store what is at our paths.
 
-Each covers the Flax models of ``transformers`` (``model/layers/0/self_attn/q_proj``), modules that
-are numbered in Linen's way (``layers_0``) and stacked ones (``layers/self_attn/q_proj`` with the
-layers in front).
+A family covers the Flax models of ``transformers`` (``model/layers/0/self_attn/q_proj``), modules
+that are numbered in Linen's way (``layers_0``), and stacked ones (``layers/self_attn/q_proj`` with
+the layers in front).
 """
 
 import dataclasses
@@ -11,30 +11,30 @@ from typing import Any
 
 from lora_jax.io._torch import LAYER, Names
 
-# What files of many models hold beside their weights, and every implementation makes anew.
+# The tensors that files of many models hold beside their weights, and that code makes anew.
 BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
 
-# The models whose dense layers are Conv1D, stored [in, out].
-CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+# The dense layers that are stored [in, out], by path, and the models that have such layers.
+CONV1D = r".*/(c_attn|c_proj|c_fc|q_attn)/\w+"
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    r"""How the parameters of a kind of model are named, and laid out, in Hugging Face's files.
+    r"""The names and axes that the parameters of a kind of model have in Hugging Face's files.
 
     Attributes:
         names: the name of a module there, by the path of it here: patterns to templates, such as
             ``{r"h_(\d+)/(.+)": r"transformer.h.\1.\2"}``, as in :func:`lora_jax.io.peft.save`.
             None: the paths with dots.
-        kinds: of the modules there, as in :func:`lora_jax.io.peft.save`.
-        prefix: of names that files of the model without a head do without, such as ``"model."``.
-        tied: the names of tensors that may be missing, because they are others; where they are
-            there, they must be the same.
-        tied_head: likewise, of an output head and where ``tie_word_embeddings`` of the
-            configuration is true.
-        ties_head: whether it is where the configuration does not say.
+        kinds: the kinds of the modules there, as in :func:`lora_jax.io.peft.save`.
+        prefix: the prefix that names lack in files of the model without a head: ``"model."``.
+        tied: the tensors that share their numbers with another: ``{name: name of the other}``.
+            They may be missing; if they are there, they must be equal to the other.
+        tied_head: the same for an output head, if the configuration sets ``tie_word_embeddings``.
+        ties_head: the default of ``tie_word_embeddings``.
         ignore: a regular expression of tensors that may be left over, as buffers always may.
-        layout: of our weights, as in ``lorafy``, where their names do not tell.
+        layout: the layouts of our weights, as in ``lorafy``, if their names do not tell.
     """
 
     names: Names = None
@@ -48,7 +48,7 @@ class Family:
 
 
 def _numbered(root: str, stack: str) -> dict[str, str]:
-    """The modules of a stack of layers below a root that may be missing here."""
+    """Name the modules of a stack of layers below a root, which paths here may lack."""
     return {
         rf"(?:{root}/)?{stack}[/_](\d+)/(.+)": rf"{root}.{stack}.\1.\2",
         rf"(?:{root}/)?{stack}/(\D.*)": rf"{root}.{stack}.{LAYER}.\1",
@@ -56,54 +56,38 @@ def _numbered(root: str, stack: str) -> dict[str, str]:
 
 
 def _beside(root: str, modules: str) -> dict[str, str]:
-    """The other modules below a root."""
+    """Name the other modules below a root."""
     return {rf"(?:{root}/)?((?:{modules})(?:/.+)?)": rf"{root}.\1"}
 
 
-def _encoder(root: str, beside: str, heads: str, head: Mapping[str, str] | None = None) -> Family:
-    """A BERT or what grew from it."""
+def _encoder(root: str, beside: str, heads: str, tied: str = "") -> Family:
+    """Make the family of BERT or a descendant, whose head ``tied`` may decode by the table."""
     names = _numbered(root, "encoder/layer") | _beside(root, beside)
     names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
-    return Family(names, prefix=f"{root}.", tied_head=head)
+    head = {
+        f"{tied}.decoder.weight": f"{root}.embeddings.word_embeddings.weight",
+        f"{tied}.decoder.bias": f"{tied}.bias",
+    }
+    return Family(names, prefix=f"{root}.", tied_head=head if tied else None)
 
 
 def _decoder(*, ties_head: bool) -> Family:
-    """A Llama or what grew from it."""
+    """Make the family of Llama or a descendant."""
     names = _numbered("model", "layers") | _beside("model", "embed_tokens|norm")
     names |= {"lm_head|score": r"\g<0>"}
     head = {"lm_head.weight": "model.embed_tokens.weight"}
     return Family(names, prefix="model.", tied_head=head, ties_head=ties_head)
 
 
-_BERT_TABLE = "bert.embeddings.word_embeddings.weight"
-_ROBERTA_TABLE = "roberta.embeddings.word_embeddings.weight"
-_DEBERTA_TABLE = "deberta.embeddings.word_embeddings.weight"
+_BERT = _encoder("bert", "embeddings|pooler", "cls|classifier|qa_outputs", "cls.predictions")
 
-_BERT = _encoder(
-    "bert",
-    "embeddings|pooler",
-    "cls|classifier|qa_outputs",
-    {
-        "cls.predictions.decoder.weight": _BERT_TABLE,
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
-)
-
-_ROBERTA = _encoder(
-    "roberta",
-    "embeddings|pooler",
-    "lm_head|classifier|qa_outputs",
-    {"lm_head.decoder.weight": _ROBERTA_TABLE, "lm_head.decoder.bias": "lm_head.bias"},
-)
+_ROBERTA = _encoder("roberta", "embeddings|pooler", "lm_head|classifier|qa_outputs", "lm_head")
 
 _DEBERTA = _encoder(
     "deberta",
     "embeddings|encoder/(?:rel_embeddings|LayerNorm|conv)",
     "cls|lm_predictions|classifier|qa_outputs|pooler",
-    {
-        "cls.predictions.decoder.weight": _DEBERTA_TABLE,
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    },
+    "cls.predictions",
 )
 
 _T5 = Family(
@@ -122,7 +106,7 @@ _T5 = Family(
 
 _GPT2 = Family(
     _numbered("transformer", "h") | _beside("transformer", "wte|wpe|ln_f") | {"lm_head": "lm_head"},
-    kinds={r".*/(c_attn|c_proj|c_fc|q_attn)/\w+": "Conv1D"},
+    kinds={CONV1D: "Conv1D"},
     prefix="transformer.",
     tied_head={"lm_head.weight": "transformer.wte.weight"},
 )
@@ -158,7 +142,13 @@ FAMILIES: dict[str, Family] = {
 def family_of(
     config: Mapping[str, Any] | None, where: str, family: str | Family | None, **changes: Any
 ) -> Family:
-    """The family of a model: said, or that of its configuration; with what is not None changed.
+    """Return the family of a model: the one given, or the one that its configuration names.
+
+    Args:
+        config: the configuration, or None.
+        where: the model, for messages.
+        family: a family, or the name of one.
+        changes: fields to change, unless they are None.
 
     Raises:
         ValueError: it is not known, and nothing says how the tensors are named.
@@ -184,14 +174,22 @@ def family_of(
             f"{where}: model_type {kind!r} of config.json is no family that is known; {known}. Say "
             f"{yours}; or make it known: hf.FAMILIES[{kind!r}] = hf.Family(names={{...}})"
         )
-    if not (config or {}).get("tie_word_embeddings", family.ties_head):
-        family = dataclasses.replace(family, tied_head=None)
+    family = _for_config(family, config)
     return dataclasses.replace(family, **{k: v for k, v in changes.items() if v is not None})
 
 
-def ties_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The names of tensors that are others, of the model of a configuration; none if unknown."""
-    family = FAMILIES.get(str(config.get("model_type")), Family())
-    is_tied = config.get("tie_word_embeddings", family.ties_head)
-    head = family.tied_head if is_tied else None
-    return {**(family.tied or {}), **(head or {})}
+def _for_config(family: Family, config: Mapping[str, Any] | None) -> Family:
+    """Return the family of one model: without the head's ties if it has none."""
+    is_tied = (config or {}).get("tie_word_embeddings", family.ties_head)
+    return family if is_tied else dataclasses.replace(family, tied_head=None)
+
+
+def ties_in(family: Family) -> dict[str, str]:
+    """Return the tensors that share their numbers with another, the head included."""
+    return {**(family.tied_head or {}), **(family.tied or {})}
+
+
+def ties_of(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the ties of the model of a configuration; none if its family is not known."""
+    family = FAMILIES.get(str((config or {}).get("model_type")), Family())
+    return ties_in(_for_config(family, config))

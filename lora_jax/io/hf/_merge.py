@@ -1,22 +1,22 @@
-"""``merge``: adapters of PEFT into the files of a model, a tensor at a time."""
+"""Merge adapters of PEFT into the files of a model, a tensor at a time."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from lora_jax._weights.axes import role_axes
-from lora_jax.io._torch import Map
-from lora_jax.io.hf._families import CONV1D, ties_of
-from lora_jax.io.hf._source import CONFIG, open_source
+from lora_jax.io.hf._source import CONFIG, Source, open_source
+from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Progress, dtype_of, narrowed, write
-from lora_jax.io.peft._load import open_reader
-from lora_jax.io.peft._torch_tree import forms_of
+from lora_jax.io.peft._axes import Part
+from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._read import read
 
 _CHUNK = 2**22  # entries of a weight that are in float32 at a time
-Update: TypeAlias = tuple[str, np.ndarray, np.ndarray, Any, Any]  # letters, a, b, scale, magnitude
 
 
 def merge(
@@ -43,9 +43,9 @@ def merge(
             float32, or ``dtype``.
         adapters: the folder of an adapter, or several with a weight each; ``{}`` writes the model
             as it is, such as that of a GGUF file.
-        folder: to write, in one that exists.
-        dtype: of the floating tensors; None leaves each as it is.
-        shard_size: in bytes, of a file.
+        folder: the folder to write, in one that exists.
+        dtype: the dtype of the floating tensors; None leaves each as it is.
+        shard_size: the largest size of a file, in bytes.
         config: changes of ``config.json``.
         overwrite: whether a model that was written before may be replaced.
         progress: called with the bytes that are written, and their total.
@@ -62,27 +62,17 @@ def merge(
             f"{source} holds no {CONFIG}, whose model_type tells whether dense layers are stored "
             "transposed, as GPT-2's are"
         )
-    kind = opened.config.get("model_type")
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    changes = [
-        Change(os.fspath(path), tensors, weight, is_conv1d=kind in CONV1D)
-        for path, weight in weights.items()
-    ]
+    changes = [Change(Folder.open(path), opened, weight) for path, weight in weights.items()]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
             change.check_adds()
-    for name, other in ties_of(opened.config).items():
-        changed = {n for n in (name, other) if any(change.changes(n) for change in changes)}
-        if len(changed) == 1 and {name, other} <= tensors.keys():
-            raise ValueError(
-                f"{source}: {name!r} is {other!r} as well, both are stored, and of these the "
-                f"adapter changes {changed.pop()!r} only: which of the two holds is not said"
-            )
+    _check_ties(opened, changes)
     specs = {name: (t.shape, dtype_of(t.dtype, dtype)) for name, t in tensors.items()}
 
     def make(name: str) -> np.ndarray:
         w, (_, wanted) = tensors[name].read(), specs[name]
-        updates = [update for change in changes for update in change.updates(name)]
+        updates = [change.updates[name] for change in changes if name in change.updates]
         replaced = [change for change in changes if change.replaces(name)]
         if w.dtype != wanted and (updates or replaced):
             w = w.astype(np.float32)
@@ -105,81 +95,79 @@ def merge(
     )
 
 
-class Change:
-    """What an adapter does to the tensors of a model, by their names."""
-
-    def __init__(self, path: str, tensors: Mapping[str, Any], weight: float, *, is_conv1d: bool):
-        self.path, self.weight = path, weight
-        leaves = {_path(name): tensor for name, tensor in tensors.items()}
-        names = {_path(name): name for name in tensors}
-        layout, kinds = forms_of(path, leaves, is_conv1d=is_conv1d)
-        places = Map(leaves, None, kinds, layout)
-        reader = open_reader(path, places)
-        found = reader.factors()
-        self.pieces = {names[p]: (letters, piece) for p, [(_, letters, piece)] in found.items()}
-        self.full = {names[p]: np.asarray(x) for p, x in reader.trained_whole().items()}
-        self.full |= {names[p]: np.asarray(x) for p, x in reader.lora_biases().items()}
-        self.rows = {names[path]: f for path, f in reader.rows().items()}
-        reader.check_complete()
-        if reader.is_redone:
+def _check_ties(source: Source, changes: list["Change"]) -> None:
+    """Raise if only one of two tensors that share their numbers would change."""
+    for name, other in TorchTree.of(source).ties.items():
+        changed = {n for n in (name, other) if any(change.changes(n) for change in changes)}
+        if len(changed) == 1 and {name, other} <= source.tensors.keys():
             raise ValueError(
-                f"{path}: its initializer changed the base, which merging cannot repeat: make it a "
-                "plain LoRA first, by path_initial_model_for_weight_conversion in PEFT, or by "
-                "peft.load and peft.save here"
+                f"{source.where}: {name!r} is {other!r} as well, both are stored, and of these the "
+                f"adapter changes {changed.pop()!r} only: which of the two holds is not said"
             )
+
+
+class Change:
+    """The changes that an adapter makes to the tensors of a model, by their names.
+
+    Attributes:
+        weight: what its updates are multiplied by.
+        updates: the factors that are added to a tensor.
+    """
+
+    def __init__(self, adapter: Folder, source: Source, weight: float):
+        self.where, self.weight = adapter.where, weight
+        tree = TorchTree.of(source, adapter)
+        contents = read(adapter, tree.places())
+        if contents.redone:
+            raise adapter.error(
+                "its initializer changed the base, which merging cannot repeat: make it a plain "
+                "LoRA first, by path_initial_model_for_weight_conversion in PEFT, or by peft.load "
+                "and peft.save here"
+            )
+        self.updates = {
+            tree.names[path]: replace(part, scale=np.float32(weight) * part.scale)
+            for path, (part,) in contents.factors.items()
+        }
+        self._full = {tree.names[path]: np.asarray(x) for path, x in contents.full.items()}
+        self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
 
     def check_adds(self) -> None:
         """Raise unless all it does is to add to weights."""
-        is_dora = any(piece.magnitude is not None for _, piece in self.pieces.values())
-        if self.full or self.rows or is_dora:
+        is_dora = any(part.magnitude is not None for part in self.updates.values())
+        if self._full or self._rows or is_dora:
             raise ValueError(
-                f"{self.path}: its DoRA, biases, rows or whole modules replace what is there, and "
+                f"{self.where}: its DoRA, biases, rows or whole modules replace what is there, and "
                 "can neither be weighted nor summed: merge it alone, with weight 1"
             )
 
     def changes(self, name: str) -> bool:
-        """Whether anything of a tensor is."""
-        return self.replaces(name) or name in self.pieces
+        """Whether any entry of a tensor changes."""
+        return self.replaces(name) or name in self.updates
 
     def replaces(self, name: str) -> bool:
         """Whether entries of a tensor are new."""
-        return name in self.full or name in self.rows
+        return name in self._full or name in self._rows
 
     def replace(self, name: str, w: np.ndarray) -> None:
-        """Put them in."""
-        if name in self.full:
-            w[...] = self.full[name].reshape(w.shape).astype(w.dtype)
+        """Put the new entries in."""
+        if name in self._full:
+            w[...] = self._full[name].reshape(w.shape).astype(w.dtype)
         else:
-            f = self.rows[name]
-            ids = np.asarray(f.ids)
-            w[ids] = (w[ids].astype(np.float32) + np.asarray(f.b)).astype(w.dtype)
-
-    def updates(self, name: str) -> list[Update]:
-        """What is added to a tensor."""
-        if name not in self.pieces:
-            return []
-        letters, piece = self.pieces[name]
-        return [(letters, piece.a, piece.b, np.float32(self.weight) * piece.scale, piece.magnitude)]
+            rows = self._rows[name]
+            ids = list(rows.ids)
+            w[ids] = (w[ids].astype(np.float32) + np.asarray(rows.b)).astype(w.dtype)
 
 
-def _path(name: str) -> str:
-    """A tensor's name as a path of ours: ``h.0.mlp.c_fc.weight`` as ``h/0/mlp/c_fc/weight``."""
-    return name.replace(".", "/")
-
-
-def _add(w: np.ndarray, updates: list[Update]) -> None:
+def _add(w: np.ndarray, parts: list[Part]) -> None:
     """Add ``scale * a b`` of each in place, some rows at a time; with a magnitude, as DoRA does."""
-    letters, *_, magnitude = updates[0]
+    letters = parts[0].letters
     if letters[0] == "b":
         for k in range(len(w)):
-            _add(w[k], [(own[1:], a[k], b[k], scale, m) for own, a, b, scale, m in updates])
+            _add(w[k], [replace(p, letters=p.letters[1:], a=p.a[k], b=p.b[k]) for p in parts])
         return
     rows_write = letters[0] == "o"
     matrix = w.reshape(prod(w.shape[: len(role_axes(letters, letters[0]))]), -1)  # a view
-    factors = [
-        (a.reshape(-1, a.shape[-1]), b.reshape(a.shape[-1], -1) * scale)
-        for _, a, b, scale, _ in updates
-    ]
+    factors = [(p.a.reshape(-1, p.rank), p.b.reshape(p.rank, -1) * p.scale) for p in parts]
     step = max(1, _CHUNK // matrix.shape[1])
     chunks = [slice(k, k + step) for k in range(0, len(matrix), step)]
 
@@ -189,7 +177,7 @@ def _add(w: np.ndarray, updates: list[Update]) -> None:
             x += b[:, rows].T @ a.T if rows_write else a[rows] @ b
         return x
 
-    if magnitude is None:
+    if (magnitude := parts[0].magnitude) is None:
         for rows in chunks:
             matrix[rows] = summed(rows).astype(w.dtype)
         return

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax._weights.paths import nearest
 from lora_jax.io._torch import Map, Place, from_torch, to_torch, torch_shape
-from lora_jax.io.hf._families import BUFFERS, Family
+from lora_jax.io.hf._families import BUFFERS, Family, ties_in
 from lora_jax.io.hf._source import Source
 
 
@@ -28,7 +28,7 @@ class Names:
         self.tensors = source.tensors if source else {}
         self.where = source.where if source else ""
         self._family = family
-        self._tied = {**(family.tied_head or {}), **(family.tied or {})}
+        self._tied = ties_in(family)
         self.new = {path for path in leaves if new is not None and re.fullmatch(new, path)}
         if new is not None and not self.new:
             raise ValueError(f"new={new!r} matches no leaf. Nearest: {nearest(new, leaves)}")

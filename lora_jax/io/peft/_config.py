@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what PEFT and vLLM want to read, and what we can."""
+"""The configuration, ``adapter_config.json``: written for PEFT and vLLM, and read strictly."""
 
 import math
 import re
@@ -10,10 +10,11 @@ import numpy as np
 
 VERSION = "0.21.2"  # of PEFT, whose format this is
 
-# What the file says of the mathematics, and what it must say for us to read it.
-_PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")  # nothing was taken from the base
-REDONE = ("pissa", "olora")  # a function of the base
+# Initializers: those that leave the base as it is, and those that PEFT repeats on the base.
+_PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")
+REDONE = ("pissa", "olora")
 
+# The keys that change what an adapter computes, and their types.
 _KNOWN: dict[str, type | tuple[type, ...]] = {
     "r": int,
     "lora_alpha": (int, float),
@@ -36,14 +37,14 @@ _KNOWN: dict[str, type | tuple[type, ...]] = {
     "peft_version": str,
 }
 
-# What changes nothing of what a trained adapter computes.
+# The keys that change nothing of what a trained adapter computes.
 _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout "
     "megatron_core megatron_config eva_config corda_config loftq_config lora_ga_config "
     "qalora_group_size runtime_config velora_config".split()
 )
 
-_LARGEST = 2**31  # of ranks and alphas: what a file says beyond that is damage
+_LARGEST = 2**31  # of ranks and alphas: beyond that, the file is damaged
 _VLLM_SAVES = {"classifier", "score"}
 _VLLM_RANK = 512
 
@@ -57,14 +58,14 @@ def write(
     rslora: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """The configuration of an adapter.
+    """Write the configuration of an adapter.
 
     Args:
         modules: rank and scale by the full name of a module, or of a parameter.
         parameters: which of them are parameters.
         known: the names of all modules of the model that have a weight.
         all_named: whether there are no others.
-        rslora: whether alpha is to be divided by the root of the rank.
+        rslora: whether PEFT divides alpha by the root of the rank.
         more: other keys.
     """
     alphas = {name: _alpha(rank, scale, rslora) for name, (rank, scale) in modules.items()}
@@ -96,7 +97,7 @@ def write(
 
 
 def _alpha(rank: int, scale: np.float32, rslora: bool) -> float | int:
-    """The roundest number that gives the very scale."""
+    """Find the roundest alpha that gives the very scale."""
     divisor = math.sqrt(rank) if rslora else rank
     alpha = float(scale) * divisor
     if not math.isfinite(alpha):
@@ -109,7 +110,7 @@ def _alpha(rank: int, scale: np.float32, rslora: bool) -> float | int:
 
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """What differs, by patterns that no other name matches, in whatever order they are read."""
+    """Keep the values that differ, by patterns that match no other name in any order."""
     keys = {}
     for name, value in values.items():
         if value != usual:
@@ -120,7 +121,7 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
 
 
 def _targets(targets: Sequence[str], known: Sequence[str], all_named: bool) -> list[str] | str:
-    """Names that select these modules and no others: last names where these will do."""
+    """Name these modules and no others: by last names if these will do."""
     wanted, listed = set(targets), set()
     for name in targets:
         last = name.rpartition(".")[2]
@@ -137,7 +138,7 @@ def _match(pattern: str, name: str) -> bool:
 
 
 def is_saved(saved: Iterable[str] | None, module: str) -> bool:
-    """Whether PEFT saves a module whole: its name, or that of one it is in, ends so."""
+    """Whether PEFT saves all of a module: its name, or that of one it is in, ends so."""
     parts = module.split(".")
     prefixes = [".".join(parts[: k + 1]) for k in range(len(parts))]
     return any(prefix.endswith(name) for name in saved or () for prefix in prefixes)
@@ -151,7 +152,7 @@ def matches(names: Sequence[str] | str, name: str) -> bool:
 
 
 def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
-    """What vLLM would refuse of an adapter."""
+    """List what vLLM would refuse of an adapter."""
     refused = []
     if config["bias"] != "none":
         refused.append(f"bias={config['bias']!r}: it has no trained biases")
@@ -176,11 +177,11 @@ def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
 
 
 def check(config: Any, where: str) -> dict[str, Any]:
-    """A configuration that we can read exactly, with PEFT's defaults for what it leaves out.
+    """Return a configuration that we can read exactly, with PEFT's defaults for missing keys.
 
     Raises:
-        ValueError: it is none of LoRA's, has values of wrong types, or asks for what would make
-            the numbers mean something else here.
+        ValueError: it is none of LoRA's, has values of wrong types, or a key that would make the
+            numbers mean something else here.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{where}: expected an object, got {type(config).__name__}")
@@ -249,12 +250,12 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """The rank of a module or parameter of this name."""
+    """Return the rank of a module or parameter of this name."""
     return int(_of(config["rank_pattern"], name, config["r"]))
 
 
 def scale_of(config: Mapping[str, Any], name: str) -> np.float32:
-    """What its update is multiplied by."""
+    """Return what its update is multiplied by."""
     rank = rank_of(config, name)
     alpha = _of(config["alpha_pattern"], name, config["lora_alpha"])
     return np.float32(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
@@ -288,9 +289,9 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
     return first is not None and int(first["layer"]) in layers
 
 
-def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would adapt a parameter of this name."""
-    return matches(config.get("target_parameters") or [], name)
+def target_parameters(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Find the parameters that PEFT would adapt, among these names."""
+    return {name for name in names if matches(config.get("target_parameters") or [], name)}
 
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -1,20 +1,19 @@
 """Read an adapter that PEFT wrote."""
 
 import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
-
-from lora_jax._adapter.params import LoraParams
+from lora_jax._adapter.norms import with_norms
+from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._lorafy import lorafy
 from lora_jax._weights.paths import PyTree, flatten
-from lora_jax.io import _files as files
+from lora_jax._weights.ranges import part_of
+from lora_jax.algebra._plain import to_plain
 from lora_jax.io._torch import Map, Names
 from lora_jax.io.peft._axes import PARAMETER_ORDER
-from lora_jax.io.peft._config import CONFIG, TENSORS
-from lora_jax.io.peft._config import check as check_config
-from lora_jax.io.peft._reader import Reader
+from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._read import read
 
 
 def load(
@@ -34,7 +33,7 @@ def load(
     PEFT repeats when it loads them, come as plain LoRA of twice the rank.
 
     Args:
-        path: of the folder.
+        path: the folder.
         params: the parameters of the same model.
         names: as in :func:`save`.
         kinds: as in :func:`save`.
@@ -55,46 +54,38 @@ def load(
         raise TypeError(
             "peft.load: params is a LoraParams, expected its base, the plain parameters"
         )
+    folder = Folder.open(path, finite=finite)
     places = Map(flatten(params)[0], names, kinds, layout)
-    return open_reader(path, places, parameter_order, finite=finite).read(params)
+    contents = read(folder, places, parameter_order)
+    lora_params = LoraParams(params, contents.adapter(places.leaves))
+    check(lora_params)
+    if contents.redone:
+        lora_params = _plain(folder, lora_params, contents.redone, places)
+    return with_norms(lora_params)
 
 
-def open_reader(
-    path: str | os.PathLike[str],
-    places: Map,
-    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
-    *,
-    finite: bool = True,
-) -> Reader:
-    """The files of an adapter, checked as far as they can be alone."""
-    folder = Path(path)
-    config = check_config(files.read_json(config_in(folder)), str(folder / CONFIG))
-    with files.open_tensors(folder / TENSORS) as file:
-        tensors = dict(file)
-    for name, x in tensors.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{folder}: {name!r} is of type {x.dtype}, expected floating numbers")
-        if finite and not np.isfinite(x.astype(np.float32)).all():
-            raise ValueError(
-                f"{folder}: {name!r} has values that are not finite. To load it all the same: "
-                "finite=False"
-            )
-    return Reader(str(folder), config, tensors, places, parameter_order)
+def _plain(
+    folder: Folder, lora_params: LoraParams, redone: frozenset[str], places: Map
+) -> LoraParams:
+    """Make factors that start from the base plain ones, on the base as it is.
 
-
-def config_in(folder: Path) -> Path:
-    for name in (CONFIG, TENSORS):
-        if (folder / name).exists():
-            continue
-        if name == TENSORS and (folder / "adapter_model.bin").exists():
-            raise ValueError(
-                f"{folder} holds adapter_model.bin, a pickle, which could run anything when it is "
-                "read. In PEFT: PeftModel.from_pretrained(...).save_pretrained(folder) writes "
-                f"{TENSORS}"
-            )
-        inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")] if folder.is_dir() else []
-        hint = (
-            f": an adapter with a name of its own is in a folder within: {inside}" if inside else ""
+    Raises:
+        ValueError: they are of a part of a stack, whose start cannot be repeated.
+    """
+    init = folder.config["init_lora_weights"]
+    params, factors = lora_params.base, lora_params.adapter.factors
+    parts = {key: part_of(key, places.leaves) for key in factors}
+    keys = {key: part.path for key, part in parts.items() if part.path in redone}
+    if ranged := [key for key in keys if parts[key].ranges]:
+        raise folder.error(
+            f"init_lora_weights={init!r} of a part of a stack, {ranged[0]!r}, cannot be repeated"
         )
-        raise FileNotFoundError(f"{folder} holds no {name}{hint}")
-    return folder / CONFIG
+    options = {
+        re.escape(path): (f.rank, float(f.scale) * f.rank, f.layout)
+        for path, f in ((path, factors[key]) for key, path in keys.items())
+    }
+    rank, alpha, layout = ({path: x[k] for path, x in options.items()} for k in range(3))
+    initial = lorafy(params, rank, alpha=alpha, targets=list(rank), layout=layout, init=init)
+    trained = LoraParams(initial.base, Adapter({key: factors[key] for key in keys}))
+    plain = to_plain(trained, initial, params).adapter.factors
+    return LoraParams(params, Adapter(factors | plain, lora_params.adapter.full))

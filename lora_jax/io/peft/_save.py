@@ -4,15 +4,26 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lora_jax._adapter.params import LoraParams, check
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.factors import Rows
+from lora_jax._adapter.norms import squared_norm
+from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._weights.paths import PyTree
+from lora_jax._weights.ranges import part_of
 from lora_jax.algebra._plain import to_plain
 from lora_jax.io import _files as files
 from lora_jax.io._torch import Map, Names
-from lora_jax.io.peft._axes import PARAMETER_ORDER
+from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._axes import PARAMETER_ORDER, PREFIX, ROWS, Part, to_peft, wrappers
 from lora_jax.io.peft._config import CONFIG, TENSORS, refused_by_vllm
-from lora_jax.io.peft._modules import to_files
+from lora_jax.io.peft._factors import written_factors
+from lora_jax.io.peft._full import written_full
+from lora_jax.io.peft._join import joined
+from lora_jax.io.peft._rows import written_rows
 
 _OURS = (TENSORS, CONFIG, "README.md")
 
@@ -39,26 +50,26 @@ def save(
     computes what ``lora(fn)`` computes here.
 
     Args:
-        path: of the folder, in one that exists.
-        lora_params: what to write. What trains whole goes where PEFT keeps it: biases, whole
-            modules (``modules_to_save``), rows of tables.
-        initial: where the initializer changed the base (PiSSA, OLoRA, LoftQ, ...), the LoraParams
-            before training: what is written is then plain LoRA, of twice the rank, on ``params``.
+        path: the folder to write, in one that exists.
+        lora_params: the adapter and its base. Full leaves and rows of tables go where PEFT keeps
+            them: biases, ``modules_to_save``, ``trainable_token_indices``.
+        initial: the LoraParams before training, if the initializer changed the base (PiSSA, OLoRA,
+            LoftQ, ...). Plain LoRA of twice the rank, on ``params``, is then written.
         params: the parameters that ``lorafy`` was given, with ``initial``.
         names: the name of a module there, by the path of it here: ``{pattern: template}``, such as
             ``{r"layers_(\d+)/attn/query": r"model.layers.\1.self_attn.q_proj"}``, or a function.
             Patterns are regular expressions, matched in full; the first one counts. In a template
-            ``{layer}`` stands for the number of a layer, of leaves that have the layers stacked in
-            front, and ``{expert}`` likewise. None: the path with dots for slashes.
-        kinds: where the axes leave a doubt, ``{pattern of the leaf: kind}``, of ``"Linear"``,
-            ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` and ``"Parameter"`` (experts).
-        layout: as in ``lorafy``, for leaves that train whole; that of ``layout_of`` knows the
-            kinds as well.
+            ``{layer}`` is replaced by the number of the layer, for leaves that have the layers
+            stacked in front, and ``{expert}`` likewise. None: the path with dots for slashes.
+        kinds: ``{pattern of the leaf: kind}``, for leaves whose axes leave a doubt. A kind is
+            ``"Linear"``, ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` or ``"Parameter"``
+            (experts).
+        layout: as in ``lorafy``, for full leaves; a layout from ``layout_of`` knows the kinds too.
         base_model: the name or folder of the model, for the configuration.
         task_type: such as ``"CAUSAL_LM"``, for the configuration.
-        rslora: whether the configuration is to say ``use_rslora``; the function is the same.
-        parameter_order: the order in which modules there register their parameters, where several
-            of one module are adapted.
+        rslora: whether the configuration sets ``use_rslora``; the function is the same.
+        parameter_order: the order in which modules there register their parameters, for modules
+            of which several are adapted.
         for_vllm: whether to refuse what vLLM would.
         overwrite: whether an existing adapter may be replaced.
 
@@ -77,8 +88,8 @@ def save(
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
     places = Map(check(lora_params).leaves, names, kinds, layout)
-    tensors, config = to_files(
-        lora_params,
+    tensors, config = _files(
+        lora_params.adapter,
         places,
         parameter_order,
         rslora=rslora,
@@ -93,3 +104,78 @@ def save(
         files.write_json(partial / CONFIG, config)
         if (card := Path(path) / "README.md").exists():
             shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced
+
+
+def _files(
+    adapter: Adapter, places: Map, order: tuple[str, ...], **more: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Write the tensors by name, and the configuration; ``more`` is for that."""
+    modules, rows = _modules(adapter, places)
+    if not modules:
+        raise ValueError(
+            "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
+            "parameters themselves"
+        )
+    parameters = [name for name, part in modules.items() if part.kind == "Parameter"]
+    wrapper = wrappers(parameters, order)
+    tensors = {f"{module}.{ROWS}": new for module, (_, new) in rows.items()}
+    for name, part in modules.items():
+        for role, x in to_peft(part).items():
+            tensors[f"{wrapper.get(name, name)}.{role}"] = x
+    saved, bias, full = written_full(adapter.full, places, modules)
+    tensors |= full
+    config = configs.write(
+        {name: (part.rank, part.scale) for name, part in modules.items()},
+        parameters,
+        places.modules(),
+        all_named=places.all_named,
+        bias=bias,
+        fan_in_fan_out=any(part.kind == "Conv1D" for part in modules.values()),
+        modules_to_save=saved or None,
+        trainable_token_indices={module: ids for module, (ids, _) in rows.items()} or None,
+        use_dora=_is_dora(modules),
+        **more,
+    )
+    return {PREFIX + name: x for name, x in tensors.items()}, config
+
+
+def _modules(
+    adapter: Adapter, places: Map
+) -> tuple[dict[str, Part], dict[str, tuple[list[int], np.ndarray]]]:
+    """Write the factors of every module, and the rows of every table: their numbers, and them."""
+    parts: dict[str, list[Part]] = {}
+    rows = {}
+    for key, f in adapter.factors.items():
+        path, ranges = part_of(key, places.leaves)
+        if f.residual:
+            raise ValueError(
+                f"peft.save: {key!r} belongs to what its initializer left of the base, and PEFT "
+                "would add it to the model's own weights. To write it as plain LoRA on those, say "
+                "initial= and params=, as for lora_jax.algebra.to_plain"
+            )
+        if isinstance(f, Rows):
+            module, new = written_rows(f, path, places)
+            rows[module] = list(f.ids), new
+            continue
+        for part in written_factors(key, f, path, ranges, places):
+            parts.setdefault(part.place.module, []).append(part)
+    return {name: joined(found, _norm(found, places)) for name, found in parts.items()}, rows
+
+
+def _norm(parts: list[Part], places: Map) -> np.ndarray:
+    """Find the norms of the columns of a module's weight, if magnitudes need them."""
+    if all(part.magnitude is None for part in parts):
+        return np.zeros(0)
+    weight = jnp.asarray(places.array(parts[0].place))
+    return np.asarray(np.sqrt(squared_norm(weight, parts[0].letters)))
+
+
+def _is_dora(modules: Mapping[str, Part]) -> bool:
+    with_it = [name for name, part in modules.items() if part.magnitude is not None]
+    if with_it and len(with_it) < len(modules):
+        without = sorted(modules.keys() - set(with_it))
+        raise ValueError(
+            f"peft.save: {with_it[0]!r} has a DoRA magnitude and {without[0]!r} has not: PEFT has "
+            "DoRA of all modules or of none"
+        )
+    return bool(with_it)

@@ -1,0 +1,149 @@
+"""The tensors of a PyTorch model as a tree of ours: paths for names, letters for their axes.
+
+Only this file knows what a tensor's name and shape do not tell: whether it is stored transposed,
+whether it is another tensor as well, and whether its numbers are the weight.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._adapter.params import Adapter
+from lora_jax._weights.conventions import is_embedding
+from lora_jax._weights.layouts import Layouts, Weight
+from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
+from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
+from lora_jax.io.hf._source import Source
+from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._own import forms_in, own_others, own_parts
+
+_Forms: TypeAlias = dict[str, tuple[str, Kind]]  # letters and kinds by path
+_USES: dict[Kind, str] = {"Conv": "conv", "Embedding": "embedding", "Parameter": "ragged"}
+
+
+@dataclass(frozen=True)
+class TorchTree:
+    """The leaves of a model that lies in files of PyTorch's, or of whose files something is known.
+
+    Attributes:
+        leaves: the tensors by path.
+        layout: the layout of every tensor of two axes or more; and why others take no LoRA.
+        kinds: the kinds that a layout does not tell, those of transposed layers, by pattern.
+        names: the names of the tensors, by path.
+        ties: the tensors that share their numbers with another: the other's name by the name.
+        doubtful: the paths of layers that some models store transposed, if the model is not known.
+    """
+
+    leaves: Mapping[str, Any]
+    layout: Layouts
+    kinds: Mapping[str, Kind]
+    names: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    doubtful: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: Source, adapter: Folder | None = None) -> "TorchTree":
+        """Make the tree of a model.
+
+        Args:
+            source: the model.
+            adapter: an adapter of it: its files tell which tensors are tables, and the axes of
+                experts. Without one, tables are known by their names.
+
+        Raises:
+            ValueError: the adapter's factors of experts do not tell which axis is read.
+        """
+        names = {as_path(name): name for name in source.tensors}
+        leaves = {path: source.tensors[name] for path, name in names.items()}
+        matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
+        conv1d = [path for path in matrices if re.fullmatch(CONV1D, path)]
+        kind = (source.config or {}).get("model_type")
+        forms: _Forms = {path: ("io", "Conv1D") for path in conv1d if kind in CONV1D_MODELS}
+        if adapter is not None:
+            forms |= forms_in(adapter, leaves)
+        else:
+            forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
+        doubtful = () if source.config is not None else tuple(conv1d)
+        return _tree(leaves, forms, names=names, ties=ties_of(source.config), doubtful=doubtful)
+
+    @classmethod
+    def own(cls, adapter: Folder) -> "TorchTree":
+        """Make the tree of the leaves that an adapter's files tell of, without what is in them."""
+        parts = own_parts(adapter).values()
+        shapes = {part.place.path: part.place.shape for part in parts}
+        shapes |= {as_path(name): x.shape for name, x in own_others(adapter).items()}
+        dtype = jnp.dtype("float32")
+        leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+        forms: _Forms = {part.place.path: (part.letters, part.kind) for part in parts}
+        return _tree(leaves, forms)
+
+    @classmethod
+    def known(cls, leaves: Mapping[str, Any], adapter: Adapter) -> "TorchTree":
+        """Make a tree of leaves in PyTorch's names and axes, which an adapter of ours tells."""
+        letters = {path: f.layout for path, f in adapter.factors.items()}
+        forms: _Forms = {path: (own, _kind_of(path, own)) for path, own in letters.items()}
+        return _tree(leaves, forms)
+
+    def options(self, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return the kinds and the layout, as loading and saving take them; those given win."""
+        return {"kinds": {**(kinds or {}), **self.kinds}, "layout": self.layout}
+
+    def places(self, names: Names = None, kinds: Mapping[str, str] | None = None) -> Map:
+        """Return the places of the leaves."""
+        return Map(self.leaves, names, **self.options(kinds))
+
+
+def is_torch(adapter: Adapter) -> bool:
+    """Whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``."""
+    return any(
+        path.endswith("/weight") and re.fullmatch("oi{1,4}", f.layout)
+        for path, f in adapter.factors.items()
+    )
+
+
+def _tree(leaves: Mapping[str, Any], forms: _Forms, **more: Any) -> TorchTree:
+    weights, kinds = {}, {}
+    for path, leaf in leaves.items():
+        letters, kind = forms.get(path) or _usual(leaf)
+        shape, use = tuple(leaf.shape), _USES.get(kind, "dot")
+        weights[path] = Weight(shape, leaf.dtype, letters, use, (), _why_not(path, leaf))
+        if kind == "Conv1D":
+            kinds[re.escape(path)] = kind
+    return TorchTree(leaves, Layouts(weights), kinds, **more)
+
+
+def _usual(leaf: Any) -> tuple[str | None, Kind]:
+    """Return the letters and the kind of a tensor that nothing is known of."""
+    ndim = len(leaf.shape)
+    return "o" + "i" * (ndim - 1) if ndim > 1 else None, "Conv" if ndim > 2 else "Linear"
+
+
+def _kind_of(path: str, letters: str) -> Kind:
+    """Return the kind of a module by its layout; of tables and transposed layers, by the name."""
+    if "b" in letters:
+        return "Parameter"
+    if letters == "io" and path.endswith("/weight"):
+        return "Conv1D" if re.fullmatch(CONV1D, path) else "Embedding"
+    return "Conv" if letters.startswith("oii") else "Linear"
+
+
+def _is_table(path: str) -> bool:
+    """Whether a weight is a lookup table by its name."""
+    parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
+    last = parts[-1].lower() if parts else ""
+    return is_embedding(f"{last}/weight") or last == "shared" or last.startswith("embed_")
+
+
+def _why_not(path: str, leaf: Any) -> str | None:
+    """Return why a tensor takes no LoRA: it is no weight, or its numbers are not."""
+    if not path.endswith("/weight"):
+        return "no weight of a module by its name"
+    if len(leaf.shape) < 2:
+        return f"{len(leaf.shape)}-D"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"dtype {leaf.dtype}"
+    return "empty" if 0 in leaf.shape else None

@@ -1,0 +1,120 @@
+"""The files of an adapter, checked as far as they can be without the model."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.factors import wide
+from lora_jax.io import _files as files
+from lora_jax.io._torch import Map
+from lora_jax.io.peft._axes import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PREFIX, ROWS
+from lora_jax.io.peft._config import CONFIG, TENSORS
+from lora_jax.io.peft._config import check as check_config
+
+_ROLES = (*LINEAR, *EMBEDDING, BIAS, MAGNITUDE, ROWS)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An adapter as PEFT keeps it: a configuration, and tensors.
+
+    Attributes:
+        where: the folder, for messages.
+        config: the configuration, with PEFT's defaults.
+        tensors: the arrays by name, without the prefix that all names have.
+    """
+
+    where: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, finite: bool = True) -> "Folder":
+        """Read both files.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is damaged, or asks for what cannot be read exactly.
+        """
+        where = Path(path)
+        config = check_config(files.read_json(_config_in(where)), str(where / CONFIG))
+        with files.open_tensors(where / TENSORS) as file:
+            tensors = dict(file)
+        for name, x in tensors.items():
+            _check_tensor(name, x, where, finite=finite)
+        return cls(str(where), config, {n.removeprefix(PREFIX): x for n, x in tensors.items()})
+
+    @functools.cached_property
+    def modules(self) -> dict[str, dict[str, np.ndarray]]:
+        """The tensors of factors by the module that they wrap, and by what follows its name."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, x in self.tensors.items():
+            for role in _ROLES:
+                if name.endswith(f".{role}"):
+                    found.setdefault(name.removesuffix(f".{role}"), {})[role] = x
+        return found
+
+    @functools.cached_property
+    def others(self) -> dict[str, np.ndarray]:
+        """The other tensors by name: biases, modules to save, and copies of the base's."""
+        marks = tuple(f".{role}" for role in _ROLES)
+        return {name: x for name, x in self.tensors.items() if not name.endswith(marks)}
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a tensor that must be there, in float32 at least."""
+        if name not in self.tensors:
+            raise self.error(f"the tensor {PREFIX + name!r} is missing")
+        x = self.tensors[name]
+        return x.astype(wide(x.dtype))
+
+    def error(self, what: str) -> ValueError:
+        """Make an error that names the folder."""
+        return ValueError(f"{self.where}: {what}")
+
+    def left_over(self, name: str, places: Map) -> ValueError:
+        """Make the error for a tensor that has no place."""
+        return self.error(
+            f"the tensor {PREFIX + name!r} has no place here: its configuration does not speak of "
+            "it, or the parameters have no such module. Nearest: "
+            f"{places.nearest(name.rpartition('.')[0])}"
+        )
+
+
+def _check_tensor(name: str, x: np.ndarray, where: Path, *, finite: bool) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{where}: {name!r} is of type {x.dtype}, expected floating numbers")
+    if finite and not np.isfinite(x.astype(np.float32)).all():
+        raise ValueError(
+            f"{where}: {name!r} has values that are not finite. To load it all the same: "
+            "finite=False"
+        )
+    if not name.startswith(PREFIX):
+        raise ValueError(
+            f"{where}: the tensor {name!r} does not begin with {PREFIX!r}: PEFT would load nothing "
+            "of it, and say so in a warning only"
+        )
+
+
+def _config_in(folder: Path) -> Path:
+    """Find the configuration, with the tensors beside it."""
+    for name in (CONFIG, TENSORS):
+        if (folder / name).exists():
+            continue
+        if name == TENSORS and (folder / "adapter_model.bin").exists():
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle, which could run anything when it is "
+                "read. In PEFT: PeftModel.from_pretrained(...).save_pretrained(folder) writes "
+                f"{TENSORS}"
+            )
+        inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")] if folder.is_dir() else []
+        hint = (
+            f": an adapter with a name of its own is in a folder within: {inside}" if inside else ""
+        )
+        raise FileNotFoundError(f"{folder} holds no {name}{hint}")
+    return folder / CONFIG

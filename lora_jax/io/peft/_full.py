@@ -1,0 +1,144 @@
+"""Full leaves, as PEFT writes them: modules to save, and biases."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._adapter.factors import wide
+from lora_jax.io._torch import Map, Place, from_torch, torch_shape
+from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._axes import BIAS, LINEAR, TIED, Part
+from lora_jax.io.peft._folder import Folder
+
+
+def _trained(
+    places: Map, saved: Collection[str], bias: str, adapted: Collection[str]
+) -> dict[str, Place]:
+    """List the tensors that PEFT writes of modules to save, and of biases that train."""
+    found = {}
+    for module in places.all_modules():
+        suffixes, inner = (), ""
+        if configs.is_saved(saved, module):
+            suffixes = ("weight", "bias")
+        elif bias == "all" or (bias != "none" and module in adapted):
+            suffixes, inner = ("bias",), ".base_layer" if module in adapted else ""
+        for suffix in suffixes:
+            if place := places.find(module, suffix):
+                found[f"{module}{inner}.{suffix}"] = place
+    return found
+
+
+def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str, Any]:
+    """Read the leaves that train entirely, by path; ``adapted`` are the modules with factors."""
+    config = folder.config
+    wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
+    parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for name, place in sorted(wanted.items()):
+        x = _array(folder, places, name, place)
+        if places.is_tied(place.path):
+            raise folder.error(TIED.format(verb="load", path=place.path))
+        own = from_torch(x, place.shape, *places.form(place))
+        parts.setdefault(place.path, {})[place.index] = own
+    for name in sorted(folder.others.keys() - wanted.keys() - _copies(folder)):
+        _check_base_s(folder, places, name, adapted)
+    if config.get("lora_bias"):
+        for place, x in _sums_of_biases(folder, places):
+            parts.setdefault(place.path, {})[place.index] = x
+    return {path: _filled(places, path, found) for path, found in parts.items()}
+
+
+def _copies(folder: Folder) -> set[str]:
+    """List biases to leave: with ``bias="all"`` PEFT writes those of saved modules three times."""
+    found = set()
+    for name, x in folder.others.items() if folder.config["bias"] == "all" else ():
+        owner, _, wrapper = name.removesuffix(".bias").rpartition(".")
+        first = folder.tensors.get(f"{owner}.bias") if name.endswith(".bias") else None
+        if first is not None and wrapper in ("original_module", "modules_to_save"):
+            found.add(name)
+            if wrapper == "modules_to_save" and (x != first).any():
+                raise folder.error(f"has two different biases for {owner!r}")
+    return found
+
+
+def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
+    x, expected = folder.array(name), torch_shape(place.shape, *places.form(place))
+    if x.shape != expected:
+        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
+    return x
+
+
+def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[str]) -> None:
+    """Raise unless a tensor that does not train is the base's own, rounded as that is."""
+    module, _, suffix = name.rpartition(".")
+    owner = module.removesuffix(".base_layer")
+    if (place := places.find(owner, suffix)) is None:
+        raise folder.left_over(name, places)
+    is_table = owner in adapted and owner != module and suffix == "weight"
+    theirs = folder.array(name) if is_table else _array(folder, places, name, place)
+    rounded = theirs.astype(places.leaves[place.path].dtype).astype(np.float32)
+    if np.array_equal(rounded, places.tensor(place)):
+        return
+    if is_table:
+        raise folder.error(
+            f"brings a weight of {owner!r} that is not the one in params: its rows were added to "
+            "or trained. Put it into params first"
+        )
+    raise folder.left_over(name, places)
+
+
+def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.ndarray]]:
+    """Add the biases that PEFT trains beside its factors to the model's own."""
+    for module in [module for module, tensors in folder.modules.items() if LINEAR[0] in tensors]:
+        name, place = f"{module}.{BIAS}", places.find(module, "bias")
+        bias = folder.array(name)
+        if place is None or folder.config["bias"] != "none":
+            raise folder.error(
+                f"{name!r} adds to a bias of {module!r}, which is not here or trains as well"
+            )
+        update = configs.scale_of(folder.config, module) * bias
+        own = places.array(place).astype(np.float32)
+        yield place, own + update.reshape(own.shape)
+
+
+def _filled(places: Map, path: str, parts: Mapping[tuple[int, ...], np.ndarray]) -> Any:
+    """Stack a leaf of these parts, and of the base's for the others."""
+    stack = [
+        parts[place.index] if place.index in parts else places.array(place)
+        for place in places.of(path)
+    ]
+    leaf = places.leaves[path]
+    return jnp.asarray(np.stack(stack).reshape(leaf.shape), wide(leaf.dtype))
+
+
+def written_full(
+    full: Mapping[str, Any], places: Map, modules: Mapping[str, Part]
+) -> tuple[list[str], str, dict[str, np.ndarray]]:
+    """Write full leaves: the modules to save, whose biases train besides, and all tensors."""
+    for path in full:
+        places.of(path)
+        if not places.is_module(path):
+            raise ValueError(
+                f"peft.save: {path!r} trains whole, and is no weight or bias of a module by its "
+                "name: PEFT saves whole modules. If it is the weight of one, say "
+                f"kinds={{{path!r}: 'Linear'}}"
+            )
+        if places.is_tied(path):
+            raise ValueError(TIED.format(verb="save", path=path))
+    found = [place for path in full for place in places.of(path)]
+    trained = [place.module for place in found if place.suffix == "weight"]
+    # PEFT saves every module whose name ends so, and all of each: what did not train is the base's.
+    saved = {name for name in places.all_modules() if configs.is_saved(trained, name)}
+    if both := sorted(saved & modules.keys()):
+        raise ValueError(
+            f"peft.save: the module {both[0]!r} would train whole and have factors as well: it is "
+            f"one of {trained}, or its name ends like theirs"
+        )
+    alone = {place.module for place in found if place.suffix == "bias"} - saved
+    bias = "none" if not alone else "lora_only" if alone <= modules.keys() else "all"
+    tensors = {
+        name: places.tensor(place, full if place.path in full else None)
+        for name, place in _trained(places, trained, bias, modules).items()
+    }
+    return sorted(trained), bias, tensors

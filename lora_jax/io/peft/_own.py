@@ -1,0 +1,125 @@
+"""What an adapter's files tell of its model: names, shapes and axes as PyTorch has them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.io._torch import Kind, Place, as_name, as_path, module_path
+from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._axes import (
+    BIAS,
+    EMBEDDING,
+    LINEAR,
+    MAGNITUDE,
+    PARAMETER_ORDER,
+    ROWS,
+    Part,
+    from_peft,
+    wrappers,
+)
+from lora_jax.io.peft._folder import Folder
+
+
+def own_parts(folder: Folder) -> dict[str, Part]:
+    """Find the factors of every module, in the dtypes of the file, by the name of the module."""
+    parameters = _parameters(folder)
+    found = {}
+    for module, tensors in folder.modules.items():
+        pairs = [pair for pair in (LINEAR, EMBEDDING) if pair[0] in tensors]
+        for pair in pairs:
+            first, second = (f"{module}.{role}" for role in pair)
+            if pair[1] not in tensors:
+                raise folder.error(f"has {first!r} and not {second!r}")
+            own = parameters.get(module, module) if pair == LINEAR else module
+            kind: Kind = "Linear" if pair == LINEAR else "Embedding"
+            kind = "Parameter" if own != module else kind
+            found[own] = _part(folder, own, kind, tensors[pair[0]], tensors[pair[1]], tensors)
+        alone = {pair[1] for pair in (LINEAR, EMBEDDING) if pair not in pairs}
+        for role in sorted(tensors.keys() & (alone if pairs else {*alone, MAGNITUDE})):
+            name = f"{module}.{role}"
+            raise folder.error(f"has {name!r} and not the factor that goes with it")
+    return found
+
+
+def _parameters(folder: Folder) -> dict[str, str]:
+    """Find the parameters that are adapted, by the name of their wrapper, as the tensors tell."""
+    with_factors = (name for name, tensors in folder.modules.items() if LINEAR[0] in tensors)
+    modules = {re.sub(r"(\.base_layer)*$", "", name) for name in with_factors}
+    targets = folder.config.get("target_parameters") or []
+    names = {f"{module}.{t.rpartition('.')[2]}" for module in modules for t in targets}
+    known = configs.target_parameters(folder.config, names)
+    return {wrapper: name for name, wrapper in wrappers(known, PARAMETER_ORDER).items()}
+
+
+def _part(
+    folder: Folder, own: str, kind: Kind, a: np.ndarray, b: np.ndarray, tensors: Mapping[str, Any]
+) -> Part:
+    """Find the weight that two factors fit, and read them as its."""
+    rank = configs.rank_of(folder.config, own)
+    experts = len(a) // rank if kind == "Parameter" and a.ndim == 2 else 1
+    fits = 1 < a.ndim == b.ndim and 0 < len(a) == b.shape[1] == rank * experts
+    if not fits or (kind != "Linear" and a.ndim > 2):
+        raise folder.error(
+            f"the factors of {own!r} have shapes {a.shape} and {b.shape}, which do not fit each "
+            f"other or rank {rank} of the configuration"
+        )
+    inputs, outputs = a.shape[1:], len(b)
+    if kind == "Linear":
+        dense: Kind = "Conv1D" if folder.config.get("fan_in_fan_out") else "Linear"
+        kind = dense if len(inputs) == 1 else "Conv"
+    if kind in ("Linear", "Conv"):
+        shape, letters = (outputs, *inputs), "o" + "i" * len(inputs)
+    else:
+        batch = (experts,) if kind == "Parameter" else ()
+        shape, letters = (*batch, *inputs, outputs), "b" * len(batch) + "io"
+    path = as_path(own) + ("" if kind == "Parameter" else "/weight")
+    place, scale = Place(path, (), own, "weight", shape), configs.scale_of(folder.config, own)
+    return from_peft(place, letters, kind, a, b, scale, tensors.get(MAGNITUDE))
+
+
+def own_others(folder: Folder) -> dict[str, np.ndarray]:
+    """Find what trains besides the factors, by the names of the model; rows are marked as such."""
+    found = {}
+    for name, x in folder.others.items():
+        owner, _, wrapper = name.rpartition(".")[0].rpartition(".")
+        is_base = wrapper == "base_layer" and not name.endswith(".bias")
+        if wrapper not in ("original_module", "modules_to_save") and not is_base:
+            found[f"{owner}.bias" if wrapper == "base_layer" else name] = x
+    for module, tensors in folder.modules.items():
+        found |= {f"{module}.{BIAS}": tensors[BIAS]} if BIAS in tensors else {}
+        found |= {f"{module} (rows)": tensors[ROWS]} if ROWS in tensors else {}
+    return found
+
+
+def forms_in(folder: Folder, leaves: Mapping[str, Any]) -> dict[str, tuple[str, Kind]]:
+    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path."""
+    modules = {path: as_name(module_path(path)[0]) for path in leaves}
+    parameters = configs.target_parameters(folder.config, modules.values())
+    nested = wrappers(parameters, PARAMETER_ORDER)
+    found: dict[str, tuple[str, Kind]] = {}
+    for path, leaf in leaves.items():
+        name = modules[path]
+        if folder.modules.get(name, {}).keys() & {EMBEDDING[0], ROWS}:
+            found[path] = "io", "Embedding"
+        elif name in nested and len(leaf.shape) == 3:
+            tensors = folder.modules.get(nested[name], {})
+            found[path] = _letters_of_experts(name, leaf.shape, tensors), "Parameter"
+    return found
+
+
+def _letters_of_experts(name: str, shape: tuple[int, ...], tensors: Mapping[str, Any]) -> str:
+    """Tell which of the two axes is read: that which ``lora_A`` has."""
+    of_a, of_b = (tensors[role].shape if role in tensors else () for role in LINEAR)
+    fits = [
+        letters
+        for letters, (inputs, outputs) in (("boi", shape[:0:-1]), ("bio", shape[1:]))
+        if (of_a[1:], of_b[:1]) == ((inputs,), (outputs,))
+    ]
+    if len(fits) != 1:
+        raise ValueError(
+            f"the parameter {name!r} of shape {shape} is square, or its factors do not fit it: "
+            "which of its axes is read cannot be told. Load the adapter with peft.load and layout="
+        )
+    return fits[0]

@@ -1,0 +1,174 @@
+"""A PyTorch model's tensors as leaves: what their names, shapes and configurations tell of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax.io.hf._source import Source
+from lora_jax.io.hf._tree import TorchTree, is_torch
+from lora_jax.io.peft._folder import Folder
+
+SHAPES = {
+    "h.0.attn.c_attn.weight": (4, 12),
+    "h.0.attn.c_attn.bias": (12,),
+    "h.0.mlp.fc.weight": (8, 4),
+    "wte.weight": (9, 4),
+    "model.embed_tokens.weight": (9, 4),
+    "shared.weight": (9, 4),
+    "mlp.shared_expert.up.weight": (8, 4),
+    "time_embedding.linear_1.weight": (8, 4),
+    "embeddings.0.weight": (9, 4),
+    "embed_norm.weight": (4,),
+    "patch_embedding.weight": (4, 3, 2, 2),
+    "codes.weight": (4, 4),
+    "experts.up": (3, 4, 5),
+    "empty.weight": (0, 4),
+}
+
+
+def source(model_type=None, **config):
+    """A model of these tensors, of which nothing can be read."""
+    dtypes = {"codes.weight": jnp.int8}
+    tensors = {
+        name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.float32))
+        for name, shape in SHAPES.items()
+    }
+    return Source("m", tensors, None if model_type is None else {"model_type": model_type} | config)
+
+
+def forms(tree):
+    """The letters and the kind of every tensor with letters, as a place has them."""
+    places = tree.places()
+    found = {path: places.form(places.of(path)[0]) for path in tree.leaves}
+    return {tree.names[path]: form for path, form in found.items() if form[0]}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", None])
+def test_letters_and_kinds(model_type):
+    tree = TorchTree.of(source(model_type))
+    transposed = ("io", "Conv1D") if model_type == "gpt2" else ("oi", "Linear")
+    assert forms(tree) == {
+        "h.0.attn.c_attn.weight": transposed,
+        **dict.fromkeys(
+            ("h.0.mlp.fc.weight", "mlp.shared_expert.up.weight", "codes.weight", "empty.weight"),
+            ("oi", "Linear"),
+        ),
+        "time_embedding.linear_1.weight": ("oi", "Linear"),
+        **dict.fromkeys(
+            ("wte.weight", "model.embed_tokens.weight", "shared.weight", "embeddings.0.weight"),
+            ("io", "Embedding"),
+        ),
+        "patch_embedding.weight": ("oiii", "Conv"),
+        "experts.up": ("oii", "Conv"),
+    }
+    assert tree.doubtful == (("h/0/attn/c_attn/weight",) if model_type is None else ())
+
+
+def test_what_takes_no_lora_and_why():
+    weights = TorchTree.of(source("llama")).layout.weights
+    assert {path: w.why_not for path, w in weights.items() if w.why_not} == {
+        "h/0/attn/c_attn/bias": "no weight of a module by its name",
+        "experts/up": "no weight of a module by its name",
+        "embed_norm/weight": "1-D",
+        "codes/weight": "dtype int8",
+        "empty/weight": "empty",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        (("gpt2", {}), {"lm_head.weight": "transformer.wte.weight"}),
+        (("gpt2", {"tie_word_embeddings": False}), {}),
+        (("llama", {}), {}),
+        (("llama", {"tie_word_embeddings": True}), {"lm_head.weight": "model.embed_tokens.weight"}),
+        (
+            ("t5", {"tie_word_embeddings": False}),
+            {f"{x}.embed_tokens.weight": "shared.weight" for x in ("encoder", "decoder")},
+        ),
+        (("unheard of", {}), {}),
+        ((None, {}), {}),
+    ],
+)
+def test_ties_are_those_of_the_family_and_the_configuration(config, ties):
+    assert TorchTree.of(source(config[0], **config[1])).ties == ties
+
+
+def folder(tensors, **config):
+    """An adapter of PEFT's with tensors of these shapes."""
+    defaults = {"r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}}
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in tensors.items()}
+    return Folder("a", defaults | config, arrays)
+
+
+ADAPTER = {
+    "h.0.mlp.fc.lora_A.weight": (2, 4),
+    "h.0.mlp.fc.lora_B.weight": (8, 2),
+    "wte.lora_embedding_A": (2, 9),
+    "wte.lora_embedding_B": (4, 2),
+    "patch_embedding.lora_A.weight": (2, 3, 2, 2),
+    "patch_embedding.lora_B.weight": (4, 2, 1, 1),
+    "experts.lora_A.weight": (6, 4),
+    "experts.lora_B.weight": (5, 6),
+}
+
+
+def test_an_adapter_tells_tables_and_the_axes_of_experts():
+    own = folder(ADAPTER, target_parameters=["experts.up"])
+    found = forms(TorchTree.of(source("gpt2"), own))
+    assert found["wte.weight"] == ("io", "Embedding")
+    assert found["shared.weight"] == ("oi", "Linear")  # a name does not count
+    assert found["experts.up"] == ("bio", "Parameter")
+    assert found["h.0.attn.c_attn.weight"] == ("io", "Conv1D")
+    turned = {"experts.lora_A.weight": (6, 5), "experts.lora_B.weight": (4, 6)}
+    own = dataclasses.replace(own, tensors=own.tensors | folder(turned).tensors)
+    assert forms(TorchTree.of(source("gpt2"), own))["experts.up"] == ("boi", "Parameter")
+    broken = folder(ADAPTER | {"experts.lora_A.weight": (6, 6)}, target_parameters=["experts.up"])
+    with pytest.raises(ValueError, match=r"'experts\.up' .* is square, or its factors do not fit"):
+        TorchTree.of(source("gpt2"), broken)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_tree_that_an_adapter_itself_tells_of(is_transposed):
+    more = {"score.weight": (3, 4), "norm.bias": (4,), "h.0.mlp.fc.base_layer.bias": (8,)}
+    more |= {"score.original_module.weight": (3, 4), "wte.base_layer.weight": (9, 4)}
+    config = {"target_parameters": ["experts.up"], "fan_in_fan_out": is_transposed}
+    tree = TorchTree.own(folder(ADAPTER | more, **config))
+    places = tree.places()
+    dense = ((4, 8), "io", "Conv1D") if is_transposed else ((8, 4), "oi", "Linear")
+    assert {p: (x.shape, *places.form(places.of(p)[0])) for p, x in tree.leaves.items()} == {
+        "h/0/mlp/fc/weight": dense,
+        "wte/weight": ((9, 4), "io", "Embedding"),
+        "patch_embedding/weight": ((4, 3, 2, 2), "oiii", "Conv"),
+        "experts/up": ((3, 4, 5), "bio", "Parameter"),
+        "score/weight": ((3, 4), "oi", "Linear"),
+        "norm/bias": ((4,), "", "Linear"),
+        "h/0/mlp/fc/bias": ((8,), "", "Linear"),
+    }
+
+
+def test_an_adapter_of_ours_in_the_names_of_pytorch():
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
+    leaves = {path.replace(".", "/"): x for path, x in leaves.items()}
+    letters = {"h/0/attn/c_attn/weight": "io", "wte/weight": "io", "h/0/mlp/fc/weight": "oi"}
+    letters |= {"patch_embedding/weight": "oiii", "experts/up": "bio"}
+    factors = {
+        path: lora_jax.Factors(*np.zeros((2, 1, 1)), np.float32(1), own)
+        for path, own in letters.items()
+    }
+    adapter = lora_jax.Adapter(factors)
+    assert is_torch(adapter)
+    assert not is_torch(lora_jax.Adapter({"wte/weight": factors["wte/weight"]}))
+    places = TorchTree.known(leaves, adapter).places(kinds={"shared.*": "Embedding"})
+    assert [places.form(places.of(path)[0])[1] for path in letters] == [
+        "Conv1D",
+        "Embedding",
+        "Linear",
+        "Conv",
+        "Parameter",
+    ]
+    assert places.form(places.of("shared/weight")[0]) == ("oi", "Embedding")  # as given
