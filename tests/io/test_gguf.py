@@ -37,7 +37,7 @@ from gguf_files import (
 
 from lora_jax.io.hf._gguf import file as _gguf_file
 from lora_jax.io.hf._gguf import model as _gguf
-from lora_jax.io.hf._gguf import tensor as _gguf_tensor
+from lora_jax.io.hf._gguf import read as _gguf_read
 from lora_jax.io.hf._gguf.tokenizer import tokenizer_of
 
 
@@ -49,7 +49,7 @@ def test_tensors_have_hugging_faces_names_and_shapes(arch, tmp_path):
     assert list(found) == list(expected)
     for name, (x, shape) in expected.items():
         assert found[name].shape == shape
-        assert found[name].size == x.nbytes
+        assert found[name].nbytes == x.nbytes
         read = np.asarray(found[name])
         assert read.dtype == found[name].dtype == np.float32
         if arch == "gemma" and name.endswith("norm.weight"):
@@ -123,7 +123,7 @@ NAMES = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split()
     ("name", "chunk"), [(n, k) for n in NAMES for k in (2**20, 20_000)] + [("Q5_K", 700)]
 )
 def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf_tensor, "_CHUNK", chunk)
+    monkeypatch.setattr(_gguf_read, "_CHUNK", chunk)
     path, model = squares(tmp_path / "a.gguf", "qwen2", KINDS[name], 256)
     own = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
     found = _gguf.tensors_in(path)
@@ -136,7 +136,7 @@ def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
 
 
 def test_reading_takes_the_memory_of_one_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf_tensor, "_CHUNK", 2**14)
+    monkeypatch.setattr(_gguf_read, "_CHUNK", 2**14)
     path, _ = squares(tmp_path / "a.gguf", "llama", KINDS.Q4_1, 1024)
     tracemalloc.start()
     tensors = _gguf.tensors_in(path)
@@ -145,7 +145,7 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path, monkeypatch):
         tensor.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(tensor.size for tensor in tensors.values()) == 2**22
+    assert max(tensor.nbytes for tensor in tensors.values()) == 2**22
     assert 2**22 < peak < 1.3 * 2**22
 
 

@@ -173,7 +173,7 @@ def _model(found: Checkpoint, args: argparse.Namespace, show: Show) -> None:
             row = {
                 "path": name,
                 "shape": list(x.shape),
-                "dtype": getattr(tensor, "kind", str(x.dtype)),
+                "dtype": tensor.kind or str(x.dtype),
             }
             row |= {"norm": tensor_norm(x), "parameters": int(x.size)}
             if args.spectrum:

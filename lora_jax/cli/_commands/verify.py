@@ -3,8 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
 from lora_jax.io.hf._families import FAMILIES, Family
@@ -96,21 +96,9 @@ def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) ->
     return f"the names and shapes of all {len(base['leaves'])} leaves are its base's, {seen}"
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A leaf of ours that lies in the files of a model."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return self.read() if dtype is None else self.read().astype(dtype)
-
-
 def _leaves_in(
     found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]
-) -> dict[str, _Leaf]:
+) -> dict[str, Tensor]:
     """The leaves of an adapter's base in the files of a model, by their names there.
 
     Raises:
@@ -142,7 +130,7 @@ def _leaves_in(
             arrays = [names.inward(model.tensors[n].read(), place, n) for place, n in parts]
             return np.stack(arrays).reshape(leaf.shape).astype(leaf.dtype)
 
-        leaves[path] = _Leaf(leaf.shape, leaf.dtype, read)
+        leaves[path] = Tensor(leaf.shape, leaf.dtype, read)
     if record["base"] is not None:
         names.left_over(used)
     return leaves

@@ -1,8 +1,8 @@
 """The leaves of the model that an adapter is for, as far as they are known."""
 
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -15,30 +15,24 @@ from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax._weights.ranges import rows_of, split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Kind
 
 CONV1D = r".*/(c_attn|c_proj|c_fc|q_attn)/weight"  # GPT-2's layers that are stored transposed
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A leaf of which the name, shape and dtype are known, and not what is in it.
+class Absent(Tensor):
+    """A leaf whose path, shape and dtype are known, but not its entries."""
 
-    Attributes:
-        path: of it.
-        shape: of it.
-        dtype: of it.
-    """
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: Any):
+        super().__init__(shape, dtype, functools.partial(_needed, path))
 
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
-        raise ValueError(
-            f"this needs what is in the base's {self.path!r}: say --like, the model's folder or an "
-            "Orbax checkpoint of its parameters"
-        )
+def _needed(path: str) -> NoReturn:
+    raise ValueError(
+        f"this needs what is in the base's {path!r}: say --like, the model's folder or an "
+        "Orbax checkpoint of its parameters"
+    )
 
 
 def leaves_like(path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.ranges import rows_of
+from lora_jax.io._tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors: each has a shape and a dtype, and ``read()`` gives the array.
+    """The tensors of a model, each read when asked for.
 
     Attributes:
         path: of it.
@@ -99,7 +100,7 @@ class Checkpoint:
 
     path: Path
     format: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:

@@ -97,8 +97,8 @@ def _file(path: Path) -> AdapterFile | Checkpoint:
 
 
 def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
-    from lora_jax.cli._read.orbax import tensors_in
     from lora_jax.io.orbax._files import config_of
+    from lora_jax.io.orbax._tensors import tensors_in
 
     record, _ = config_of(str(path.absolute()))
     if isinstance(record, dict) and record.get("format") == "lora_jax params":

@@ -83,7 +83,7 @@ def load(
             found.check_shape(place, name)
     used = [name for parts in wanted.values() for _, name in parts]
     found.left_over(used)
-    done, total = 0, sum(source.tensors[name].size for name in used)
+    done, total = 0, sum(source.tensors[name].nbytes for name in used)
     result = {}
     for path, leaf in leaves.items():
         if path not in wanted:
@@ -92,7 +92,7 @@ def load(
         arrays = []
         for place, name in wanted[path]:
             arrays.append(found.inward(source.tensors[name].read(), place, name))
-            done += source.tensors[name].size
+            done += source.tensors[name].nbytes
             if progress is not None:
                 progress(done, total)
         whole = arrays[0] if len(arrays) == 1 else np.stack(arrays)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from lora_jax._adapter.factors import Factors
 from lora_jax._weights.axes import role_axes
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D, ties_of
 from lora_jax.io.hf._source import CONFIG, open_source
@@ -79,10 +81,9 @@ def merge(
                 f"{source}: {name!r} is {other!r} as well, both are stored, and of these the "
                 f"adapter changes {changed.pop()!r} only: which of the two holds is not said"
             )
-    specs = {name: (t.shape, dtype_of(t.dtype, dtype)) for name, t in tensors.items()}
 
-    def make(name: str) -> np.ndarray:
-        w, (_, wanted) = tensors[name].read(), specs[name]
+    def merged(name: str, wanted: np.dtype) -> np.ndarray:
+        w = tensors[name].read()
         updates = [update for change in changes for update in change.updates(name)]
         replaced = [change for change in changes if change.replaces(name)]
         if w.dtype != wanted and (updates or replaced):
@@ -93,10 +94,13 @@ def merge(
             _add(w, updates)
         return narrowed(w, wanted, name)
 
+    written = {}
+    for name, tensor in tensors.items():
+        wanted = dtype_of(tensor.dtype, dtype)
+        written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     write(
         folder,
-        specs,
-        make,
+        written,
         source=opened,
         config=config,
         dtype=dtype,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from lora_jax._weights.paths import PyTree
 from lora_jax._weights.quantized import dequantize_array, is_quantized
 from lora_jax._weights.ranges import entry
 from lora_jax.io import _torch as torch_names
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Place
-from lora_jax.io.hf import _shards as shards
 from lora_jax.io.hf._families import Family, family_of
 from lora_jax.io.hf._names import Names
 from lora_jax.io.hf._source import Source, open_source
@@ -85,10 +86,10 @@ def save(
             merged[place.path] = _merged(lora_params, place.path, leaves, dtype)
         return plan.names.outward(plan.names.places.array(place, merged), place, name)
 
-    def make(out: str) -> np.ndarray:
-        name, place = plan.tensors[out]
+    def made(name: str, wanted: np.dtype) -> np.ndarray:
+        place = plan.places.get(name)
         x = plan.names.tensors[name].read() if place is None else tensor(place, name)
-        return narrowed(x, plan.specs[out][1], name)
+        return narrowed(x, wanted, name)
 
     for place, name, first in plan.twins:
         if not np.array_equal(tensor(place, name), tensor(first, name)):
@@ -98,8 +99,10 @@ def save(
             )
     write(
         folder,
-        plan.specs,
-        make,
+        {
+            out: Tensor(shape, wanted, partial(made, name, wanted))
+            for out, (name, shape, wanted) in plan.written.items()
+        },
         source=opened,
         config=config,
         dtype=dtype,
@@ -114,9 +117,9 @@ class _Plan:
 
     Attributes:
         names: of the leaves.
-        tensors: by the name to write, the name in the source and the place of ours, or None of
-            what is kept.
-        specs: shape and dtype by the name to write.
+        places: of the leaves, by the names of their tensors; the other tensors are kept.
+        written: by the name to write, the name that ``places`` or the source has, the shape and
+            the dtype.
         twins: the places that share a tensor with another, which comes last.
     """
 
@@ -130,27 +133,29 @@ class _Plan:
     ):
         self.names = Names(leaves, family, source, new)
         before = self.names.tensors
-        where: dict[str, Place] = {}
+        self.places: dict[str, Place] = {}
         self.twins: list[tuple[Place, str, Place]] = []
-        specs: dict[str, shards.Spec] = {}
+        specs: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for path in self.names.places.places:
             for place in self.names.places.of(path):
                 name = self.names.name(place)
-                if name in where:  # tied: written once
-                    self.twins.append((place, name, where[name]))
+                if name in self.places:  # tied: written once
+                    self.twins.append((place, name, self.places[name]))
                     continue
+                self.places[name] = place
                 shape = self.names.shape(place, name)
-                where[name], specs[name] = place, (shape, dtype_of(leaves[path].dtype, dtype))
+                specs[name] = shape, dtype_of(leaves[path].dtype, dtype)
                 if name in before:
                     self.names.check_shape(place, name)
         same = self.names.left_over(specs)  # stored twice: written twice
         for name, kept in before.items():
             specs.setdefault(name, (kept.shape, dtype_of(kept.dtype, dtype)))
         order = [*before, *(name for name in specs if name not in before)]
-        outside = {name: self.names.outside(name) for name in order}
-        own = {name: same[name] if name in same else name for name in order}
-        self.tensors = {outside[name]: (own[name], where.get(own[name])) for name in order}
-        self.specs = {outside[name]: specs[name] for name in order}
+        self.written: dict[str, tuple[str, tuple[int, ...], np.dtype]] = {}
+        for name in order:
+            shape, wanted = specs[name]
+            own = same[name] if name in same else name
+            self.written[self.names.outside(name)] = own, shape, wanted
 
 
 def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any], dtype: Any) -> Any:

@@ -5,8 +5,8 @@ One file, ``model.safetensors``, or several beside an index that says which hold
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.io._files import open_tensors, read_json, write_json
+from lora_jax.io._tensor import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,39 +35,6 @@ _DTYPES = {
 }
 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file.
-
-    Attributes:
-        path: of the file.
-        dtype: of its entries.
-        shape: of it.
-        start: where its bytes begin.
-    """
-
-    path: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        """For NumPy: what is in the file."""
-        return self.read() if dtype is None else self.read().astype(dtype)
-
-    def read(self) -> np.ndarray:
-        """The array: its own memory, nothing is mapped."""
-        data = np.fromfile(self.path, np.uint8, self.size, offset=self.start)
-        if len(data) != self.size:
-            raise ValueError(f"{self.path} was cut off while it was read")
-        return data.view(self.dtype).reshape(self.shape)
 
 
 def tensors_in(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -127,78 +95,80 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         said = header[name]
         if said["dtype"] not in _DTYPES:
             raise ValueError(f"{path}: {name!r} is of type {said['dtype']}, which NumPy has not")
-        start = 8 + length + said["data_offsets"][0]
-        found[name] = Tensor(path, _DTYPES[said["dtype"]], shape, start)
+        dtype, start = _DTYPES[said["dtype"]], 8 + length + said["data_offsets"][0]
+        found[name] = Tensor(shape, dtype, partial(_read, path, start, shape, dtype))
     return found
 
 
-Spec = tuple[tuple[int, ...], np.dtype]
+def _read(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Read an array into memory of its own; nothing is mapped."""
+    size = prod(shape) * dtype.itemsize
+    data = np.fromfile(path, np.uint8, size, offset=start)
+    if len(data) != size:
+        raise ValueError(f"{path} was cut off while it was read")
+    return data.view(dtype).reshape(shape)
 
 
 def write(
     folder: Path,
-    specs: Mapping[str, Spec],
-    make: Callable[[str], np.ndarray],
+    tensors: Mapping[str, Tensor],
     *,
     shard_size: int,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors, each made when its turn comes, in files of at most ``shard_size`` bytes.
+    """Write tensors, each read when its turn comes, in files of at most ``shard_size`` bytes.
 
     Args:
-        folder: that exists.
-        specs: shapes and dtypes by name.
-        make: gives the array of a name.
-        shard_size: of a file, in bytes; a tensor that is larger has one of its own.
+        folder: an existing folder.
+        tensors: by name.
+        shard_size: the largest size of a file; a larger tensor gets a file of its own.
         metadata: of each file.
     """
-    shards = _shards(specs, shard_size)
+    shards = _shards(tensors, shard_size)
     count = len(shards)
     names = [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
     names = names if count > 1 else [SINGLE]
     for file, shard in zip(names, shards, strict=True):
-        _write_one(folder / file, {name: specs[name] for name in shard}, make, metadata)
+        _write_one(folder / file, {name: tensors[name] for name in shard}, metadata)
     if count > 1:
         weight_map = {name: f for f, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(map(size, specs.values()))
+        total = sum(x.nbytes for x in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def size(spec: Spec) -> int:
-    """In bytes."""
-    return prod(spec[0]) * spec[1].itemsize
-
-
-def _shards(specs: Mapping[str, Spec], shard_size: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Tensor], shard_size: int) -> list[list[str]]:
+    """Divide names among files, in their order."""
     shards: list[list[str]] = [[]]
     left = shard_size
-    for name, spec in specs.items():
-        if shards[-1] and size(spec) > left:
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > left:
             shards.append([])
             left = shard_size
         shards[-1].append(name)
-        left -= size(spec)
+        left -= tensor.nbytes
     return shards
 
 
-def _write_one(
-    path: Path, specs: Mapping[str, Spec], make: Callable[[str], np.ndarray], metadata: Any
-) -> None:
-    """One file: the library wants all arrays at once, so that the format is written here."""
-    # By descending size of an entry, as the library does: so every array begins aligned.
-    names = sorted(specs, key=lambda name: -specs[name][1].itemsize)
+def _write_one(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:
+    """Write one file; the library would need all arrays at once."""
+    # Descending by the size of an entry, as the library does: every array begins aligned.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        start, end = end, end + size(specs[name])
-        shape, dtype = specs[name]
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        x = tensors[name]
+        start, end = end, end + x.nbytes
+        header[name] = {
+            "dtype": _NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            x = make(name)
-            if (x.shape, x.dtype) != specs[name]:
-                raise AssertionError(f"{name}: {x.shape} {x.dtype}, expected {specs[name]}")
+            x, expected = tensors[name].read(), tensors[name]
+            if (x.shape, x.dtype) != (expected.shape, expected.dtype):
+                raise AssertionError(f"{name}: {x.shape} {x.dtype}, expected {expected}")
             np.asarray(x, order="C").reshape(-1).view(np.uint8).tofile(file)

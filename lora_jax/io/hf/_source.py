@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.io._files import read_json
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.hf import _shards as shards
 
 CONFIG = "config.json"
@@ -26,7 +27,7 @@ class Source:
     """
 
     where: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
     config: dict[str, Any] | None
 
     def small(self) -> dict[str, Path | str]:

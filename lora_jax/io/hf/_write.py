@@ -3,6 +3,8 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.io._files import write_json, written_aside
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.hf import _shards as shards
 from lora_jax.io.hf._source import CONFIG, Source
 
@@ -44,8 +47,7 @@ def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 def write(
     folder: str | os.PathLike[str],
-    specs: Mapping[str, shards.Spec],
-    make: Callable[[str], np.ndarray],
+    tensors: Mapping[str, Tensor],
     *,
     source: Source | None,
     config: Mapping[str, Any] | None,
@@ -68,24 +70,25 @@ def write(
         raise ValueError(f"config={config!r}: {source.where} holds no {CONFIG} to change")
     small = source.small() if source else {}
     weights = {p.name for p in Path(folder).glob("model*.safetensors*")}
-    sizes = {name: shards.size(spec) for name, spec in specs.items()}
-    done, total = 0, sum(sizes.values())
+    done, total = 0, sum(x.nbytes for x in tensors.values())
 
-    def counted(name: str) -> np.ndarray:
+    def read(tensor: Tensor) -> np.ndarray:
         nonlocal done
-        x = make(name)
-        done += sizes[name]
+        x = tensor.read()
+        done += x.nbytes
         if progress is not None:
             progress(done, total)
         return x
 
-    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as partial:
-        partial.mkdir()
+    counted = {name: replace(x, read=partial(read, x)) for name, x in tensors.items()}
+
+    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as aside:
+        aside.mkdir()
         for name, what in small.items():
             if isinstance(what, Path):
-                shutil.copyfile(what, partial / name)
+                shutil.copyfile(what, aside / name)
             else:
-                (partial / name).write_text(what, encoding="utf-8")
+                (aside / name).write_text(what, encoding="utf-8")
         if changes or (said and CONFIG not in small):
-            write_json(partial / CONFIG, said | changes)
-        shards.write(partial, specs, counted, shard_size=shard_size, metadata={"format": "pt"})
+            write_json(aside / CONFIG, said | changes)
+        shards.write(aside, counted, shard_size=shard_size, metadata={"format": "pt"})

@@ -37,12 +37,17 @@ def own_tree(params: PyTree, arrays: Mapping[str, Any]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(params), arrays.values())
     tree: dict[str, Any] = {}
     for path, x in zip(paths, arrays.values(), strict=True):
-        *outer, last = (key.replace("%", "%25").replace(".", "%2E") for key in path)
+        *outer, last = map(escaped, path)
         node = tree
         for key in outer:
             node = node.setdefault(key, {})
         node[last] = x
     return tree
+
+
+def escaped(key: str) -> str:
+    """Write a key without dots, by which Orbax joins keys."""
+    return key.replace("%", "%25").replace(".", "%2E")
 
 
 def kind_of(x: Any, label: str) -> str:

@@ -80,7 +80,7 @@ def dequantize(data: np.ndarray, kind: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInfo:
     """A tensor as it stands in a file.
 
     Attributes:
@@ -106,7 +106,7 @@ class Header:
 
     path: Path
     values: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def architecture(self) -> str:
@@ -229,7 +229,7 @@ class _Bytes:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
 
-def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     if data.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     if (version := data.number("I")) not in (2, 3):
@@ -245,13 +245,13 @@ def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
     if type(align) is not int or align < 1 or align & (align - 1):
         raise ValueError(f"general.alignment={align!r}, expected a power of two")
     start = end = data.place + -data.place % align
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorInfo] = {}
     for name, kind, shape, offset in infos:
         if name in found:
             raise ValueError(f"a tensor {name!r} stands twice")
         if offset != (expected := end - start + -end % align if found else 0):
             raise ValueError(f"{name!r} begins at {offset:,}, expected {expected:,}")
-        found[name] = Stored(kind, shape, start + offset)
+        found[name] = TensorInfo(kind, shape, start + offset)
         end = start + offset + _bytes(name, kind, shape)
     if not end <= size <= end + -end % align:
         raise ValueError(f"{size:,} bytes, and its tensors end at {end:,}")

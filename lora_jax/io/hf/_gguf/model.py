@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.io.hf._gguf.file import FLOATS, Header, read_header
-from lora_jax.io.hf._gguf.tensor import Tensor
+from lora_jax.io._tensor import Tensor
+from lora_jax.io.hf._gguf.file import Header, read_header
+from lora_jax.io.hf._gguf.read import lazy
 
 # Names there, names here, and axes: of hidden, inner, vocabulary, queries, keys and a head.
 _Table = Mapping[str, tuple[str, str]]
@@ -223,22 +224,15 @@ def _tensors(header: Header) -> dict[str, Tensor]:
             f"{header.architecture!r}, such as {unknown[:3]}"
         )
     found = {}
-    for there, stored in header.tensors.items():
+    for there, info in header.tensors.items():
         here, axes = names[there]
         expected = tuple(sizes[axis] for axis in axes) or (sizes["d"] // 2,)
-        if stored.shape != expected:
-            raise ValueError(f"{path}: {there!r} has shape {stored.shape}, expected {expected}")
-        interleaved = there.split(".", 2)[-1] in family.interleaved
-        found[here] = Tensor(
-            path,
-            there,
-            FLOATS.get(stored.kind, np.dtype(np.float32)),
-            stored.shape,
-            stored.start,
-            stored.kind,
-            heads=stored.shape[0] // sizes["d"] if interleaved else 0,
-            added=family.norms if there.endswith("norm.weight") else 0.0,
-        )
+        if info.shape != expected:
+            raise ValueError(f"{path}: {there!r} has shape {info.shape}, expected {expected}")
+        is_interleaved = there.split(".", 2)[-1] in family.interleaved
+        heads = info.shape[0] // sizes["d"] if is_interleaved else 0
+        added = family.norms if there.endswith("norm.weight") else 0.0
+        found[here] = lazy(path, there, info, heads=heads, added=added)
     return found
 
 
@@ -252,7 +246,7 @@ def _rope_scaling(header: Header, freqs: Tensor | None) -> dict[str, Any]:
             "'linear' or 'yarn', and only one of these and rope_freqs.weight"
         )
     if freqs is not None:
-        return {"rope_scaling": _llama3(freqs, header.real("rope.freq_base", 1e4))}
+        return {"rope_scaling": _llama3(freqs, header)}
     if kind == "none":
         return {}
     said = {"rope_type": kind, "factor": header.real("rope.scaling.factor")}
@@ -262,9 +256,10 @@ def _rope_scaling(header: Header, freqs: Tensor | None) -> dict[str, Any]:
     return {"rope_scaling": said}
 
 
-def _llama3(freqs: Tensor, base: float) -> dict[str, Any]:
+def _llama3(freqs: Tensor, header: Header) -> dict[str, Any]:
     """What gives these factors: the file does not say it, and all Llamas 3 differ in one number."""
     found = freqs.read().astype(np.float64)
+    base = header.real("rope.freq_base", 1e4)
     low, high, length, factor = 1.0, 4.0, 8192, float(found.max())
     with np.errstate(all="ignore"):
         turns = length / (2 * np.pi * base ** (np.arange(len(found)) / len(found)))
@@ -272,7 +267,7 @@ def _llama3(freqs: Tensor, base: float) -> dict[str, Any]:
         expected = 1 / ((1 - smooth) / factor + smooth)
     if not (0 < factor < inf and np.allclose(found, expected, rtol=1e-4, atol=0)):
         raise ValueError(
-            f"{freqs.path}: {freqs.name!r} has other factors than those of Llama 3, "
+            f"{header.path}: 'rope_freqs.weight' has other factors than those of Llama 3, "
             f"{found[:3]} ... {found[-1]}: they have no counterpart in a configuration"
         )
     return {
