@@ -1,7 +1,6 @@
 """``convert``: an adapter in another format, without the model; or a model."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint, size_of
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Show, size
 from lora_jax.io import _files as files
-from lora_jax.io import _record as records
 from lora_jax.io import orbax, peft, safetensors
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
 from lora_jax.io.hf._source import open_source
-from lora_jax.io.orbax._files import checkpointables, write
-from lora_jax.io.orbax._leaves import by_name
+from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import TOKENS
 from lora_jax.io.peft._config import TENSORS
 from lora_jax.io.peft._load import open_reader
@@ -131,23 +128,14 @@ def _but(rest: str, leaves: Mapping[str, Any], names: Any) -> Any:
 
 
 def _from_native(found: AdapterFile, out: Path, to: str, show: Show, *, overwrite: bool) -> None:
-    """Between our own formats: the record goes along as it is."""
+    """Convert between our own formats, with the record as it is."""
     assert found.native is not None
-    adapter, record = found.native
-    arrays = records.arrays_of(adapter)
-    if to == "orbax":
-        if about := safetensors.about(found.path):
-            show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
-        write(out, checkpointables(record, {"adapter": by_name(arrays)}))
+    if to == "safetensors":
+        safetensors.write(out, *found.native, overwrite=overwrite)
         return
-    tensors = records.to_host(arrays)
-    metadata = {
-        "lora_jax": json.dumps(record, sort_keys=True),
-        "about": "",
-        "sha256": files.digest(tensors, [record, ""]),
-    }
-    with files.written_aside(out, overwrite=overwrite) as partial:
-        files.write_tensors(partial, tensors, metadata)
+    if about := safetensors.about(found.path):
+        show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
+    write_adapter(out, *found.native)
 
 
 def _from_peft(found: AdapterFile, out: Path, args: argparse.Namespace, names, kinds) -> None:

@@ -3,7 +3,6 @@
 Each of the formats that follow is one function.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,7 @@ def _file(path: Path) -> AdapterFile | Checkpoint:
                 f"{CONFIG} beside them: give the folder of both"
             )
         return Checkpoint(path, "safetensors", shards.tensors_of(path))
-    adapter = safetensors.load(path)
-    return _native(path, "safetensors", adapter, json.loads(metadata["lora_jax"]))
+    return _native(path, "safetensors", *safetensors.read(path))
 
 
 def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:

@@ -47,7 +47,11 @@ def save(
         ['query/kernel']
     """
     adapter, base = records.parts_of(adapter, "orbax.save")
-    record = records.record_of(adapter, base, content=content)
+    write_adapter(path, adapter, records.record_of(adapter, base, content=content))
+
+
+def write_adapter(path: str | os.PathLike[str], adapter: Adapter, record: Any) -> None:
+    """Write an adapter beside its record."""
     leaves = {"adapter": by_name(records.arrays_of(adapter))}
     write(path, checkpointables(record, leaves))
 
