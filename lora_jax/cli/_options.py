@@ -1,4 +1,4 @@
-"""Files of options, and outputs that are written once it is known that they may be."""
+"""Options of several commands: their types, the files they name, and the output."""
 
 import argparse
 import contextlib
@@ -9,6 +9,57 @@ from typing import Any
 
 from lora_jax.io import _files as files
 from lora_jax.io.hf._families import FAMILIES
+
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("peft", "safetensors", "orbax")
+
+
+def count(text: str) -> int:
+    """Parse a positive integer.
+
+    Raises:
+        ArgumentTypeError: the text is not one, as for the other types.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Parse a number that is not negative."""
+    try:
+        if (x := float(text)) >= 0:
+            return x
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number, at least 0")
+
+
+def byte_count(text: str) -> int:
+    """Parse a size such as ``5GB`` into bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("BKMGTIbkmgti")
+    try:
+        size = int(float(number) * units[text[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--names`` and ``--kinds``."""
+    parser.add_argument(
+        "--names",
+        metavar="NAMES",
+        help="names of modules in the files, by their paths here: a file of {pattern: template}, "
+        "or a family, such as llama",
+    )
+    parser.add_argument(
+        "--kinds", metavar="FILE", help="file of {pattern: kind}, where the axes leave a doubt"
+    )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._commands import convert_model as whole
-from lora_jax.cli._options import names_and_kinds, writing
+from lora_jax.cli._options import DTYPES, FORMATS, add_names, names_and_kinds, writing
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
@@ -35,6 +35,22 @@ from lora_jax.io.peft._config import TENSORS
 from lora_jax.io.peft._load import open_reader
 from lora_jax.io.peft._stacked import stacked
 from lora_jax.io.peft._torch_tree import forms_of
+
+EXAMPLE = "adapter adapter.safetensors --to safetensors"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add_names(parser)
+    add = parser.add_argument
+    add("path", metavar="IN", help="adapter or model of any format")
+    add("out", metavar="OUT", help="file or folder to write")
+    add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
+    add("--like", metavar="PATH", help="model or adapter with the tree of paths")
+    add("--base-model", metavar="NAME", help="for PEFT's configuration")
+    add("--for-vllm", action="store_true", help="refuse what vLLM would")
+    add("--dtype", choices=DTYPES, help="of a model's floating tensors")
+    add("--overwrite", action="store_true", help="replace what is there")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:

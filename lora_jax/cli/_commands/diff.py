@@ -7,12 +7,31 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import inner, is_float, norm, singular_values
+from lora_jax.cli._options import count, share
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Column, Show, number
 
 _CHUNK = 2**22  # entries that are in float64 at a time
+
+
+EXAMPLE = "adapter other --json"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add = parser.add_argument
+    add("one", metavar="A", help="adapter or model of any format")
+    add("two", metavar="B", help="the other one, of the same kind")
+    add(
+        "--tolerance",
+        type=share,
+        default=0.0,
+        metavar="T",
+        help="relative differences that count as equal; 0",
+    )
+    add("--top", type=count, metavar="N", help="the N that differ most only")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.params import LoraParams, check
-from lora_jax.cli._options import names_and_kinds
+from lora_jax.cli._options import add_names, names_and_kinds
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
@@ -32,6 +32,16 @@ from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import Names
 from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.peft._load import open_reader
+
+EXAMPLE = "adapter model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add_names(parser)
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", help="of any format")
+    add("base", metavar="BASE", help="model folder, or Orbax checkpoint of parameters")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
