@@ -1,11 +1,14 @@
 """A tensor that is read when it is asked for, wherever it is stored."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+
+Progress: TypeAlias = Callable[[int, int], None] | None  # called with bytes done and in all
 
 
 @dataclass(frozen=True)
@@ -34,3 +37,18 @@ class Tensor:
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         x = self.read()
         return x if dtype is None else x.astype(dtype)
+
+
+def counted(tensors: Mapping[str, Tensor], total: int, progress: Progress) -> Mapping[str, Tensor]:
+    """Make tensors that report, each time one is read, the bytes read so far and the total."""
+    done = 0
+
+    def read(tensor: Tensor) -> np.ndarray:
+        nonlocal done
+        x = tensor.read()
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+        return x
+
+    return {name: replace(x, read=partial(read, x)) for name, x in tensors.items()}

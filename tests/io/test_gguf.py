@@ -35,7 +35,7 @@ from gguf_files import (
     written,
 )
 
-from lora_jax.io.hf._gguf import file as _gguf_file
+from lora_jax.io.hf._gguf import header as _gguf_header
 from lora_jax.io.hf._gguf import model as _gguf
 from lora_jax.io.hf._gguf import read as _gguf_read
 from lora_jax.io.hf._gguf.tokenizer import tokenizer_of
@@ -157,7 +157,7 @@ def test_what_is_said_is_what_ggufs_reader_finds(tmp_path):
         "general.yes": True,
     }
     path = write(tmp_path / "a.gguf", model_of("llama"), keys_of("llama") | more)
-    ours, theirs = _gguf_file.read_header(path), gguf.GGUFReader(path)
+    ours, theirs = _gguf_header.read_header(path), gguf.GGUFReader(path)
     said = {name: field.contents() for name, field in theirs.fields.items()}
     said = {name: x for name, x in said.items() if not name.startswith("GGUF.")}
     assert ours.values.keys() == said.keys()
@@ -379,7 +379,7 @@ def test_damaged_headers_are_refused(data, message, tmp_path):
 
 def test_headers_end_somewhere(tmp_path, monkeypatch):
     path = written(tmp_path / "a.gguf")
-    monkeypatch.setattr(_gguf_file, "_LARGEST", 256)
+    monkeypatch.setattr(_gguf_header, "_LARGEST", 256)
     with pytest.raises(ValueError, match="and the header can have 256"):
         _gguf.tensors_in(path)
 
@@ -400,7 +400,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_noticed(tmp_path, monkeypatc
         tensors["model.layers.1.mlp.down_proj.weight"].read()
     path.write_bytes(whole[:100])
     size = os.stat_result((0,) * 6 + (len(whole), 0, 0, 0))
-    monkeypatch.setattr(_gguf_file.os, "fstat", lambda _: size)
+    monkeypatch.setattr(_gguf_header.os, "fstat", lambda _: size)
     with pytest.raises(ValueError, match="no whole GGUF file: it was cut off while it was read"):
         _gguf.tensors_in(path)
 
@@ -611,7 +611,7 @@ def test_what_the_library_refuses_is_an_error_of_the_file(tmp_path, monkeypatch)
 def test_what_is_not_installed_is_named(library, tmp_path, monkeypatch):
     path = words(tmp_path / "a.gguf", "smollm")
     monkeypatch.setitem(sys.modules, library, None)
-    _gguf_file._kinds.cache_clear()
+    _gguf_header._kinds.cache_clear()
     with pytest.raises(ImportError, match=rf"with {library}, .* pip\s+install 'lora-jax\[gguf\]'"):
         tokenizer_of(path)
 

@@ -342,7 +342,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     ):
         hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "no")
     edited(tmp_path / "twice", **{"lm_head.weight": floats(7, 6)})
-    with pytest.raises(ValueError, match=r"'lm_head\.weight' is to be .* as well, and they differ"):
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .*, and they differ"):
         hf.load(tmp_path / "twice", params)
     (tmp_path / "once" / "config.json").write_text('{"model_type": "llama"}')
     assert_close(hf.load(tmp_path / "once", params), params)

@@ -29,7 +29,7 @@ from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D as CONV1D_MODELS
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
-from lora_jax.io.hf._names import Names
+from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.peft._load import open_reader
 
@@ -128,21 +128,10 @@ def _leaves_in(
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
     said = {name: x for name, x in options.items() if x is not None}
-    names = Names(wanted, dataclasses.replace(known, **said), source, None)
-    leaves, used = {}, []
-    for path, leaf in wanted.items():
-        parts = [(place, names.name(place)) for place in names.places.of(path)]
-        for place, name in parts:
-            names.check_shape(place, name)
-            used.append(name)
-
-        def read(parts=parts, leaf=leaf):
-            arrays = [names.inward(model.tensors[n].read(), place, n) for place, n in parts]
-            return np.stack(arrays).reshape(leaf.shape).astype(leaf.dtype)
-
-        leaves[path] = Tensor(leaf.shape, leaf.dtype, read)
+    names = TensorNames(wanted, dataclasses.replace(known, **said), source, None)
+    leaves = {path: names.leaf(path) for path in wanted}
     if record["base"] is not None:
-        names.left_over(used)
+        names.left_over(name for path in wanted for _, name in names.parts(path))
     return leaves
 
 

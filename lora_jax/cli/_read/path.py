@@ -90,12 +90,12 @@ def _file(path: Path) -> AdapterFile | Checkpoint:
                 f"{path} holds the tensors of a PEFT adapter, which mean nothing without "
                 f"{CONFIG} beside them: give the folder of both"
             )
-        return Checkpoint(path, "safetensors", shards.tensors_of(path))
+        return Checkpoint(path, "safetensors", shards.tensors_in_file(path))
     return _native(path, "safetensors", *safetensors.read(path))
 
 
 def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
-    from lora_jax.io.orbax._files import config_of
+    from lora_jax.io.orbax._parts import config_of
     from lora_jax.io.orbax._tensors import tensors_in
 
     record, _ = config_of(str(path.absolute()))

@@ -10,11 +10,11 @@ import numpy as np
 
 from lora_jax._adapter.factors import Factors
 from lora_jax._weights.axes import role_axes
-from lora_jax.io._tensor import Tensor
+from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import CONV1D, ties_of
 from lora_jax.io.hf._source import CONFIG, open_source
-from lora_jax.io.hf._write import Progress, dtype_of, narrowed, write
+from lora_jax.io.hf._write import dtype_of, narrowed, write_model
 from lora_jax.io.peft._load import open_reader
 from lora_jax.io.peft._torch_tree import forms_of
 
@@ -98,7 +98,7 @@ def merge(
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, dtype)
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
-    write(
+    write_model(
         folder,
         written,
         source=opened,

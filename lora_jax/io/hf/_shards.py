@@ -1,6 +1,7 @@
-"""Folders of safetensors files as Hugging Face lays them out, read and written a tensor at a time.
+"""Read and write folders of safetensors files as Hugging Face lays them out, tensor by tensor.
 
-One file, ``model.safetensors``, or several beside an index that says which holds what.
+A folder has one file, ``model.safetensors``, or several files and an index that maps the names of
+tensors to files.
 """
 
 import json
@@ -38,18 +39,18 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def tensors_in(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a folder, by name.
+    """Find all tensors of a folder, by name.
 
     Raises:
         FileNotFoundError: there is no model, or a file that the index names is missing.
-        ValueError: a file is damaged, lies outside the folder, or does not hold what the index
-            says, or holds more.
+        ValueError: a file is damaged, lies outside the folder, or has other tensors than the index
+            says.
     """
     folder = Path(folder)
     if (folder / INDEX).exists():
         return _by_index(folder)
     if (folder / SINGLE).exists():
-        return tensors_of(folder / SINGLE)
+        return tensors_in_file(folder / SINGLE)
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
     hint = (
         f", but {pickles[0]}, a pickle, which could run anything when it is read: "
@@ -61,42 +62,48 @@ def tensors_in(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _by_index(folder: Path) -> dict[str, Tensor]:
-    said = read_json(folder / INDEX)
-    where = said.get("weight_map") if isinstance(said, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{folder / INDEX}: expected a weight_map of tensors' names to files")
-    for file in sorted(set(where.values())):
+    for file in sorted(set(files.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise ValueError(f"{folder / INDEX}: {file!r} is no name of a file in {folder}")
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file} is missing, and {INDEX} names it")
     found: dict[str, Tensor] = {}
-    for file in sorted(set(where.values())):
-        of_file = tensors_of(folder / file)
-        wanted = {name for name, own in where.items() if own == file}
-        if wanted != of_file.keys():
+    for file in sorted(set(files.values())):
+        tensors = tensors_in_file(folder / file)
+        wanted = {name for name, own in files.items() if own == file}
+        if wanted != tensors.keys():
             raise ValueError(
                 f"{folder / file} does not hold what {INDEX} says: without "
-                f"{sorted(wanted - of_file.keys())[:5]}, and with "
-                f"{sorted(of_file.keys() - wanted)[:5]}"
+                f"{sorted(wanted - tensors.keys())[:5]}, and with "
+                f"{sorted(tensors.keys() - wanted)[:5]}"
             )
-        found |= of_file
-    return {name: found[name] for name in where}
+        found |= tensors
+    return {name: found[name] for name in files}
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    with open_tensors(path) as file:  # the library checks the whole header
+def tensors_in_file(path: Path) -> dict[str, Tensor]:
+    """Find all tensors of a file, by name.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or a tensor is of a type that NumPy has not.
+    """
+    with open_tensors(path) as file:  # the library checks the header
         shapes = file.shapes
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
     found = {}
     for name, shape in shapes.items():
-        said = header[name]
-        if said["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name!r} is of type {said['dtype']}, which NumPy has not")
-        dtype, start = _DTYPES[said["dtype"]], 8 + length + said["data_offsets"][0]
-        found[name] = Tensor(shape, dtype, partial(_read, path, start, shape, dtype))
+        kind, (begin, _) = header[name]["dtype"], header[name]["data_offsets"]
+        if kind not in _DTYPES:
+            raise ValueError(f"{path}: {name!r} is of type {kind}, which NumPy has not")
+        read = partial(_read, path, 8 + length + begin, shape, _DTYPES[kind])
+        found[name] = Tensor(shape, _DTYPES[kind], read)
     return found
 
 
@@ -121,7 +128,7 @@ def write(
     Args:
         folder: an existing folder.
         tensors: by name.
-        shard_size: the largest size of a file; a larger tensor gets a file of its own.
+        shard_size: the largest size of a file in bytes; a larger tensor gets a file of its own.
         metadata: of each file.
     """
     shards = _shards(tensors, shard_size)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder as Hugging Face lays it out, or a GGUF file."""
+"""Open a model: a folder as Hugging Face lays it out, or a GGUF file."""
 
 import os
 import re
@@ -22,8 +22,8 @@ class Source:
 
     Attributes:
         where: the path.
-        tensors: by name; each is read when asked for.
-        config: what ``config.json`` says, or None without one.
+        tensors: by name.
+        config: the contents of ``config.json``, or None without one.
     """
 
     where: str
@@ -31,10 +31,10 @@ class Source:
     config: dict[str, Any] | None
 
     def small(self) -> dict[str, Path | str]:
-        """The files beside the weights, of the model or its tokenizer: paths, or texts.
+        """Find the files beside the weights, of the model and its tokenizer: paths, or texts.
 
         Raises:
-            UserWarning: a GGUF file has a tokenizer of a kind that is not known.
+            UserWarning: a GGUF file has a tokenizer of an unknown kind.
         """
         path = Path(self.where)
         if _is_gguf(path):
@@ -50,11 +50,11 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A folder, or a GGUF file.
+    """Open a folder, or a GGUF file.
 
     Raises:
         OSError: there is none.
-        ValueError: a file is damaged, or is not what it says.
+        ValueError: a file is damaged, or contradicts itself.
     """
     path = Path(path)
     if _is_gguf(path):

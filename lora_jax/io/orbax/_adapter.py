@@ -6,7 +6,8 @@ from typing import Any
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._files import (
+from lora_jax.io.orbax._leaves import by_name, labeled
+from lora_jax.io.orbax._parts import (
     Places,
     absolute,
     checkpointables,
@@ -15,7 +16,6 @@ from lora_jax.io.orbax._files import (
     read,
     write,
 )
-from lora_jax.io.orbax._leaves import by_name, labeled
 
 
 def save(

@@ -10,7 +10,8 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._files import (
+from lora_jax.io.orbax._leaves import by_name, by_number, labeled, rebuilt
+from lora_jax.io.orbax._parts import (
     Places,
     absolute,
     agreed,
@@ -21,7 +22,6 @@ from lora_jax.io.orbax._files import (
     placed,
     read,
 )
-from lora_jax.io.orbax._leaves import by_name, by_number, labeled, rebuilt
 
 
 class Restored(NamedTuple):

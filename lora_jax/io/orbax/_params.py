@@ -3,7 +3,8 @@
 import os
 
 from lora_jax._weights.paths import PyTree
-from lora_jax.io.orbax._files import (
+from lora_jax.io.orbax._leaves import by_number, has_entries, kind_of, own_tree, rebuilt
+from lora_jax.io.orbax._parts import (
     absolute,
     agreed,
     checkpointables,
@@ -12,7 +13,6 @@ from lora_jax.io.orbax._files import (
     read,
     write,
 )
-from lora_jax.io.orbax._leaves import by_number, has_entries, kind_of, own_tree, rebuilt
 
 
 def save_params(path: str | os.PathLike[str], params: PyTree) -> None:

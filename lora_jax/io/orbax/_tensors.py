@@ -15,8 +15,8 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax._weights.paths import PyTree
 from lora_jax.io._checksum import checksum
 from lora_jax.io._tensor import Tensor
-from lora_jax.io.orbax._files import config_of, reading
 from lora_jax.io.orbax._leaves import escaped, spec_of, sum_of
+from lora_jax.io.orbax._parts import config_of, reading
 
 # An entry of a path as jax.tree_util.keystr writes it: ['a'], [0], [<flat index 0>], .a
 _KEY = re.compile(r"\['((?:[^'\\]|\\.)*)'\]|\[\"((?:[^\"\\]|\\.)*)\"\]|\[(?:\D*?)(\d+)>?\]|\.(\w+)")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
-from lora_jax.io.hf._gguf.file import Header, read_header
+from lora_jax.io.hf._gguf.header import Header, read_header
 from lora_jax.io.hf._gguf.read import lazy
 
 # Names there, names here, and axes: of hidden, inner, vocabulary, queries, keys and a head.

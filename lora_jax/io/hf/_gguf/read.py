@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
-from lora_jax.io.hf._gguf.file import FLOATS, TensorInfo, block_of, dequantize
+from lora_jax.io.hf._gguf.header import FLOATS, TensorInfo, block_of, dequantize
 
 _CHUNK = 2**20  # entries that are dequantized at a time
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_jax.io.hf._gguf.file import Header, read_header
+from lora_jax.io.hf._gguf.header import Header, read_header
 
 
 @dataclass(frozen=True)
