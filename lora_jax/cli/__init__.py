@@ -85,7 +85,7 @@ def _line(error: BaseException) -> str:
         text = ": ".join([*map(str, files), error.strerror])
     else:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = text.replace("pass overwrite=True", "say --overwrite")
+    text = text.replace("pass overwrite=True", "pass --overwrite")
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Options of several commands: their types, the files they name, and the output."""
+"""Options of several commands: types, files of names, and the output."""
 
 import argparse
 import contextlib
@@ -64,14 +64,14 @@ def add_names(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """An output, checked before the work begins; errors of the system say which it was.
+    """Check an output before the work begins, and add its path to errors of the system.
 
     Raises:
-        OSError: it is there already, or its folder is not, or it cannot be written.
+        OSError: the output exists, its folder does not, or it cannot be written.
     """
     path = Path(path)
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists: say --overwrite, or another path")
+        raise FileExistsError(f"{path} exists: pass --overwrite, or another path")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent} to write in")
     try:
@@ -83,11 +83,11 @@ def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
 
 
 def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | None]:
-    """What ``--names`` and ``--kinds`` say: the name of a family, or a file.
+    """Read ``--names`` and ``--kinds``: the name of a family, or files.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it does not map strings to strings.
+        ValueError: a file does not map strings to strings.
     """
     if args.names in FAMILIES:
         family = FAMILIES[args.names]
@@ -101,7 +101,7 @@ def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | Non
 def _strings_in(path: str | None, option: str) -> dict[str, str] | None:
     if path is None:
         return None
-    said = files.read_json(Path(path))
-    if not isinstance(said, dict) or not all(isinstance(x, str) for x in said.values()):
+    found = files.read_json(Path(path))
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
         raise ValueError(f"{option} {path}: expected one object of strings, such as {{'a': 'b'}}")
-    return said
+    return found

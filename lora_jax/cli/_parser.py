@@ -9,7 +9,7 @@ from lora_jax.cli._commands import SUMMARIES
 
 
 class UsageError(ValueError):
-    """The words on the command line make no sense."""
+    """Report words on the command line that make no sense."""
 
 
 class _Parser(argparse.ArgumentParser):

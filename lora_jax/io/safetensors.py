@@ -1,4 +1,4 @@
-"""An adapter as one safetensors file that contains everything.
+"""Save and load an adapter as one safetensors file that contains everything.
 
 The arrays have names such as ``layers_0/query/kernel.a``. The metadata contains the record of the
 rest, and a SHA-256 of everything: a file with one changed bit is not loaded.

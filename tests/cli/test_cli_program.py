@@ -110,7 +110,7 @@ def test_errors_of_ours_and_others(here, capsys, monkeypatch):
     assert capsys.readouterr().err == "lora-jax inspect: there: Permission denied\n"
     assert stops(FileExistsError("x exists: pass overwrite=True, or another path")) == 2
     assert (
-        capsys.readouterr().err == "lora-jax inspect: x exists: say --overwrite, or another path\n"
+        capsys.readouterr().err == "lora-jax inspect: x exists: pass --overwrite, or another path\n"
     )
     assert stops(ValueError()) == 2
     assert capsys.readouterr().err == "lora-jax inspect: ValueError\n"

@@ -11,6 +11,6 @@ SUMMARIES = {
     "convert": "convert an adapter, or a model, to another format",
     "diff": "compare two adapters, or two models: exit status 0 if equal, 1 if not",
     "extract": "find the LoRA that comes nearest to what fine-tuning changed",
-    "verify": "say whether an adapter is for a model: exit status 0 if it is, 1 if not",
+    "verify": "check whether an adapter is for a model: exit status 0 if it is, 1 if not",
     "completion": "print the completion script of a shell",
 }

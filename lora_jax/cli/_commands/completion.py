@@ -1,4 +1,4 @@
-"""``completion``: print the script by which a shell completes our words."""
+"""``completion``: print the script by which a shell completes the words of the program."""
 
 import argparse
 

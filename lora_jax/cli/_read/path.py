@@ -1,4 +1,4 @@
-"""What a path holds, found out by looking.
+"""Find out what a path holds.
 
 Each of the formats that follow is one function.
 """
@@ -19,11 +19,11 @@ from lora_jax.io.peft._config import CONFIG, TENSORS
 
 
 def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
-    """What is at a path.
+    """Open what is at a path.
 
     Raises:
-        OSError: nothing is, or it cannot be read.
-        ValueError: it is of no kind that is known, or is damaged.
+        OSError: there is nothing, or it cannot be read.
+        ValueError: it is of no known kind, or is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -53,7 +53,7 @@ def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
 
 
 def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
-    """The adapter at a path.
+    """Open the adapter at a path.
 
     Raises:
         ValueError: there is a model.
@@ -65,7 +65,7 @@ def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The model at a path.
+    """Open the model at a path.
 
     Raises:
         ValueError: there is an adapter.

@@ -18,7 +18,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\
 
 @dataclass(frozen=True)
 class Source:
-    """A model in files.
+    """Hold a model in files: its tensors and its configuration.
 
     Attributes:
         where: the path.

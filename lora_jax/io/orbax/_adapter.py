@@ -1,4 +1,4 @@
-"""One adapter as an Orbax checkpoint."""
+"""Save and load one adapter as an Orbax checkpoint."""
 
 import os
 from typing import Any
@@ -8,12 +8,12 @@ from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
 from lora_jax.io.orbax._leaves import by_name, labeled
 from lora_jax.io.orbax._parts import (
-    Places,
+    Shardings,
     absolute,
     checkpointables,
     config_of,
-    placed,
     read,
+    shardings_of,
     write,
 )
 
@@ -23,19 +23,19 @@ def save(
 ) -> None:
     """Write an adapter as a new Orbax checkpoint.
 
-    Orbax writes it aside and renames it: a process killed at any point leaves no checkpoint, or a
-    whole one. An existing one is never replaced, since Orbax would delete it first.
+    Orbax writes under another name and renames: a process killed at any point leaves no checkpoint
+    or a complete one. An existing checkpoint is never replaced, since Orbax would delete it first.
 
     Args:
         path: of the checkpoint, a directory that does not exist.
-        adapter: with a LoraParams, the record also says which base it is of: the names, shapes
-            and dtypes of its leaves.
-        content: whether to note a checksum of every leaf of the base, which reads all of it.
+        adapter: an Adapter or a LoraParams. With a LoraParams, the base is recorded as well: the
+            names, shapes and dtypes of its leaves.
+        content: whether to record a checksum of every leaf of the base, which reads all of it.
 
     Raises:
         TypeError: ``adapter`` is of the wrong kind.
-        ValueError: it is of a base that an initializer changed and that is not given.
-        FileExistsError: there is something at ``path``.
+        ValueError: an initializer changed the base of the adapter, and the base is not passed.
+        FileExistsError: ``path`` exists.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax, tempfile
@@ -60,32 +60,32 @@ def load(
     path: str | os.PathLike[str],
     params: PyTree | None = None,
     *,
-    shardings: Places = None,
+    shardings: Shardings = None,
     finite: bool = True,
 ) -> Any:
-    """Read the adapter of a checkpoint of :func:`save`, or of a step of a :class:`Checkpointer`.
+    """Read the adapter that :func:`save` wrote, or that of a step of a :class:`Checkpointer`.
 
     Args:
-        path: of the checkpoint; of a step, ``directory/step``.
-        params: the parameters it was trained on, or None.
+        path: of the checkpoint; ``directory/step`` for a step.
+        params: the parameters that the adapter was trained on, or None.
         shardings: where the arrays go: one sharding for all, or a function of an array's name,
-            such as ``layers_0/query/kernel.a``, and its shape. None puts a copy on every device
-            of the mesh of ``params``, or, if they have none, all on the default device.
-        finite: whether to refuse values that are not.
+            such as ``layers_0/query/kernel.a``, and its shape. None replicates the arrays on the
+            mesh of ``params``, or puts them on the default device if there is no mesh.
+        finite: whether to reject values that are not finite.
 
     Returns:
-        A LoraParams of ``params``; without them the Adapter alone.
+        A LoraParams of ``params``; without them, the Adapter alone.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: it is damaged, is no adapter, or is one of another model than ``params``; or
-            a sharding does not fit.
-        UserWarning: ``params`` are of another precision than its base was.
+        ValueError: the checkpoint is damaged, is no adapter, or belongs to another model than
+            ``params``; or a sharding does not fit.
+        UserWarning: the base had another precision than ``params``.
     """
     where = absolute(path)
     record, notes = config_of(where)
     records.check_record(record, where)
-    found = read(where, notes, {"adapter": placed(notes["adapter"], shardings, params)})
+    found = read(where, notes, {"adapter": shardings_of(notes["adapter"], shardings, params)})
     arrays = labeled(notes["adapter"], found["adapter"])
     adapter = records.adapter_of(record, arrays, where, finite=finite)
     return records.on_base(adapter, record, params, where)

@@ -1,4 +1,4 @@
-"""Parameters in an Orbax checkpoint, read one array at a time."""
+"""Read the parameters in an Orbax checkpoint, one array at a time."""
 
 import ast
 import re
@@ -32,7 +32,9 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     notes: Mapping[str, Any] = config_of(where)[1]["params"]
     with reading(where, "params"):
         tree: Any = ocp.checkpointables_metadata(where).metadata["params"]
-    places = {_keys(keystr(keys)): k for k, (keys, _) in enumerate(tree_flatten_with_path(tree)[0])}
+    numbers = {
+        _keys(keystr(keys)): k for k, (keys, _) in enumerate(tree_flatten_with_path(tree)[0])
+    }
     labels = {label: _keys(label.removeprefix("params")) for label, *_ in notes.values()}
     wrapped = any(keys[:1] == ("params",) for keys in labels.values())
     is_escaped = any("." in key for keys in labels.values() for key in keys)
@@ -40,22 +42,22 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     for label, kind, known, *_ in notes.values():
         keys = labels[label]
         written = tuple(map(escaped, keys)) if is_escaped else keys
-        if written not in places:
+        if written not in numbers:
             raise ValueError(f"{where} is damaged: {label} is not in it")
         name = "/".join(keys[1:] if wrapped and keys[:1] == ("params",) else keys)
         shape, dtype = spec_of(kind, known)
-        read = partial(_read, where, tree, places[written], label, kind, known)
+        read = partial(_read, where, tree, numbers[written], label, kind, known)
         found[name] = Tensor(shape, np.dtype(dtype), read)
     return found
 
 
-def _read(where: str, tree: PyTree, place: int, label: str, kind: str, known: str) -> np.ndarray:
+def _read(where: str, tree: PyTree, number: int, label: str, kind: str, known: str) -> np.ndarray:
     """Read one leaf of a checkpoint.
 
     Args:
         where: the checkpoint.
         tree: the metadata of all its arrays.
-        place: of the leaf in ``tree``.
+        number: of the leaf in ``tree``.
         label: the name of the leaf in errors.
         kind: of the leaf, as :func:`kind_of` describes it.
         known: its checksum.
@@ -66,18 +68,18 @@ def _read(where: str, tree: PyTree, place: int, label: str, kind: str, known: st
     leaves, structure = jax.tree.flatten(tree)
     wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
     shape, dtype = spec_of(kind, known)
-    wanted[place] = np.broadcast_to(np.zeros((), dtype), shape)
+    wanted[number] = np.broadcast_to(np.zeros((), dtype), shape)
     with reading(where, "params"):
         target = jax.tree.unflatten(structure, wanted)
         found = ocp.load(where, target, checkpointable_name="params")
-    x = np.asarray(jax.tree.leaves(found)[place])
+    x = np.asarray(jax.tree.leaves(found)[number])
     if (sum_of(x) if kind.startswith("numpy ") else checksum(x)) != known:
         raise ValueError(f"{where} is damaged: {label} is not what was written")
     return x
 
 
 def _keys(label: str) -> tuple[str, ...]:
-    """``['a'][0].b`` as ``("a", "0", "b")``."""
+    """Split ``['a'][0].b`` into ``("a", "0", "b")``."""
     found = []
     for single, double, index, name in _KEY.findall(label):
         quote = "'" if single else '"' if double else ""
