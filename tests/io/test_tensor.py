@@ -1,5 +1,6 @@
 """Tensors that are read when they are asked for."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import lora_jax
 from lora_jax.cli._read.base import Absent
 from lora_jax.io import hf, orbax
-from lora_jax.io._tensor import Tensor
+from lora_jax.io._tensor import Tensor, counted
 from lora_jax.io.hf import _shards
+from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.orbax._tensors import tensors_in
 
 PARAMS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b.c": jnp.ones(4, jnp.bfloat16)}
@@ -61,6 +63,26 @@ def test_the_writer_reads_every_tensor_once_in_the_order_of_the_files(tmp_path):
     wrong = {"x": Tensor((3, 2), np.dtype(np.float32), lambda: made(4))}
     with pytest.raises(AssertionError, match=r"x: \(2, 3\) float32"):
         _shards.write(tmp_path, wrong, shard_size=48)
+
+
+def test_a_leaf_is_put_together_from_its_tensors_when_it_is_read():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)  # [layers, in, out]
+    tensors = {f"h.{k}.q.weight": Tensor((4, 3), x.dtype, lambda k=k: x[k].T) for k in range(2)}
+    done = []
+    tensors = counted(tensors, 96, lambda *numbers: done.append(numbers))
+    source = hf.Source("there", tensors, None)
+    family = hf.Family({"h/(.+)": r"h.{layer}.\1"})
+    like = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+    names = TensorNames({"h/q/kernel": like}, family, source, None)
+    assert [name for _, name in names.parts("h/q/kernel")] == [*tensors]
+    leaf = names.leaf("h/q/kernel")
+    assert (leaf.shape, leaf.dtype, done) == (x.shape, jnp.float16, [])
+    np.testing.assert_array_equal(leaf.read(), x.astype(np.float16))
+    assert done == [(48, 96), (96, 96)]
+    wrong = {name: Tensor((3, 4), x.dtype, t.read) for name, t in tensors.items()}
+    names = TensorNames({"h/q/kernel": like}, family, hf.Source("there", wrong, None), None)
+    with pytest.raises(ValueError, match=r"'h\.0\.q\.weight' has shape \(3, 4\)"):
+        names.leaf("h/q/kernel")
 
 
 def test_a_leaf_without_entries_says_which_and_what_to_do():
