@@ -15,11 +15,7 @@ FORMATS = ("peft", "safetensors", "orbax")
 
 
 def count(text: str) -> int:
-    """Parse a positive integer.
-
-    Raises:
-        ArgumentTypeError: the text is not one, as for the other types.
-    """
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
     return int(text)
@@ -51,15 +47,13 @@ def byte_count(text: str) -> int:
 
 def add_names(parser: argparse.ArgumentParser) -> None:
     """Declare ``--names`` and ``--kinds``."""
-    parser.add_argument(
-        "--names",
-        metavar="NAMES",
-        help="names of modules in the files, by their paths here: a file of {pattern: template}, "
-        "or a family, such as llama",
+    text = (
+        "names of modules in the files, by their paths here: a file of {pattern: template}, or a "
+        "family, such as llama"
     )
-    parser.add_argument(
-        "--kinds", metavar="FILE", help="file of {pattern: kind}, where the axes leave a doubt"
-    )
+    parser.add_argument("--names", metavar="NAMES", help=text)
+    text = "file of {pattern: kind}, where the axes leave a doubt"
+    parser.add_argument("--kinds", metavar="FILE", help=text)
 
 
 @contextlib.contextmanager

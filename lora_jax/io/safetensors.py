@@ -108,12 +108,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str], *, finite: bool = True) -> tuple[Adapter, Any]:
-    """Read an adapter and its record.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is damaged, or is no adapter.
-    """
+    """Read an adapter and its record."""
     where = os.fspath(path)
     with files.open_tensors(path) as tensors:
         record, about, expected = _metadata(tensors.metadata, where)

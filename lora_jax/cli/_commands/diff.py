@@ -12,6 +12,7 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Column, Show, number
+from lora_jax.io._tensor import counted
 
 _CHUNK = 2**22  # entries that are in float64 at a time
 EXAMPLE = "adapter other --json"
@@ -22,13 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("one", metavar="A", help="adapter or model of any format")
     add("two", metavar="B", help="the other one, of the same kind")
-    add(
-        "--tolerance",
-        type=share,
-        default=0.0,
-        metavar="T",
-        help="relative differences that count as equal; 0",
-    )
+    add("--tolerance", type=share, default=0.0, metavar="T", help="of relative differences; 0")
     add("--top", type=count, metavar="N", help="the N that differ most only")
 
 
@@ -154,12 +149,10 @@ def _models(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows, names = [], _both(one.tensors, two.tensors)
     with show.progress("comparing") as progress:
-        sizes = {name: int(np.prod(one.tensors[name].shape)) for name in names}
-        done, total = 0, sum(sizes.values())
+        total = sum(one.tensors[name].nbytes for name in names)
+        ours = counted(one.tensors, total, progress)
         for name in names:
-            a, b = (np.asarray(model.tensors[name].read()) for model in (one, two))
-            rows.append({"path": name} | _arrays(a, b))
-            progress(done := done + sizes[name], total)
+            rows.append({"path": name} | _arrays(ours[name].read(), two.tensors[name].read()))
     return rows, _only(one.tensors, two.tensors)
 
 

@@ -45,24 +45,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--energy", type=float, metavar="E", help="share to keep, such as 0.9")
     add("--alpha", type=float, metavar="A", help="for scale alpha / rank; else 1")
     add("--targets", metavar="REGEX", help="of tensors' names; else all linear layers")
-    add(
-        "--rest",
-        choices=("error", "ignore", "full"),
-        default="error",
-        help="tensors that changed and get no factors: refuse, leave out, or save in full; error",
-    )
-    add(
-        "--ignore-rest",
-        action="store_const",
-        dest="rest",
-        const="ignore",
-        help="short for --rest ignore",
-    )
-    add(
-        "--to",
-        choices=FORMATS,
-        help="format of the adapter: PEFT for model folders, Orbax for Orbax",
-    )
+    text = "changed tensors without factors: refuse, leave out, or save in full; error"
+    add("--rest", choices=("error", "ignore", "full"), default="error", help=text)
+    add("--ignore-rest", action="store_const", dest="rest", const="ignore", help="--rest ignore")
+    add("--to", choices=FORMATS, help="PEFT for model folders, Orbax for Orbax")
     add("--base-model", metavar="NAME", help="for PEFT's configuration")
     add("--overwrite", action="store_true", help="replace what is there")
 

@@ -36,12 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("path", metavar="PATH", help="adapter, checkpoint, model folder, or file")
     add("--base", metavar="PATH", help="the model, for the relative size of updates")
     add("--top", type=count, metavar="N", help="the first N rows only")
-    add(
-        "--sort",
-        choices=("path", "norm", "rank"),
-        default="path",
-        help="order of the rows: by path, or the largest first",
-    )
+    add("--sort", choices=("path", "norm", "rank"), default="path", help="by path or largest first")
     add("--spectrum", action="store_true", help="effective ranks of a model's matrices")
 
 

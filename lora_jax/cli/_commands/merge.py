@@ -26,22 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder of a Hugging Face model")
     add("adapters", metavar="ADAPTER", nargs="+", help="of any format")
     add("out", metavar="OUT", help="folder to write")
-    add(
-        "--weight", type=float, action="append", metavar="W", help="once for each adapter, in order"
-    )
-    add(
-        "--like",
-        metavar="PATH",
-        help="model or adapter with the tree of paths, for an adapter of ours",
-    )
+    add("--weight", type=float, action="append", metavar="W", help="once per adapter, in order")
+    add("--like", metavar="PATH", help="model or adapter with the paths of an adapter of ours")
     add("--dtype", choices=DTYPES, help="of the floating tensors")
-    add(
-        "--shard-size",
-        type=byte_count,
-        default="5GB",
-        metavar="SIZE",
-        help="largest size of a file of weights, such as 5GB",
-    )
+    add("--shard-size", type=byte_count, default="5GB", metavar="SIZE", help="of a file; 5GB")
     add("--overwrite", action="store_true", help="replace a model that is there")
 
 

@@ -74,19 +74,11 @@ class TensorNames:
         return prefix + name if self.new and is_bare and name in self.tensors else name
 
     def parts(self, path: str) -> list[tuple[Place, str]]:
-        """Name the tensors of a leaf.
-
-        Raises:
-            ValueError: the files do not have one.
-        """
+        """Name the tensors of a leaf."""
         return [(place, self.name(place)) for place in self.places.of(path)]
 
     def leaf(self, path: str, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Make a leaf of its tensors, read when it is asked for.
-
-        Args:
-            path: of the leaf.
-            tensors: those of the source, or others in their place.
+        """Make a leaf of its tensors (or others in their place), read when it is asked for.
 
         Raises:
             ValueError: the files do not have a tensor, or have it in another shape.
@@ -140,10 +132,7 @@ class TensorNames:
         return (None, None) if is_own else self.places.form(place)
 
     def left_over(self, used: Iterable[str]) -> dict[str, str]:
-        """Find the tensors that no leaf uses and that equal one that a leaf uses.
-
-        Returns:
-            The name of the other tensor, by the name of each.
+        """Find the tensors that no leaf uses, but that equal one in use, whose name is returned.
 
         Raises:
             ValueError: other tensors are not used, and the family does not allow it; or tied ones

@@ -132,11 +132,7 @@ class _Contents:
         self.tensors = {names.outside(name): found[name] for name in order}
 
     def check_twins(self) -> None:
-        """Raise unless leaves that share a tensor are equal.
-
-        Raises:
-            ValueError: they differ.
-        """
+        """Raise unless leaves that share a tensor are equal."""
         for place, name, first in self._twins:
             if not np.array_equal(self._tensor(place, name), self._tensor(first, name)):
                 raise ValueError(

@@ -86,12 +86,7 @@ def _by_index(folder: Path) -> dict[str, Tensor]:
 
 
 def tensors_in_file(path: Path) -> dict[str, Tensor]:
-    """Find all tensors of a file, by name.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is damaged, or a tensor is of a type that NumPy has not.
-    """
+    """Find all tensors of a file, by name; raise if it is damaged."""
     with open_tensors(path) as file:  # the library checks the header
         shapes = file.shapes
     with path.open("rb") as raw:

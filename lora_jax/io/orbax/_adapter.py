@@ -1,17 +1,20 @@
 """Save and load one adapter as an Orbax checkpoint."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._leaves import by_name, labeled
+from lora_jax.io.orbax._leaves import Leaves, by_name, labeled
 from lora_jax.io.orbax._parts import (
     Shardings,
     absolute,
+    agreed,
     checkpointables,
     config_of,
+    default_sharding,
     read,
     shardings_of,
     write,
@@ -83,9 +86,24 @@ def load(
         UserWarning: the base had another precision than ``params``.
     """
     where = absolute(path)
+    adapter, record, _ = read_adapter(where, params, {}, shardings, finite=finite)
+    return records.on_base(adapter, record, params, where)
+
+
+def read_adapter(
+    where: str,
+    params: PyTree | None,
+    targets: Mapping[str, Leaves],
+    shardings: Shardings,
+    *,
+    finite: bool,
+) -> tuple[Adapter, Any, dict[str, dict[str, Any]]]:
+    """Read an adapter, its record, and the parts that agree with targets."""
     record, notes = config_of(where)
     records.check_record(record, where)
-    found = read(where, notes, {"adapter": shardings_of(notes["adapter"], shardings, params)})
+    wanted = {"adapter": shardings_of(notes["adapter"], shardings, params)}
+    for part, leaves in targets.items():
+        wanted[part] = agreed(leaves, notes.get(part), part, default_sharding(params), where)
+    found = read(where, notes, wanted)
     arrays = labeled(notes["adapter"], found["adapter"])
-    adapter = records.adapter_of(record, arrays, where, finite=finite)
-    return records.on_base(adapter, record, params, where)
+    return records.adapter_of(record, arrays, where, finite=finite), record, found

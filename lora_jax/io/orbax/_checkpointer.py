@@ -10,18 +10,9 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._leaves import by_name, by_number, labeled, rebuilt
-from lora_jax.io.orbax._parts import (
-    Shardings,
-    absolute,
-    agreed,
-    checkpointables,
-    config_of,
-    context,
-    default_sharding,
-    read,
-    shardings_of,
-)
+from lora_jax.io.orbax._adapter import read_adapter
+from lora_jax.io.orbax._leaves import by_name, by_number, rebuilt
+from lora_jax.io.orbax._parts import Shardings, absolute, checkpointables, context
 
 
 class Restored(NamedTuple):
@@ -174,22 +165,12 @@ class Checkpointer:
         """
         step = self._existing(step)
         where = os.path.join(self.directory, str(step))
-        record, notes = config_of(where)
-        records.check_record(record, where)
-        targets = {"adapter": shardings_of(notes["adapter"], shardings, params)}
-        wanted = {"opt_state": opt_state, "extra": extra}
-        wanted = {part: by_number(tree, part) for part, tree in wanted.items() if tree is not None}
-        for part, leaves in wanted.items():
-            targets[part] = agreed(leaves, notes.get(part), part, default_sharding(params), where)
-        found = read(where, notes, targets)
-        arrays = labeled(notes["adapter"], found["adapter"])
-        adapter = records.adapter_of(record, arrays, where, finite=finite)
+        trees = {"opt_state": opt_state, "extra": extra}
+        targets = {part: by_number(tree, part) for part, tree in trees.items() if tree is not None}
+        adapter, record, found = read_adapter(where, params, targets, shardings, finite=finite)
         lora_params = records.on_base(adapter, record, params, where)
-        trees = (
-            None if tree is None else rebuilt(tree, found[part])
-            for part, tree in (("opt_state", opt_state), ("extra", extra))
-        )
-        return Restored(step, lora_params, *trees)
+        restored = {part: rebuilt(trees[part], found[part]) for part in targets}
+        return Restored(step, lora_params, restored.get("opt_state"), restored.get("extra"))
 
     @property
     def steps(self) -> list[int]:

@@ -66,11 +66,7 @@ def _sha256(config: Any) -> str:
 
 
 def write(path: str | os.PathLike[str], written: dict[str, Any]) -> None:
-    """Write a checkpoint that does not exist.
-
-    Raises:
-        FileExistsError: ``path`` exists.
-    """
+    """Write a checkpoint that does not exist yet."""
     where = absolute(path)
     if exists(where):
         raise FileExistsError(f"{where} exists, and is not replaced: choose another path")
@@ -91,12 +87,7 @@ def context() -> ocp.Context:
 
 
 def config_of(where: str) -> tuple[Any, dict[str, Any]]:
-    """Read the record, and the notes on the leaves of every part.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint is damaged, or is none of ours.
-    """
+    """Read the record, and the notes on the leaves of every part."""
     if not exists(where):
         raise FileNotFoundError(f"{where}: there is no checkpoint")
     with reading(where, "config"):
@@ -143,12 +134,7 @@ def shardings_of(
 
 
 def _fitting(sharding: Any, kind: str, label: str) -> Sharding | None:
-    """Return a sharding that fits an array.
-
-    Raises:
-        TypeError: it is no sharding.
-        ValueError: it does not fit.
-    """
+    """Return the sharding of an array once it fits."""
     if sharding is not None and not isinstance(sharding, Sharding):
         raise TypeError(
             f"the sharding of {label} is {sharding!r}, expected a jax.sharding.Sharding"
@@ -183,11 +169,7 @@ def _misfit(sharding: Sharding | None, shape: tuple[int, ...]) -> str | None:
 def agreed(
     leaves: Leaves, notes: Any, part: str, default: Sharding | None, where: str
 ) -> dict[str, Sharding | None]:
-    """Find the shardings of the arrays of a target, once it agrees with what was saved.
-
-    Raises:
-        ValueError: the target has another structure, shape or dtype; or a sharding does not fit.
-    """
+    """Find the shardings of the arrays of a target, once it agrees with what was saved."""
     if notes is None:
         raise ValueError(f"{where} was saved without {part}")
     found = {}
@@ -215,20 +197,7 @@ def read(
     shardings: Mapping[str, Mapping[str, Sharding | None]],
     trees: Mapping[str, PyTree] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Read the leaves of parts.
-
-    Args:
-        where: the checkpoint.
-        notes: on the leaves of every part.
-        shardings: of the arrays, by part and name.
-        trees: the trees of names in which the arrays of parts were written; flat without one.
-
-    Returns:
-        The leaves, by part and name.
-
-    Raises:
-        ValueError: a part is damaged.
-    """
+    """Read the leaves of parts by name; their arrays lie flat, or as the names in ``trees``."""
     found = {}
     for part, kept in shardings.items():
         tree = (trees or {}).get(part) or {name: name for name in kept}

@@ -23,11 +23,7 @@ _KEY = re.compile(r"\['((?:[^'\\]|\\.)*)'\]|\[\"((?:[^\"\\]|\\.)*)\"\]|\[(?:\D*?
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Find the arrays of a checkpoint, by the paths that ``lorafy`` gives them.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
+    """Find the arrays of a checkpoint, by the paths that ``lorafy`` gives them."""
     where = str(path.absolute())
     notes: Mapping[str, Any] = config_of(where)[1]["params"]
     with reading(where, "params"):
@@ -52,19 +48,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 
 def _read(where: str, tree: PyTree, number: int, label: str, kind: str, known: str) -> np.ndarray:
-    """Read one leaf of a checkpoint.
-
-    Args:
-        where: the checkpoint.
-        tree: the metadata of all its arrays.
-        number: of the leaf in ``tree``.
-        label: the name of the leaf in errors.
-        kind: of the leaf, as :func:`kind_of` describes it.
-        known: its checksum.
-
-    Raises:
-        ValueError: the array is not the one that was written.
-    """
+    """Read one leaf of a checkpoint, which has a number in the tree and a known checksum."""
     leaves, structure = jax.tree.flatten(tree)
     wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
     shape, dtype = spec_of(kind, known)

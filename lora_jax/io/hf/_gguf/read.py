@@ -19,8 +19,8 @@ def lazy(path: Path, name: str, info: TensorInfo, *, heads: int, added: float) -
         path: of the file.
         name: of the tensor there.
         info: of the tensor there.
-        heads: how many heads the rows are, if they are in the order of interleaved rotary
-            embeddings; 0 if they are in order.
+        heads: how many heads the rows are, if each is in the order of interleaved rotary
+            embeddings; else 0.
         added: what the file adds to every entry.
     """
     dtype = FLOATS.get(info.kind, np.dtype(np.float32))

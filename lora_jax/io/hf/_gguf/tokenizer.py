@@ -17,14 +17,14 @@ class _Split:
         words: a pattern of words; None is GPT-2's.
         digits: whether each digit is split off before words are found.
         nfc: whether characters are composed first.
-        ignores_merges: whether a word of the vocabulary is one token whatever the pairs would make.
+        direct: whether a word of the vocabulary is one token whatever the pairs would make.
         bos: whether a text begins with the bos token where the file does not say.
     """
 
     words: str | None = None
     digits: bool = False
     nfc: bool = False
-    ignores_merges: bool = False
+    direct: bool = False
     bos: bool = False
 
 
@@ -39,7 +39,7 @@ def _words(digits: str) -> str:
 _SPLITS = {
     "gpt-2": _Split(),
     "smollm": _Split(digits=True),
-    "llama-bpe": _Split(_words(r"\p{N}{1,3}"), ignores_merges=True, bos=True),
+    "llama-bpe": _Split(_words(r"\p{N}{1,3}"), direct=True, bos=True),
     "qwen2": _Split(_words(r"\p{N}"), nfc=True),
 }
 
@@ -127,15 +127,12 @@ def _tokenizer(
     """Make the text of ``tokenizer.json``."""
     vocab = {token: k for k, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in header.texts("tokenizer.ggml.merges")]
-    made = lib.Tokenizer(
-        lib.models.BPE(vocab=vocab, merges=merges, ignore_merges=split.ignores_merges)
-    )
+    made = lib.Tokenizer(lib.models.BPE(vocab=vocab, merges=merges, ignore_merges=split.direct))
     steps = [lib.pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.words:
         steps.append(lib.pre_tokenizers.Split(lib.Regex(split.words), "isolated"))
-    steps.append(
-        lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.words is None)
-    )
+    by_regex = split.words is None
+    steps.append(lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex))
     made.pre_tokenizer = lib.pre_tokenizers.Sequence(steps)
     made.decoder = lib.decoders.ByteLevel()
     if split.nfc:
