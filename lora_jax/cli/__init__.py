@@ -1,11 +1,11 @@
 """The command line: ``lora-jax inspect | merge | convert | diff | extract | verify | completion``.
 
-* ``_parser``: what can be passed; ``_commands``: a module a command, imported when it is called.
-* ``_read``: what a path holds; ``_options``, ``_numbers``, ``_show``: for several commands.
+* ``_parser``: parses the words; ``_commands``: one module per command, with its arguments.
+* ``_read``: finds out what a path holds.
+* ``_options``, ``_numbers``, ``_show``: what several commands share.
 """
 
 import functools
-import importlib
 import logging
 import os
 import sys
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.cli._commands import SUMMARIES
 from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show
 
@@ -25,26 +26,30 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
-    """Run a command; return the exit status.
+    """Run a command.
 
-    2 is bad input, with one line on stderr; an exception that is none of the library's passes
-    through. 130 is an interrupt.
+    Args:
+        argv: the words after ``lora-jax``; None takes those of the process.
+        show: where the output goes.
+
+    Returns:
+        The exit status: the command's own; 2 for bad input, with one line on stderr; 130 for an
+        interrupt. An exception that is no error of input is a bug and passes through.
     """
     if argv is None:
-        _be_alone()
+        _silence_others()
     argv = sys.argv[1:] if argv is None else list(argv)
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     command = argv[0] if argv and not argv[0].startswith("-") else ""
     try:
-        args = parser().parse_args(argv)
+        args = parser(next((word for word in argv if word in SUMMARIES), "")).parse_args(argv)
         show = show or Show()
         show.is_json, show.is_quiet = args.json, args.quiet
-        module = importlib.import_module(f"lora_jax.cli._commands.{args.command}")
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = functools.partial(_warned, show)
-            status = module.run(args, show)
+            status = args.run(args, show)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -60,32 +65,32 @@ def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
         return _BAD_INPUT
 
 
-def _be_alone() -> None:
-    """The process is ours: what other libraries log, or raise where nobody can catch it, is not."""
+def _silence_others() -> None:
+    """Silence the logs and the unraisable errors of other libraries: the process is ours."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if "--debug" not in sys.argv:
-        sys.unraisablehook = lambda _: None  # Orbax closes its event loop before all answered
+        sys.unraisablehook = lambda _: None  # Orbax closes its event loop too early
 
 
 def _warned(show: Show, message: Any, category: Any, filename: str, *_: Any) -> None:
-    """A warning of ours; those of other libraries are of their own affairs."""
+    """Show a warning of this library; drop those of others."""
     if "lora_jax" in filename:
         show.note(str(message))
 
 
 def _line(error: BaseException) -> str:
-    """An error in one line."""
+    """Write an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         files = (name for name in (error.filename, error.filename2) if name is not None)
         text = ": ".join([*map(str, files), error.strerror])
     else:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = text.replace("pass overwrite=True", "say --overwrite")
+    text = text.replace("pass overwrite=True", "pass --overwrite")
     return " ".join(text.split()) or type(error).__name__
 
 
 def _close_stdout() -> None:
-    """Nobody reads any more: what is still buffered goes nowhere, without a word."""
+    """Discard what is still buffered: nobody reads any more."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):  # a stand-in for stdout, as in tests

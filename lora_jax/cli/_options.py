@@ -1,4 +1,4 @@
-"""Files of options, and outputs that are written once it is known that they may be."""
+"""Options of several commands: types, files of names, and the output."""
 
 import argparse
 import contextlib
@@ -10,17 +10,62 @@ from typing import Any
 from lora_jax.io import _files as files
 from lora_jax.io.hf._families import FAMILIES
 
+DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = ("peft", "safetensors", "orbax")
+
+
+def count(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Parse a number that is not negative."""
+    try:
+        if (x := float(text)) >= 0:
+            return x
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number, at least 0")
+
+
+def byte_count(text: str) -> int:
+    """Parse a size such as ``5GB`` into bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("BKMGTIbkmgti")
+    try:
+        size = int(float(number) * units[text[len(number) :].upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def add_names(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--names`` and ``--kinds``."""
+    text = (
+        "names of modules in the files, by their paths here: a file of {pattern: template}, or a "
+        "family, such as llama"
+    )
+    parser.add_argument("--names", metavar="NAMES", help=text)
+    text = "file of {pattern: kind}, where the axes leave a doubt"
+    parser.add_argument("--kinds", metavar="FILE", help=text)
+
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """An output, checked before the work begins; errors of the system say which it was.
+    """Check an output before the work begins, and add its path to errors of the system.
 
     Raises:
-        OSError: it is there already, or its folder is not, or it cannot be written.
+        OSError: the output exists, its folder does not, or it cannot be written.
     """
     path = Path(path)
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists: say --overwrite, or another path")
+        raise FileExistsError(f"{path} exists: pass --overwrite, or another path")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent} to write in")
     try:
@@ -32,11 +77,11 @@ def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
 
 
 def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | None]:
-    """What ``--names`` and ``--kinds`` say: the name of a family, or a file.
+    """Read ``--names`` and ``--kinds``: the name of a family, or files.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it does not map strings to strings.
+        ValueError: a file does not map strings to strings.
     """
     if args.names in FAMILIES:
         family = FAMILIES[args.names]
@@ -50,7 +95,7 @@ def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | Non
 def _strings_in(path: str | None, option: str) -> dict[str, str] | None:
     if path is None:
         return None
-    said = files.read_json(Path(path))
-    if not isinstance(said, dict) or not all(isinstance(x, str) for x in said.values()):
+    found = files.read_json(Path(path))
+    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
         raise ValueError(f"{option} {path}: expected one object of strings, such as {{'a': 'b'}}")
-    return said
+    return found

@@ -1,4 +1,4 @@
-"""What is printed: tables on a terminal and in a pipe, JSON, progress."""
+"""Print tables on a terminal and in a pipe, JSON, and progress."""
 
 import contextlib
 import json
@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Progress = Callable[[int, int], None]
-_PATH_WIDTH = 28  # a path that has less room costs columns that can be spared
+Advance = Callable[[int, int], None]  # what is done, and the total
+_PATH_WIDTH = 28  # where paths have less room, columns are left out
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """Describe a column of a table.
 
     Attributes:
-        name: its header.
-        is_number: flush right.
-        spare: it is left out, the greatest first, where a terminal is narrow; 0 never is.
+        name: the header.
+        is_number: whether the cells are flush right.
+        spare: on a narrow terminal, the columns with the largest number are left out first; 0 is
+            never left out.
     """
 
     name: str
@@ -28,11 +29,11 @@ class Column:
 
 
 class Show:
-    """Where a command's words go: tables and lines to stdout, notes and progress to stderr.
+    """Print what a command has to show: tables and lines on stdout, notes and progress on stderr.
 
     Attributes:
-        is_json: print the document and nothing else.
-        is_quiet: print no words at all.
+        is_json: whether only the document is printed.
+        is_quiet: whether nothing is printed but errors.
     """
 
     def __init__(self, console: Any = None):
@@ -41,7 +42,7 @@ class Show:
 
     @property
     def console(self) -> Any:
-        """Rich's, if stdout is a terminal."""
+        """Rich's console, if stdout is a terminal."""
         if self._console is None and sys.stdout.isatty():
             from rich.console import Console
 
@@ -53,12 +54,12 @@ class Show:
         return self.is_json or self.is_quiet
 
     def document(self, document: Any) -> None:
-        """What a program reads; printed with ``--json``."""
+        """Print a document for programs, with ``--json``."""
         if self.is_json:
             print(json.dumps(plain(document), indent=2, allow_nan=False))
 
     def line(self, text: str) -> None:
-        """A line on stdout."""
+        """Print a line on stdout."""
         if self._is_silent:
             return
         if self.console is None:
@@ -67,12 +68,12 @@ class Show:
             self.console.print(text, markup=False, soft_wrap=False)
 
     def note(self, text: str) -> None:
-        """Something besides, on stderr."""
+        """Print a note on stderr."""
         if not self.is_quiet:
             print(f"lora-jax: note: {' '.join(text.split())}", file=sys.stderr)
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-        """A table, the first column of which is a path; without rows, nothing."""
+        """Print a table whose first column is a path; nothing if there are no rows."""
         if self._is_silent or not rows:
             return
         if self.console is None:
@@ -81,8 +82,8 @@ class Show:
             self.console.print("", _drawn(columns, rows, self.console.width), "", sep="\n")
 
     @contextlib.contextmanager
-    def progress(self, text: str, *, stays: bool = False) -> Iterator[Progress]:
-        """A bar on stderr, if that is a terminal; with ``stays`` it is left there, full."""
+    def progress(self, text: str, *, stays: bool = False) -> Iterator[Advance]:
+        """Draw a bar on stderr, if that is a terminal; with ``stays`` it is not removed."""
         is_drawn = self._console is not None or sys.stderr.isatty()
         if self._is_silent or not is_drawn:
             yield lambda done, total: None
@@ -99,12 +100,12 @@ class Show:
         with bar:
             task = bar.add_task(text, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-        if recorder and stays:  # a picture has the last frame of it
+        if recorder and stays:  # a picture shows the last frame
             recorder.print(bar.get_renderable())
 
 
 def plain(x: Any) -> Any:
-    """Numbers as JSON has them: NumPy's as Python's, and none that is not finite."""
+    """Convert numbers for JSON: NumPy's to Python's, and those that are not finite to None."""
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -115,12 +116,12 @@ def plain(x: Any) -> Any:
 
 
 def number(x: float | None, form: str = ".4g") -> str:
-    """A number in a table; a dash where there is none."""
+    """Format a number for a table; None is a dash."""
     return "-" if x is None else format(x, form)
 
 
 def size(n: float) -> str:
-    """Bytes in words.
+    """Format a number of bytes.
 
     >>> size(999), size(1_234_567)
     ('999 bytes', '1.23 MB')
@@ -131,7 +132,7 @@ def size(n: float) -> str:
 
 
 def fold(path: str, width: int) -> str:
-    """A path in so many characters, without its middle.
+    """Shorten a path to a number of characters by leaving out its middle.
 
     >>> fold("model.layers.11.self_attn.q_proj", 20)
     'model.lay…ttn.q_proj'
@@ -143,12 +144,13 @@ def fold(path: str, width: int) -> str:
 
 
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Measure the widest cell of every column."""
     cells = [[c.name for c in columns], *rows]
     return [max(map(len, column)) for column in zip(*cells, strict=True)]
 
 
 def _piped(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
-    """For programs and files: all columns, whole paths."""
+    """Format a table for programs and files: all columns, complete paths."""
     widths = _widths(columns, rows)
 
     def line(cells: Sequence[str]) -> str:
@@ -159,7 +161,7 @@ def _piped(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _drawn(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> Any:
-    """For a terminal of this width: no cell is wrapped, paths are folded."""
+    """Format a table for a terminal of this width: no cell is wrapped, paths are folded."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

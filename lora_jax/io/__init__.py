@@ -1,6 +1,6 @@
-"""In and out: ``safetensors``, ``orbax`` and ``peft`` for adapters, ``hf`` for whole models.
+"""Save and load: ``safetensors``, ``orbax`` and ``peft`` for adapters, ``hf`` for models.
 
-Each module has ``save`` and ``load``. They are imported when they are first used.
+Each module has ``save`` and ``load``, and is imported when it is first used.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Checksums of arrays where they are: on any devices, spread in any way."""
+"""Compute checksums of arrays where they are: on any devices, spread in any way."""
 
 import functools
 from typing import Any
@@ -9,10 +9,10 @@ from jax import lax
 
 
 def checksum(x: Any) -> str:
-    """Type, shape and 64 bits of the contents: the same however the array is spread.
+    """Compute the dtype, the shape and 64 bits of the contents, however the array is spread.
 
-    Any one changed entry changes it; arrays that differ in more have the same one in one case of
-    about 2^64. It is no defence against forgery.
+    One changed entry always changes the checksum; arrays that differ in more entries have the same
+    one in about one case of 2^64. It is no defence against forgery.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -23,6 +23,7 @@ def checksum(x: Any) -> str:
 
 @jax.jit
 def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum the mixed entries, each combined with its position, for two seeds."""
     words = _words(jnp.asarray(x))
     place = functools.reduce(
         lambda total, axis: (
@@ -40,7 +41,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits as numbers of 32, along one more axis where there are more of them."""
+    """View the bits of every entry as uint32; 64 bits become one more axis of two."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], -1)
     if x.dtype == jnp.bool_:
@@ -54,7 +55,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits that carries every one into all others (that of MurmurHash3)."""
+    """Mix 32 bits by a bijection that carries every bit into all others (MurmurHash3's)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

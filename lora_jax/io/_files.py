@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and read strictly."""
+"""Write files and folders completely or not at all, and read them strictly."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-LARGEST_JSON = 64 * 2**20  # bytes: of a configuration or an index, far more than any has
+LARGEST_JSON = 64 * 2**20  # bytes, far more than any configuration or index has
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
@@ -23,19 +23,19 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 def written_aside(
     path: str | os.PathLike[str], *, overwrite: bool, owns: Collection[str] = ()
 ) -> Iterator[Path]:
-    """A name to write a file or a folder under; it becomes ``path`` once all is on the disk.
+    """Give a name to write a file or a folder under; it becomes ``path`` once all is on the disk.
 
-    Whatever happens, ``path`` is what it was or what it becomes. What a killed process leaves is
-    called ``.NAME.*.partial``, and nobody reads it.
+    Whatever happens, ``path`` is the old version or the new one. A killed process leaves
+    ``.NAME.*.partial``, which is never read.
 
     Args:
         path: of a file or a folder, whose parent exists.
         overwrite: whether ``path`` may exist.
-        owns: the names that a folder which is overwritten may hold.
+        owns: the names that a folder may contain when it is overwritten.
 
     Raises:
-        FileExistsError: ``path`` exists, or holds what is not ours.
-        OSError: it could not be written.
+        FileExistsError: ``path`` exists, or contains other files.
+        OSError: ``path`` cannot be written.
     """
     path = Path(path).absolute()
     if os.path.lexists(path):
@@ -68,7 +68,7 @@ def _flush(path: Path) -> None:
 
 
 def _put(partial: Path, path: Path, overwrite: bool) -> None:
-    """Rename, in one step whatever is there."""
+    """Rename in one step, whether or not ``path`` exists."""
     if not os.path.lexists(path):
         os.rename(partial, path)
     elif not overwrite:
@@ -82,7 +82,7 @@ def _put(partial: Path, path: Path, overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two folders change their names in one step; a rename cannot replace a folder."""
+    """Exchange two folders in one step; a rename cannot replace a folder."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         code = errno.ENOSYS
@@ -98,16 +98,16 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As PEFT writes it: sorted, two spaces."""
+    """Write JSON as PEFT does: sorted, indented by two spaces."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON, says a key twice, or is far too large.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON, contains a key twice, or is far too large.
     """
     if (size := path.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{path}: {size:,} bytes, expected at most {LARGEST_JSON:,}")
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text; ``where`` it stands is for the error."""
+    """Parse a JSON text; ``where`` names its place in errors."""
 
     def unique(pairs):
         found = dict(pairs)
@@ -130,10 +130,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """A safetensors file.
+    """Write a safetensors file.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file cannot be written.
     """
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     try:
@@ -149,12 +149,12 @@ def _umask() -> int:
     return mask
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The arrays of a safetensors file, each read when it is asked for.
+class ArrayFile(Mapping[str, np.ndarray]):
+    """Map names to the arrays of an open safetensors file, each read when it is asked for.
 
     Attributes:
         path: of the file.
-        metadata: its strings.
+        metadata: the file's strings.
         shapes: of the arrays.
     """
 
@@ -165,7 +165,7 @@ class Tensors(Mapping[str, np.ndarray]):
             self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array: a copy, which outlives the file."""
+        """Read an array into memory of its own, which outlives the file."""
         if name not in self.shapes:
             raise KeyError(name)
         with reading(self.path):
@@ -179,25 +179,26 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
-    """A safetensors file, mapped into memory.
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
+    """Open a safetensors file, mapped into memory.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not one, is cut off, or has arrays of types that NumPy has not.
+        OSError: the file cannot be read.
+        ValueError: the file is no safetensors file, is cut off, or has arrays of types that NumPy
+            has not.
     """
     path = Path(path)
-    with path.open("rb"):  # the errors of the system, in its words
+    with path.open("rb"):  # raises the system's own errors
         pass
     with reading(path):
         file = safetensors.safe_open(path, framework="np")
     with file:
-        yield Tensors(path, file)
+        yield ArrayFile(path, file)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors of the library as ours."""
+    """Turn errors of the library into ours."""
     try:
         yield
     except (safetensors.SafetensorError, TypeError, AttributeError, KeyError) as error:
@@ -205,7 +206,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def digest(tensors: Mapping[str, Any], record: Any) -> str:
-    """A SHA-256 of arrays and what is said of them: names, types, shapes and every bit."""
+    """Compute a SHA-256 of a record and of arrays: names, dtypes, shapes and every bit."""
     total = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         x = np.asarray(tensors[name], order="C")

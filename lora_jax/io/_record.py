@@ -1,7 +1,7 @@
-"""What is written of an adapter: arrays under flat names, and a record of the rest in JSON.
+"""Turn an adapter into arrays under flat names and a record of the rest in JSON, and back.
 
-The record says how the arrays make an adapter, and of which base it is: the names, shapes and
-types of all its leaves, and where that matters a checksum of what is in them.
+The record describes how the arrays make an adapter, and its base: the names, shapes and dtypes of
+all leaves and, where it matters, checksums of their contents.
 """
 
 import re
@@ -29,11 +29,11 @@ _OLD_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<ids>\d+(, \d+)*)\]\]")  # a key of 
 
 
 def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapter, PyTree | None]:
-    """The adapter and the base, if it is there.
+    """Return the adapter, and the base if there is one.
 
     Raises:
-        TypeError: the argument is neither.
-        ValueError: the adapter does not fit the base, or wants one.
+        TypeError: the argument is neither a LoraParams nor an Adapter.
+        ValueError: the adapter does not fit the base, or needs one.
     """
     if isinstance(adapter_or_params, LoraParams):
         check(adapter_or_params)
@@ -52,7 +52,7 @@ def parts_of(adapter_or_params: Adapter | LoraParams, verb: str) -> tuple[Adapte
 
 
 def arrays_of(adapter: Adapter) -> dict[str, Any]:
-    """The arrays by name: ``layers_0/query/kernel.a``, and ``head/bias.full``."""
+    """Name the arrays of an adapter: ``layers_0/query/kernel.a``, and ``head/bias.full``."""
     found = {
         f"{key}.{field}": jnp.asarray(x)
         for (key, field), x in adapter.arrays().items()
@@ -67,13 +67,13 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[str, Any]:
-    """All that the arrays do not say, as JSON has it.
+    """Describe all that the arrays do not tell, for JSON.
 
     Args:
         adapter: the adapter.
         base: its base, or None.
-        content: whether to record a checksum of every leaf of the base. Of leaves that an
-            initializer changed there is one in any case.
+        content: whether to record a checksum of every leaf of the base. Leaves that an
+            initializer changed have one in any case.
     """
     factors = {
         key: {
@@ -301,7 +301,7 @@ def _check_shapes(key: str, a: Any, b: Any, scale: Any, said: Any, where: str) -
 
 
 def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) -> Any:
-    """The adapter, or with parameters a LoraParams of them, once they are found to be the base."""
+    """Return the adapter, or a LoraParams of the parameters once they are found to be its base."""
     if params is None:
         return adapter
     if isinstance(params, LoraParams):
@@ -313,10 +313,10 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
 
 
 def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays of any devices in the host's memory.
+    """Copy arrays from any devices to the host's memory.
 
     Raises:
-        ValueError: one is spread over several processes, or is traced.
+        ValueError: an array is spread over several processes.
     """
     found = {}
     for name, x in arrays.items():

@@ -131,7 +131,7 @@ def test_convert_refuses(refused, here):
         "convert", "adapter", "out", "--to", "orbax", "--base-model", "x", match="--base-model g"
     )
     refused(
-        "convert", "adapter", "native", "--to", "safetensors", match="native exists: say --over"
+        "convert", "adapter", "native", "--to", "safetensors", match="native exists: pass --over"
     )
     refused("convert", "adapter", "out", "--to", "pickle", match="argument --to: invalid choice")
     refused("convert", "native", "out", match="the following arguments are required: --to")

@@ -294,14 +294,14 @@ def test_damaged_parameters_are_noticed(here):
 
 
 def test_parameters_that_are_not_those_that_were_written(refused, here, monkeypatch):
-    from lora_jax.cli._read import orbax as _orbax
+    from lora_jax.io.orbax import _tensors
 
-    record, notes = _orbax.config_of(str(here / "params"))
+    record, notes = _tensors.config_of(str(here / "params"))
     first, (label, kind, known) = next(iter(notes["params"].items()))
 
     def said(note):
         changed = {"params": notes["params"] | {first: note}}
-        monkeypatch.setattr(_orbax, "config_of", lambda _: (record, changed))
+        monkeypatch.setattr(_tensors, "config_of", lambda _: (record, changed))
 
     said([label, kind, known[:-1] + "x"])
     refused("diff", "params", "params", match="params is damaged: params.* is not what was written")

@@ -77,7 +77,7 @@ def test_merge_refuses(refused, here, monkeypatch):
         "merge", "model", "adapter", "other", "out", "--weight", "1", match="1 weights for 2 ad"
     )
     refused("merge", "model", "adapter", "adapter/", "out", match="an adapter is there twice")
-    refused("merge", "model", "adapter", "tuned", match="tuned exists: say --overwrite")
+    refused("merge", "model", "adapter", "tuned", match="tuned exists: pass --overwrite")
     refused(
         "merge", "model", "adapter", "no/out", match="no/out: there is no folder .*/no to write"
     )

@@ -1,6 +1,8 @@
 """The program: help, completion, errors, terminals, by the command line."""
 
+import argparse
 import errno
+import importlib
 import json
 import re
 import subprocess
@@ -11,7 +13,8 @@ import pytest
 from cli_files import run
 
 import lora_jax
-from lora_jax.cli import main
+from lora_jax.cli import _parser, main
+from lora_jax.cli._options import byte_count, count, share
 from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show, plain, size
 from lora_jax.io.hf import _shards
@@ -107,7 +110,7 @@ def test_errors_of_ours_and_others(here, capsys, monkeypatch):
     assert capsys.readouterr().err == "lora-jax inspect: there: Permission denied\n"
     assert stops(FileExistsError("x exists: pass overwrite=True, or another path")) == 2
     assert (
-        capsys.readouterr().err == "lora-jax inspect: x exists: say --overwrite, or another path\n"
+        capsys.readouterr().err == "lora-jax inspect: x exists: pass --overwrite, or another path\n"
     )
     assert stops(ValueError()) == 2
     assert capsys.readouterr().err == "lora-jax inspect: ValueError\n"
@@ -157,9 +160,58 @@ def test_numbers_of_json_are_numbers():
     assert json.dumps(found)
 
 
+def commands_of(top):
+    (commands,) = (a for a in top._actions if hasattr(a, "choices") and a.choices)
+    return commands.choices
+
+
 def test_every_command_has_the_common_options():
-    (commands,) = (a for a in parser()._actions if hasattr(a, "choices") and a.choices)
-    assert tuple(commands.choices) == COMMANDS
-    for command in commands.choices.values():
+    commands = commands_of(parser())
+    assert tuple(commands) == COMMANDS
+    for command in commands.values():
         assert {"--json", "--quiet", "--debug", "--help"} <= {*command._option_string_actions}
     assert size(0) == "0 bytes"
+
+
+def test_every_argument_is_explained():
+    for name, command in commands_of(parser()).items():
+        assert all(action.help for action in command._actions), name
+
+
+@pytest.mark.parametrize("only", ["diff", ""])
+def test_only_the_module_of_the_command_is_imported(only, monkeypatch):
+    imported = []
+
+    def import_module(name):
+        imported.append(name)
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(_parser, "import_module", import_module)
+    commands = commands_of(parser(only))
+    assert tuple(commands) == COMMANDS  # the help lists them all
+    assert imported == [f"lora_jax.cli._commands.{only}"] * bool(only)
+    assert ("--tolerance" in commands["diff"]._option_string_actions) == bool(only)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "expected"),
+    [
+        (count, "3", 3),
+        (count, "0", "'0': expected a whole number, at least 1"),
+        (count, "-1", "expected a whole number"),
+        (share, "0.5", 0.5),
+        (share, "-1", "'-1': expected a number, at least 0"),
+        (share, "nan", "expected a number"),
+        (byte_count, "5GB", 5 * 10**9),
+        (byte_count, "1.5kib", 1536),
+        (byte_count, "400", 400),
+        (byte_count, "0", "'0': expected a size such as 5GB or 500MB"),
+        (byte_count, "5XB", "expected a size"),
+    ],
+)
+def test_types_of_arguments(parse, text, expected):
+    if not isinstance(expected, str):
+        assert parse(text) == expected
+        return
+    with pytest.raises(argparse.ArgumentTypeError, match=expected):
+        parse(text)

@@ -35,9 +35,9 @@ from gguf_files import (
     written,
 )
 
-from lora_jax.io.hf._gguf import file as _gguf_file
+from lora_jax.io.hf._gguf import header as _gguf_header
 from lora_jax.io.hf._gguf import model as _gguf
-from lora_jax.io.hf._gguf import tensor as _gguf_tensor
+from lora_jax.io.hf._gguf import read as _gguf_read
 from lora_jax.io.hf._gguf.tokenizer import tokenizer_of
 
 
@@ -49,7 +49,7 @@ def test_tensors_have_hugging_faces_names_and_shapes(arch, tmp_path):
     assert list(found) == list(expected)
     for name, (x, shape) in expected.items():
         assert found[name].shape == shape
-        assert found[name].size == x.nbytes
+        assert found[name].nbytes == x.nbytes
         read = np.asarray(found[name])
         assert read.dtype == found[name].dtype == np.float32
         if arch == "gemma" and name.endswith("norm.weight"):
@@ -123,7 +123,7 @@ NAMES = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split()
     ("name", "chunk"), [(n, k) for n in NAMES for k in (2**20, 20_000)] + [("Q5_K", 700)]
 )
 def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf_tensor, "_CHUNK", chunk)
+    monkeypatch.setattr(_gguf_read, "_CHUNK", chunk)
     path, model = squares(tmp_path / "a.gguf", "qwen2", KINDS[name], 256)
     own = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
     found = _gguf.tensors_in(path)
@@ -136,7 +136,7 @@ def test_numbers_are_those_that_gguf_makes(name, chunk, tmp_path, monkeypatch):
 
 
 def test_reading_takes_the_memory_of_one_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(_gguf_tensor, "_CHUNK", 2**14)
+    monkeypatch.setattr(_gguf_read, "_CHUNK", 2**14)
     path, _ = squares(tmp_path / "a.gguf", "llama", KINDS.Q4_1, 1024)
     tracemalloc.start()
     tensors = _gguf.tensors_in(path)
@@ -145,7 +145,7 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path, monkeypatch):
         tensor.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(tensor.size for tensor in tensors.values()) == 2**22
+    assert max(tensor.nbytes for tensor in tensors.values()) == 2**22
     assert 2**22 < peak < 1.3 * 2**22
 
 
@@ -157,7 +157,7 @@ def test_what_is_said_is_what_ggufs_reader_finds(tmp_path):
         "general.yes": True,
     }
     path = write(tmp_path / "a.gguf", model_of("llama"), keys_of("llama") | more)
-    ours, theirs = _gguf_file.read_header(path), gguf.GGUFReader(path)
+    ours, theirs = _gguf_header.read_header(path), gguf.GGUFReader(path)
     said = {name: field.contents() for name, field in theirs.fields.items()}
     said = {name: x for name, x in said.items() if not name.startswith("GGUF.")}
     assert ours.values.keys() == said.keys()
@@ -379,7 +379,7 @@ def test_damaged_headers_are_refused(data, message, tmp_path):
 
 def test_headers_end_somewhere(tmp_path, monkeypatch):
     path = written(tmp_path / "a.gguf")
-    monkeypatch.setattr(_gguf_file, "_LARGEST", 256)
+    monkeypatch.setattr(_gguf_header, "_LARGEST", 256)
     with pytest.raises(ValueError, match="and the header can have 256"):
         _gguf.tensors_in(path)
 
@@ -400,7 +400,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_noticed(tmp_path, monkeypatc
         tensors["model.layers.1.mlp.down_proj.weight"].read()
     path.write_bytes(whole[:100])
     size = os.stat_result((0,) * 6 + (len(whole), 0, 0, 0))
-    monkeypatch.setattr(_gguf_file.os, "fstat", lambda _: size)
+    monkeypatch.setattr(_gguf_header.os, "fstat", lambda _: size)
     with pytest.raises(ValueError, match="no whole GGUF file: it was cut off while it was read"):
         _gguf.tensors_in(path)
 
@@ -611,7 +611,7 @@ def test_what_the_library_refuses_is_an_error_of_the_file(tmp_path, monkeypatch)
 def test_what_is_not_installed_is_named(library, tmp_path, monkeypatch):
     path = words(tmp_path / "a.gguf", "smollm")
     monkeypatch.setitem(sys.modules, library, None)
-    _gguf_file._kinds.cache_clear()
+    _gguf_header._kinds.cache_clear()
     with pytest.raises(ImportError, match=rf"with {library}, .* pip\s+install 'lora-jax\[gguf\]'"):
         tokenizer_of(path)
 

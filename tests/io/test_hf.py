@@ -342,7 +342,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     ):
         hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "no")
     edited(tmp_path / "twice", **{"lm_head.weight": floats(7, 6)})
-    with pytest.raises(ValueError, match=r"'lm_head\.weight' is to be .* as well, and they differ"):
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .*, and they differ"):
         hf.load(tmp_path / "twice", params)
     (tmp_path / "once" / "config.json").write_text('{"model_type": "llama"}')
     assert_close(hf.load(tmp_path / "once", params), params)
@@ -546,6 +546,7 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
         import jax, numpy as np, lora_jax
         from pathlib import Path
         from lora_jax.io import hf, peft
+        from lora_jax.io._tensor import Tensor
         from lora_jax.io.hf import _shards
         def peak():  # of this program alone: ru_maxrss begins with what its parent has had
             lines = Path("/proc/self/status").read_text().splitlines()
@@ -553,11 +554,12 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
         root, width = Path({str(tmp_path)!r}), 1024
         rows = {largest} // width // 2
         dtype = _shards._DTYPES["BF16"]
-        specs = {{f"h.{{k}}.q.weight": ((rows, width), dtype) for k in range(8)}}
         (root / "model").mkdir()
         (root / "model" / "config.json").write_text('{{"model_type": "llama"}}')
         one = np.ones((rows, width), dtype)
-        _shards.write(root / "model", specs, lambda name: one, shard_size={size} // 4)
+        tensor = Tensor((rows, width), dtype, lambda: one)
+        tensors = {{f"h.{{k}}.q.weight": tensor for k in range(8)}}
+        _shards.write(root / "model", tensors, shard_size={size} // 4)
         del one
         f = lora_jax.Factors(
             np.ones((width, 4), np.float32), np.full((4, rows), 0.5, np.float32),

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._commands import convert_model
-from lora_jax.cli._options import names_and_kinds, writing
+from lora_jax.cli._options import DTYPES, FORMATS, add_names, names_and_kinds, writing
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
@@ -24,16 +23,29 @@ from lora_jax.cli._read.base import (
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Show
-from lora_jax.io import _files as files
-from lora_jax.io import _record as records
 from lora_jax.io import orbax, peft, safetensors
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._tree import TorchTree, is_torch
-from lora_jax.io.orbax._files import checkpointables, write
-from lora_jax.io.orbax._leaves import by_name
+from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+
+EXAMPLE = "adapter adapter.safetensors --to safetensors"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add_names(parser)
+    add = parser.add_argument
+    add("path", metavar="IN", help="adapter or model of any format")
+    add("out", metavar="OUT", help="file or folder to write")
+    add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
+    add("--like", metavar="PATH", help="model or adapter with the tree of paths")
+    add("--base-model", metavar="NAME", help="for PEFT's configuration")
+    add("--for-vllm", action="store_true", help="refuse what vLLM would")
+    add("--dtype", choices=DTYPES, help="of a model's floating tensors")
+    add("--overwrite", action="store_true", help="replace what is there")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -120,21 +132,12 @@ def _but(rest: str, leaves: Mapping[str, Any], names: Any) -> Any:
 def _from_native(found: AdapterFile, out: Path, to: str, show: Show, *, overwrite: bool) -> None:
     """Convert between our own formats: the record goes along as it is."""
     assert found.native is not None
-    adapter, record = found.native
-    arrays = records.arrays_of(adapter)
-    if to == "orbax":
-        if about := safetensors.about(found.path):
-            show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
-        write(out, checkpointables(record, {"adapter": by_name(arrays)}))
+    if to == "safetensors":
+        safetensors.write(out, *found.native, overwrite=overwrite)
         return
-    tensors = records.to_host(arrays)
-    metadata = {
-        "lora_jax": json.dumps(record, sort_keys=True),
-        "about": "",
-        "sha256": files.digest(tensors, [record, ""]),
-    }
-    with files.written_aside(out, overwrite=overwrite) as partial:
-        files.write_tensors(partial, tensors, metadata)
+    if about := safetensors.about(found.path):
+        show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
+    write_adapter(out, *found.native)
 
 
 def _from_peft(found: AdapterFile, out: Path, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``diff``: two adapters, or two models, entry by entry."""
+"""``diff``: compare two adapters, or two models, entry by entry."""
 
 import argparse
 from collections.abc import Iterable, Mapping
@@ -7,16 +7,28 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import is_float
+from lora_jax.cli._options import count, share
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Column, Show, number
+from lora_jax.io._tensor import counted
 
 _CHUNK = 2**22  # entries that are in float64 at a time
+EXAMPLE = "adapter other --json"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add = parser.add_argument
+    add("one", metavar="A", help="adapter or model of any format")
+    add("two", metavar="B", help="the other one, of the same kind")
+    add("--tolerance", type=share, default=0.0, metavar="T", help="of relative differences; 0")
+    add("--top", type=count, metavar="N", help="the N that differ most only")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
-    """The command: 0 if they are equal, 1 if not."""
+    """Run the command; the exit status is 0 if the two are equal, 1 if not."""
     one, two = open_path(args.one), open_path(args.two)
     if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
         rows, only = _adapters(one, two)
@@ -37,26 +49,27 @@ def run(args: argparse.Namespace, show: Show) -> int:
     different = [row for row in rows if not row["equal"]]
     equal = not different and not any(only.values())
     if args.top:
-        different = sorted(different, key=lambda row: -_size(row["relative"]))[: args.top]
-    show.table([*columns], [cell(row) for row in different])
+        different = sorted(different, key=_by_difference)[: args.top]
+    show.table(columns, [cell(row) for row in different])
     for side, path in (("A", args.one), ("B", args.two)):
         for name in only[side]:
             show.line(f"only in {path}: {name}")
-    count = sum(row["equal"] for row in rows)
-    show.line(f"{count} of {len(rows)} entries of both are equal" if not equal else "equal")
+    alike = sum(row["equal"] for row in rows)
+    show.line("equal" if equal else f"{alike} of {len(rows)} entries of both are equal")
     shown = different if args.top else rows
     document = {"equal": equal, "entries": shown, "only_in_a": only["A"], "only_in_b": only["B"]}
     show.document(document)
     return 0 if equal else 1
 
 
-def _size(x: float | None) -> float:
-    return float("inf") if x is None else x
+def _by_difference(row: dict[str, Any]) -> float:
+    """Return a key that sorts the largest differences first; those without a number before them."""
+    return -(float("inf") if row["relative"] is None else row["relative"])
 
 
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     ours, theirs = [{**f.updates, **f.whole} for f in (one, two)]
-    if (one.format == "peft") != (two.format == "peft"):  # in other words
+    if (one.format == "peft") != (two.format == "peft"):  # other names for the same entries
         ours, theirs = _renamed(ours), _renamed(theirs)
     rows = []
     for path in _both(ours, theirs):
@@ -72,11 +85,13 @@ def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]],
 
 
 def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Name entries by their modules, unless two get the same name."""
     new = {canonical(path): x for path, x in entries.items()}
     return new if len(new) == len(entries) else entries
 
 
 def _updates(a: Update, b: Update) -> dict[str, Any]:
+    """Compare two low-rank updates, without building them."""
     row: dict[str, Any] = {"ranks": [a.rank, b.rank], "norms": [None, None]}
     x, y = a.low_rank, b.low_rank
     row |= {"norms": [float(x.norm()), float(y.norm())]}
@@ -108,7 +123,7 @@ def _is_same(x: Any, y: Any) -> bool:
 
 
 def _arrays(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """How two tensors differ, some entries at a time."""
+    """Compare two tensors, some entries at a time."""
     row = {"shapes": [list(a.shape), list(b.shape)], "dtypes": [str(a.dtype), str(b.dtype)]}
     if a.shape != b.shape:
         return row | {"max": None, "relative": None, "equal": False}
@@ -125,8 +140,8 @@ def _arrays(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         d = np.where(alike, 0.0, x - y)
         largest = max(largest, float(np.abs(d).max()))
         squares += [np.square(z).sum() for z in (d, x, y)]
-    whole = np.sqrt(max(squares[1:]))
-    relative = float(np.sqrt(squares[0]) / whole) if whole else 0.0
+    larger = np.sqrt(max(squares[1:]))
+    relative = float(np.sqrt(squares[0]) / larger) if larger else 0.0
     return row | {"max": largest, "relative": relative, "equal": bool(is_same)}
 
 
@@ -135,12 +150,10 @@ def _models(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows, names = [], _both(one.tensors, two.tensors)
     with show.progress("comparing") as progress:
-        sizes = {name: int(np.prod(one.tensors[name].shape)) for name in names}
-        done, total = 0, sum(sizes.values())
+        total = sum(one.tensors[name].nbytes for name in names)
+        ours = counted(one.tensors, total, progress)
         for name in names:
-            a, b = (np.asarray(model.tensors[name].read()) for model in (one, two))
-            rows.append({"path": name} | _arrays(a, b))
-            progress(done := done + sizes[name], total)
+            rows.append({"path": name} | _arrays(ours[name].read(), two.tensors[name].read()))
     return rows, _only(one.tensors, two.tensors)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
+from lora_jax.cli._options import count
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import find, part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
@@ -24,6 +25,19 @@ _MODELS = {
     "gguf": "GGUF model",
     "orbax": "parameters in an Orbax checkpoint",
 }
+
+
+EXAMPLE = "adapter --base model --top 5"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add = parser.add_argument
+    add("path", metavar="PATH", help="adapter, checkpoint, model folder, or file")
+    add("--base", metavar="PATH", help="the model, for the relative size of updates")
+    add("--top", type=count, metavar="N", help="the first N rows only")
+    add("--sort", choices=("path", "norm", "rank"), default="path", help="by path or largest first")
+    add("--spectrum", action="store_true", help="effective ranks of a model's matrices")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -163,7 +177,7 @@ def _model(found: Checkpoint, args: argparse.Namespace, show: Show) -> None:
             row = {
                 "path": name,
                 "shape": list(x.shape),
-                "dtype": getattr(tensor, "kind", str(x.dtype)),
+                "dtype": tensor.kind or str(x.dtype),
             }
             row |= {"norm": tensor_norm(x), "parameters": int(x.size)}
             if args.spectrum:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from lora_jax.cli._commands.convert import to_peft
-from lora_jax.cli._options import names_and_kinds, writing
+from lora_jax.cli._options import DTYPES, add_names, byte_count, names_and_kinds, writing
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_adapter
@@ -15,6 +15,22 @@ from lora_jax.io import hf
 from lora_jax.io.hf._families import FAMILIES
 from lora_jax.io.hf._source import open_source
 from lora_jax.io.hf._tree import is_torch
+
+EXAMPLE = "model adapter merged --dtype bfloat16"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add_names(parser)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a Hugging Face model")
+    add("adapters", metavar="ADAPTER", nargs="+", help="of any format")
+    add("out", metavar="OUT", help="folder to write")
+    add("--weight", type=float, action="append", metavar="W", help="once per adapter, in order")
+    add("--like", metavar="PATH", help="model or adapter with the paths of an adapter of ours")
+    add("--dtype", choices=DTYPES, help="of the floating tensors")
+    add("--shard-size", type=byte_count, default="5GB", metavar="SIZE", help="of a file; 5GB")
+    add("--overwrite", action="store_true", help="replace a model that is there")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:

@@ -3,8 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.params import LoraParams, check
-from lora_jax.cli._options import names_and_kinds
+from lora_jax.cli._options import add_names, names_and_kinds
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
@@ -24,12 +23,23 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
-from lora_jax.io.hf._names import Names
+from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._read import read
+
+EXAMPLE = "adapter model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    add_names(parser)
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", help="of any format")
+    add("base", metavar="BASE", help="model folder, or Orbax checkpoint of parameters")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -92,21 +102,9 @@ def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) ->
     return f"the names and shapes of all {len(base['leaves'])} leaves are its base's, {seen}"
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A leaf of ours that lies in the files of a model."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return self.read() if dtype is None else self.read().astype(dtype)
-
-
 def _leaves_in(
     found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]
-) -> dict[str, _Leaf]:
+) -> dict[str, Tensor]:
     """Find the leaves of an adapter's base in the files of a model, by their names there.
 
     Raises:
@@ -123,19 +121,8 @@ def _leaves_in(
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
     said = {name: x for name, x in options.items() if x is not None}
-    names = Names(wanted, dataclasses.replace(known, **said), source, None)
-    leaves, used = {}, []
-    for path, leaf in wanted.items():
-        parts = [(place, names.name(place)) for place in names.places.of(path)]
-        for place, name in parts:
-            names.check_shape(place, name)
-            used.append(name)
-
-        def read(parts=parts, leaf=leaf):
-            arrays = [names.inward(model.tensors[n].read(), place, n) for place, n in parts]
-            return np.stack(arrays).reshape(leaf.shape).astype(leaf.dtype)
-
-        leaves[path] = _Leaf(leaf.shape, leaf.dtype, read)
+    names = TensorNames(wanted, dataclasses.replace(known, **said), source, None)
+    leaves = {path: names.leaf(path) for path in wanted}
     if record["base"] is not None:
-        names.left_over(used)
+        names.left_over(name for path in wanted for _, name in names.parts(path))
     return leaves

@@ -1,7 +1,7 @@
 """The leaves of the model that an adapter is for, as far as they are known."""
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -12,29 +12,23 @@ from lora_jax._adapter.params import Adapter
 from lora_jax._weights.ranges import split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import as_path
 from lora_jax.io.hf._source import Source, open_source
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A leaf of which the name, shape and dtype are known, and not what is in it.
+class Absent(Tensor):
+    """A leaf whose path, shape and dtype are known, but not its entries."""
 
-    Attributes:
-        path: of it.
-        shape: of it.
-        dtype: of it.
-    """
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: Any):
+        super().__init__(shape, dtype, functools.partial(_needed, path))
 
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
-        raise ValueError(
-            f"this needs what is in the base's {self.path!r}: say --like, the model's folder or an "
-            "Orbax checkpoint of its parameters"
-        )
+def _needed(path: str) -> NoReturn:
+    raise ValueError(
+        f"this needs what is in the base's {path!r}: say --like, the model's folder or an "
+        "Orbax checkpoint of its parameters"
+    )
 
 
 def leaves_like(path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax._adapter.factors import Entry, Rows
 from lora_jax._adapter.lowrank import LowRank, as_matrix
 from lora_jax._adapter.params import Adapter
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.peft._folder import Folder
 
 
@@ -105,7 +106,7 @@ class Checkpoint:
 
     path: Path
     format: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:

@@ -1,9 +1,8 @@
-"""What a path holds, found out by looking.
+"""Find out what a path holds.
 
 Each of the formats that follow is one function.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from lora_jax.io.peft._config import CONFIG, TENSORS
 
 
 def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
-    """What is at a path.
+    """Open what is at a path.
 
     Raises:
-        OSError: nothing is, or it cannot be read.
-        ValueError: it is of no kind that is known, or is damaged.
+        OSError: there is nothing, or it cannot be read.
+        ValueError: it is of no known kind, or is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -54,7 +53,7 @@ def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
 
 
 def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
-    """The adapter at a path.
+    """Open the adapter at a path.
 
     Raises:
         ValueError: there is a model.
@@ -66,7 +65,7 @@ def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The model at a path.
+    """Open the model at a path.
 
     Raises:
         ValueError: there is an adapter.
@@ -91,14 +90,13 @@ def _file(path: Path) -> AdapterFile | Checkpoint:
                 f"{path} holds the tensors of a PEFT adapter, which mean nothing without "
                 f"{CONFIG} beside them: give the folder of both"
             )
-        return Checkpoint(path, "safetensors", shards.tensors_of(path))
-    adapter = safetensors.load(path)
-    return _native(path, "safetensors", adapter, json.loads(metadata["lora_jax"]))
+        return Checkpoint(path, "safetensors", shards.tensors_in_file(path))
+    return _native(path, "safetensors", *safetensors.read(path))
 
 
 def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
-    from lora_jax.cli._read.orbax import tensors_in
-    from lora_jax.io.orbax._files import config_of
+    from lora_jax.io.orbax._parts import config_of
+    from lora_jax.io.orbax._tensors import tensors_in
 
     record, _ = config_of(str(path.absolute()))
     if isinstance(record, dict) and record.get("format") == "lora_jax params":

@@ -1,7 +1,7 @@
-"""Whole models as Hugging Face lays them out: in, out, and merged without loading them.
+"""Models as Hugging Face lays them out: load, save, and merge adapters without loading the model.
 
-A folder with ``config.json`` and safetensors files in PyTorch's names and axes, or to read from, a
-GGUF file.
+A model is a folder with ``config.json`` and safetensors files in PyTorch's names and axes. GGUF
+files can be read as well.
 """
 
 from lora_jax.io.hf._families import FAMILIES, Family

@@ -1,4 +1,4 @@
-"""Read a whole model."""
+"""Read a model into a tree of parameters."""
 
 import os
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ import numpy as np
 from lora_jax._adapter.factors import is_concrete
 from lora_jax._weights.paths import PyTree, flatten
 from lora_jax.io import _torch as torch_names
+from lora_jax.io._tensor import Progress, counted
 from lora_jax.io.hf._families import Family, family_of
-from lora_jax.io.hf._names import Names
+from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import open_source
-from lora_jax.io.hf._write import Progress
 
 
 def load(
@@ -33,31 +33,32 @@ def load(
     """Read the weights of a model into a tree of parameters, one tensor at a time.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors``, or several files and their index;
-            or a GGUF file, whose quantized weights come dequantized (extra ``gguf``).
+        folder: a folder with ``config.json`` and ``model.safetensors``, or several files and their
+            index; or a GGUF file, whose quantized weights are dequantized (extra ``gguf``).
         like: a tree of arrays or ``jax.ShapeDtypeStruct``s, such as
-            ``jax.eval_shape(model.init, ...)["params"]``: its shapes, dtypes and, where there are
-            some, shardings are those of the result.
-        family: how the tensors are named: one of :data:`FAMILIES`, by name, or a :class:`Family`.
-            None: that of the ``model_type`` in ``config.json``.
-        names: instead of the family's: the name of a module there, by the path of it here, as in
+            ``jax.eval_shape(model.init, ...)["params"]``, with the shapes and dtypes of the
+            result. A leaf with a sharding is loaded with it.
+        family: how the tensors are named: a name in :data:`FAMILIES`, or a :class:`Family`. None
+            takes the ``model_type`` of ``config.json``.
+        names: replaces the family's: the name of a module in the files, by its path here, as in
             :func:`lora_jax.io.peft.save`.
-        kinds: likewise, as there.
-        layout: likewise, as in ``lorafy``: where the axes of a leaf are not what its name says.
-        tied: likewise: the names of tensors that are others where the files have them not, such
-            as ``{"lm_head.weight": "model.embed_tokens.weight"}``.
-        ignore: likewise: a regular expression of tensors that may be left over.
-        new: a regular expression of leaves that the files have not, such as a head to be trained:
-            they stay as they are in ``like``.
-        progress: called with the bytes that are read, and their total.
+        kinds: replaces the family's, as in :func:`lora_jax.io.peft.save`.
+        layout: replaces the family's, as in ``lorafy``, for leaves whose names do not tell their
+            axes.
+        tied: replaces the family's: for tensors that the files may leave out, the tensor that each
+            equals, such as ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+        ignore: replaces the family's: a regular expression of tensors that may be left over.
+        new: a regular expression of leaves that the files do not have, such as a head to be
+            trained: they stay as they are in ``like``.
+        progress: called with the bytes read so far, and their total.
 
     Returns:
         The parameters.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is damaged; the family is not known; tensors are missing, left over, or
-            of another shape.
+        ValueError: a file is damaged; the family is unknown; tensors are missing, left over, or of
+            another shape.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -72,35 +73,22 @@ def load(
     changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
     known = family_of(source.config, source.where, family, **changes)
     leaves, tree = flatten(like)
-    found = Names(leaves, known, source, new)
-    wanted = {
-        path: [(place, found.name(place)) for place in found.places.of(path)]
-        for path in found.places.places
-        if path not in found.new
-    }
-    for parts in wanted.values():
-        for place, name in parts:
-            found.check_shape(place, name)
-    used = [name for parts in wanted.values() for _, name in parts]
+    found = TensorNames(leaves, known, source, new)
+    stored = [path for path in found.places.places if path not in found.new]
+    used = [name for path in stored for _, name in found.parts(path)]
+    total = sum(source.tensors[name].nbytes for name in used)
+    tensors = counted({name: source.tensors[name] for name in used}, total, progress)
+    wanted = {path: found.leaf(path, tensors) for path in stored}
     found.left_over(used)
-    done, total = 0, sum(source.tensors[name].size for name in used)
-    result = {}
-    for path, leaf in leaves.items():
-        if path not in wanted:
-            result[path] = _kept(path, leaf)
-            continue
-        arrays = []
-        for place, name in wanted[path]:
-            arrays.append(found.inward(source.tensors[name].read(), place, name))
-            done += source.tensors[name].size
-            if progress is not None:
-                progress(done, total)
-        whole = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-        result[path] = _on_device(whole.reshape(leaf.shape), leaf)
-    return jax.tree.unflatten(tree, [result[path] for path in leaves])
+    result = [
+        _on_device(wanted[path].read(), leaf) if path in wanted else _kept(path, leaf)
+        for path, leaf in leaves.items()
+    ]
+    return jax.tree.unflatten(tree, result)
 
 
 def _kept(path: str, leaf: Any) -> Any:
+    """Return a leaf that the files do not have; like must have its entries."""
     if not is_concrete(leaf):
         raise ValueError(
             f"new: {path!r} is to stay as it is in like, which has its shape only: put an array "
@@ -110,7 +98,7 @@ def _kept(path: str, leaf: Any) -> Any:
 
 
 def _on_device(x: np.ndarray, leaf: Any) -> jax.Array:
-    x = x.astype(leaf.dtype)
+    """Put an array where the leaf of like is."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jnp.asarray(x)

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from lora_jax._weights.axes import role_axes
+from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._tree import TorchTree
-from lora_jax.io.hf._write import Progress, dtype_of, narrowed, write
+from lora_jax.io.hf._write import dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import Part
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
@@ -68,10 +70,9 @@ def merge(
         for change in changes:
             change.check_adds()
     _check_ties(opened, changes)
-    specs = {name: (t.shape, dtype_of(t.dtype, dtype)) for name, t in tensors.items()}
 
-    def make(name: str) -> np.ndarray:
-        w, (_, wanted) = tensors[name].read(), specs[name]
+    def merged(name: str, wanted: np.dtype) -> np.ndarray:
+        w = tensors[name].read()
         updates = [change.updates[name] for change in changes if name in change.updates]
         replaced = [change for change in changes if change.replaces(name)]
         if w.dtype != wanted and (updates or replaced):
@@ -82,10 +83,13 @@ def merge(
             _add(w, updates)
         return narrowed(w, wanted, name)
 
-    write(
+    written = {}
+    for name, tensor in tensors.items():
+        wanted = dtype_of(tensor.dtype, dtype)
+        written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
+    write_model(
         folder,
-        specs,
-        make,
+        written,
         source=opened,
         config=config,
         dtype=dtype,

@@ -1,31 +1,34 @@
-"""Which tensor of a model's files is which leaf, or which part of one."""
+"""Match the leaves of a tree with the tensors of a model's files."""
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from lora_jax._weights.paths import nearest
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Map, Place, from_torch, to_torch, torch_shape
 from lora_jax.io.hf._families import BUFFERS, Family, ties_in
 from lora_jax.io.hf._source import Source
 
 
-class Names:
-    """The leaves of a tree and the tensors of a source.
+class TensorNames:
+    """Name the tensors of a source that leaves are stored in.
 
     Attributes:
-        places: of the leaves there.
-        new: the paths of leaves that the files have not.
+        places: of the leaves.
+        tensors: of the source.
+        new: the paths of leaves that the files do not have.
     """
 
     def __init__(
         self, leaves: Mapping[str, Any], family: Family, source: Source | None, new: str | None
     ):
         self.places = Map(leaves, family.names, family.kinds, family.layout)
-        self.tensors = source.tensors if source else {}
+        self.tensors: Mapping[str, Tensor] = source.tensors if source else {}
         self.where = source.where if source else ""
         self._family = family
         self._tied = ties_in(family)
@@ -34,10 +37,10 @@ class Names:
             raise ValueError(f"new={new!r} matches no leaf. Nearest: {nearest(new, leaves)}")
 
     def name(self, place: Place) -> str:
-        """The name of a tensor in the files, or, of what is new or without files, to be.
+        """Name the tensor of a place: as it is in the files, or as a new one will be written.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the files do not have it.
         """
         is_module = self.places.is_module(place.path)
         full = f"{place.module}.{place.suffix}" if is_module else place.module
@@ -49,29 +52,50 @@ class Names:
                     return own
         raise ValueError(
             f"{self.where} has no tensor {place.module}.{place.suffix} for {place.path!r}. "
-            f"Nearest: {nearest(full, self.tensors)}. If it has another name there, say names=; if "
-            "it is another one as well, tied=; if it is to stay as it is here, such as a new head, "
+            f"Nearest: {nearest(full, self.tensors)}. If it has another name there, pass names=; "
+            "if it equals another one, tied=; if it is to stay as it is here, such as a new head, "
             "new="
         )
 
     def _stored(self, name: str) -> str | None:
-        """The name in the files, which may do without the prefix."""
+        """Find a name in the files, which may leave out the prefix."""
         for own in (name, name.removeprefix(self._family.prefix)):
             if own in self.tensors:
                 return own
         return None
 
     def outside(self, name: str) -> str:
-        """The name to write a tensor of the source under: with its prefix, beside what is new.
+        """Choose the name to write a tensor of the source under: with its prefix, beside new ones.
 
-        Files of a model without a head have none before their names.
+        The files of a model without a head have no prefix.
         """
         prefix = self._family.prefix
         is_bare = prefix and not any(own.startswith(prefix) for own in self.tensors)
         return prefix + name if self.new and is_bare and name in self.tensors else name
 
+    def parts(self, path: str) -> list[tuple[Place, str]]:
+        """Name the tensors of a leaf."""
+        return [(place, self.name(place)) for place in self.places.of(path)]
+
+    def leaf(self, path: str, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Make a leaf of its tensors (or others in their place), read when it is asked for.
+
+        Raises:
+            ValueError: the files do not have a tensor, or have it in another shape.
+        """
+        leaf, parts = self.places.leaves[path], self.parts(path)
+        for place, name in parts:
+            self.check_shape(place, name)
+
+        def read(tensors: Mapping[str, Tensor]) -> np.ndarray:
+            arrays = [self.inward(tensors[name].read(), place, name) for place, name in parts]
+            x = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+            return x.reshape(leaf.shape).astype(leaf.dtype, copy=False)
+
+        return Tensor(leaf.shape, leaf.dtype, partial(read, tensors or self.tensors))
+
     def shape(self, place: Place, name: str) -> tuple[int, ...]:
-        """The shape of the tensor of this name."""
+        """Return the shape that the tensor of a place has there."""
         letters, kind = self._form(place, name)
         if letters is None:
             return place.shape
@@ -83,7 +107,7 @@ class Names:
         """Raise unless the tensor in the files has the shape of its place.
 
         Raises:
-            ValueError: it has not.
+            ValueError: it has another.
         """
         if (found := self.tensors[name].shape) != (expected := self.shape(place, name)):
             raise ValueError(
@@ -93,26 +117,26 @@ class Names:
             )
 
     def inward(self, x: np.ndarray, place: Place, name: str) -> np.ndarray:
-        """A tensor in the axes of our leaf."""
+        """Bring a tensor of the files into the axes of our leaf."""
         letters, kind = self._form(place, name)
         return x if letters is None else from_torch(x, place.shape, letters, kind)
 
     def outward(self, x: np.ndarray, place: Place, name: str) -> np.ndarray:
-        """The reverse."""
+        """Bring a part of our leaf into the axes of the files."""
         letters, kind = self._form(place, name)
         return x if letters is None else to_torch(x, letters, kind)
 
     def _form(self, place: Place, name: str) -> tuple[Any, Any]:
-        """The letters and the kind; None for a parameter of its own, whose axes are the same."""
+        """Return the letters and the kind; None for a parameter of no module: its axes are ours."""
         is_own = name == place.module or place.module.endswith(f".{name}")
         return (None, None) if is_own else self.places.form(place)
 
     def left_over(self, used: Iterable[str]) -> dict[str, str]:
-        """Tensors of the files that have no place, and are tied to one that has.
+        """Find the tensors that no leaf uses, but that equal one in use, whose name is returned.
 
         Raises:
-            ValueError: there are others, and the family does not say that there may be; or tied
-                ones are not the same.
+            ValueError: other tensors are not used, and the family does not allow it; or tied ones
+                differ.
         """
         twins: dict[str, str] = {}
         used = set(used)
@@ -124,15 +148,15 @@ class Names:
             one, two = self.tensors[name], self.tensors[other]
             if one.shape != two.shape or not np.array_equal(one.read(), two.read()):
                 raise ValueError(
-                    f"{self.where}: {name!r} is to be {other!r} as well, and they differ: the "
-                    "model is not tied, and the parameters have no place for both"
+                    f"{self.where}: {name!r} is tied to {other!r}, and they differ: the model is "
+                    "not tied, and the parameters have no place for both"
                 )
         left = sorted(self.tensors.keys() - used - twins.keys())
-        may = [BUFFERS, *([self._family.ignore] if self._family.ignore else [])]
-        left = [name for name in left if not any(re.fullmatch(p, name) for p in may)]
+        allowed = [BUFFERS, *([self._family.ignore] if self._family.ignore else [])]
+        left = [name for name in left if not any(re.fullmatch(p, name) for p in allowed)]
         if left:
             raise ValueError(
                 f"{self.where}: {len(left)} tensors have no place in the parameters, such as "
-                f"{left[:5]}. If the model does without, say ignore=, a pattern of their names"
+                f"{left[:5]}. If the model does without, pass ignore=, a pattern of their names"
             )
         return twins

@@ -1,8 +1,9 @@
-"""Rotary positions turn pairs of a head's entries: neighbours, or the first half with the second.
+"""Reorder queries and keys between the two conventions of rotary embeddings.
 
-The two are the same up to the order of the entries that a query and a key write, so that weights
-of one can serve a model of the other: the files of Hugging Face have halves, GGUF's and some Flax
-models have neighbours.
+A rotary embedding turns pairs of a head's entries: neighbours, or the first half with the second.
+The two conventions differ only in the order of the entries that a query and a key write, so the
+weights of one can serve a model of the other. The files of Hugging Face have halves; GGUF files and
+some Flax models have neighbours.
 """
 
 import dataclasses
@@ -29,21 +30,21 @@ def rotary_halves(
 ) -> PyTree:
     """Reorder queries and keys of a model that turns neighbours for one that turns halves.
 
-    ``(0, 1), (2, 3), ...`` become ``(0, d/2), (1, d/2 + 1), ...`` in every head: such as before
-    :func:`save`, of a Flax model that turns neighbours.
+    The pairs ``(0, 1), (2, 3), ...`` of every head become ``(0, d/2), (1, d/2 + 1), ...``. Use it,
+    for example, before :func:`save` of a Flax model that turns neighbours.
 
     Args:
         params: parameters, or a LoraParams, whose factors are reordered as well.
-        targets: a regular expression of the weights and biases of queries and keys, and of norms
-            within their heads.
-        head_dim: the entries of a head.
+        targets: a regular expression of the weights and biases of queries and keys, and of the
+            norms inside their heads.
+        head_dim: the number of entries of a head.
         layout: of the weights, as in ``lorafy``.
 
     Returns:
-        The same, reordered.
+        The same tree, reordered.
 
     Raises:
-        ValueError: ``targets`` matches nothing, or leaves that are not made of such heads.
+        ValueError: ``targets`` matches nothing, or leaves that do not consist of such heads.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,23 +53,27 @@ def rotary_halves(
         >>> hf.rotary_halves(params, "query/bias", head_dim=4)["query"]["bias"]
         Array([ 0,  2,  1,  3, 10, 12, 11, 13], dtype=int32)
     """
-    order = np.arange(head_dim).reshape(-1, 2).T.reshape(-1) if head_dim % 2 == 0 else None
-    return _reordered(params, targets, head_dim, order, layout)
+    return _reordered(params, targets, head_dim, (-1, 2), layout)
 
 
 def rotary_pairs(
     params: PyTree, targets: str, head_dim: int, *, layout: Mapping[str, str] | None = None
 ) -> PyTree:
-    """The reverse of :func:`rotary_halves`: such as after :func:`load`."""
-    order = np.arange(head_dim).reshape(2, -1).T.reshape(-1) if head_dim % 2 == 0 else None
-    return _reordered(params, targets, head_dim, order, layout)
+    """Reverse :func:`rotary_halves`, for example after :func:`load`."""
+    return _reordered(params, targets, head_dim, (2, -1), layout)
 
 
 def _reordered(
-    params: PyTree, targets: str, head_dim: int, order: Any, layout: Mapping[str, str] | None
+    params: PyTree,
+    targets: str,
+    head_dim: int,
+    pairs: tuple[int, int],
+    layout: Mapping[str, str] | None,
 ) -> PyTree:
-    if order is None:
+    """Reorder every head from pairs laid out as one shape to the transposed one."""
+    if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: expected an even number")
+    order = np.arange(head_dim).reshape(pairs).T.reshape(-1)
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
     leaves, parts = check(lora_params)
     _, tree = flatten(lora_params.base)
@@ -78,24 +83,13 @@ def _reordered(
             f"targets={targets!r} matches no leaf. Nearest: {nearest(targets, leaves)}"
         )
 
-    def along(x: Any, axis: int, path: str) -> Any:
-        if is_quantized(x):
-            raise ValueError(f"{path!r} is quantized: reorder before lora_jax.quant.quantize")
-        if x.shape[axis] % head_dim:
-            raise ValueError(
-                f"{path!r} has shape {tuple(x.shape)}: its axis {axis} is not made of heads of "
-                f"{head_dim}. If another axis is the output, say layout="
-            )
-        heads = np.arange(x.shape[axis]).reshape(-1, head_dim)
-        return jnp.take(x, jnp.asarray(heads[:, order].reshape(-1)), axis=axis)
-
     def leaf(path: str, x: Any) -> Any:
         if path not in chosen:
             return x
         if x.ndim < 2 or module_path(path, leaves)[1] == "bias":
-            return along(x, x.ndim - 1, path)
+            return _along(x, x.ndim - 1, path, order)
         letters = lookup(layout or {}, path, "layout") or conventional(path, x, leaves)
-        return along(x, role_axes(letters, "o")[-1], path)
+        return _along(x, role_axes(letters, "o")[-1], path, order)
 
     def factors(key: str, f: Factors) -> Factors:
         path, ranges = parts[key]
@@ -104,7 +98,9 @@ def _reordered(
         if any(f.layout[r.axis] == "o" for r in ranges):
             raise ValueError(f"{key!r} is a part of the outputs of {path!r}: adapt all or none")
         of_outputs = {n: getattr(f, n) for n in ("b", "magnitude", "norm")}
-        new = {n: along(x, x.ndim - 1, path) for n, x in of_outputs.items() if x is not None}
+        new = {
+            n: _along(x, x.ndim - 1, path, order) for n, x in of_outputs.items() if x is not None
+        }
         return dataclasses.replace(f, **new)
 
     base = jax.tree.unflatten(tree, [leaf(path, x) for path, x in leaves.items()])
@@ -113,3 +109,16 @@ def _reordered(
     adapter = lora_params.adapter
     full = {path: leaf(path, x) for path, x in adapter.full.items()}
     return LoraParams(base, Adapter({k: factors(k, f) for k, f in adapter.factors.items()}, full))
+
+
+def _along(x: Any, axis: int, path: str, order: np.ndarray) -> Any:
+    """Reorder the entries of every head along an axis."""
+    if is_quantized(x):
+        raise ValueError(f"{path!r} is quantized: reorder before lora_jax.quant.quantize")
+    if x.shape[axis] % len(order):
+        raise ValueError(
+            f"{path!r} has shape {tuple(x.shape)}: its axis {axis} is not made of heads of "
+            f"{len(order)}. If another axis is the output, pass layout="
+        )
+    heads = np.arange(x.shape[axis]).reshape(-1, len(order))
+    return jnp.take(x, jnp.asarray(heads[:, order].reshape(-1)), axis=axis)

@@ -1,7 +1,8 @@
-"""Write a whole model."""
+"""Write a tree of parameters as a model."""
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,15 +11,15 @@ import numpy as np
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._merge import merge as merge_params
 from lora_jax._weights.paths import PyTree
-from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import part_of
 from lora_jax.io import _torch as torch_names
+from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Place
-from lora_jax.io.hf import _shards as shards
 from lora_jax.io.hf._families import Family, family_of
-from lora_jax.io.hf._names import Names
-from lora_jax.io.hf._source import Source, open_source
-from lora_jax.io.hf._write import Progress, dtype_of, narrowed, write
+from lora_jax.io.hf._names import TensorNames
+from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._write import dtype_of, narrowed, write_model
 
 
 def save(
@@ -39,33 +40,35 @@ def save(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> None:
-    """Write parameters as a model in PyTorch's names and axes; a LoraParams merged.
+    """Write parameters as a model in PyTorch's names and axes; a LoraParams is merged.
 
-    Adapted weights are merged one leaf at a time, and each tensor is written before the next is
-    made.
+    Adapted weights are merged one leaf at a time, and each tensor is written before the next one
+    is made.
 
     Args:
-        folder: to write, in one that exists.
+        folder: to write, in an existing folder.
         params: parameters, or a LoraParams.
-        family: as in :func:`load`; without a source and without names, the paths with dots.
-        source: the folder or the GGUF file they came from: its configuration, tokenizer and other
-            small files are copied, its tensors must be those written, and what :func:`load` left
-            over is kept.
+        family: as in :func:`load`. Without a source and without names, the paths with dots are the
+            names.
+        source: the folder or the GGUF file that the parameters came from. Its configuration,
+            tokenizer and other small files are copied; its tensors must be those written; what
+            :func:`load` left over is kept.
         names: as in :func:`load`.
-        kinds: as there.
-        layout: as there.
-        tied: as there: what ``source`` has not is not written, and must be the other still.
-        ignore: as there: those tensors of ``source`` are written as they are.
-        new: as there: written beside the tensors of ``source``.
+        kinds: as in :func:`load`.
+        layout: as in :func:`load`.
+        tied: as in :func:`load`. A tensor that ``source`` leaves out is not written; it must still
+            equal the other one.
+        ignore: as in :func:`load`: those tensors of ``source`` are written as they are.
+        new: as in :func:`load`: those leaves are written beside the tensors of ``source``.
         config: changes of ``config.json``, such as ``architectures`` and ``num_labels`` for a new
             head; without a source, all of it.
         dtype: of the floating tensors; None leaves each as it is.
-        shard_size: in bytes, of a file.
-        overwrite: whether a model that was written before may be replaced.
-        progress: called with the bytes that are written, and their total.
+        shard_size: the largest size of a file in bytes.
+        overwrite: whether an existing model may be replaced.
+        progress: called with the bytes written so far, and their total.
 
     Raises:
-        OSError: it cannot be written; FileExistsError without ``overwrite``.
+        OSError: the model cannot be written; FileExistsError without ``overwrite``.
         ValueError: a leaf has no name; tensors of ``source`` are missing or have other shapes; or
             finite numbers would be infinite in ``dtype``.
     """
@@ -76,30 +79,11 @@ def save(
     if opened is None and family is None:
         family = Family()
     known = family_of(opened.config if opened else None, str(source), family, **changes)
-    plan = _Plan(leaves, known, opened, new, dtype)
-    merged: dict[str, Any] = {}  # the last leaf that was merged, whose layers come one by one
-
-    def tensor(place: Place, name: str) -> np.ndarray:
-        if place.path not in merged:
-            merged.clear()
-            merged[place.path] = _merged(lora_params, place.path, leaves, dtype)
-        return plan.names.outward(plan.names.places.array(place, merged), place, name)
-
-    def make(out: str) -> np.ndarray:
-        name, place = plan.tensors[out]
-        x = plan.names.tensors[name].read() if place is None else tensor(place, name)
-        return narrowed(x, plan.specs[out][1], name)
-
-    for place, name, first in plan.twins:
-        if not np.array_equal(tensor(place, name), tensor(first, name)):
-            raise ValueError(
-                f"{place.path!r} is tied to {name!r} in {source}, and they differ here: they were "
-                "adapted or trained apart, and one tensor cannot be both"
-            )
-    write(
+    contents = _Contents(lora_params, leaves, TensorNames(leaves, known, opened, new), dtype)
+    contents.check_twins()
+    write_model(
         folder,
-        plan.specs,
-        make,
+        contents.tensors,
         source=opened,
         config=config,
         dtype=dtype,
@@ -109,59 +93,75 @@ def save(
     )
 
 
-class _Plan:
-    """What is to be written.
+class _Contents:
+    """Collect the tensors to write: the leaves, merged, and what is kept of the source.
 
     Attributes:
-        names: of the leaves.
-        tensors: by the name to write, the name in the source and the place of ours, or None of
-            what is kept.
-        specs: shape and dtype by the name to write.
-        twins: the places that share a tensor with another, which comes last.
+        tensors: by the name to write.
     """
 
     def __init__(
-        self,
-        leaves: Mapping[str, Any],
-        family: Family,
-        source: Source | None,
-        new: str | None,
-        dtype: Any,
+        self, lora_params: LoraParams, leaves: Mapping[str, Any], names: TensorNames, dtype: Any
     ):
-        self.names = Names(leaves, family, source, new)
-        before = self.names.tensors
-        where: dict[str, Place] = {}
-        self.twins: list[tuple[Place, str, Place]] = []
-        specs: dict[str, shards.Spec] = {}
-        for path in self.names.places.places:
-            for place in self.names.places.of(path):
-                name = self.names.name(place)
-                if name in where:  # tied: written once
-                    self.twins.append((place, name, where[name]))
+        self._lora_params, self._leaves, self._names = lora_params, leaves, names
+        self._dtype = dtype
+        self._merged: dict[str, Any] = {}  # the last merged leaf: its layers come one by one
+        self._twins: list[tuple[Place, str, Place]] = []
+        places: dict[str, Place] = {}
+        found: dict[str, Tensor] = {}  # by the name in the source
+        for path in names.places.places:
+            for place in names.places.of(path):
+                name = names.name(place)
+                if name in places:  # tied: written once
+                    self._twins.append((place, name, places[name]))
                     continue
-                shape = self.names.shape(place, name)
-                where[name], specs[name] = place, (shape, dtype_of(leaves[path].dtype, dtype))
-                if name in before:
-                    self.names.check_shape(place, name)
-        same = self.names.left_over(specs)  # stored twice: written twice
-        for name, kept in before.items():
-            specs.setdefault(name, (kept.shape, dtype_of(kept.dtype, dtype)))
-        order = [*before, *(name for name in specs if name not in before)]
-        outside = {name: self.names.outside(name) for name in order}
-        own = {name: same[name] if name in same else name for name in order}
-        self.tensors = {outside[name]: (own[name], where.get(own[name])) for name in order}
-        self.specs = {outside[name]: specs[name] for name in order}
+                if name in names.tensors:
+                    names.check_shape(place, name)
+                places[name] = place
+                wanted = dtype_of(leaves[path].dtype, dtype)
+                read = partial(self._narrowed, place, name, wanted)
+                found[name] = Tensor(names.shape(place, name), wanted, read)
+        same = names.left_over(found)
+        for name, kept in names.tensors.items():
+            if name not in found:
+                own = same[name] if name in same else name  # stored twice: written twice
+                wanted = dtype_of(kept.dtype, dtype)
+                read = partial(self._narrowed, places.get(own), own, wanted)
+                found[name] = Tensor(kept.shape, wanted, read)
+        order = [*names.tensors, *(name for name in found if name not in names.tensors)]
+        self.tensors = {names.outside(name): found[name] for name in order}
 
+    def check_twins(self) -> None:
+        """Raise unless leaves that share a tensor are equal."""
+        for place, name, first in self._twins:
+            if not np.array_equal(self._tensor(place, name), self._tensor(first, name)):
+                raise ValueError(
+                    f"{place.path!r} is tied to {name!r} in {self._names.where}, and they differ "
+                    "here: they were adapted or trained apart, and one tensor cannot be both"
+                )
 
-def _merged(lora_params: LoraParams, path: str, leaves: Mapping[str, Any], dtype: Any) -> Any:
-    """One leaf with what the adapter adds to it, in the wider of its dtype and the one wanted."""
-    adapter = lora_params.adapter
-    own = {key: f for key, f in adapter.factors.items() if part_of(key, leaves)[0] == path}
-    full = {path: adapter.full[path]} if path in adapter.full else {}
-    if not own and not full:
-        return leaves[path]
-    leaf = dequantize_array(leaves[path]) if is_quantized(leaves[path]) else leaves[path]
-    if dtype is not None and jnp.dtype(dtype).itemsize > leaf.dtype.itemsize:
-        leaf = leaf.astype(dtype)
-    one = LoraParams({path: leaf}, Adapter(own, full))
-    return merge_params(one)[path]
+    def _narrowed(self, place: Place | None, name: str, wanted: np.dtype) -> np.ndarray:
+        """Make a tensor of a place, or keep that of the source, in the dtype that is wanted."""
+        x = self._names.tensors[name].read() if place is None else self._tensor(place, name)
+        return narrowed(x, wanted, name)
+
+    def _tensor(self, place: Place, name: str) -> np.ndarray:
+        if place.path not in self._merged:
+            self._merged = {}  # before the next one is made
+            self._merged = {place.path: self._leaf(place.path)}
+        return self._names.outward(self._names.places.array(place, self._merged), place, name)
+
+    def _leaf(self, path: str) -> Any:
+        """Merge one leaf, in the wider of its dtype and the one that is wanted."""
+        adapter = self._lora_params.adapter
+        factors = {
+            k: f for k, f in adapter.factors.items() if part_of(k, self._leaves).path == path
+        }
+        full = {path: adapter.full[path]} if path in adapter.full else {}
+        leaf = self._leaves[path]
+        if not factors and not full:
+            return leaf
+        leaf = plain_array(leaf)
+        if self._dtype is not None and jnp.dtype(self._dtype).itemsize > leaf.dtype.itemsize:
+            leaf = leaf.astype(self._dtype)
+        return merge_params(LoraParams({path: leaf}, Adapter(factors, full)))[path]

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder as Hugging Face lays it out, or a GGUF file."""
+"""Open a model: a folder as Hugging Face lays it out, or a GGUF file."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.io._files import read_json
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.hf import _shards as shards
 
 CONFIG = "config.json"
@@ -17,23 +18,23 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\
 
 @dataclass(frozen=True)
 class Source:
-    """A model in files.
+    """Hold a model in files: its tensors and its configuration.
 
     Attributes:
         where: the path.
-        tensors: by name; each is read when asked for.
-        config: what ``config.json`` says, or None without one.
+        tensors: by name.
+        config: the contents of ``config.json``, or None without one.
     """
 
     where: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
     config: dict[str, Any] | None
 
     def small(self) -> dict[str, Path | str]:
-        """The files beside the weights, of the model or its tokenizer: paths, or texts.
+        """Find the files beside the weights, of the model and its tokenizer: paths, or texts.
 
         Raises:
-            UserWarning: a GGUF file has a tokenizer of a kind that is not known.
+            UserWarning: a GGUF file has a tokenizer of an unknown kind.
         """
         path = Path(self.where)
         if _is_gguf(path):
@@ -49,11 +50,11 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A folder, or a GGUF file.
+    """Open a folder, or a GGUF file.
 
     Raises:
         OSError: there is none.
-        ValueError: a file is damaged, or is not what it says.
+        ValueError: a file is damaged, or contradicts itself.
     """
     path = Path(path)
     if _is_gguf(path):

@@ -1,29 +1,28 @@
-"""The files of a model: its tensors, and the small ones beside them."""
+"""Write the files of a model: its tensors, and the small files beside them."""
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.io._files import write_json, written_aside
+from lora_jax.io._tensor import Progress, Tensor, counted
 from lora_jax.io.hf import _shards as shards
 from lora_jax.io.hf._source import CONFIG, Source
 
-Progress: TypeAlias = Callable[[int, int], None] | None
-
 
 def dtype_of(own: Any, wanted: Any) -> np.dtype:
-    """The dtype to write: only floating numbers change theirs."""
+    """Choose the dtype to write: only floating tensors change theirs."""
     is_float = jnp.issubdtype(own, jnp.floating)
     return np.dtype(own) if wanted is None or not is_float else np.dtype(jnp.dtype(wanted))
 
 
 def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """In another dtype.
+    """Convert an array to another dtype.
 
     Raises:
         ValueError: finite numbers would be infinite there.
@@ -42,10 +41,9 @@ def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return new
 
 
-def write(
+def write_model(
     folder: str | os.PathLike[str],
-    specs: Mapping[str, shards.Spec],
-    make: Callable[[str], np.ndarray],
+    tensors: Mapping[str, Tensor],
     *,
     source: Source | None,
     config: Mapping[str, Any] | None,
@@ -54,38 +52,29 @@ def write(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """The tensors, and the small files of the source.
+    """Write the tensors of a model, and the small files of its source.
 
     Raises:
-        ValueError: ``config`` changes a configuration that is not there.
+        ValueError: ``config`` changes a configuration, and the source has none.
     """
     changes = dict(config or {})
-    said = (source.config if source else None) or {}
-    if dtype is not None and said:
-        key = "torch_dtype" if "torch_dtype" in said or "dtype" not in said else "dtype"
+    before = (source.config if source else None) or {}
+    if dtype is not None and before:
+        key = "torch_dtype" if "torch_dtype" in before or "dtype" not in before else "dtype"
         changes = {key: str(jnp.dtype(dtype))} | changes
-    if changes and source is not None and not said:
+    if changes and source is not None and not before:
         raise ValueError(f"config={config!r}: {source.where} holds no {CONFIG} to change")
     small = source.small() if source else {}
     weights = {p.name for p in Path(folder).glob("model*.safetensors*")}
-    sizes = {name: shards.size(spec) for name, spec in specs.items()}
-    done, total = 0, sum(sizes.values())
+    tensors = counted(tensors, sum(x.nbytes for x in tensors.values()), progress)
 
-    def counted(name: str) -> np.ndarray:
-        nonlocal done
-        x = make(name)
-        done += sizes[name]
-        if progress is not None:
-            progress(done, total)
-        return x
-
-    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as partial:
-        partial.mkdir()
-        for name, what in small.items():
-            if isinstance(what, Path):
-                shutil.copyfile(what, partial / name)
+    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as aside:
+        aside.mkdir()
+        for name, file in small.items():
+            if isinstance(file, Path):
+                shutil.copyfile(file, aside / name)
             else:
-                (partial / name).write_text(what, encoding="utf-8")
-        if changes or (said and CONFIG not in small):
-            write_json(partial / CONFIG, said | changes)
-        shards.write(partial, specs, counted, shard_size=shard_size, metadata={"format": "pt"})
+                (aside / name).write_text(file, encoding="utf-8")
+        if changes or (before and CONFIG not in small):
+            write_json(aside / CONFIG, before | changes)
+        shards.write(aside, tensors, shard_size=shard_size, metadata={"format": "pt"})

@@ -1,9 +1,8 @@
-"""Orbax checkpoints: an adapter alone, training as it goes on, merged parameters.
+"""Orbax checkpoints of an adapter, of a training run, and of plain parameters.
 
-The adapter, the optimizer's state and whatever else training needs are checkpointables of their
-own: each is read without the others and without the base, which is never written. Orbax loads a
-changed bit as it is; the record beside them, in JSON, has a checksum of every array and a SHA-256
-of itself.
+The adapter, the optimizer's state and the extra state are separate checkpointables: each is read
+without the others and without the base, which is never written. Orbax does not notice changed bits;
+the record beside them, in JSON, has a checksum of every array and a SHA-256 of itself.
 """
 
 from lora_jax.io.orbax._adapter import load, save

@@ -1,21 +1,24 @@
-"""One adapter as an Orbax checkpoint."""
+"""Save and load one adapter as an Orbax checkpoint."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._files import (
-    Places,
+from lora_jax.io.orbax._leaves import Leaves, by_name, labeled
+from lora_jax.io.orbax._parts import (
+    Shardings,
     absolute,
+    agreed,
     checkpointables,
     config_of,
-    placed,
+    default_sharding,
     read,
+    shardings_of,
     write,
 )
-from lora_jax.io.orbax._leaves import by_name, labeled
 
 
 def save(
@@ -23,19 +26,19 @@ def save(
 ) -> None:
     """Write an adapter as a new Orbax checkpoint.
 
-    Orbax writes it aside and renames it: a process killed at any point leaves no checkpoint, or a
-    whole one. An existing one is never replaced, since Orbax would delete it first.
+    Orbax writes under another name and renames: a process killed at any point leaves no checkpoint
+    or a complete one. An existing checkpoint is never replaced, since Orbax would delete it first.
 
     Args:
         path: of the checkpoint, a directory that does not exist.
-        adapter: with a LoraParams, the record also says which base it is of: the names, shapes
-            and dtypes of its leaves.
-        content: whether to note a checksum of every leaf of the base, which reads all of it.
+        adapter: an Adapter or a LoraParams. With a LoraParams, the base is recorded as well: the
+            names, shapes and dtypes of its leaves.
+        content: whether to record a checksum of every leaf of the base, which reads all of it.
 
     Raises:
         TypeError: ``adapter`` is of the wrong kind.
-        ValueError: it is of a base that an initializer changed and that is not given.
-        FileExistsError: there is something at ``path``.
+        ValueError: an initializer changed the base of the adapter, and the base is not passed.
+        FileExistsError: ``path`` exists.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax, tempfile
@@ -47,7 +50,11 @@ def save(
         ['query/kernel']
     """
     adapter, base = records.parts_of(adapter, "orbax.save")
-    record = records.record_of(adapter, base, content=content)
+    write_adapter(path, adapter, records.record_of(adapter, base, content=content))
+
+
+def write_adapter(path: str | os.PathLike[str], adapter: Adapter, record: Any) -> None:
+    """Write an adapter beside its record."""
     leaves = {"adapter": by_name(records.arrays_of(adapter))}
     write(path, checkpointables(record, leaves))
 
@@ -56,32 +63,47 @@ def load(
     path: str | os.PathLike[str],
     params: PyTree | None = None,
     *,
-    shardings: Places = None,
+    shardings: Shardings = None,
     finite: bool = True,
 ) -> Any:
-    """Read the adapter of a checkpoint of :func:`save`, or of a step of a :class:`Checkpointer`.
+    """Read the adapter that :func:`save` wrote, or that of a step of a :class:`Checkpointer`.
 
     Args:
-        path: of the checkpoint; of a step, ``directory/step``.
-        params: the parameters it was trained on, or None.
+        path: of the checkpoint; ``directory/step`` for a step.
+        params: the parameters that the adapter was trained on, or None.
         shardings: where the arrays go: one sharding for all, or a function of an array's name,
-            such as ``layers_0/query/kernel.a``, and its shape. None puts a copy on every device
-            of the mesh of ``params``, or, if they have none, all on the default device.
-        finite: whether to refuse values that are not.
+            such as ``layers_0/query/kernel.a``, and its shape. None replicates the arrays on the
+            mesh of ``params``, or puts them on the default device if there is no mesh.
+        finite: whether to reject values that are not finite.
 
     Returns:
-        A LoraParams of ``params``; without them the Adapter alone.
+        A LoraParams of ``params``; without them, the Adapter alone.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
-        ValueError: it is damaged, is no adapter, or is one of another model than ``params``; or
-            a sharding does not fit.
-        UserWarning: ``params`` are of another precision than its base was.
+        ValueError: the checkpoint is damaged, is no adapter, or belongs to another model than
+            ``params``; or a sharding does not fit.
+        UserWarning: the base had another precision than ``params``.
     """
     where = absolute(path)
+    adapter, record, _ = read_adapter(where, params, {}, shardings, finite=finite)
+    return records.on_base(adapter, record, params, where)
+
+
+def read_adapter(
+    where: str,
+    params: PyTree | None,
+    targets: Mapping[str, Leaves],
+    shardings: Shardings,
+    *,
+    finite: bool,
+) -> tuple[Adapter, Any, dict[str, dict[str, Any]]]:
+    """Read an adapter, its record, and the parts that agree with targets."""
     record, notes = config_of(where)
     records.check_record(record, where)
-    found = read(where, notes, {"adapter": placed(notes["adapter"], shardings, params)})
+    wanted = {"adapter": shardings_of(notes["adapter"], shardings, params)}
+    for part, leaves in targets.items():
+        wanted[part] = agreed(leaves, notes.get(part), part, default_sharding(params), where)
+    found = read(where, notes, wanted)
     arrays = labeled(notes["adapter"], found["adapter"])
-    adapter = records.adapter_of(record, arrays, where, finite=finite)
-    return records.on_base(adapter, record, params, where)
+    return records.adapter_of(record, arrays, where, finite=finite), record, found

@@ -1,4 +1,4 @@
-"""Checkpoints of a training."""
+"""Save and load the steps of a training run."""
 
 import operator
 import os
@@ -10,28 +10,19 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._files import (
-    Places,
-    absolute,
-    agreed,
-    checkpointables,
-    config_of,
-    context,
-    default_place,
-    placed,
-    read,
-)
-from lora_jax.io.orbax._leaves import by_name, by_number, labeled, rebuilt
+from lora_jax.io.orbax._adapter import read_adapter
+from lora_jax.io.orbax._leaves import by_name, by_number, rebuilt
+from lora_jax.io.orbax._parts import Shardings, absolute, checkpointables, context
 
 
 class Restored(NamedTuple):
-    """What :meth:`Checkpointer.load` returns.
+    """Hold what :meth:`Checkpointer.load` returns.
 
     Attributes:
-        step: that was saved.
-        lora_params: the adapter of that step, on the parameters that were given.
+        step: the number of the step.
+        lora_params: the adapter of that step, on the parameters that were passed.
         opt_state: the optimizer's state, or None if it was not asked for.
-        extra: whatever else was saved, or None if it was not asked for.
+        extra: the extra state, or None if it was not asked for.
     """
 
     step: int
@@ -41,10 +32,10 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Checkpoints of a training, one directory a step, written while it goes on.
+    """Write checkpoints while training goes on, one directory per step.
 
-    A process killed at any point leaves every step that was whole. One process, or one group of
-    JAX processes, writes to a directory; any may read it.
+    A process killed at any point leaves all complete steps. One process, or one group of JAX
+    processes, writes to a directory; any process may read it.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax, optax, tempfile
@@ -66,15 +57,15 @@ class Checkpointer:
     def __init__(
         self, directory: str | os.PathLike[str], *, every: int = 1, keep: int | None = None
     ):
-        """Open a directory, and make it if it is not there.
+        """Open a directory, and make it if it does not exist.
 
         Args:
             directory: of the checkpoints.
-            every: which steps are saved: its multiples.
-            keep: how many of the last ones are kept, or None for all.
+            every: steps that are multiples of this number are saved.
+            keep: how many of the last steps are kept, or None for all.
 
         Raises:
-            ValueError: ``every`` or ``keep`` is no positive number.
+            ValueError: ``every`` or ``keep`` is not positive.
         """
         for name, n in (("every", every), ("keep", keep)):
             if n is not None and n < 1:
@@ -89,11 +80,11 @@ class Checkpointer:
         self._is_clean = False
 
     def __enter__(self) -> "Checkpointer":
-        """The checkpointer itself."""
+        """Return the checkpointer itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Wait for what is being written, and close."""
+        """Wait for the save in progress, and close."""
         self.close()
 
     def save(
@@ -101,23 +92,24 @@ class Checkpointer:
     ) -> bool:
         """Save a step, if it is due, while training goes on.
 
-        The arrays are copied before it returns, so that the next step may donate them, and written
-        thereafter: call :meth:`wait`, or leave the ``with`` block, before you rely on them. A save
-        that fails raises then, or at the next save.
+        The arrays are copied before the call returns, so that the next step may donate them, and
+        are written afterwards: call :meth:`wait`, or leave the ``with`` block, before you rely on
+        them. A save that fails raises there, or at the next save.
 
         Args:
-            step: its number, greater than those saved before.
-            lora_params: with the two halves of ``lora_jax.split``, what ``combine`` makes of them.
+            step: the number of the step, greater than those saved before.
+            lora_params: the LoraParams, or the Adapter. With the two halves of ``lora_jax.split``,
+                pass what ``combine`` makes of them.
             opt_state: the state of the optimizer, or any tree; None saves none.
-            extra: a tree of whatever else is needed to go on: PRNG keys, positions in the data,
-                scales. Leaves are arrays, numbers or strings.
+            extra: a tree of everything else that training needs to go on: PRNG keys, positions in
+                the data, scales. Leaves are arrays, numbers or strings.
 
         Returns:
             Whether the step is due, and so is being saved.
 
         Raises:
             TypeError: an argument or a leaf is of the wrong kind.
-            ValueError: a later step, or this one, has been saved before.
+            ValueError: this step or a later one was saved before.
         """
         if (step := operator.index(step)) < 0:
             raise ValueError(f"Checkpointer.save: step={step}, expected at least 0")
@@ -145,56 +137,47 @@ class Checkpointer:
         extra: Any = None,
         *,
         step: int | None = None,
-        shardings: Places = None,
+        shardings: Shardings = None,
         finite: bool = True,
     ) -> Restored:
-        """Read a step that was saved.
+        """Read a saved step.
 
         Args:
             params: the parameters that the adapter is trained on, or None for the adapter alone.
-            opt_state: a tree like the one that was saved, such as a fresh ``tx.init(...)``, of
-                arrays or ``jax.ShapeDtypeStruct``s. Each leaf comes back with the sharding of the
-                one given here; where that has none, as the adapter by default. None reads none.
-            extra: likewise. Of numbers and strings the type is looked at, not the value.
-            step: the number, or None for the last.
+            opt_state: a tree like the saved one, such as a fresh ``tx.init(...)``, of arrays or
+                ``jax.ShapeDtypeStruct``s. Each leaf gets the sharding of its leaf here; without
+                one, it goes where the adapter goes by default. None reads none.
+            extra: a tree like the saved one, as ``opt_state``. The types of numbers and strings
+                must agree, not their values.
+            step: the number of the step, or None for the last.
             shardings: of the adapter's arrays, as in :func:`load`.
-            finite: whether to refuse an adapter with values that are not.
+            finite: whether to reject an adapter with values that are not finite.
 
         Returns:
             ``Restored(step, lora_params, opt_state, extra)``.
 
         Raises:
             FileNotFoundError: there is no such step, or none at all.
-            ValueError: it is damaged, is of another model than ``params``, or ``opt_state`` or
-                ``extra`` has another structure, shape or dtype than what was saved; or a sharding
-                does not fit.
-            UserWarning: ``params`` are of another precision than the adapter's base was.
+            ValueError: the step is damaged or belongs to another model than ``params``;
+                ``opt_state`` or ``extra`` has another structure, shape or dtype than the saved
+                one; or a sharding does not fit.
+            UserWarning: the adapter's base had another precision than ``params``.
         """
         step = self._existing(step)
         where = os.path.join(self.directory, str(step))
-        record, notes = config_of(where)
-        records.check_record(record, where)
-        places = {"adapter": placed(notes["adapter"], shardings, params)}
-        wanted = {"opt_state": opt_state, "extra": extra}
-        wanted = {part: by_number(tree, part) for part, tree in wanted.items() if tree is not None}
-        for part, leaves in wanted.items():
-            places[part] = agreed(leaves, notes.get(part), part, default_place(params), where)
-        found = read(where, notes, places)
-        arrays = labeled(notes["adapter"], found["adapter"])
-        adapter = records.adapter_of(record, arrays, where, finite=finite)
+        trees = {"opt_state": opt_state, "extra": extra}
+        targets = {part: by_number(tree, part) for part, tree in trees.items() if tree is not None}
+        adapter, record, found = read_adapter(where, params, targets, shardings, finite=finite)
         lora_params = records.on_base(adapter, record, params, where)
-        trees = (
-            None if tree is None else rebuilt(tree, found[part])
-            for part, tree in (("opt_state", opt_state), ("extra", extra))
-        )
-        return Restored(step, lora_params, *trees)
+        restored = {part: rebuilt(trees[part], found[part]) for part in targets}
+        return Restored(step, lora_params, restored.get("opt_state"), restored.get("extra"))
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are saved, in order; it waits for one that is being written.
+        """The saved steps in order; a save in progress is awaited.
 
-        Of an old step, a process killed while deleting it may leave a part: it is listed, ``load``
-        refuses it, and the next save deletes it.
+        A process killed while it deletes an old step may leave a part of it. The step is listed,
+        ``load`` refuses it, and the next save deletes it.
         """
         self.wait()
         return [found.step for found in self._orbax.checkpoints]
@@ -205,13 +188,13 @@ class Checkpointer:
         return max(self.steps, default=None)
 
     def wait(self) -> None:
-        """Wait until what is being written is on the disk; raise what went wrong there."""
+        """Wait until the save in progress is on the disk; raise its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait, and give back what Orbax holds."""
+        """Wait, and release what Orbax holds."""
         try:
             self.wait()
         finally:
@@ -226,7 +209,7 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
     def _remove_partial(self) -> None:
-        """What killed processes left: before the first save only, since readers must not."""
+        """Delete what killed processes left, before the first save; readers must not do it."""
         if not self._is_clean and jax.process_index() == 0:
             for partial in self._orbax.directory.glob("*.orbax-checkpoint-tmp*"):
                 partial.rmtree()

@@ -1,4 +1,4 @@
-"""Leaves of a tree as a checkpoint has them: what they are called, and what is noted of them."""
+"""Name the leaves of a tree in a checkpoint, and describe them."""
 
 import re
 from collections.abc import Mapping
@@ -13,22 +13,23 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from lora_jax._weights.paths import PyTree
 from lora_jax.io._checksum import checksum
 
-VALUES = ("bool", "int", "float", "str")  # kinds of leaves that the record itself holds
-Leaves: TypeAlias = Mapping[str, tuple[str, Any]]  # by name; with what they are called in errors
+VALUES = ("bool", "int", "float", "str")  # kinds of leaves that the record itself contains
+Leaves: TypeAlias = Mapping[str, tuple[str, Any]]  # by name in Orbax: label for errors, leaf
 
 
 def by_name(arrays: Mapping[str, Any]) -> Leaves:
-    """Leaves by escaped names: Orbax joins keys by dots, and of two alike silently keeps one."""
+    """Escape names: Orbax joins keys by dots, and silently keeps one of two that are equal."""
     return {quote(name, safe="").replace(".", "%2E"): (name, x) for name, x in arrays.items()}
 
 
 def by_number(tree: PyTree, part: str) -> Leaves:
+    """Number the leaves of a tree."""
     leaves = tree_flatten_with_path(tree)[0]
     return {str(i): (part + keystr(path), x) for i, (path, x) in enumerate(leaves)}
 
 
 def own_tree(params: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-    """The arrays in the tree of ``params``; in nested dicts if keys must be escaped."""
+    """Put arrays into the tree of ``params``, or into nested dicts if keys must be escaped."""
     paths = [
         [keystr((key,), simple=True) for key in path]
         for path, _ in tree_flatten_with_path(params)[0]
@@ -37,7 +38,7 @@ def own_tree(params: PyTree, arrays: Mapping[str, Any]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(params), arrays.values())
     tree: dict[str, Any] = {}
     for path, x in zip(paths, arrays.values(), strict=True):
-        *outer, last = (key.replace("%", "%25").replace(".", "%2E") for key in path)
+        *outer, last = map(escaped, path)
         node = tree
         for key in outer:
             node = node.setdefault(key, {})
@@ -45,8 +46,13 @@ def own_tree(params: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     return tree
 
 
+def escaped(key: str) -> str:
+    """Write a key without dots, by which Orbax joins keys."""
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
 def kind_of(x: Any, label: str) -> str:
-    """What a leaf is: ``float32[3,2]``, ``key<fry>[]``, ``numpy int64[4]``, ``int``."""
+    """Describe a leaf: ``float32[3,2]``, ``key<fry>[]``, ``numpy int64[4]``, ``int``."""
     if isinstance(x, bool | int | float | str) and type(x).__name__ in VALUES:
         return type(x).__name__
     is_numpy = isinstance(x, np.ndarray | np.generic)
@@ -61,57 +67,60 @@ def kind_of(x: Any, label: str) -> str:
 
 
 def shape_of(kind: str) -> tuple[int, ...]:
+    """Read the shape of a leaf from its kind."""
     return tuple(map(int, re.findall(r"\d+", kind[kind.index("[") :])))
 
 
 def has_entries(kind: str) -> bool:
-    """Whether Orbax is to write it: it has no arrays of size zero."""
+    """Whether Orbax writes a leaf: it does not write arrays of size zero."""
     return kind not in VALUES and 0 not in shape_of(kind)
 
 
 def is_key(x: Any) -> bool:
+    """Whether an array is one of typed PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def sum_of(x: Any) -> str:
-    """A checksum; of NumPy's arrays that of their bytes, since JAX may not hold their type."""
+    """Compute a checksum; that of a NumPy array is of its bytes, since JAX may lack its dtype."""
     if isinstance(x, np.ndarray):
         x = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     return checksum(x)
 
 
 def stored(x: Any) -> Any:
-    """The array as Orbax takes it."""
+    """Convert a leaf to the array that Orbax takes."""
     x = jax.random.key_data(x) if is_key(x) else x
     is_local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", False)
     return np.asarray(x) if is_local or isinstance(x, np.generic) else x
 
 
 def known_of(x: Any) -> list[str]:
-    """The checksum, and of a key its kind of generator."""
+    """Return the checksum; for a key, also the name of its generator."""
     if is_key(x):
         return [sum_of(x), str(jax.random.key_impl(x))]
     return [sum_of(np.asarray(x) if isinstance(x, np.generic) else x)]
 
 
 def spec_of(kind: str, known: str) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of what is written: of a key, its data."""
+    """Return the shape and the dtype that is written; for a key, those of its data."""
     spec = kind.removeprefix("numpy ") if kind.startswith("numpy ") else known.split(":")[0]
     return shape_of(spec), jnp.dtype(spec.split("[")[0])
 
 
 def labeled(notes: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Give leaves their labels instead of their names in Orbax."""
     return {notes[name][0]: x for name, x in found.items()}
 
 
 def rebuilt(tree: PyTree, found: Mapping[str, Any]) -> PyTree:
-    """The leaves in the tree of the target."""
+    """Put leaves into the tree of the target."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, map(_typed, leaves, found.values()))
 
 
 def _typed(target: Any, x: Any) -> Any:
-    """A leaf as the target has it, where its kind does not say it."""
+    """Give a leaf the type of the target where its kind does not tell it."""
     if isinstance(target, np.generic):
         return x[()]
     if getattr(target, "weak_type", False) and not x.shape:  # as jnp.asarray(2.0), a loss scale

@@ -1,1 +1,1 @@
-"""GGUF files: ``file`` reads bytes, ``tensor`` a tensor, ``model`` names, ``tokenizer`` words."""
+"""GGUF files: their ``header``, how to ``read`` a tensor, the ``model`` and its ``tokenizer``."""

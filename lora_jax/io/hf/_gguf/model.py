@@ -1,11 +1,11 @@
-"""GGUF files, which llama.cpp runs, as models in Hugging Face's layout, read a tensor at a time.
+"""Read GGUF files, which llama.cpp runs, as models in Hugging Face's layout.
 
-What differs there: the names; the rows of queries and keys, which are in the order of interleaved
-rotary embeddings; Gemma's norms, which are stored with the 1 that the model adds; and weights in
-blocks of few bits, which become float32.
+GGUF files have other names; the rows of queries and keys are in the order of interleaved rotary
+embeddings; Gemma's norms contain the 1 that the model adds; and weights in blocks of few bits
+become float32.
 
 The format has no checksums. A header that contradicts itself, its tensors or the size of the file
-is refused; other numbers in a tensor, another epsilon or another word are what the file says.
+is refused; a changed number in a tensor, another epsilon or another word cannot be noticed.
 """
 
 import os
@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.io.hf._gguf.file import FLOATS, Header, read_header
-from lora_jax.io.hf._gguf.tensor import Tensor
+from lora_jax.io._tensor import Tensor
+from lora_jax.io.hf._gguf.header import Header, read_header
+from lora_jax.io.hf._gguf.read import lazy
 
 # Names there, names here, and axes: of hidden, inner, vocabulary, queries, keys and a head.
 _Table = Mapping[str, tuple[str, str]]
@@ -57,15 +58,15 @@ _HEAD_NORMS: _Table = {
 
 
 @dataclass(frozen=True)
-class _Family:
-    """What llama.cpp makes of a kind of model.
+class _Architecture:
+    """Describe how llama.cpp stores a kind of model.
 
     Attributes:
-        name: of its classes here.
+        name: of its classes in transformers.
         layer: the tensors of a layer.
-        interleaved: those whose rows are in the order of interleaved rotary embeddings.
-        norms: what is added to the weights of norms.
-        config: what is the same in all models of the kind.
+        interleaved: the tensors whose rows are in the order of interleaved rotary embeddings.
+        norms: the number that the file adds to the weights of norms.
+        config: the part of the configuration that all models of the kind share.
     """
 
     name: str
@@ -78,19 +79,19 @@ class _Family:
 _SILU = {"hidden_act": "silu", "attention_bias": False}
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
-_FAMILIES = {
-    "llama": _Family(  # and Mistral: without a window of attention the two are one
+_ARCHITECTURES = {
+    "llama": _Architecture(  # and Mistral: without a window of attention the two are one
         "Llama",
         _LAYER,
         interleaved=frozenset({"attn_q.weight", "attn_k.weight"}),
         config={**_SILU, "mlp_bias": False},
     ),
-    "qwen2": _Family("Qwen2", {**_LAYER, **_BIASES}, config={"hidden_act": "silu"}),
-    "qwen3": _Family("Qwen3", {**_LAYER, **_HEAD_NORMS}, config=_SILU),
-    "gemma": _Family("Gemma", _LAYER, norms=1.0, config={**_GELU, "attention_bias": False}),
+    "qwen2": _Architecture("Qwen2", {**_LAYER, **_BIASES}, config={"hidden_act": "silu"}),
+    "qwen3": _Architecture("Qwen3", {**_LAYER, **_HEAD_NORMS}, config=_SILU),
+    "gemma": _Architecture("Gemma", _LAYER, norms=1.0, config={**_GELU, "attention_bias": False}),
 }
 
-# What there is to say of a model, after the name of its architecture; anything else is refused.
+# The known keys of a model, after the name of its architecture; any other key is refused.
 _KEYS = {
     "context_length",
     "embedding_length",
@@ -114,36 +115,36 @@ _TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}  # there, here
 
 
 def tensors_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a file, by the names that Hugging Face's classes have for them.
+    """Find all tensors of a file, by the names of Hugging Face's classes.
 
     Raises:
         ImportError: gguf is not installed.
         OSError: the file cannot be read.
-        ValueError: it is damaged or of an architecture that is not known, tensors are missing or
-            left over, or are of other shapes or types.
+        ValueError: the file is damaged or of an unknown architecture; tensors are missing, left
+            over, or of other shapes or types.
     """
     header = read_header(Path(path))
     return {name: tensor for name, tensor in _tensors(header).items() if name}
 
 
 def config_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``config.json`` says of the model in a file.
+    """Make the ``config.json`` of the model in a file.
 
     Raises:
         ImportError: gguf is not installed.
         OSError: the file cannot be read.
-        ValueError: as in :func:`tensors_in`, or it says something that has no counterpart.
+        ValueError: as in :func:`tensors_in`, or a key has no counterpart.
     """
     header = read_header(Path(path))
-    tensors, family, sizes = _tensors(header), _family(header), _sizes(header)
+    tensors, arch, sizes = _tensors(header), _architecture(header), _sizes(header)
     if unknown := sorted(header.own() - _KEYS):
         raise ValueError(
             f"{path}: {header.architecture}.{unknown[0]} has no counterpart in a configuration "
             f"here: expected nothing besides {sorted(_KEYS)}"
         )
     return {
-        "architectures": [f"{family.name}ForCausalLM"],
-        "model_type": family.name.lower(),
+        "architectures": [f"{arch.name}ForCausalLM"],
+        "model_type": arch.name.lower(),
         "torch_dtype": "float32",
         "hidden_size": sizes["h"],
         "intermediate_size": sizes["f"],
@@ -158,21 +159,21 @@ def config_of(path: str | os.PathLike[str]) -> dict[str, Any]:
         **_rope_scaling(header, tensors.get("")),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         **{f"{here}_token_id": header.token(there, sizes["v"]) for there, here in _TOKENS.items()},
-        **family.config,
+        **arch.config,
     }
 
 
-def _family(header: Header) -> _Family:
-    if header.architecture not in _FAMILIES:
+def _architecture(header: Header) -> _Architecture:
+    if header.architecture not in _ARCHITECTURES:
         raise ValueError(
             f"{header.path}: general.architecture={header.architecture!r}: expected one of "
-            f"{sorted(_FAMILIES)}"
+            f"{sorted(_ARCHITECTURES)}"
         )
-    return _FAMILIES[header.architecture]
+    return _ARCHITECTURES[header.architecture]
 
 
 def _sizes(header: Header) -> dict[str, int]:
-    """What the axes of tensors are, by their letters."""
+    """Find the sizes of the axes of tensors, by their letters."""
     path, table = header.path, header.tensors.get("token_embd.weight")
     hidden, heads = header.count("embedding_length"), header.count("attention.head_count")
     keys = header.count("attention.head_count_kv", heads)
@@ -183,8 +184,8 @@ def _sizes(header: Header) -> dict[str, int]:
             "heads of an even size that share the keys, and the hidden ones, evenly"
         )
     vocab = table.shape[0] if table else header.count("vocab_size")
-    said_again = {"attention.value_length": head, "rope.dimension_count": head, "vocab_size": vocab}
-    for key, expected in said_again.items():
+    repeated = {"attention.value_length": head, "rope.dimension_count": head, "vocab_size": vocab}
+    for key, expected in repeated.items():
         if (value := header.count(key, expected)) != expected:
             raise ValueError(f"{path}: {header.architecture}.{key}={value}, expected {expected}")
     if "tokenizer.ggml.tokens" in header.values:
@@ -202,8 +203,8 @@ def _sizes(header: Header) -> dict[str, int]:
 
 
 def _tensors(header: Header) -> dict[str, Tensor]:
-    """By their names here; the factors of rotary frequencies by none."""
-    path, family, sizes = header.path, _family(header), _sizes(header)
+    """Find the tensors by their names here; the factors of rotary frequencies have the name ""."""
+    path, arch, sizes = header.path, _architecture(header), _sizes(header)
     layers = header.count("block_count")
     if layers > len(header.tensors):
         raise ValueError(
@@ -213,7 +214,7 @@ def _tensors(header: Header) -> dict[str, Tensor]:
     names = dict(_TOP) | {
         f"blk.{k}.{there}": (f"model.layers.{k}.{here}", axes)
         for k in range(layers)
-        for there, (here, axes) in family.layer.items()
+        for there, (here, axes) in arch.layer.items()
     }
     if missing := sorted(names.keys() - _OPTIONAL - header.tensors.keys()):
         raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[:3]}")
@@ -223,27 +224,20 @@ def _tensors(header: Header) -> dict[str, Tensor]:
             f"{header.architecture!r}, such as {unknown[:3]}"
         )
     found = {}
-    for there, stored in header.tensors.items():
+    for there, info in header.tensors.items():
         here, axes = names[there]
         expected = tuple(sizes[axis] for axis in axes) or (sizes["d"] // 2,)
-        if stored.shape != expected:
-            raise ValueError(f"{path}: {there!r} has shape {stored.shape}, expected {expected}")
-        interleaved = there.split(".", 2)[-1] in family.interleaved
-        found[here] = Tensor(
-            path,
-            there,
-            FLOATS.get(stored.kind, np.dtype(np.float32)),
-            stored.shape,
-            stored.start,
-            stored.kind,
-            heads=stored.shape[0] // sizes["d"] if interleaved else 0,
-            added=family.norms if there.endswith("norm.weight") else 0.0,
-        )
+        if info.shape != expected:
+            raise ValueError(f"{path}: {there!r} has shape {info.shape}, expected {expected}")
+        is_interleaved = there.split(".", 2)[-1] in arch.interleaved
+        heads = info.shape[0] // sizes["d"] if is_interleaved else 0
+        added = arch.norms if there.endswith("norm.weight") else 0.0
+        found[here] = lazy(path, there, info, heads=heads, added=added)
     return found
 
 
 def _rope_scaling(header: Header, freqs: Tensor | None) -> dict[str, Any]:
-    """How rotary frequencies are scaled, by name or by a factor for each."""
+    """Find how rotary frequencies are scaled: by name, or by a factor for each."""
     path = header.path
     kind = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn") or (kind != "none" and freqs is not None):
@@ -252,19 +246,20 @@ def _rope_scaling(header: Header, freqs: Tensor | None) -> dict[str, Any]:
             "'linear' or 'yarn', and only one of these and rope_freqs.weight"
         )
     if freqs is not None:
-        return {"rope_scaling": _llama3(freqs, header.real("rope.freq_base", 1e4))}
+        return {"rope_scaling": _llama3(freqs, header)}
     if kind == "none":
         return {}
-    said = {"rope_type": kind, "factor": header.real("rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": header.real("rope.scaling.factor")}
     if kind == "yarn":
         length = header.count("rope.scaling.original_context_length")
-        said["original_max_position_embeddings"] = length
-    return {"rope_scaling": said}
+        scaling["original_max_position_embeddings"] = length
+    return {"rope_scaling": scaling}
 
 
-def _llama3(freqs: Tensor, base: float) -> dict[str, Any]:
-    """What gives these factors: the file does not say it, and all Llamas 3 differ in one number."""
+def _llama3(freqs: Tensor, header: Header) -> dict[str, Any]:
+    """Find the configuration that gives these factors; all Llama 3 models differ in one number."""
     found = freqs.read().astype(np.float64)
+    base = header.real("rope.freq_base", 1e4)
     low, high, length, factor = 1.0, 4.0, 8192, float(found.max())
     with np.errstate(all="ignore"):
         turns = length / (2 * np.pi * base ** (np.arange(len(found)) / len(found)))
@@ -272,7 +267,7 @@ def _llama3(freqs: Tensor, base: float) -> dict[str, Any]:
         expected = 1 / ((1 - smooth) / factor + smooth)
     if not (0 < factor < inf and np.allclose(found, expected, rtol=1e-4, atol=0)):
         raise ValueError(
-            f"{freqs.path}: {freqs.name!r} has other factors than those of Llama 3, "
+            f"{header.path}: 'rope_freqs.weight' has other factors than those of Llama 3, "
             f"{found[:3]} ... {found[-1]}: they have no counterpart in a configuration"
         )
     return {

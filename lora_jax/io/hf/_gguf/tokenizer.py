@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files as files of Hugging Face's: byte-level BPE."""
+"""Write the tokenizers of GGUF files as Hugging Face's files: byte-level BPE."""
 
 import json
 from collections.abc import Mapping
@@ -6,69 +6,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_jax.io.hf._gguf.file import Header, read_header
+from lora_jax.io.hf._gguf.header import Header, read_header
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """How text is taken apart before pairs are merged.
+class _Split:
+    """Describe how text is split before pairs are merged.
 
     Attributes:
         words: a pattern of words; None is GPT-2's.
-        digits: whether each digit is one, before words are looked for.
+        digits: whether each digit is split off before words are found.
         nfc: whether characters are composed first.
-        whole: whether a word of the vocabulary is taken whole, whatever the pairs would make.
-        bos: whether a text begins with the token for that, where the file says nothing.
+        direct: whether a word of the vocabulary is one token whatever the pairs would make.
+        bos: whether a text begins with the bos token where the file does not say.
     """
 
     words: str | None = None
     digits: bool = False
     nfc: bool = False
-    whole: bool = False
+    direct: bool = False
     bos: bool = False
 
 
 def _words(digits: str) -> str:
-    """Contractions, letters with one sign before, digits, other signs, line ends, spaces."""
+    """Match contractions, letters with one sign before, digits, other signs, line ends, spaces."""
     return (
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
 
-_RULES = {
-    "gpt-2": _Rule(),
-    "smollm": _Rule(digits=True),
-    "llama-bpe": _Rule(_words(r"\p{N}{1,3}"), whole=True, bos=True),
-    "qwen2": _Rule(_words(r"\p{N}"), nfc=True),
+_SPLITS = {
+    "gpt-2": _Split(),
+    "smollm": _Split(digits=True),
+    "llama-bpe": _Split(_words(r"\p{N}{1,3}"), direct=True, bos=True),
+    "qwen2": _Split(_words(r"\p{N}"), nfc=True),
 }
 
-_CONTROL, _ADDED = 3, 4  # types of tokens that text is searched for
+_CONTROL, _ADDED = 3, 4  # types of tokens that are matched in the text
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # there, here
 
 
 def tokenizer_of(path: Any) -> dict[str, str]:
-    """The tokenizer of a file, as the texts of ``tokenizer.json`` and ``tokenizer_config.json``.
+    """Make ``tokenizer.json`` and ``tokenizer_config.json`` of the tokenizer of a file.
+
+    Returns:
+        The texts of the two files, by name.
 
     Raises:
         ImportError: gguf or tokenizers is not installed.
         OSError: the file cannot be read.
-        ValueError: it is damaged, or its tokenizer is of a kind that is not known.
+        ValueError: the file is damaged, or its tokenizer is of an unknown kind.
     """
     header = read_header(Path(path))
     kind, pre = header.text("tokenizer.ggml.model"), header.text("tokenizer.ggml.pre", "")
-    if kind != "gpt2" or pre not in _RULES:
+    if kind != "gpt2" or pre not in _SPLITS:
         raise ValueError(
             f"{path}: tokenizer.ggml.model={kind!r} with tokenizer.ggml.pre={pre!r}: expected "
-            f"'gpt2', which is byte-level BPE, with one of {sorted(_RULES)}; load the tokenizer of "
-            "the model that the file was made of"
+            f"'gpt2', which is byte-level BPE, with one of {sorted(_SPLITS)}; load the tokenizer "
+            "of the model that the file was made of"
         )
     tokens = _tokens(header)
     roles = {here: header.token(there, len(tokens)) for there, here in _ROLES.items()}
     special = {role: tokens[k] for role, k in roles.items() if k is not None}
-    library, ends = _import_tokenizers(), _ends(header, _RULES[pre], special)
+    library, ends = _import_tokenizers(), _ends(header, _SPLITS[pre], special)
     try:
-        text = _tokenizer(library, header, _RULES[pre], tokens, ends)
+        text = _tokenizer(library, header, _SPLITS[pre], tokens, ends)
     except Exception as error:  # the library has no class of its own
         raise ValueError(f"{path}: its vocabulary is no tokenizer: {error}") from error
     config: dict[str, Any] = {
@@ -86,7 +89,7 @@ def tokenizer_of(path: Any) -> dict[str, str]:
 
 
 def _tokens(header: Header) -> list[str]:
-    """The vocabulary, without doubt about any of it."""
+    """Read the vocabulary, and check it together with the merges and the types."""
     tokens, merges = (header.texts(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
     known = set(tokens)
     if len(known) != len(tokens) or "" in known:
@@ -119,18 +122,20 @@ def _import_tokenizers() -> Any:
 
 
 def _tokenizer(
-    lib: Any, header: Header, rule: _Rule, tokens: list[str], ends: tuple[list[str], list[str]]
+    lib: Any, header: Header, split: _Split, tokens: list[str], ends: tuple[list[str], list[str]]
 ) -> str:
+    """Make the text of ``tokenizer.json``."""
     vocab = {token: k for k, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in header.texts("tokenizer.ggml.merges")]
-    made = lib.Tokenizer(lib.models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.whole))
-    steps = [lib.pre_tokenizers.Digits(individual_digits=True)] if rule.digits else []
-    if rule.words:
-        steps.append(lib.pre_tokenizers.Split(lib.Regex(rule.words), "isolated"))
-    steps.append(lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.words is None))
+    made = lib.Tokenizer(lib.models.BPE(vocab=vocab, merges=merges, ignore_merges=split.direct))
+    steps = [lib.pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    if split.words:
+        steps.append(lib.pre_tokenizers.Split(lib.Regex(split.words), "isolated"))
+    by_regex = split.words is None
+    steps.append(lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex))
     made.pre_tokenizer = lib.pre_tokenizers.Sequence(steps)
     made.decoder = lib.decoders.ByteLevel()
-    if rule.nfc:
+    if split.nfc:
         made.normalizer = lib.normalizers.NFC()
     types = header.values["tokenizer.ggml.token_type"]
     for wanted in (_CONTROL, _ADDED):
@@ -149,10 +154,10 @@ def _tokenizer(
     return made.to_str()
 
 
-def _ends(header: Header, rule: _Rule, special: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The tokens that a text begins and ends with."""
+def _ends(header: Header, split: _Split, special: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Find the tokens that a text begins and ends with."""
     found = []
-    for role, usual in (("bos", rule.bos), ("eos", False)):
+    for role, usual in (("bos", split.bos), ("eos", False)):
         key = f"tokenizer.ggml.add_{role}_token"
         if not isinstance(wanted := header.values.get(key, usual), bool):
             raise ValueError(f"{header.path}: {key}={wanted!r:.100}: expected true or false")
@@ -163,7 +168,7 @@ def _ends(header: Header, rule: _Rule, special: Mapping[str, str]) -> tuple[list
 
 
 def _chat(header: Header) -> dict[str, Any]:
-    """The template of a chat, or several by name."""
+    """Read the template of a chat, or several by name."""
     key = "tokenizer.chat_template"
     if key not in header.values:
         return {}

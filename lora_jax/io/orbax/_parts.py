@@ -1,4 +1,4 @@
-"""Checkpoints of Orbax: parts, each read without the others, beside a record of their leaves."""
+"""Write and read the parts of a checkpoint, each by itself, beside a record of their leaves."""
 
 import contextlib
 import functools
@@ -29,21 +29,23 @@ from lora_jax.io.orbax._leaves import (
     sum_of,
 )
 
-Place: TypeAlias = Sharding | None  # None: the default device, where JAX may move it from
-Places: TypeAlias = Sharding | Callable[[str, tuple[int, ...]], Place] | None
+# None: uncommitted, on the default device.
+Shardings: TypeAlias = Sharding | Callable[[str, tuple[int, ...]], Sharding | None] | None
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
+    """Make a path absolute; a URL is kept."""
     where = os.fspath(path)
     return where if "://" in where else os.path.abspath(where)
 
 
 def exists(where: str) -> bool:
+    """Whether there is a file or a directory, on any storage that Orbax knows."""
     return ocp.Context().file.path_class(where).exists()
 
 
 def checkpointables(record: Any, parts: Mapping[str, Leaves]) -> dict[str, Any]:
-    """All that Orbax is to write: the parts that have arrays, and ``config``."""
+    """Collect what Orbax writes: the parts that have arrays, and ``config``."""
     notes: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
     for part, leaves in parts.items():
@@ -54,16 +56,17 @@ def checkpointables(record: Any, parts: Mapping[str, Leaves]) -> dict[str, Any]:
             name: [label, kinds[name], *(known_of(x) if kinds[name] not in VALUES else [x])]
             for name, (label, x) in leaves.items()
         }
-    said = {"record": record, "leaves": notes}
+    config = {"record": record, "leaves": notes}
     written = {part: found for part, found in arrays.items() if found}  # Orbax refuses empty ones
-    return written | {"config": said | {"sha256": _sha256(said)}}
+    return written | {"config": config | {"sha256": _sha256(config)}}
 
 
-def _sha256(said: Any) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _sha256(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def write(path: str | os.PathLike[str], written: dict[str, Any]) -> None:
+    """Write a checkpoint that does not exist yet."""
     where = absolute(path)
     if exists(where):
         raise FileExistsError(f"{where} exists, and is not replaced: choose another path")
@@ -72,7 +75,7 @@ def write(path: str | os.PathLike[str], written: dict[str, Any]) -> None:
 
 
 def context() -> ocp.Context:
-    """Orbax's defaults, but ``config`` as JSON: a dict of strings would be a tree to it."""
+    """Make Orbax write ``config`` as JSON: it takes a dict of strings for a tree."""
     context = ocp.Context()
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
@@ -80,11 +83,11 @@ def context() -> ocp.Context:
     return context
 
 
-# Reading: the record first, then what is agreed with it, all of it or nothing
+# Reading: first the record, then what agrees with it
 
 
 def config_of(where: str) -> tuple[Any, dict[str, Any]]:
-    """The record, and the notes on the leaves of every part."""
+    """Read the record, and the notes on the leaves of every part."""
     if not exists(where):
         raise FileNotFoundError(f"{where}: there is no checkpoint")
     with reading(where, "config"):
@@ -98,7 +101,7 @@ def config_of(where: str) -> tuple[Any, dict[str, Any]]:
 
 @contextlib.contextmanager
 def reading(where: str, part: str) -> Iterator[None]:
-    """What Orbax raises is of many kinds, and hides the first error in others."""
+    """Turn Orbax's errors, which are of many kinds, into one."""
     try:
         yield
     except Exception as error:
@@ -108,8 +111,8 @@ def reading(where: str, part: str) -> Iterator[None]:
         ) from error
 
 
-def default_place(tree: PyTree) -> Place:
-    """A copy on every device of the mesh of the tree's arrays, if they have one."""
+def default_sharding(tree: PyTree) -> Sharding | None:
+    """Return the replicated sharding on the mesh of the tree's arrays, if there is a mesh."""
     for x in jax.tree.leaves(tree):
         sharding = getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding):
@@ -117,52 +120,59 @@ def default_place(tree: PyTree) -> Place:
     return None
 
 
-def placed(notes: Mapping[str, Any], shardings: Places, params: PyTree) -> dict[str, Place]:
-    """Where named arrays go."""
-    default, places = default_place(params), {}
+def shardings_of(
+    notes: Mapping[str, Any], shardings: Shardings, params: PyTree
+) -> dict[str, Sharding | None]:
+    """Find the sharding of every array that the notes describe."""
+    default, found = default_sharding(params), {}
     for name, (label, kind, *_) in notes.items():
-        place = shardings if shardings is not None else default
-        if callable(place):
-            place = place(label, shape_of(kind))
-        places[name] = _fitting(place, kind, label)
-    return places
+        sharding = shardings if shardings is not None else default
+        if callable(sharding):
+            sharding = sharding(label, shape_of(kind))
+        found[name] = _fitting(sharding, kind, label)
+    return found
 
 
-def _fitting(place: Any, kind: str, label: str) -> Place:
-    if place is not None and not isinstance(place, Sharding):
-        raise TypeError(f"the sharding of {label} is {place!r}, expected a jax.sharding.Sharding")
+def _fitting(sharding: Any, kind: str, label: str) -> Sharding | None:
+    """Return the sharding of an array once it fits."""
+    if sharding is not None and not isinstance(sharding, Sharding):
+        raise TypeError(
+            f"the sharding of {label} is {sharding!r}, expected a jax.sharding.Sharding"
+        )
     try:
-        if place is not None:
-            place.shard_shape(shape_of(kind))
+        if sharding is not None:
+            sharding.shard_shape(shape_of(kind))
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"{label} of {kind} cannot have the sharding {place}: "
-            f"{_misfit(place, shape_of(kind)) or error}. Give it one of its own, by a function of "
-            "name and shape or by the target's leaf, or take a mesh of other sizes"
+            f"{label} of {kind} cannot have the sharding {sharding}: "
+            f"{_misfit(sharding, shape_of(kind)) or error}. Give it one of its own, by a function "
+            "of name and shape or by the target's leaf, or take a mesh of other sizes"
         ) from error
-    return place
+    return sharding
 
 
-def _misfit(place: Place, shape: tuple[int, ...]) -> str | None:
-    """Which axis of an array is not divided by which of the mesh, in words."""
-    if not isinstance(place, NamedSharding):
+def _misfit(sharding: Sharding | None, shape: tuple[int, ...]) -> str | None:
+    """Say which axis of an array is not divided by which axis of the mesh."""
+    if not isinstance(sharding, NamedSharding):
         return None
-    if len(place.spec) > len(shape):
-        return f"it has {len(shape)} axes, and {place.spec} is for {len(place.spec)}"
-    for k, (size, axes) in enumerate(zip(shape, place.spec, strict=False)):
+    if len(sharding.spec) > len(shape):
+        return f"it has {len(shape)} axes, and {sharding.spec} is for {len(sharding.spec)}"
+    for k, (size, axes) in enumerate(zip(shape, sharding.spec, strict=False)):
         names = (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
-        sizes = {name: place.mesh.shape[name] for name in names}
+        sizes = {name: sharding.mesh.shape[name] for name in names}
         if size % math.prod(sizes.values()):
             by = " x ".join(f"mesh axis {name!r} of size {n}" for name, n in sizes.items())
             return f"axis {k} of {size} entries is not divided by {by}"
     return None
 
 
-def agreed(leaves: Leaves, notes: Any, part: str, default: Place, where: str) -> dict[str, Place]:
-    """Where the arrays of a target go, once they are found to be those that were saved."""
+def agreed(
+    leaves: Leaves, notes: Any, part: str, default: Sharding | None, where: str
+) -> dict[str, Sharding | None]:
+    """Find the shardings of the arrays of a target, once it agrees with what was saved."""
     if notes is None:
         raise ValueError(f"{where} was saved without {part}")
-    places = {}
+    found = {}
     saved = [(label, kind) for label, kind, *_ in notes.values()]
     for had, (name, leaf) in itertools.zip_longest(saved, leaves.items(), fillvalue=(None, None)):
         label, x = leaf or (None, None)
@@ -174,25 +184,25 @@ def agreed(leaves: Leaves, notes: Any, part: str, default: Place, where: str) ->
         if had[1] != (kind := kind_of(x, str(label))):
             raise ValueError(f"{where}: {label} was saved as {had[1]}, and {kind} is given")
         if has_entries(kind):
-            place = getattr(x, "sharding", None)
-            if place is None or (isinstance(x, jax.Array) and not x.committed):
-                place = default
-            places[name] = _fitting(place, kind, str(label))
-    return places
+            sharding = getattr(x, "sharding", None)
+            if sharding is None or (isinstance(x, jax.Array) and not x.committed):
+                sharding = default
+            found[name] = _fitting(sharding, kind, str(label))
+    return found
 
 
 def read(
     where: str,
     notes: Mapping[str, Any],
-    places: Mapping[str, Mapping[str, Place]],
+    shardings: Mapping[str, Mapping[str, Sharding | None]],
     trees: Mapping[str, PyTree] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The leaves of parts by name. Their arrays lie flat, or as the names in ``trees``."""
+    """Read the leaves of parts by name; their arrays lie flat, or as the names in ``trees``."""
     found = {}
-    for part, kept in places.items():
+    for part, kept in shardings.items():
         tree = (trees or {}).get(part) or {name: name for name in kept}
-        read = functools.partial(_target, notes[part], kept, where)
-        targets, loaded = jax.tree.map(read, tree), None
+        target = functools.partial(_target, notes[part], kept, where)
+        targets, loaded = jax.tree.map(target, tree), None
         if kept:  # one part at a time: where one fails, Orbax forgets to await the others
             with reading(where, part):
                 loaded = ocp.load(where, targets, checkpointable_name=part)
@@ -204,26 +214,29 @@ def read(
     return found
 
 
-def _target(notes: Mapping[str, Any], places: Mapping[str, Place], where: str, name: str) -> Any:
-    """What tells Orbax to read an array as it was, and where to."""
-    (label, kind, known, *_), place = notes[name], places[name]
+def _target(
+    notes: Mapping[str, Any], shardings: Mapping[str, Sharding | None], where: str, name: str
+) -> Any:
+    """Make what tells Orbax to read an array as it was, and where to put it."""
+    (label, kind, known, *_), sharding = notes[name], shardings[name]
     is_numpy = kind.startswith("numpy ")
     shape, dtype = spec_of(kind, known)
     if not is_numpy and jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"{where}: {label} is {kind}, which JAX has with jax_enable_x64 only")
-    if is_numpy or place is None:
+    if is_numpy or sharding is None:
         return np.broadcast_to(np.zeros((), dtype), shape)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _leaf(note: Any, x: Any, place: Place, where: str) -> Any:
+def _leaf(note: Any, x: Any, sharding: Sharding | None, where: str) -> Any:
+    """Make a leaf of what Orbax read, and compare its checksum."""
     label, kind, known, *impl = note
     if kind in VALUES:
         return known
     if x is None:
         x = np.zeros(*spec_of(kind, known))
-    if place is None and not kind.startswith("numpy "):
-        x = jnp.asarray(x)  # unlike those of Orbax, JAX may move it to where the others are
+    if sharding is None and not kind.startswith("numpy "):
+        x = jnp.asarray(x)  # uncommitted, unlike those of Orbax
     if sum_of(x) != known:
         raise ValueError(f"{where} is damaged: {label} is not what was written")
     return jax.random.wrap_key_data(x, impl=impl[0]) if impl else x

@@ -1,8 +1,8 @@
-"""What stands at the beginning of a GGUF file: what is said of the model, and where tensors are.
+"""Read the header of a GGUF file: the model's key-value pairs, and where its tensors are.
 
-Read here and not by gguf's reader: that one goes round for ever on a damaged length, takes strings
-that are cut off for whole, and a hundred thousand arrays to hold a vocabulary. Its table of types
-and its way to dequantize them are what is used of gguf.
+The reader of the gguf library is not used: it loops forever on a damaged length, accepts strings
+that are cut off, and makes a hundred thousand arrays to hold a vocabulary. Only the library's table
+of types and its dequantization are used.
 """
 
 import functools
@@ -24,7 +24,7 @@ FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-_LARGEST = 64 * 2**20  # bytes of a header, far more than any has
+_LARGEST = 64 * 2**20  # bytes, far more than any header has
 
 _SCALARS = {
     0: "B",
@@ -45,10 +45,10 @@ _AXES = 4  # at most
 
 
 def import_gguf() -> Any:
-    """The library of GGUF's types.
+    """Import the library of GGUF's types.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the library is not installed.
     """
     try:
         import gguf
@@ -60,16 +60,16 @@ def import_gguf() -> Any:
 
 
 def block_of(kind: str) -> tuple[int, int]:
-    """How many numbers a block of a type has, and how many bytes."""
+    """Return how many numbers a block of a type has, and how many bytes."""
     gguf = import_gguf()
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
 
 
 def dequantize(data: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers of rows of blocks, in float32.
+    """Dequantize rows of blocks to float32.
 
     Raises:
-        ValueError: a scale is damaged, so that they are not finite.
+        ValueError: a damaged scale makes numbers that are not finite.
     """
     gguf = import_gguf()
     with np.errstate(all="ignore"):
@@ -80,13 +80,13 @@ def dequantize(data: np.ndarray, kind: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as it stands in a file.
+class TensorInfo:
+    """Describe a tensor of a file.
 
     Attributes:
         kind: the name of its type.
         shape: in PyTorch's axes.
-        start: where its bytes begin.
+        start: the offset of its first byte.
     """
 
     kind: str
@@ -96,76 +96,77 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Hold the header of a file.
 
     Attributes:
         path: of the file.
-        values: all that is said, by key.
+        values: by key.
         tensors: by name.
     """
 
     path: Path
     values: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def architecture(self) -> str:
-        """What llama.cpp calls the kind of model."""
+        """Return llama.cpp's name for the kind of model."""
         return self.text("general.architecture")
 
     def own(self) -> set[str]:
-        """The keys of what is said of the architecture, without its name."""
+        """Return the keys of the architecture, without its name."""
         start = f"{self.architecture}."
         return {key.removeprefix(start) for key in self.values if key.startswith(start)}
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string.
+        """Return a string.
 
         Raises:
-            ValueError: there is none, as for the other kinds.
+            ValueError: there is none; the methods for other kinds raise alike.
         """
         value = self.values.get(key, default)
         return self._checked(key, value, isinstance(value, str), "a string")
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive number of what the architecture has."""
+        """Return a positive integer of the architecture."""
         key = f"{self.architecture}.{key}"
         value = self.values.get(key, default)
         return self._checked(key, value, type(value) is int and value > 0, "a positive integer")
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A positive number of the architecture's."""
+        """Return a positive number of the architecture."""
         key = f"{self.architecture}.{key}"
         value = self.values.get(key, default)
         good = type(value) is float and 0 < value < inf
         return self._checked(key, value, good, "a positive, finite number")
 
     def token(self, role: str, size: int) -> int | None:
-        """The number of a token with a role, or None."""
+        """Return the number of the token with a role, or None."""
         key = f"tokenizer.ggml.{role}_token_id"
         value = self.values.get(key)
         good = value is None or (type(value) is int and 0 <= value < size)
         return self._checked(key, value, good, f"an integer below {size}")
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings."""
+        """Return a list of strings."""
         value = self.values.get(key)
         good = isinstance(value, list) and all(isinstance(x, str) for x in value)
         return self._checked(key, value, good, "a list of strings")
 
     def _checked(self, key: str, value: Any, good: bool, expected: str) -> Any:
         if not good:
-            said = f"{key}={value!r:.100}" if key in self.values else f"without {key}"
-            raise ValueError(f"{self.path}: {said}: expected {expected}")
+            found = f"{key}={value!r:.100}" if key in self.values else f"without {key}"
+            raise ValueError(f"{self.path}: {found}: expected {expected}")
         return value
 
 
 def read_header(path: Path) -> Header:
-    """What a file says, its tensors in their order.
+    """Read the header of a file, with the tensors in their order.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not one, is cut off, is one of several, or contradicts itself.
+        OSError: the file cannot be read.
+        ValueError: the file is no GGUF file, is cut off, is one of several files of a model, or
+            contradicts itself.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -182,18 +183,18 @@ def read_header(path: Path) -> Header:
 
 
 class _Bytes:
-    """A file from its beginning to where its header may end at most."""
+    """Read a file from its beginning up to the largest possible end of the header."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self._file, self._size, self.place = file, min(size, _LARGEST), 0
+        self._file, self._size, self.position = file, min(size, _LARGEST), 0
 
     def take(self, count: int) -> bytes:
-        if count > self._size - self.place:
+        if count > self._size - self.position:
             raise ValueError(
-                f"{count:,} bytes are to follow at {self.place:,}, and the header can have "
+                f"{count:,} bytes are to follow at {self.position:,}, and the header can have "
                 f"{self._size:,}"
             )
-        self.place += count
+        self.position += count
         data = self._file.read(count)
         if len(data) != count:
             raise ValueError("it was cut off while it was read")
@@ -204,7 +205,7 @@ class _Bytes:
         if letter == "?" and data > b"\1":
             raise ValueError(f"{data[0]} is neither true nor false")
         (value,) = struct.unpack(f"<{letter}", data)
-        # the number that was meant: 1e-05, not 9.999999747378752e-06
+        # the shortest number with this float32: 1e-05, not 9.999999747378752e-06
         return float(str(np.float32(value))) if letter == "f" else value
 
     def text(self) -> str:
@@ -219,17 +220,18 @@ class _Bytes:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise ValueError(f"a value at {self.place:,} is of type {kind}, which there is not")
+            raise ValueError(f"a value at {self.position:,} is of type {kind}, which there is not")
         kind, count = self.number("I"), self.number("Q")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
-            raise ValueError(f"a list at {self.place:,} is of type {kind}, which there is not")
+            raise ValueError(f"a list at {self.position:,} is of type {kind}, which there is not")
         dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
 
-def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Read the values and the tensors; check the tensors against the size of the file."""
     if data.take(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     if (version := data.number("I")) not in (2, 3):
@@ -244,14 +246,14 @@ def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
     align = values.get("general.alignment", 32)
     if type(align) is not int or align < 1 or align & (align - 1):
         raise ValueError(f"general.alignment={align!r}, expected a power of two")
-    start = end = data.place + -data.place % align
-    found: dict[str, Stored] = {}
+    start = end = data.position + -data.position % align
+    found: dict[str, TensorInfo] = {}
     for name, kind, shape, offset in infos:
         if name in found:
             raise ValueError(f"a tensor {name!r} stands twice")
         if offset != (expected := end - start + -end % align if found else 0):
             raise ValueError(f"{name!r} begins at {offset:,}, expected {expected:,}")
-        found[name] = Stored(kind, shape, start + offset)
+        found[name] = TensorInfo(kind, shape, start + offset)
         end = start + offset + _bytes(name, kind, shape)
     if not end <= size <= end + -end % align:
         raise ValueError(f"{size:,} bytes, and its tensors end at {end:,}")
@@ -259,7 +261,7 @@ def _read(data: _Bytes, size: int) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 def _info(data: _Bytes) -> tuple[str, str, tuple[int, ...], int]:
-    """The name, type, shape and offset of a tensor."""
+    """Read the name, the type, the shape and the offset of a tensor."""
     name, axes = data.text(), data.number("I")
     if not 1 <= axes <= _AXES:
         raise ValueError(f"{name!r} has {axes} axes, expected 1 to {_AXES}")
@@ -275,7 +277,7 @@ def _info(data: _Bytes) -> tuple[str, str, tuple[int, ...], int]:
 
 @functools.cache
 def _kinds() -> dict[int, str]:
-    """The types whose numbers can be had."""
+    """Find the types that can be read, by number."""
     found = {}
     for kind in import_gguf().GGMLQuantizationType:
         try:
@@ -288,6 +290,7 @@ def _kinds() -> dict[int, str]:
 
 
 def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
+    """Compute the size of a tensor in the file."""
     block, size = block_of(kind)
     if shape[-1] % block or not prod(shape):
         raise ValueError(f"{name!r}, {kind} of shape {shape}: expected rows in blocks of {block}")
