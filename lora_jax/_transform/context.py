@@ -1,7 +1,7 @@
 """``Context``: one run of ``lora(fn)``: its policy, its record, and the place it has reached."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -193,6 +193,14 @@ class Context:
             self.record.uses.append(use)
             self._complain(use)
         return v.dense()
+
+    def plain(self, values: list[Any], why: str, where: Iterable[bool] | None = None) -> list[Any]:
+        """Materialize the weights among the values; with ``where``, those it is True for."""
+        flags = [True] * len(values) if where is None else where
+        return [
+            self.materialize(v, why) if flag and isinstance(v, LoraArray) else v
+            for v, flag in zip(values, flags, strict=True)
+        ]
 
     def _complain(self, use: Use) -> None:
         use = replace(use, leaf=self.names.get(use.leaf, use.leaf))

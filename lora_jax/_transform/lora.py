@@ -14,7 +14,6 @@ from lora_jax._transform import rules as rules  # they enter the table
 from lora_jax._transform.call import Call, enter
 from lora_jax._transform.context import Context, MaterializeError, OnMaterialize, Policy
 from lora_jax._transform.interpret import evaluate
-from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.record import Record
 from lora_jax._weights.axes import is_array, role_axes
@@ -158,10 +157,7 @@ def _dropout_key(key: Any, dropout: float) -> jax.Array:
 
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
     """Return the outputs of the function as plain arrays."""
-    return [
-        ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
-        for v in evaluate(ctx, jaxpr, values)
-    ]
+    return ctx.plain(evaluate(ctx, jaxpr, values), "is returned by the function")
 
 
 def rehearse(jaxpr: Any, values: list[Any]) -> Record:
