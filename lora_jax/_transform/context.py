@@ -183,8 +183,8 @@ class Context:
         form = f"{v.w.dtype}{list(v.shape)}"
         if v.has_keys:
             raise NotImplementedError(
-                f"lora: the weight {v.leaves[0].path!r} {form} {why}, where the whole weight is "
-                "built and there is no input of the adapter's to drop. Call without lora_key, or "
+                f"lora: the weight {v.leaves[0].path!r} {form} {why}, where the weight is built "
+                "and there is no input of the adapter's to drop. Call without lora_key, or "
                 f"keep the weight out: lorafy(..., exclude={v.leaves[0].path!r})"
             )
         for leaf in v.leaves:

@@ -119,7 +119,7 @@ def run_lora(
         leaves = call.leaves[owner]
         _check_used(ctx.record, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
         # A gradient for the input alone may need a weight's transpose only: the forward use,
-        # which tells its layout, is in the part that no output needs.
+        # which shows its layout, is in the part that no output needs.
         if _misread(ctx.record, owner, node.adapter, leaves):
             wrong = _misread(rehearse(untrimmed, values), owner, node.adapter, leaves)
             if wrong:
@@ -218,7 +218,7 @@ def _misread(record: Record, owner: int, adapter: Adapter, leaves: Mapping[str, 
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch, outputs = (big.intersection(role_axes(f.layout, r)) for r in "ibo")
-        uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.tells]
+        uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.has_roles]
         if not (uses and inputs and outputs) or any(use.why for use in uses):
             continue  # which axes are read is not known, or makes no difference
         if not any((big & use.contracted) - batch == inputs for use in uses):

@@ -46,7 +46,7 @@ def _take_range(
 
 
 def _picked(delta: AnyDelta, axis: int, shape: Sequence[int], size: int) -> AnyDelta:
-    """Note that one entry was picked, if ``size`` of ``shape[axis]`` says so."""
+    """Note that an entry was picked, if ``size`` is 1 and ``shape[axis]`` is not."""
     return delta if size != 1 or shape[axis] == 1 else delta.marked("picked", [axis])
 
 
