@@ -54,13 +54,13 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any, list[A
 
     Returns:
         Its jaxpr without what no output needs (NNX hands a scanned layer's parameters back as
-        outputs of the scan, where nobody reads them); the whole of it; the constants that both
+        outputs of the scan, where nobody reads them); the untrimmed jaxpr; the constants that both
         take as their first inputs; and the structure of ``fn``'s output.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    whole = _open(closed)
-    live, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars), instantiate=True)
-    return live, whole, list(closed.consts), jax.tree.structure(out)
+    untrimmed = _open(closed)
+    live, _ = partial_eval.dce_jaxpr(untrimmed, [True] * len(untrimmed.outvars), instantiate=True)
+    return live, untrimmed, list(closed.consts), jax.tree.structure(out)
 
 
 def _open(closed: Any) -> core.Jaxpr:
@@ -186,12 +186,12 @@ def explicit_sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
 
 
 def to_mesh_of(eqn: core.JaxprEqn, x: jax.Array) -> jax.Array:
-    """An array after a ``reshard``: where that changes the kind of the mesh's axes, whole there."""
+    """Reshard an array: replicated where the ``reshard`` changes the kind of the mesh's axes."""
     there = eqn.params["dst_sharding"]
     if jax.typeof(x).sharding.mesh.axis_types == there.mesh.axis_types:
         return x
-    whole = NamedSharding(there.mesh, PartitionSpec(*[None] * x.ndim))
-    return eqn.primitive.bind(x, **dict(eqn.params, dst_sharding=whole))
+    replicated = NamedSharding(there.mesh, PartitionSpec(*[None] * x.ndim))
+    return eqn.primitive.bind(x, **dict(eqn.params, dst_sharding=replicated))
 
 
 def _folder(package: str) -> str:

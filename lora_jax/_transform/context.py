@@ -1,7 +1,7 @@
 """``Context``: one run of ``lora(fn)``: its policy, its record, and the place it has reached."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -183,8 +183,8 @@ class Context:
         form = f"{v.w.dtype}{list(v.shape)}"
         if v.has_keys:
             raise NotImplementedError(
-                f"lora: the weight {v.leaves[0].path!r} {form} {why}, where the whole weight is "
-                "built and there is no input of the adapter's to drop. Call without lora_key, or "
+                f"lora: the weight {v.leaves[0].path!r} {form} {why}, where the weight is built "
+                "and there is no input of the adapter's to drop. Call without lora_key, or "
                 f"keep the weight out: lorafy(..., exclude={v.leaves[0].path!r})"
             )
         for leaf in v.leaves:
@@ -193,6 +193,14 @@ class Context:
             self.record.uses.append(use)
             self._complain(use)
         return v.dense()
+
+    def plain(self, values: list[Any], why: str, where: Iterable[bool] | None = None) -> list[Any]:
+        """Materialize the weights among the values; with ``where``, those it is True for."""
+        flags = [True] * len(values) if where is None else where
+        return [
+            self.materialize(v, why) if flag and isinstance(v, LoraArray) else v
+            for v, flag in zip(values, flags, strict=True)
+        ]
 
     def _complain(self, use: Use) -> None:
         use = replace(use, leaf=self.names.get(use.leaf, use.leaf))

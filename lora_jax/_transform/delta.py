@@ -35,12 +35,11 @@ class Delta(Follower):
     """``scale * sum_RANK a b`` in ``ranges`` of ``W``; then ``1 + gain`` times what is there.
 
     Attributes:
-        origin: the weight, and what has become of its axes.
-        ranges: the parts of ``W``'s axes it covers; other axes are covered entirely.
+        origin, ranges: its place in ``W``: see :class:`Follower`.
         a: the factor that reads, ``[*batch, *in, RANK]`` as it enters the function.
         b: the factor that writes, ``[*batch, RANK, *out]``.
         scale: a 0-d array; ``[MEMBER]`` with a router.
-        gain: minus one, what multiplies ``W`` and the update; None is 0.
+        gain: ``[*batch, *out]``; None is 0.
         key: a PRNG key for the dropout of what it reads; None drops nothing.
         pick: which members of a stack count; None without a stack.
     """
@@ -107,10 +106,9 @@ class Delta(Follower):
 
     @property
     def is_read(self) -> bool:
-        """Whether one of the factors has none of the weight's axes left for itself.
+        """Whether a factor has no axis of the weight left for itself.
 
-        After a lookup of rows, or a sum over inputs, ``a b`` is an activation, no longer an update
-        of the weight.
+        After a lookup, or a sum over inputs, ``a b`` is an activation, no update of the weight.
         """
         return not self.reads or not self._is_live(self.b, self.a)
 
@@ -148,14 +146,10 @@ class Delta(Follower):
         return self.map(lambda x: x.broadcast({axis: size}) if x is small else x)
 
     def _pad(self, r: Range, size: int) -> "Delta":
-        new = self.expanded(r.axis, r.stop - r.start)._with_gain_along(r)
+        new = self.expanded(r.axis, r.stop - r.start)
+        if new.gain is not None:
+            new = dataclasses.replace(new, gain=_along_range(new.gain, r))
         return new.along(r.axis, partial(pad_axis, start=r.start, size=size))
-
-    def _with_gain_along(self, r: Range) -> "Delta":
-        """Give the gain the axis of a range, if there is a gain."""
-        if self.gain is None or r.axis in self.gain.labels:
-            return self
-        return dataclasses.replace(self, gain=self.gain.broadcast({r.axis: r.stop - r.start}))
 
     def regrouped(self, groups: Groups, old: Sequence[int], new: Sequence[int]) -> "Delta | None":
         """Follow ``W`` through a reshape; None if it merges axes of ``a`` with axes of ``b``."""
@@ -185,10 +179,9 @@ class Delta(Follower):
     def times(
         self, x: Labelled, shape: Sequence[int], f: Callable[[Any, Any], jax.Array]
     ) -> "Delta | None":
-        """Replace a factor by ``f(factor, x)``, where ``f`` multiplies or divides.
+        """Multiply a factor by ``x``, or divide, as ``f`` does; None if no factor can take it.
 
-        The factor has all axes of ``x``, but for those that neither factor has. None if there is no
-        such factor.
+        The factor has all axes of ``x``, but for those that neither factor has.
         """
         delta = self.picked()  # x is no business of other members
         foreign = [axis for axis in x.labels if not delta.has(axis)]
@@ -224,22 +217,16 @@ class Delta(Follower):
             if not delta.has(axis):
                 delta = delta.scaled(lambda scale, n=last - first: n * scale)
             delta = delta.with_range(axis, 0, size, size)
-
-        def sum_of(x: Labelled) -> Labelled:
-            where = [i for i, label in enumerate(x.labels) if label in axes]
-            return Labelled(x.array.sum(where), tuple(lab for lab in x.labels if lab not in axes))
-
-        return delta.map(sum_of)
+        return delta.map(lambda x: x.sum(axes))
 
     def gains(self, shape: Sequence[int]) -> Labelled | None:
         """Return ``1 + gain``, and 1 outside of the ranges; None without a gain."""
         if self.gain is None:
             return None
-        delta = self.picked()
+        gain: Any = self.picked().gain
         for r in self.ranges:
-            delta = delta._with_gain_along(r)
-        assert delta.gain is not None
-        gain = place(delta.gain, self.ranges, shape)
+            gain = _along_range(gain, r)
+        gain = place(gain, self.ranges, shape)
         return Labelled(1 + gain.array, gain.labels)
 
     def dense(self, shape: Sequence[int], dtype: Any) -> jax.Array:
@@ -250,8 +237,7 @@ class Delta(Follower):
         one = self.picked()
         a, b, out = one.a.astype(dtype), one.b.astype(dtype), tuple(range(len(shape)))
         product = contract(a, b, out, precision=lax.Precision.HIGHEST, dtype=dtype)
-        product = Labelled(product.array * one.scale.astype(dtype), out)
-        return place(product, self.ranges, shape).array
+        return place(product.scaled(one.scale), self.ranges, shape).array
 
     # Stacks of adapters
 
@@ -298,7 +284,7 @@ class Delta(Follower):
             NotImplementedError: ``x`` is no input that could choose the members.
         """
         if not isinstance(self.pick, Router):
-            return Labelled(small.array * self.scale.astype(small.array.dtype), small.labels)
+            return small.scaled(self.scale)
         # the product may have batch axes of the weight that x has not
         known = {*x.labels, *(set(self.a.labels) & set(self.b.labels))}
         if not isinstance(x.array, jax.Array) or not known.issuperset(self.pick.directions.labels):
@@ -315,7 +301,7 @@ class Delta(Follower):
         """
         if isinstance(self.pick, Slot):
             return self.map(self.pick.stepping)
-        return self.map(_leading)
+        return self.map(lambda x: x.front(0))
 
     def at_step(self, step: Any) -> "Delta":
         """Note which step counts, for a stack's arrays with an axis ``STEP``."""
@@ -325,8 +311,7 @@ class Delta(Follower):
 
     def unscaled(self) -> "Delta":
         """Multiply ``b`` by the scale, which is None then: each step of a loop may have its own."""
-        b = Labelled(self.b.array * self.scale.astype(self.b.array.dtype), self.b.labels)
-        return dataclasses.replace(self, b=b, scale=None)
+        return dataclasses.replace(self, b=self.b.scaled(self.scale), scale=None)
 
     def stacked(self) -> "Delta":
         """Follow an unscaled ``W`` to the stack of it over the steps of a loop.
@@ -343,12 +328,9 @@ def _own(x: Labelled, other: Labelled) -> list[Any]:
     return [lab for lab in x.labels if lab not in other.labels and not isinstance(lab, Axis)]
 
 
-def _leading(x: Labelled) -> Labelled:
-    if 0 not in x.labels:
-        return x
-    axis = x.axis(0)
-    labels = (0, *x.labels[:axis], *x.labels[axis + 1 :])
-    return Labelled(jnp.moveaxis(x.array, axis, 0), labels)
+def _along_range(x: Labelled, r: Range) -> Labelled:
+    """Give ``x`` the axis of a range, constant along it."""
+    return x if r.axis in x.labels else x.broadcast({r.axis: r.stop - r.start})
 
 
 AnyDelta = Delta | Probe

@@ -146,15 +146,15 @@ def _why_not(leaf: Any) -> str | None:
 
 
 def _primary(uses: list[Use]) -> Use | None:
-    """Return the use that tells the layout: a lookup, or the first that reads and writes."""
-    clean = [use for use in uses if use.tells and not use.contracted & use.free]
+    """Return the use that shows the layout: a lookup, or the first that reads and writes."""
+    clean = [use for use in uses if use.has_roles and not use.contracted & use.free]
     return next((use for use in clean if use.primitive == "gather"), clean[0] if clean else None)
 
 
 def _layout(uses: list[Use], shape: tuple[int, ...]) -> str | None:
     """Infer a layout from uses; None if no use reads some axes and writes others."""
-    told = [use for use in uses if use.contracted or use.free]
-    use = _primary(uses) or next((use for use in told if not use.contracted & use.free), None)
+    some = [use for use in uses if use.contracted or use.free]
+    use = _primary(uses) or next((use for use in some if not use.contracted & use.free), None)
     if use is None:
         return None
     letters = [use.role(axis) for axis in range(len(shape))]
@@ -174,7 +174,7 @@ def kind_of(uses: list[Use]) -> str:
 
 
 def _unused(uses: list[Use]) -> str:
-    """Return why uses do not tell a layout."""
+    """Return why a layout cannot be inferred from uses."""
     built = [use for use in uses if use.why]
     if built:
         return built[0].reason

@@ -83,9 +83,7 @@ def _apply(ctx: Context, rule: Rule | None, eqn: Any, values: list[Any]) -> list
         outputs = rule.apply(ctx, eqn, values)
     if outputs is not NotImplemented:
         return outputs
-    why = _why(rule, eqn, values)
-    plain = [ctx.materialize(v, why) if isinstance(v, LoraArray) else v for v in values]
-    return bind(eqn, plain)
+    return bind(eqn, ctx.plain(values, _why(rule, eqn, values)))
 
 
 def _is_folded(v: Any) -> bool:

@@ -58,11 +58,27 @@ class Labelled:
         """Cast the array."""
         return Labelled(self.array.astype(dtype), self.labels)
 
+    def scaled(self, number: jax.Array) -> "Labelled":
+        """Multiply the array by a 0-d array, in the array's dtype."""
+        return Labelled(self.array * number.astype(self.array.dtype), self.labels)
+
+    def sum(self, labels: Sequence[Label]) -> "Labelled":
+        """Sum over those of the axes ``labels`` that it has."""
+        axes = [i for i, label in enumerate(self.labels) if label in labels]
+        return Labelled(self.array.sum(axes), tuple(x for x in self.labels if x not in labels))
+
     def along(self, label: Label, f: Callable[[Any, int], Any]) -> "Labelled":
         """Replace the array by ``f(array, axis)`` if it has this axis."""
         if label not in self.labels:
             return self
         return Labelled(f(self.array, self.axis(label)), self.labels)
+
+    def front(self, label: Label) -> "Labelled":
+        """Move an axis to the front, if it has it."""
+        if label not in self.labels:
+            return self
+        labels = (label, *(x for x in self.labels if x != label))
+        return Labelled(jnp.moveaxis(self.array, self.axis(label), 0), labels)
 
     def relabel(self, new: Mapping[Any, Any]) -> "Labelled":
         """Rename every label to ``new[label]``; an :class:`Axis` that is not in ``new`` stays."""
@@ -117,10 +133,8 @@ def _positions(labels: Sequence[Label], x: Labelled, y: Labelled) -> tuple[list[
 
 def _sum_alone(x: Labelled, wanted: Sequence[Label]) -> Labelled:
     """Sum over the axes that nobody wants."""
-    alone = [i for i, lab in enumerate(x.labels) if lab not in wanted]
-    if not alone:
-        return x
-    return Labelled(x.array.sum(alone), tuple(lab for lab in x.labels if lab in wanted))
+    alone = [label for label in x.labels if label not in wanted]
+    return x.sum(alone) if alone else x
 
 
 def _explicit(x: Labelled, y: Labelled, out: Sequence[Label]) -> tuple[Labelled, Labelled, Any]:

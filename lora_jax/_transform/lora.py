@@ -14,7 +14,6 @@ from lora_jax._transform import rules as rules  # they enter the table
 from lora_jax._transform.call import Call, enter
 from lora_jax._transform.context import Context, MaterializeError, OnMaterialize, Policy
 from lora_jax._transform.interpret import evaluate
-from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.record import Record
 from lora_jax._weights.axes import is_array, role_axes
@@ -120,7 +119,7 @@ def run_lora(
         leaves = call.leaves[owner]
         _check_used(ctx.record, owner, node.adapter, leaves, call.paths_read(owner, read), consts)
         # A gradient for the input alone may need a weight's transpose only: the forward use,
-        # which tells its layout, is in the part that no output needs.
+        # which shows its layout, is in the part that no output needs.
         if _misread(ctx.record, owner, node.adapter, leaves):
             wrong = _misread(rehearse(untrimmed, values), owner, node.adapter, leaves)
             if wrong:
@@ -158,10 +157,7 @@ def _dropout_key(key: Any, dropout: float) -> jax.Array:
 
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
     """Return the outputs of the function as plain arrays."""
-    return [
-        ctx.materialize(v, "is returned by the function") if isinstance(v, LoraArray) else v
-        for v in evaluate(ctx, jaxpr, values)
-    ]
+    return ctx.plain(evaluate(ctx, jaxpr, values), "is returned by the function")
 
 
 def rehearse(jaxpr: Any, values: list[Any]) -> Record:
@@ -222,7 +218,7 @@ def _misread(record: Record, owner: int, adapter: Adapter, leaves: Mapping[str, 
         shape = tuple(leaves[path].shape)
         big = {i for i, size in enumerate(shape) if size != 1}
         inputs, batch, outputs = (big.intersection(role_axes(f.layout, r)) for r in "ibo")
-        uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.tells]
+        uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.has_roles]
         if not (uses and inputs and outputs) or any(use.why for use in uses):
             continue  # which axes are read is not known, or makes no difference
         if not any((big & use.contracted) - batch == inputs for use in uses):

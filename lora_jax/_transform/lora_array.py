@@ -105,6 +105,11 @@ class LoraArray:
         return [gain for delta in self.updates if (gain := delta.gains(shape)) is not None]
 
 
+def frozen(values: Iterable[Any]) -> list[Any]:
+    """Return the values with the frozen part of each weight."""
+    return [v.w if isinstance(v, LoraArray) else v for v in values]
+
+
 def gains_around(
     v: LoraArray, summed: Sequence[int], matched: Sequence[int]
 ) -> tuple[list[Labelled], list[Labelled]] | None:

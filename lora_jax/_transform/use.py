@@ -48,8 +48,8 @@ class Use:
         return f"{frame.filename}:{frame.lineno} ({frame.name}){text}"
 
     @property
-    def tells(self) -> bool:
-        """Whether it tells what the weight reads and what it writes."""
+    def has_roles(self) -> bool:
+        """Whether it shows which axes the weight reads, and which it writes."""
         return bool(self.contracted) and bool(self.free)
 
     @property
@@ -63,7 +63,7 @@ class Use:
         path = self.leaf.path
         return (
             f"lora: the weight {path!r} {self.form} {self.reason}\n"
-            "There the whole W + (alpha / rank) A B would have to be built. Either keep it "
+            "There W + (alpha / rank) A B would have to be built. Either keep it "
             f"out: lorafy(..., exclude={path!r}); or allow it, at the cost of its memory: "
             "lora(fn, on_materialize='allow') (or 'warn')."
         )

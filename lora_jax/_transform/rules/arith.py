@@ -10,7 +10,7 @@ from lora_jax._transform.context import Context
 from lora_jax._transform.delta import AnyDelta
 from lora_jax._transform.labelled import Labelled
 from lora_jax._transform.lazy import bind
-from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.lora_array import LoraArray, frozen
 from lora_jax._transform.regroup import axis_groups
 from lora_jax._transform.rule import rule
 
@@ -82,8 +82,7 @@ def scale_axes(v: LoraArray, w: jax.Array, x: Labelled, f=lax.mul) -> Any:
 @rule("add", "sub", "add_any")
 def add(ctx: Context, eqn, values):
     """Give the sum of two weights the deltas of both."""
-    plain = [v.w if isinstance(v, LoraArray) else v for v in values]
-    (w,) = bind(eqn, plain)
+    (w,) = bind(eqn, frozen(values))
     deltas: list[AnyDelta | None] = []
     for i, v in enumerate(values):
         if isinstance(v, LoraArray):
@@ -115,7 +114,7 @@ def reduce_sum(ctx: Context, eqn, values):
     new = {old: i for i, old in enumerate(kept)}
 
     def sum_delta(delta: AnyDelta) -> AnyDelta | None:
-        delta = delta.marked("summed", axes).summed(axes, v.shape)
-        return None if delta is None else delta.moved(new, len(kept))
+        found = delta.marked("summed", axes).summed(axes, v.shape)
+        return None if found is None else found.moved(new, len(kept))
 
     return exact(w, map(sum_delta, v.deltas))

@@ -84,19 +84,14 @@ def _stable_carry(
         changed = [isinstance(v, LoraArray) and not k for v, k in zip(init, keeps, strict=True)]
         if not any(changed):
             break
-        init = [ctx.materialize(v, why) if c else v for v, c in zip(init, changed, strict=True)]
+        init = ctx.plain(init, why, changed)
 
     return init, lambda carry: _as_before(ctx, step(carry), init, why)
 
 
 def _as_before(ctx: Context, values: list[Any], before: list[Any], why: str) -> list[Any]:
     """Materialize every weight that took the place of a plain array."""
-    return [
-        ctx.materialize(v, why)
-        if isinstance(v, LoraArray) and not isinstance(old, LoraArray)
-        else v
-        for v, old in zip(values, before, strict=True)
-    ]
+    return ctx.plain(values, why, [not isinstance(old, LoraArray) for old in before])
 
 
 @rule("while")
@@ -152,13 +147,8 @@ def cond(ctx: Context, eqn, values):
     ]
     why = "leaves the branches of 'cond' in different forms"
 
-    def joined(outputs):
-        return [
-            v if ok or not isinstance(v, LoraArray) else ctx.materialize(v, why)
-            for v, ok in zip(outputs, same, strict=True)
-        ]
-
-    return lax.switch(index, branches(joined), *operands)
+    joined = branches(lambda outputs: ctx.plain(outputs, why, [not ok for ok in same]))
+    return lax.switch(index, joined, *operands)
 
 
 @rule("scan")
@@ -200,7 +190,10 @@ def scan(ctx: Context, eqn, values):
 
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(stable_body, init, moving, **params)
-    return [*with_fixed(carry), *map(_stacked, ys)]
+    stacked = (
+        y.map(y.w, lambda delta: delta.stacked()) if isinstance(y, LoraArray) else y for y in ys
+    )
+    return [*with_fixed(carry), *stacked]
 
 
 def _handed_on(eqn, carried: list[Any], n_consts: int) -> list[bool]:
@@ -217,13 +210,6 @@ def _unscaled(ctx: Context, v: Any) -> Any:
     if v.unfolded is not None:
         return ctx.materialize(v, "leaves the body of 'scan' with merged axes")
     return v.map(v.w, lambda delta: delta.picked().unscaled())
-
-
-def _stacked(v: Any) -> Any:
-    """Return an output of a scan, whose arrays are stacked along a new first axis of ``W``."""
-    if not isinstance(v, LoraArray):
-        return v
-    return v.map(v.w, lambda delta: delta.stacked())
 
 
 def _split_leading(v: Any) -> tuple[Any, Callable[[Any, Any], Any]]:
@@ -263,11 +249,7 @@ def shard_map(ctx: Context, eqn, values):
     values, specs = [v for v, _ in split], [spec for _, spec in split]
 
     def body(*args):
-        outputs = run(ctx, eqn.params["jaxpr"], args)
-        return [
-            ctx.materialize(v, "leaves a 'shard_map'") if isinstance(v, LoraArray) else v
-            for v in outputs
-        ]
+        return ctx.plain(run(ctx, eqn.params["jaxpr"], args), "leaves a 'shard_map'")
 
     return _jax.rebind_shard_map(eqn, body, values, specs)
 

@@ -23,7 +23,7 @@ from lora_jax._transform.labelled import (
     times,
 )
 from lora_jax._transform.lazy import bind, force
-from lora_jax._transform.lora_array import LoraArray, gains_around
+from lora_jax._transform.lora_array import LoraArray, frozen, gains_around
 from lora_jax._transform.rule import rule
 from lora_jax._transform.rules.arith import scale_axes
 from lora_jax._transform.rules.slice import take_range
@@ -137,7 +137,7 @@ def dot_general(ctx: Context, eqn, values):
                 ctx.use(v, contracting[side], batch[side])
         return NotImplemented
     values, after = around
-    plain = [v.w if isinstance(v, LoraArray) else v for v in values]
+    plain = frozen(values)
     (result,) = bind(eqn, plain)
     for side, v in enumerate(values):
         if not isinstance(v, LoraArray):

@@ -35,27 +35,16 @@ def gather(ctx: Context, eqn, values):
 
 
 class _Numbers(NamedTuple):
-    """The axes of a gather from ``W``.
+    """The axes of a gather from ``W``."""
 
-    Attributes:
-        shape: of ``W``.
-        ndim: of the result.
-        sizes: the size of a slice along each axis of ``W``.
-        indexed: the axes of ``W`` that index ``k`` of a vector of indices goes along.
-        batching: the axes of ``W`` that go along with an axis of the indices, which is the value.
-        collapsed: the axes of ``W`` of which one entry is taken.
-        offset: the axis of the result for each axis of ``W`` that is left.
-        lookup: the axes of the result that the indices have.
-    """
-
-    shape: tuple[int, ...]
-    ndim: int
-    sizes: tuple[int, ...]
-    indexed: tuple[int, ...]
-    batching: dict[int, int]
-    collapsed: tuple[int, ...]
-    offset: dict[int, int]
-    lookup: list[int]
+    shape: tuple[int, ...]  # of W
+    ndim: int  # of the result
+    sizes: tuple[int, ...]  # of a slice of W
+    indexed: tuple[int, ...]  # the axes of W that the entries of an index vector go along
+    batching: dict[int, int]  # axes of W that go along with an axis of the indices
+    collapsed: tuple[int, ...]  # axes of W of which one entry is taken
+    offset: dict[int, int]  # the other axes of W, and those of the result
+    lookup: list[int]  # the axes of the result that the indices have
 
     @classmethod
     def of(cls, params: Any, shape: Sequence[int], ndim: int) -> "_Numbers":

@@ -9,7 +9,7 @@ from jax import lax
 from lora_jax import _jax
 from lora_jax._transform.context import Context
 from lora_jax._transform.lazy import bind
-from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.lora_array import LoraArray, frozen
 from lora_jax._transform.rule import rule
 
 
@@ -35,10 +35,9 @@ def convert(ctx: Context, eqn, values):
 @rule("sharding_constraint", "device_put", "optimization_barrier", "name", folds=True)
 def pass_on(ctx: Context, eqn, values):
     """Give the frozen part the place, order or name that is asked for."""
-    plain = [v.w if isinstance(v, LoraArray) else v for v in values]
     return [
         dataclasses.replace(v, w=out) if isinstance(v, LoraArray) else out
-        for v, out in zip(values, bind(eqn, plain), strict=True)
+        for v, out in zip(values, bind(eqn, frozen(values)), strict=True)
     ]
 
 

@@ -49,28 +49,16 @@ class _Form(NamedTuple):
     ``x`` is ``[*x_batch, *rows, *x_summed]`` and ``W`` is ``[*batch, *group, *summed, *free]``, in
     any order. The result is ``[*batch, *rows, *free]``, after the groups if they are parts of a
     summed axis.
-
-    Attributes:
-        x_summed: the axes of ``x`` that are summed over.
-        x_batch: the batch axes of ``x``.
-        ragged: the axis of ``x`` that is in groups.
-        summed: the axes of ``W`` that are summed over.
-        batch: the batch axes of ``W``.
-        group: the axis of ``W`` with an entry per group; none if the groups are parts of a summed
-            or batch axis.
-        free: the other axes of ``W``.
-        options: the options of every ragged product.
-        precision: the precision of every product.
     """
 
     x_summed: tuple[int, ...]
     x_batch: tuple[int, ...]
-    ragged: int
+    ragged: int  # the axis of x that is in groups
     summed: tuple[int, ...]
     batch: tuple[int, ...]
-    group: tuple[int, ...]
+    group: tuple[int, ...]  # empty if the groups are parts of a summed or batch axis
     free: tuple[int, ...]
-    options: dict[str, Any]
+    options: dict[str, Any]  # of every ragged product
     precision: Any
 
     @classmethod

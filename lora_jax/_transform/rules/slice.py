@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax._transform.context import Context
 from lora_jax._transform.delta import AnyDelta
 from lora_jax._transform.lazy import bind, moved
-from lora_jax._transform.lora_array import LoraArray, adapted
+from lora_jax._transform.lora_array import LoraArray, adapted, frozen
 from lora_jax._transform.rule import rule
 
 
@@ -46,7 +46,7 @@ def _take_range(
 
 
 def _picked(delta: AnyDelta, axis: int, shape: Sequence[int], size: int) -> AnyDelta:
-    """Note that one entry was picked, if ``size`` of ``shape[axis]`` says so."""
+    """Note that an entry was picked, if ``size`` is 1 and ``shape[axis]`` is not."""
     return delta if size != 1 or shape[axis] == 1 else delta.marked("picked", [axis])
 
 
@@ -95,7 +95,7 @@ def dynamic_slice(ctx: Context, eqn, values):
 @rule("concatenate")
 def concatenate(ctx: Context, eqn, values):
     """Put weights together: the update of each covers a range of the result."""
-    (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
+    (w,) = bind(eqn, frozen(values))
     axis, start = eqn.params["dimension"], 0
     deltas: list[AnyDelta] = []
     for v in values:
@@ -110,7 +110,7 @@ def concatenate(ctx: Context, eqn, values):
 @rule("stack")
 def stack(ctx: Context, eqn, values):
     """Stack weights along a new axis: the update of each covers one entry of it."""
-    (w,) = bind(eqn, [v.w if isinstance(v, LoraArray) else v for v in values])
+    (w,) = bind(eqn, frozen(values))
     axis = eqn.params["axis"] % w.ndim
     new = {i: i + (i >= axis) for i in range(w.ndim - 1)}
     deltas = [
