@@ -343,7 +343,7 @@ def test_alpha_of_a_wrong_type_raises(params):
 
 BAD_TARGETS = [
     (".*nothing.*", r"selects nothing.*no path at all.*nearest"),
-    (".*bias", r"layer_0/query/bias: a bias, a norm or a statistic: train it whole with full="),
+    (".*bias", r"layer_0/query/bias: a bias, a norm or a statistic: train it fully, with full="),
     (".*scale", r"norm/scale: a bias, a norm"),
     ("step", r"step: dtype int32, not a real floating type"),
     (["lm_head/.*", "oops"], r"targets='oops' selects nothing"),

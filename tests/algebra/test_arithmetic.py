@@ -604,10 +604,8 @@ def test_operands_that_have_no_sum_are_explained():
         ValueError, r"number \* x: the number has shape \(2,\).*jax.vmap", lambda: jnp.ones(2) * x
     )
     full = split(1, full="bias")
-    refused(
-        ValueError, r"number \* x: 'bias' is trained whole.*LoraParams", lambda: 2 * full.adapter
-    )
-    refused(ValueError, r"x \+ y: 'bias' is trained whole", plus, x, full.adapter)
+    refused(ValueError, r"number \* x: 'bias' is a full leaf.*LoraParams", lambda: 2 * full.adapter)
+    refused(ValueError, r"x \+ y: 'bias' is a full leaf", plus, x, full.adapter)
     dora = split(1, targets=["dense"], dora=True)
     refused(
         ValueError, r"'dense' has a DoRA magnitude.*lora_jax.algebra.extract", lambda: 0.5 * dora

@@ -180,7 +180,7 @@ def test_the_demo_runs_from_data_to_reloaded_model(model_dir, reviews, tmp_path,
         (["--rank", "0"], "rank=0 for 'encoder/layer_0/query/kernel'"),
         (["--alpha", "nan"], "alpha=nan"),
         (["--targets", "oops"], "targets='oops' selects nothing"),
-        (["--targets", ".*bias"], "train it whole with full="),
+        (["--targets", ".*bias"], "train it fully, with full="),
         (["--batch-size", "1000"], "batch_size=1000: there are only 140"),
     ],
 )

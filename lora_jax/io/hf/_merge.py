@@ -13,7 +13,7 @@ from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._tree import TorchTree
-from lora_jax.io.hf._write import dtype_of, narrowed, write_model
+from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import Part
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
@@ -87,16 +87,7 @@ def merge(
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, dtype)
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
-    write_model(
-        folder,
-        written,
-        source=opened,
-        config=config,
-        dtype=dtype,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    write_model(Output(folder, config, dtype, shard_size, overwrite, progress), written, opened)
 
 
 def _check_ties(source: Source, changes: list["Change"]) -> None:

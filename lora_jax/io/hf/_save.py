@@ -19,7 +19,7 @@ from lora_jax.io._torch import Place
 from lora_jax.io.hf._families import Family, family_of
 from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import open_source
-from lora_jax.io.hf._write import dtype_of, narrowed, write_model
+from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 
 
 def save(
@@ -81,16 +81,8 @@ def save(
     known = family_of(opened.config if opened else None, str(source), family, **changes)
     contents = _Contents(lora_params, leaves, TensorNames(leaves, known, opened, new), dtype)
     contents.check_twins()
-    write_model(
-        folder,
-        contents.tensors,
-        source=opened,
-        config=config,
-        dtype=dtype,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    output = Output(folder, config, dtype, shard_size, overwrite, progress)
+    write_model(output, contents.tensors, opened)
 
 
 class _Contents:

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,22 +41,33 @@ def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return new
 
 
-def write_model(
-    folder: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    *,
-    source: Source | None,
-    config: Mapping[str, Any] | None,
-    dtype: Any,
-    shard_size: int,
-    overwrite: bool,
-    progress: Progress,
-) -> None:
+class Output(NamedTuple):
+    """The folder to write a model to, and the user's settings for it.
+
+    Attributes:
+        folder: the folder.
+        config: changes of the configuration, or None.
+        dtype: the dtype of the floating tensors, or None for their own.
+        shard_size: the most bytes of one file.
+        overwrite: whether to replace a model.
+        progress: called with the bytes written and their total, or None.
+    """
+
+    folder: str | os.PathLike[str]
+    config: Mapping[str, Any] | None
+    dtype: Any
+    shard_size: int
+    overwrite: bool
+    progress: Progress
+
+
+def write_model(output: Output, tensors: Mapping[str, Tensor], source: Source | None) -> None:
     """Write the tensors of a model, and the small files of its source.
 
     Raises:
         ValueError: ``config`` changes a configuration, and the source has none.
     """
+    folder, config, dtype, shard_size, overwrite, progress = output
     changes = dict(config or {})
     before = (source.config if source else None) or {}
     if dtype is not None and before:
