@@ -19,7 +19,7 @@ from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import PyTree, flatten
 from lora_jax._weights.quantized import dequantize_array, is_quantized, requantize
-from lora_jax._weights.ranges import Range, part_of
+from lora_jax._weights.ranges import Range, index_of, part_of
 
 Update = tuple[Entry, tuple[Range, ...]]
 
@@ -259,9 +259,9 @@ def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Arra
         if not ranges:
             w = _merged(w, f, loop)
             continue
-        bounds = {r.axis: (r.start, r.stop) for r in ranges}
-        start = [bounds.get(axis, (0, 0))[0] for axis in range(w.ndim)]
-        stop = [bounds.get(axis, (0, size))[1] for axis, size in enumerate(w.shape)]
+        slices = index_of(ranges, w.ndim)
+        start = [s.start or 0 for s in slices]
+        stop = [s.stop or size for s, size in zip(slices, w.shape, strict=True)]
         part = _merged(lax.slice(w, start, stop), f, loop)
         w = lax.dynamic_update_slice(w, part, start)
     return w

@@ -16,9 +16,9 @@ from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.probe import Probe
 from lora_jax._transform.use import Use
-from lora_jax._weights.axes import factor_shapes, is_array, not_trainable
+from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax._weights.paths import flatten
+from lora_jax._weights.paths import arrays_in
 
 _KINDS = {"conv_general_dilated": "conv", "gather": "embedding", "ragged_dot_general": "ragged"}
 
@@ -64,7 +64,7 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     """
     if isinstance(params, LoraParams):
         raise TypeError("layout_of: params is a LoraParams; pass its .base")
-    leaves = {path: leaf for path, leaf in flatten(params)[0].items() if is_array(leaf)}
+    leaves = arrays_in(params)
     if not leaves:
         raise ValueError(f"layout_of: params has no arrays (got {type(params).__name__})")
     reasons = {path: _why_not(leaf) for path, leaf in leaves.items()}

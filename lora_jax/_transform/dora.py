@@ -58,8 +58,7 @@ def gain(w: jax.Array, f: Factors) -> jax.Array:
 
 def _by_layer(w: Lazy, f: Factors) -> Any:
     """Compute the gain of a quantized stack, one layer of which is built at a time."""
-    stacks = {name: getattr(f, name) for name in ("a", "b", "magnitude", "norm")}
-    stacks = {name: x for name, x in stacks.items() if x is not None}
+    stacks = {name: x for name, x in f.arrays().items() if name != "scale"}
 
     def one(layer):
         own = dataclasses.replace(f, **layer[1], layout=f.layout[1:])

@@ -1,6 +1,5 @@
 """``extract``: turn what fine-tuning changed into a LoRA of the base."""
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._jax import whole
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
+from lora_jax._weights.numbers import check_int, check_positive
 from lora_jax._weights.paths import PyTree, arrays_in, nearest
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
@@ -155,14 +155,12 @@ def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
     if (rank is None) == (energy is None):
         raise ValueError(f"extract: {rank=} and {energy=}: expected one of the two")
     for r in rank.values() if isinstance(rank, Mapping) else [rank]:
-        if energy is None and (isinstance(r, bool) or not isinstance(r, int | np.integer)):
-            raise TypeError(f"extract: rank={r!r}: expected an int")
-        if energy is None and r < 1:
-            raise ValueError(f"extract: rank={r}: expected at least 1")
+        if energy is None:
+            check_int(r, "extract: rank", 1)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"extract: {energy=}: expected a share, above 0 and up to 1")
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"extract: {alpha=}: expected a finite number > 0")
+    if alpha is not None:
+        check_positive(alpha, "extract: alpha")
     if rest not in get_args(Rest):
         raise ValueError(f"extract: {rest=}: expected one of {get_args(Rest)}")
 

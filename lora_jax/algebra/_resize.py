@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax import _jax
 from lora_jax._adapter.checks import check_finite, check_single, with_adapter
@@ -16,6 +15,7 @@ from lora_jax._adapter.lowrank import LowRank, padded
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import factor_shapes, max_rank, role_shape
 from lora_jax._weights.conventions import is_table
+from lora_jax._weights.numbers import is_int
 from lora_jax._weights.ranges import Part, split_range
 from lora_jax._weights.selector import check_patterns, lookup
 from lora_jax._weights.target import Target, fold_in_path
@@ -91,7 +91,7 @@ def _rank_of(rank: Any, name: str, f: Factors) -> int:
     r = lookup(rank, split_range(name)[0], "rank")
     if r is None:
         raise ValueError(f"rank: no pattern of the mapping matches {name!r}; end with '.*'")
-    if isinstance(r, bool) or not isinstance(r, int | np.integer):
+    if not is_int(r):
         raise TypeError(f"resize: rank={r!r} for {name!r}: expected an int")
     shape = f.weight_shape
     limit = max_rank(f.layout, shape)

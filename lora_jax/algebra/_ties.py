@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax._adapter.checks import check_finite, with_adapter
 from lora_jax._adapter.factors import Rows, is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._adapter.sums import scaled_rows
 from lora_jax._adapter.updates import by_key, differences, operands, plain
+from lora_jax._weights.numbers import is_int
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.target import fold_in_path
 from lora_jax.algebra._entries import Rule, of_arrays, of_factors
@@ -196,8 +196,7 @@ def _check_options(verb: str, density: Any, rank: Any, niter: Any) -> None:
     if not 0 < density <= 1:
         raise ValueError(f"{verb}: density={density}: expected a share, above 0 and up to 1")
     for name, x, least in (("rank", rank, 1), ("niter", niter, 0)):
-        is_int = isinstance(x, int | np.integer) and not isinstance(x, bool)
-        if x is not None and not (is_int and x >= least):
+        if x is not None and not (is_int(x) and x >= least):
             raise ValueError(f"{verb}: {name}={x!r}: expected None or an int from {least} on")
 
 

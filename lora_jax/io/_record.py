@@ -214,11 +214,17 @@ def check_record(record: Any, where: str) -> None:
             raise bad("its record of the base's contents is of other leaves")
 
 
+def _stored(entry: Mapping[str, Any]) -> list[str]:
+    """Return the fields of an entry that are stored; the norm belongs to the base."""
+    left_out = {"norm"} if entry["dora"] else {"norm", "magnitude"}
+    return [name for name in Factors.FIELDS if name not in left_out]
+
+
 def names_in(record: Any) -> list[str]:
     """Return the names of the arrays that a record lists."""
     names = [f"{path}.{name}" for path in record.get("rows", ()) for name in Rows.FIELDS]
     for key, said in record["factors"].items():
-        names += [f"{key}.{name}" for name in ("a", "b", "scale", *["magnitude"] * said["dora"])]
+        names += [f"{key}.{name}" for name in _stored(said)]
     return names + [f"{path}.full" for path in record["full"]]
 
 
@@ -248,21 +254,14 @@ def adapter_of(
             )
     entries: dict[str, Any] = {}
     for key, said in record["factors"].items():
-        a, b, scale = (arrays[f"{key}.{name}"] for name in ("a", "b", "scale"))
+        fields = {name: arrays[f"{key}.{name}"] for name in _stored(said)}
+        a, b, scale = (fields[name] for name in ("a", "b", "scale"))
         _check_shapes(key, a, b, scale, said, where)
         if (old := _OLD_ROWS.fullmatch(key)) and said["layout"].count("i") == 1:
             entries[old["path"]] = _rows_of_version_1(key, a, b, scale, said["layout"], where)
             continue
-        magnitude = arrays[f"{key}.magnitude"] if said["dora"] else None
-        entries[key] = Factors(
-            a,
-            b,
-            scale,
-            said["layout"],
-            magnitude,
-            frozen=tuple(said["frozen"]),
-            residual=said["residual"],
-        )
+        about = {"frozen": tuple(said["frozen"]), "residual": said["residual"]}
+        entries[key] = Factors(**fields, layout=said["layout"], **about)
     for path, said in record.get("rows", {}).items():
         b, scale = arrays[f"{path}.b"], arrays[f"{path}.scale"]
         f = Rows(b, scale, said["layout"], tuple(said["ids"]), said["vocabulary"])

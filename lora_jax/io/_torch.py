@@ -21,7 +21,7 @@ import numpy as np
 from lora_jax._weights.axes import check_layout, is_array, role_axes, role_shape
 from lora_jax._weights.conventions import WRITES, conventional, is_table
 from lora_jax._weights.paths import nearest
-from lora_jax._weights.quantized import dequantize_array, is_quantized
+from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import lookup
 from lora_jax.io._record import to_host
 
@@ -112,8 +112,7 @@ class Map:
 
     def array(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
         """Read the part of a leaf that is at a place, onto the host, and dequantized."""
-        leaf = (leaves or self.leaves)[place.path]
-        leaf = dequantize_array(leaf) if is_quantized(leaf) else leaf
+        leaf = plain_array((leaves or self.leaves)[place.path])
         return to_host({place.path: leaf})[place.path][place.index]
 
     def tensor(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:

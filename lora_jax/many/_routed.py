@@ -13,6 +13,7 @@ from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lora import check_function, run_lora
 from lora_jax._transform.pick import Router
 from lora_jax._weights.axes import role_axes
+from lora_jax._weights.numbers import is_int
 
 
 def lora_routed(
@@ -56,7 +57,7 @@ def lora_routed(
         arXiv:2405.11157, section 4.
     """
     check_function(fn, "lora_routed", "lora_router", "error")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+    if not is_int(top_k) or top_k < 1:
         raise ValueError(f"lora_routed: top_k={top_k!r}: expected an integer >= 1")
     if not temperature > 0:
         raise ValueError(f"lora_routed: temperature={temperature!r}: expected a number > 0")

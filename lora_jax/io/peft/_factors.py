@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax._adapter.factors import Factors
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.paths import nearest
-from lora_jax._weights.ranges import Range
+from lora_jax._weights.ranges import Range, index_of
 from lora_jax.io._record import to_host
 from lora_jax.io._torch import Map, Place
 from lora_jax.io.peft import _config as configs
@@ -153,12 +153,12 @@ def written_factors(
     magnitude = None if f.magnitude is None else np.asarray(f.magnitude)
     found = places.of(path)
     outer = len(found[0].index)
-    bounds = {r.axis: (r.start, r.stop) for r in ranges}
+    bounds = index_of(ranges, outer)
     inner = tuple(r._replace(axis=r.axis - outer) for r in ranges if r.axis >= outer)
     for place in found:
-        index = [(k, *bounds.get(axis, (0, k + 1))) for axis, k in enumerate(place.index)]
-        if all(start <= k < stop for k, start, stop in index):
-            at = tuple(k - start for k, start, _ in index)
+        pairs = list(zip(place.index, bounds, strict=True))
+        if all((s.start or 0) <= k < (s.stop or k + 1) for k, s in pairs):
+            at = tuple(k - (s.start or 0) for k, s in pairs)
             own = None if magnitude is None else magnitude[at]
             a, b, scale = arrays["a"][at], arrays["b"][at], np.float32(f.scale)
             yield Part(place, letters, kind, key, a, b, scale, own, inner)

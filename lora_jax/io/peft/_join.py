@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax._adapter.factors import Factors
 from lora_jax._weights.axes import role_axes, role_shape
-from lora_jax._weights.ranges import Range, spell
+from lora_jax._weights.ranges import Range, index_of, spell
 from lora_jax.io.peft._axes import Part
 
 
@@ -57,8 +57,8 @@ def _ratio(scale: np.float32, common: np.float32) -> np.float32:
 
 
 def _index(ranges: Sequence[Range], letters: str, role: str) -> tuple[slice, ...]:
-    bounds = {r.axis: slice(r.start, r.stop) for r in ranges}
-    return tuple(bounds.get(axis, slice(None)) for axis in role_axes(letters, role))
+    index = index_of(ranges, len(letters))
+    return tuple(index[axis] for axis in role_axes(letters, role))
 
 
 def _padded(part: Part) -> Part:
