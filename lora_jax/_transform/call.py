@@ -17,7 +17,7 @@ from lora_jax._transform.delta import Delta
 from lora_jax._transform.dora import delta_of
 from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lazy import Lazy
-from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.lora_array import LoraArray, frozen
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.pick import Router, Slot
 from lora_jax._weights.paths import flatten
@@ -184,8 +184,7 @@ class Call:
             args, kwargs = jax.tree.unflatten(self.structure, rebuilt)
             return fn(*args, **kwargs)
 
-        arrays = [v.w if isinstance(v, LoraArray) else v for v in self.values]
-        arrays = [x.aval if isinstance(x, Lazy) else x for x in arrays]
+        arrays = [x.aval if isinstance(x, Lazy) else x for x in frozen(self.values)]
         with jax.disable_jit(False):
             return _jax.trace(flat_fn, arrays)
 
