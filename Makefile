@@ -32,10 +32,11 @@ test-all: $(VENV)/.test  ## and the long tests
 planted: $(VENV)/.test  ## does the suite catch forty planted faults? under an hour
 	$(BIN)/python tests/planted/run.py $(ARGS)
 
-check: $(VENV)/.dev  ## lint, formatting, imports and types
+check: $(VENV)/.dev  ## lint, formatting, imports, equal lines and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pylint --disable=all --enable=duplicate-code --min-similarity-lines=5 --score=n lora_jax
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 peers: ## models of other projects, in an environment of their own
