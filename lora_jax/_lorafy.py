@@ -105,7 +105,7 @@ def lorafy(
         >>> params = {"query": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
         >>> lora_params = lora_jax.lorafy(params, rank=4)
         >>> lora_params
-        LoraParams(1 adapted weights, 0 trained whole; trainable params: 384 || all params: 2,464 || trainable%: 15.6)
+        LoraParams(1 adapted weights, 0 full leaves; trainable params: 384 || all params: 2,464 || trainable%: 15.6)
         >>> lora_params.adapter.factors["query/kernel"].a.shape
         (64, 4)
 

@@ -226,7 +226,7 @@ def test_full_leaves_are_float32_copies_and_win_over_targets(params):
 def test_repr_and_summary_count_like_peft(params):
     lora_params = lora_jax.lorafy(params, 2, full="layer_0/norm/scale")
     line = "trainable params: 144 || all params: 3,297 || trainable%: 4.37"
-    assert repr(lora_params) == f"LoraParams(2 adapted weights, 1 trained whole; {line})"
+    assert repr(lora_params) == f"LoraParams(2 adapted weights, 1 full leaves; {line})"
     table = lora_params.summary().splitlines()
     assert table[0].split() == ["path", "shape", "layout", "rank", "scale", "parameters"]
     assert table[2].split() == ["layer_0/query/kernel", "16x16", "io", "2", "8", "64"]

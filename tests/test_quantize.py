@@ -366,7 +366,7 @@ def test_loftq_wants_whole_plain_weights():
     loftq = lora_jax.init.loftq
     with pytest.raises(ValueError, match="steps=0: expected at least 1"):
         loftq(steps=0)
-    with pytest.raises(ValueError, match="only whole weights quantize"):
+    with pytest.raises(ValueError, match="only entire weights quantize"):
         lora_jax.lorafy({"w": weights(128, 64)}, 2, targets="w[:, 0:8]", init=loftq())
     quantized = lora_jax.quant.quantize({"w": weights(128, 64)})
     with pytest.raises(ValueError, match="'w' is quantized, and this initializer"):

@@ -112,7 +112,7 @@ class LoraParams(_Arithmetic):
             return f"LoraParams(base={self.base!r}, adapter={self.adapter!r})"
         return (
             f"LoraParams({len(self.adapter.factors)} adapted weights, "
-            f"{len(self.adapter.full)} trained whole; {counts})"
+            f"{len(self.adapter.full)} full leaves; {counts})"
         )
 
     def summary(self) -> str:

@@ -119,11 +119,11 @@ def extract(
 def _full(path: str, leaf: Any, adapted: Collection[str], targets: Any) -> jax.Array:
     """Make a changed leaf a full leaf, or raise if it cannot be one."""
     if reason := not_trainable(leaf):
-        raise ValueError(f"extract: {path!r} changed, and cannot train whole: {reason}")
+        raise ValueError(f"extract: {path!r} changed, and cannot train fully: {reason}")
     if path in adapted:
         raise ValueError(
             f"extract: {path!r} changed outside the part in targets={targets!r}, and cannot "
-            "train whole as well: take the whole weight, or rest='ignore'"
+            "train fully as well: take the entire weight, or rest='ignore'"
         )
     return master(plain_array(leaf))
 
@@ -172,7 +172,7 @@ def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
         quote = "'" if option.endswith("=") else ""
         raise ValueError(
             f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as "
-            f"they are in the base: {option}{quote}ignore{quote}; to take them whole: "
+            f"they are in the base: {option}{quote}ignore{quote}; to take them in full: "
             f"{option}{quote}full{quote}"
         )
 

@@ -17,7 +17,7 @@ FORMATS = ("peft", "safetensors", "orbax")
 def count(text: str) -> int:
     """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer, at least 1")
     return int(text)
 
 

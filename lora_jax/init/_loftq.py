@@ -40,7 +40,7 @@ def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initi
     def init(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
         del key
         if target.part.ranges:
-            raise ValueError(f"loftq: {target.path!r} is a part, and only whole weights quantize")
+            raise ValueError(f"loftq: {target.path!r} is a part, and only entire weights quantize")
         name, tiles = tiles_of(target.leaf.shape, target.layout, qtype, block, target.path)
         w, r = target.matrix(), target.rank
         a = jnp.zeros((*target.batch, target.inputs, r), jnp.float32)

@@ -202,7 +202,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (safetensors.SafetensorError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is no complete safetensors file: {error}") from error
 
 
 def digest(tensors: Mapping[str, Any], record: Any) -> str:

@@ -195,21 +195,21 @@ def check_record(record: Any, where: str) -> None:
                 raise bad(f"its record of {key!r} is {entry!r}")
             check_layout(entry["layout"], f"{key!r} in {where}")
     if not all(isinstance(path, str) for path in record["full"]):
-        raise bad("its record of leaves trained whole is no list of paths")
+        raise bad("its record of full leaves is no list of paths")
     if (base := record["base"]) is not None:
         of_base = {"leaves": dict, "content": dict}
         if base.keys() != of_base.keys() or any(
             not isinstance(base[k], kind) for k, kind in of_base.items()
         ):
             raise bad("its record of the base is not one")
-        for path, said in base["leaves"].items():
+        for path, entry in base["leaves"].items():
             if (
-                not isinstance(said, list)
-                or not said
-                or not isinstance(said[0], str)
-                or not all(isinstance(n, int) for n in said[1:])
+                not isinstance(entry, list)
+                or not entry
+                or not isinstance(entry[0], str)
+                or not all(isinstance(n, int) for n in entry[1:])
             ):
-                raise bad(f"its record of the base's leaf {path!r} is {said!r}")
+                raise bad(f"its record of the base's leaf {path!r} is {entry!r}")
         if not base["content"].keys() <= base["leaves"].keys():
             raise bad("its record of the base's contents is of other leaves")
 
@@ -223,8 +223,8 @@ def _stored(entry: Mapping[str, Any]) -> list[str]:
 def names_in(record: Any) -> list[str]:
     """Return the names of the arrays that a record lists."""
     names = [f"{path}.{name}" for path in record.get("rows", ()) for name in Rows.FIELDS]
-    for key, said in record["factors"].items():
-        names += [f"{key}.{name}" for name in _stored(said)]
+    for key, entry in record["factors"].items():
+        names += [f"{key}.{name}" for name in _stored(entry)]
     return names + [f"{path}.full" for path in record["full"]]
 
 
@@ -253,18 +253,18 @@ def adapter_of(
                 "finite=False"
             )
     entries: dict[str, Any] = {}
-    for key, said in record["factors"].items():
-        fields = {name: arrays[f"{key}.{name}"] for name in _stored(said)}
+    for key, entry in record["factors"].items():
+        fields = {name: arrays[f"{key}.{name}"] for name in _stored(entry)}
         a, b, scale = (fields[name] for name in ("a", "b", "scale"))
-        _check_shapes(key, a, b, scale, said, where)
-        if (old := _OLD_ROWS.fullmatch(key)) and said["layout"].count("i") == 1:
-            entries[old["path"]] = _rows_of_version_1(key, a, b, scale, said["layout"], where)
+        _check_shapes(key, a, b, scale, entry, where)
+        if (old := _OLD_ROWS.fullmatch(key)) and entry["layout"].count("i") == 1:
+            entries[old["path"]] = _rows_of_version_1(key, a, b, scale, entry["layout"], where)
             continue
-        about = {"frozen": tuple(said["frozen"]), "residual": said["residual"]}
-        entries[key] = Factors(**fields, layout=said["layout"], **about)
-    for path, said in record.get("rows", {}).items():
+        about = {"frozen": tuple(entry["frozen"]), "residual": entry["residual"]}
+        entries[key] = Factors(**fields, layout=entry["layout"], **about)
+    for path, entry in record.get("rows", {}).items():
         b, scale = arrays[f"{path}.b"], arrays[f"{path}.scale"]
-        f = Rows(b, scale, said["layout"], tuple(said["ids"]), said["vocabulary"])
+        f = Rows(b, scale, entry["layout"], tuple(entry["ids"]), entry["vocabulary"])
         if not f.weight_shape or b.shape[0] != f.rank or scale.shape != ():
             raise ValueError(
                 f"{where}: the rows of {path!r} have shapes b {tuple(b.shape)} and scale "
@@ -283,8 +283,8 @@ def _rows_of_version_1(key: str, a: Any, b: Any, scale: Any, layout: str, where:
     return rows
 
 
-def _check_shapes(key: str, a: Any, b: Any, scale: Any, said: Any, where: str) -> None:
-    letters, rank = said["layout"], said["rank"]
+def _check_shapes(key: str, a: Any, b: Any, scale: Any, entry: Any, where: str) -> None:
+    letters, rank = entry["layout"], entry["rank"]
     batch, inputs, outputs = (letters.count(role) for role in "bio")
     sizes = {"b": a.shape[:batch], "i": a.shape[batch:-1], "o": b.shape[batch + 1 :]}
     counts = tuple(len(sizes[role]) for role in "bio")

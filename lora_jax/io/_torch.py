@@ -93,7 +93,7 @@ class Map:
         """
         if (places := self.places[path]) is None:
             raise ValueError(
-                f"names says nothing of {module_path(path)[0]!r}: add a pattern for it, such as "
+                f"names has no pattern for {module_path(path)[0]!r}: add one, such as "
                 f"{{{module_path(path)[0]!r}: 'the.name.of.its.module'}}"
             )
         return places
@@ -186,13 +186,13 @@ class Map:
         Raises:
             ValueError: its layout leaves a doubt, or is none of that kind.
         """
-        said = lookup(self._kinds, path, "kinds")
-        if said is not None and said not in get_args(Kind):
-            raise ValueError(f"kinds={{{path!r}: {said!r}}}: expected one of {get_args(Kind)}")
-        kind: Any = said or self._usual_kind(path, letters)
+        given = lookup(self._kinds, path, "kinds")
+        if given is not None and given not in get_args(Kind):
+            raise ValueError(f"kinds={{{path!r}: {given!r}}}: expected one of {get_args(Kind)}")
+        kind: Any = given or self._usual_kind(path, letters)
         if letters.count("b") != (kind == "Parameter"):
             raise ValueError(
-                f"{path!r} has batch axes (layout {letters!r}) and is to be a {kind}: say in names "
+                f"{path!r} has batch axes (layout {letters!r}) and is a {kind}: give in names "
                 f"where the number of the layer goes, {LAYER!r}, or of the expert, {EXPERT!r}; or "
                 f"that it is one tensor there: kinds={{{path!r}: 'Parameter'}}"
             )
@@ -228,7 +228,7 @@ class Map:
         return name
 
     def named(self, module: str) -> Any:
-        """Name the module at a path as ``names`` does; None if that does not say."""
+        """Name the module at a path as ``names`` does; None if it has no pattern."""
         if self._names is None:
             return module
         if callable(self._names):

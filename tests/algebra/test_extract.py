@@ -213,5 +213,5 @@ def test_misuse_is_explained():
     refused(ValueError, "'query/kernel' is not finite in base or tuned", 2, tuned=nans)
     counts = {"q": floats(3, 3), "n": jnp.asarray(np.zeros(2, np.int32))}
     after = {"q": floats(3, 3), "n": jnp.asarray(np.ones(2, np.int32))}
-    message = "'n' changed, and cannot train whole: dtype int32"
+    message = "'n' changed, and cannot train fully: dtype int32"
     refused(ValueError, message, 1, base=counts, tuned=after, rest="full")

@@ -32,7 +32,7 @@ def test_peft_there_and_back_is_the_same_bit_for_bit(to, dtype, cli):
 def test_what_is_more_than_factors_wants_the_model(name, cli, refused):
     if name == "more":
         words = ("convert", name, "there", "--to", "safetensors")
-        refused(*words, match="is known together with the base's only: say --like")
+        refused(*words, match="is known together with the base's only: pass --like")
     else:
         cli("convert", name, "alone", "--to", "safetensors")
         assert cli("diff", name, "alone") == "equal\n"

@@ -94,7 +94,7 @@ def test_extract_of_other_layers(cli, here):
     words = ("extract", "before", "after", "out", "--targets", r"(h\.|wte|conv).*weight")
     found = cli(*words, "--rank", "99", "--rest", "full", "--json")
     assert len(found["entries"]) == 3
-    assert sorted(found["whole"]) == ["head/bias", "head/weight", "ln/weight"]
+    assert sorted(found["full"]) == ["head/bias", "head/weight", "ln/weight"]
     cli("merge", "before", "out", "merged")
     merged = tensors_of("merged")
     for name, x in after.items():
@@ -137,7 +137,7 @@ def test_extract_refuses(refused, here, capsys):
         "--targets",
         ".*0.*q_proj.*",
     )
-    refused(*words, match=r"no targets: .*To leave .*: --rest 'ignore'; to take them whole")
+    refused(*words, match=r"no targets: .*To leave .*: --rest 'ignore'; to take them in full")
 
     def edited(**changes):
         found = tensors_of("model") | changes
@@ -169,4 +169,4 @@ def test_extract_refuses(refused, here, capsys):
         words = ("extract", f"params/{name}", f"params/{name}", "out", "--rank", "1", "--targets")
         refused(*words, ".*", match=f"{name}.weight: {message}")
     words = ("extract", "params/one", "params/two", "out", "--rank", "1", "--rest", "full")
-    refused(*words, match="'n' changed, and cannot train whole: dtype int64")
+    refused(*words, match="'n' changed, and cannot train fully: dtype int64")

@@ -84,7 +84,7 @@ def test_inspect_shows_what_is_beside_plain_factors(cli):
         text = cli("inspect", name)
         assert "DoRA: 4 of 4 weights" in text
         (line,) = (line for line in text.splitlines() if line.startswith("score"))
-        assert line.split()[2:4] == ["whole", "whole"]
+        assert line.split()[2:4] == ["full", "full"]
         assert line.endswith("24")
     rows = {r["path"]: r for r in cli("inspect", "more", "--json")["entries"]}
     assert rows["model.embed_tokens (rows)"]["kind"] == "rows"
@@ -224,7 +224,7 @@ def test_inspect_refuses(refused, here):
     shutil.copytree("adapter", "outer/default")
     refused("inspect", "nowhere", match="nowhere: no such file or folder")
     refused("inspect", "empty", match="empty is empty: expected a PEFT adapter")
-    refused("inspect", "text", match="text is no whole safetensors file")
+    refused("inspect", "text", match="text is no complete safetensors file")
     refused("inspect", "pickled", match=r"pytorch_model\.bin is a pickle")
     refused("inspect", "outer", match="an adapter is in a folder within: default")
     refused("inspect", "adapter/adapter_model.safetensors", match="give the folder of both")
@@ -232,7 +232,7 @@ def test_inspect_refuses(refused, here):
     refused("inspect", "model", "--sort", "rank", match="want --spectrum")
     refused("inspect", "adapter", "--spectrum", match="--spectrum is for models")
     refused("inspect", "adapter", "--base", "other", match="other is an adapter, expected a model")
-    refused("inspect", "adapter", "--top", "0", match="'0': expected a whole number, at least 1")
+    refused("inspect", "adapter", "--top", "0", match="'0': expected an integer, at least 1")
     refused("inspect", "adapter", "--sort", "size", match="argument --sort: invalid choice: 'size'")
     refused("inspect", "adapter", "--what", match="unrecognized arguments: --what")
     refused("inspect", match="the following arguments are required: PATH")
@@ -278,8 +278,8 @@ def test_damaged_adapters_are_refused(refused, here):
     refused("diff", "native", "bare", match="native is damaged")
     cut = (here / "model" / "model.safetensors").read_bytes()[:-9]
     (here / "model" / "model.safetensors").write_bytes(cut)
-    refused("inspect", "model", match="no whole safetensors file")
-    refused("merge", "model", "adapter", "out", match="no whole safetensors file")
+    refused("inspect", "model", match="no complete safetensors file")
+    refused("merge", "model", "adapter", "out", match="no complete safetensors file")
 
 
 def test_damaged_parameters_are_noticed(here):

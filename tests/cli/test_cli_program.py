@@ -197,8 +197,8 @@ def test_only_the_module_of_the_command_is_imported(only, monkeypatch):
     ("parse", "text", "expected"),
     [
         (count, "3", 3),
-        (count, "0", "'0': expected a whole number, at least 1"),
-        (count, "-1", "expected a whole number"),
+        (count, "0", "'0': expected an integer, at least 1"),
+        (count, "-1", "expected an integer"),
         (share, "0.5", 0.5),
         (share, "-1", "'-1': expected a number, at least 0"),
         (share, "nan", "expected a number"),

@@ -19,7 +19,7 @@ from lora_jax.io import hf, orbax, safetensors
 def test_verify_says_yes(name, base, cli):
     text = cli("verify", name, base)
     assert text.startswith("yes: ")
-    assert ("configuration says it is of tiny/llama" in text) == (name == "adapter")
+    assert ("configuration names the base tiny/llama" in text) == (name == "adapter")
     assert cli("verify", name, base, "--json")["fits"] is True
 
 

@@ -373,7 +373,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("data", "message"), DAMAGED)
 def test_damaged_headers_are_refused(data, message, tmp_path):
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"a is no whole GGUF file: .*{message}"):
+    with pytest.raises(ValueError, match=rf"a is no complete GGUF file: .*{message}"):
         _gguf.tensors_in(tmp_path / "a")
 
 
@@ -401,7 +401,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_noticed(tmp_path, monkeypatc
     path.write_bytes(whole[:100])
     size = os.stat_result((0,) * 6 + (len(whole), 0, 0, 0))
     monkeypatch.setattr(_gguf_header.os, "fstat", lambda _: size)
-    with pytest.raises(ValueError, match="no whole GGUF file: it was cut off while it was read"):
+    with pytest.raises(ValueError, match="no complete GGUF file: it was cut off while it was read"):
         _gguf.tensors_in(path)
 
 

@@ -251,7 +251,7 @@ def test_families_name_modules(family):
         assert found == (
             [name.replace("{layer}", str(k)) for k in range(2)] if "{" in name else [name]
         )
-    with pytest.raises(ValueError, match="names says nothing of 'other/part'"):
+    with pytest.raises(ValueError, match="names has no pattern for 'other/part'"):
         Map({"other/part/kernel": ones((2, 3))}, hf.FAMILIES[family].names).of("other/part/kernel")
 
 
@@ -374,7 +374,7 @@ def test_broken_indices_are_refused(model, tmp_path):
     refused({"weight_map": where | {"more": last}}, ValueError, r"without \['more'\]")
     index.write_text(json.dumps(good))
     (tmp_path / "out" / last).write_bytes((tmp_path / "out" / last).read_bytes()[:-3])
-    with pytest.raises(ValueError, match="is no whole safetensors file"):
+    with pytest.raises(ValueError, match="is no complete safetensors file"):
         hf.load(tmp_path / "out", LIKE, **OPTIONS)
     with pytest.raises(FileNotFoundError, match="holds neither model"):
         hf.load(tmp_path, LIKE)

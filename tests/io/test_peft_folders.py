@@ -210,7 +210,7 @@ def test_several_parameters_of_a_module_are_nested_in_their_order(tmp_path):
     params = {"moe": {name: ones((2, 4, 4)) * k for k, name in enumerate("abc", 1)}}
     layout = {".*": "bio"}
     lora_params = trained(params, rank=1, targets=["moe/[ac]"], layout=layout)
-    with pytest.raises(ValueError, match=r"nests them in the order .* say parameter_order="):
+    with pytest.raises(ValueError, match=r"nests them in the order .* pass parameter_order="):
         peft.save(tmp_path / "a", lora_params, layout=layout)
     options = {"layout": layout, "parameter_order": ("c", "a")}
     peft.save(tmp_path / "a", lora_params, **options)
@@ -448,7 +448,7 @@ def test_names_are_names_of_modules(tmp_path):
 def test_a_module_inside_a_whole_one_is_part_of_it(tmp_path):
     params = {"decoder": {"head": {"proj": kernel()}}, "head": kernel(), "q": kernel()}
     lora_params = trained(params, rank=1, targets=["q.*", "decoder.*"], full="head/kernel")
-    with pytest.raises(ValueError, match=r"'decoder\.head\.proj' would train whole and have"):
+    with pytest.raises(ValueError, match=r"'decoder\.head\.proj' would train fully and have"):
         peft.save(tmp_path / "a", lora_params)
     lora_params = trained(params, rank=1, targets="q.*", full="head/kernel")
     peft.save(tmp_path / "a", lora_params)
@@ -494,7 +494,7 @@ def test_what_vllm_would_refuse_is_refused(tmp_path):
         ("bias", {"bias": "all"}, {}, "bias='all'"),
         ("dora", {"dora": True}, {}, "DoRA: merge"),
         ("rows", {"rows": {"embed.*": [1]}}, {}, "rows of an embedding"),
-        ("head", {"full": "head/.*"}, {}, r"trained whole, \['head'\]"),
+        ("head", {"full": "head/.*"}, {}, r"fully trained modules, \['head'\]"),
         ("lm_head", {"full": "head/.*"}, tied, "a whole base_model.model.lm_head.weight"),
     ]:
         lora_params = trained(params, rank=2, targets=".*query/kernel", layout=LAYOUT, **options)
@@ -507,7 +507,11 @@ def test_what_vllm_would_refuse_is_refused(tmp_path):
     ("options", "arguments", "message"),
     [
         ({"targets": [], "full": "head/kernel"}, {}, "no weight has factors"),
-        ({"targets": ".*query.*"}, {"names": {"nothing": "x"}}, "names says nothing of 'layers_0"),
+        (
+            {"targets": ".*query.*"},
+            {"names": {"nothing": "x"}},
+            "names has no pattern for 'layers_0",
+        ),
         ({"targets": ".*query.*"}, {"names": lambda path: "same"}, "would both be 'same.weight'"),
         ({"targets": ".*query.*"}, {"kinds": {".*": "linear"}}, "kinds=.*expected one of"),
         (
@@ -518,7 +522,7 @@ def test_what_vllm_would_refuse_is_refused(tmp_path):
         (
             {"targets": "head/kernel", "full": "layers_0/fused/kernel"},
             {"names": lambda p: "x." + p if p == "head" else {"layers_0/fused": "d"}.get(p, p)},
-            "would train whole and have factors as well",
+            "would train fully and have factors as well",
         ),
     ],
 )
@@ -534,7 +538,7 @@ def test_more_that_has_no_form_there(tmp_path):
         peft.save(tmp_path / "a", {})
     params = {"a": {"kernel": ones((3, 4))}, "token": ones((1, 4))}
     lora_params = trained(params, rank=1, targets="a/kernel", full="token")
-    with pytest.raises(ValueError, match="'token' trains whole, and is no weight or bias"):
+    with pytest.raises(ValueError, match="'token' trains fully, and is no weight or bias"):
         peft.save(tmp_path / "a", lora_params)
     mixed = trained(
         {"a": {"kernel": ones((3, 4))}, "b": {"kernel": ones((3, 4))}},
@@ -550,7 +554,7 @@ def test_more_that_has_no_form_there(tmp_path):
     lora_params = trained(stacked, rank=1, targets=".*", layout={".*": "bio"}, dora=True)
     with pytest.raises(ValueError, match="PEFT has none of parameters"):
         peft.save(tmp_path / "a", lora_params)
-    with pytest.raises(ValueError, match=r"has batch axes .* is to be a Linear: say in names"):
+    with pytest.raises(ValueError, match=r"has batch axes .* is a Linear: give in names"):
         peft.save(tmp_path / "a", lora_params, kinds={".*": "Linear"})
     three = trained({"a": {"kernel": ones((2, 3, 4))}}, rank=1, targets=".*", layout={".*": "iio"})
     with pytest.raises(ValueError, match="a convolution or a dense kernel of two input axes"):
@@ -589,7 +593,7 @@ def broken(tmp_path):
         ("plain", {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ("plain", {"r": "4"}, "r is '4', expected int"),
         ("plain", {"r": True}, "r is True, expected int"),
-        ("plain", {"r": 5}, "have rank 4, and its configuration says 5"),
+        ("plain", {"r": 5}, "have rank 4, and its configuration has 5"),
         ("plain", {"r": 0}, "rank 0, expected a positive number"),
         ("plain", {"rank_pattern": {"conv": 0}}, "rank 0, expected a positive number"),
         ("plain", {"rank_pattern": {"(": 2}}, "is not a regular expression"),
@@ -625,7 +629,7 @@ def broken(tmp_path):
         ("saved", {"bias": "none"}, "has no place here"),
         ("rows", {"trainable_token_indices": {"table": [7, 99]}}, "has shape .2, 12., for a table"),
         ("rows", {"trainable_token_indices": None}, "trainable_token_indices are None"),
-        ("experts", {"peft_version": "absent"}, "does not say peft_version"),
+        ("experts", {"peft_version": "absent"}, "does not give peft_version"),
         ("experts", {"target_parameters": ["experts.up"]}, r"the parameters \['experts.up'\]"),
     ],
 )

@@ -173,7 +173,7 @@ def test_files_of_others_are_refused(tmp_path):
         safetensors.load(tmp_path)
     for data in (b"", b"\0" * 7, (2**40).to_bytes(8, "little") + b"{}", b"{" * 5000):
         (tmp_path / "a").write_bytes(data)
-        with pytest.raises(ValueError, match="is no whole safetensors file"):
+        with pytest.raises(ValueError, match="is no complete safetensors file"):
             safetensors.load(tmp_path / "a")
 
 

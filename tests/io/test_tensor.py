@@ -89,7 +89,7 @@ def test_a_leaf_without_entries_says_which_and_what_to_do():
     leaf = Absent("a/kernel", (2, 3), jnp.dtype("float32"))
     assert (leaf.shape, leaf.dtype, leaf.nbytes) == ((2, 3), np.float32, 24)
     for ask in (lambda t: t.read(), np.asarray):
-        with pytest.raises(ValueError, match=r"the base's 'a/kernel': say --like"):
+        with pytest.raises(ValueError, match=r"the base's 'a/kernel': pass --like"):
             ask(leaf)
     lora_params = lora_jax.lorafy({"a": {"kernel": leaf}}, 1, targets=".*")
     assert lora_params.adapter.factors["a/kernel"].a.shape == (2, 1)

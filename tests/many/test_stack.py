@@ -49,7 +49,7 @@ def lorafied(params, rank=8, seed=0, **options):
 
 @functools.cache
 def several(make):
-    """Adapters of one base, of different ranks, alphas, targets and leaves trained whole."""
+    """Adapters of one base, of different ranks, alphas, targets and full leaves."""
     case = make()
     every, some, others, whole = SUBSETS[make]
     options = [

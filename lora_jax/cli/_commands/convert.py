@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
             _from_native(found, out, args.to, show, overwrite=args.overwrite)
         else:
             _from_peft(found, out, args)
-    entries = len(found.updates) + len(found.whole)
+    entries = len(found.updates) + len(found.full)
     convert_model.report(out, args.to, found, show, entries=entries)
     return 0
 
@@ -191,7 +191,7 @@ def _own_tree(folder: Folder) -> TorchTree:
     for name in folder.tensors:
         if name.endswith((f".{ROWS}", f".{BIAS}")):
             raise folder.error(
-                f"{name!r} is known together with the base's only: say --like, the model's folder"
+                f"{name!r} is known together with the base's only: pass --like, the model's folder"
             )
     tree = TorchTree.own(folder)
     leaves = {path: Absent(path, x.shape, x.dtype) for path, x in tree.leaves.items()}

@@ -57,8 +57,8 @@ def run(
 
 def report(out: Path, to: str, found: AdapterFile | Checkpoint, show: Show, **counts: int) -> None:
     """Tell what was written: its format and its size, and how many entries or tensors."""
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    show.line(f"{out}: {said}, {size(size_of(out))}, as {to}")
+    counted = ", ".join(f"{count} {name}" for name, count in counts.items())
+    show.line(f"{out}: {counted}, {size(size_of(out))}, as {to}")
     document = {"path": str(out), "format": to, "from": found.format}
     show.document(document | counts | {"bytes": size_of(out)})
 

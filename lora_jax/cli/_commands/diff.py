@@ -68,7 +68,7 @@ def _by_difference(row: dict[str, Any]) -> float:
 
 
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    ours, theirs = [{**f.updates, **f.whole} for f in (one, two)]
+    ours, theirs = [{**f.updates, **f.full} for f in (one, two)]
     if (one.format == "peft") != (two.format == "peft"):  # other names for the same entries
         ours, theirs = _renamed(ours), _renamed(theirs)
     rows = []
@@ -169,7 +169,7 @@ def _only(one: Iterable[str], two: Iterable[str]) -> dict[str, list[str]]:
 def _adapter_cells(row: dict[str, Any]) -> list[str]:
     ranks = [str(r) for r in row["ranks"] if r is not None]
     norms = row.get("norms", [None, None])
-    rank = "whole" if not ranks else ranks[0] if len({*ranks}) == 1 else "/".join(ranks)
+    rank = "full" if not ranks else ranks[0] if len({*ranks}) == 1 else "/".join(ranks)
     relative = number(row["relative"], ".3g") if row["relative"] is not None else "other shape"
     return [row["path"], rank, *map(number, norms), relative, number(row["cosine"], ".4f")]
 

@@ -97,7 +97,7 @@ def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -
         for row in rows
     ]
     show.table(columns, cells)
-    full = f", {len(adapter.full)} trained whole" if adapter.full else ""
+    full = f", {len(adapter.full)} full leaves" if adapter.full else ""
     show.line(
         f"{out}: {len(rows)} weights{full}; {100 * (1 - error**2):.2f}% of the energy kept, "
         f"relative error {number(error, '.3g')}; {size(size_of(out))} as {to}"
@@ -107,7 +107,7 @@ def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -
             "path": str(out),
             "format": to,
             "entries": rows,
-            "whole": list(adapter.full),
+            "full": list(adapter.full),
             "kept": 1 - error**2,
             "error": error,
             "bytes": size_of(out),
@@ -208,7 +208,7 @@ def _truncated(
 
 def _full(name: str, x: np.ndarray) -> Any:
     if reason := not_trainable(x):
-        raise ValueError(f"{name!r} changed, and cannot train whole: {reason}")
+        raise ValueError(f"{name!r} changed, and cannot train fully: {reason}")
     return jnp.asarray(x, jnp.float32)
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
 def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     base = open_checkpoint(args.base) if args.base else None
     rows = [_low_rank(u, base) for u in found.updates.values()]
-    rows += [_full(path, x, base) for path, x in found.whole.items()]
+    rows += [_full(path, x, base) for path, x in found.full.items()]
     shown = _sorted(rows, args)
     totals = _totals(found, base)
     dora = sum(u.magnitude is not None for u in found.updates.values())
@@ -117,8 +117,8 @@ def _low_rank(u: Update, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def _full(path: str, x: np.ndarray, base: Checkpoint | None) -> dict[str, Any]:
-    row = _entry(path, x.shape, "rows" if path.endswith(" (rows)") else "whole", int(x.size))
-    if base is not None and row["kind"] == "whole":
+    row = _entry(path, x.shape, "rows" if path.endswith(" (rows)") else "full", int(x.size))
+    if base is not None and row["kind"] == "full":
         w = part_of(path, base.tensors, x.shape, base.path).astype(np.float64).reshape(x.shape)
         row["norm"] = tensor_norm(x.astype(np.float64) - w)
         row["relative"] = _ratio(row["norm"], tensor_norm(w))
@@ -151,7 +151,7 @@ def _totals(found: AdapterFile, base: Checkpoint | None) -> dict[str, Any]:
     if base is not None:
         shapes = [t.shape for t in base.tensors.values()]
     elif found.native is not None and found.native[1]["base"] is not None:
-        shapes = [said[1:] for said in found.native[1]["base"]["leaves"].values()]
+        shapes = [leaf[1:] for leaf in found.native[1]["base"]["leaves"].values()]
     every = None if shapes is None else added + sum(map(prod, shapes))
     percent = None if not every else 100 * found.trainable / every
     return {"trainable": found.trainable, "all": every, "trainable_percent": percent}

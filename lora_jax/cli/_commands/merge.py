@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
     weights = args.weight or [1.0] * len(args.adapters)
     if len(weights) != len(args.adapters):
         raise ValueError(
-            f"{len(weights)} weights for {len(args.adapters)} adapters: say --weight once for each"
+            f"{len(weights)} weights for {len(args.adapters)} adapters: pass --weight once for each"
         )
     if len({os.path.realpath(path) for path in args.adapters}) < len(args.adapters):
         raise ValueError("an adapter is there twice: add up its weights")
@@ -97,5 +97,5 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 def _changed(found: AdapterFile) -> set[str]:
     """Find the tensors that an adapter of PEFT's changes, by their names without an ending."""
-    others = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.whole)
+    others = (name.removesuffix(" (rows)").replace(".lora_B.bias", ".bias") for name in found.full)
     return {canonical(path) for path in [*found.updates, *others]}

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace, show: Show) -> int:
         raise
     except ValueError as error:
         reason, fits = " ".join(str(error).split()), False
-    said = found.folder and found.folder.config.get("base_model_name_or_path")
+    named = found.folder and found.folder.config.get("base_model_name_or_path")
     show.line(f"{'yes' if fits else 'no'}: {reason}")
-    if said:
-        show.line(f"its configuration says it is of {said}")
+    if named:
+        show.line(f"its configuration names the base {named}")
     document = {"fits": fits, "reason": reason, "format": found.format, "base": found.base}
     show.document(document | {"adapter": str(found.path), "model": str(model.path)})
     return 0 if fits else 1
@@ -73,7 +73,7 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> 
             read(found.folder, Map(leaves_of(model), **options))
         else:
             Change(found.folder, source_of(model), 1.0)
-        entries = len(found.updates) + len(found.whole)
+        entries = len(found.updates) + len(found.full)
         return f"each of its {entries} entries has its place, of the right shape"
     assert found.native is not None
     if model.format == "orbax" or (not found.native[1]["base"] and is_torch(found.native[0])):
@@ -120,8 +120,8 @@ def _leaves_in(
     else:
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
-    said = {name: x for name, x in options.items() if x is not None}
-    names = TensorNames(wanted, dataclasses.replace(known, **said), source, None)
+    given = {name: x for name, x in options.items() if x is not None}
+    names = TensorNames(wanted, dataclasses.replace(known, **given), source, None)
     leaves = {path: names.leaf(path) for path in wanted}
     if record["base"] is not None:
         names.left_over(name for path in wanted for _, name in names.parts(path))

@@ -26,7 +26,7 @@ class Absent(Tensor):
 
 def _needed(path: str) -> NoReturn:
     raise ValueError(
-        f"this needs what is in the base's {path!r}: say --like, the model's folder or an "
+        f"this needs what is in the base's {path!r}: pass --like, the model's folder or an "
         "Orbax checkpoint of its parameters"
     )
 
@@ -74,8 +74,8 @@ def recorded_leaves(found: AdapterFile) -> dict[str, Any] | None:
     record = found.native and found.native[1]["base"]
     if not record:
         return None
-    said = record["leaves"].items()
-    return {path: Absent(path, tuple(shape), jnp.dtype(dtype)) for path, (dtype, *shape) in said}
+    leaves = record["leaves"].items()
+    return {path: Absent(path, tuple(shape), jnp.dtype(dtype)) for path, (dtype, *shape) in leaves}
 
 
 class UnknownBaseError(ValueError):
@@ -97,7 +97,7 @@ def adapted_leaves(adapter: Adapter, *, full: bool = False) -> dict[str, Any]:
     if parts:
         raise UnknownBaseError(
             f"the adapter has no record of its base, and without {parts[0]!r} means nothing here: "
-            "say --like, the model's folder, an Orbax checkpoint of its parameters, or another "
+            "pass --like, the model's folder, an Orbax checkpoint of its parameters, or another "
             "adapter of it; or save it as a LoraParams"
         )
     found = {path: Absent(path, f.weight_shape, f.b.dtype) for path, f in adapter.factors.items()}

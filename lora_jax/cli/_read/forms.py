@@ -66,7 +66,7 @@ class AdapterFile:
         path: the file or folder; for a training run, the folder of the step.
         format: ``"safetensors"``, ``"orbax"`` or ``"peft"``.
         updates: the low-rank updates, by path.
-        whole: the full leaves, and the table rows that PEFT replaces: arrays by path.
+        full: the full leaves, and the table rows that PEFT replaces: arrays by path.
         base: a description of its base.
         native: the adapter and its record; None for PEFT's formats.
         folder: PEFT's files; None for other formats.
@@ -76,7 +76,7 @@ class AdapterFile:
     path: Path
     format: str
     updates: Mapping[str, Update]
-    whole: Mapping[str, np.ndarray]
+    full: Mapping[str, np.ndarray]
     base: str
     native: tuple[Adapter, Any] | None = None
     folder: Folder | None = None
@@ -90,8 +90,8 @@ class AdapterFile:
     @property
     def trainable(self) -> int:
         """The number of trainable parameters."""
-        whole = sum(x.size for x in self.whole.values())
-        return whole + sum(u.trainable for u in self.updates.values())
+        full = sum(x.size for x in self.full.values())
+        return full + sum(u.trainable for u in self.updates.values())
 
 
 @dataclass(frozen=True)

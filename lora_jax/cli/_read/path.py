@@ -106,7 +106,7 @@ def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
 
 def _native(path: Path, kind: str, adapter: Adapter, record: Any, note: str = "") -> AdapterFile:
     updates = {key: update_of(key, f) for key, f in adapter.factors.items()}
-    whole = {name: np.asarray(x) for name, x in adapter.full.items()}
+    full = {name: np.asarray(x) for name, x in adapter.full.items()}
     if any(f.residual for f in adapter.factors.values()):
         note = ", ".join([*([note] if note else []), "on what its initializer left of its base"])
     if record["base"] is None:
@@ -115,4 +115,4 @@ def _native(path: Path, kind: str, adapter: Adapter, record: Any, note: str = ""
         known = len(record["base"]["content"])
         content = f"the contents of {known} of them" if known else "not their contents"
         base = f"{len(record['base']['leaves'])} leaves: names, shapes and dtypes, {content}"
-    return AdapterFile(path, kind, updates, whole, base, (adapter, record), note=note)
+    return AdapterFile(path, kind, updates, full, base, (adapter, record), note=note)

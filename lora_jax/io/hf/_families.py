@@ -151,7 +151,7 @@ def family_of(
         changes: fields to change, unless they are None.
 
     Raises:
-        ValueError: it is not known, and nothing says how the tensors are named.
+        ValueError: it is not known, and nothing tells how the tensors are named.
     """
     known = f"known are {', '.join(sorted(FAMILIES))}"
     yours = "names={pattern of paths here: name there}, or family=hf.Family(), for paths with dots"
@@ -160,13 +160,13 @@ def family_of(
     kind = str((config or {}).get("model_type"))
     if isinstance(family, str):
         if family not in FAMILIES:
-            raise ValueError(f"family={family!r}: {known}. For another say {yours}")
+            raise ValueError(f"family={family!r}: {known}. For another pass {yours}")
         family = FAMILIES[family]
     elif family is None:
         family = FAMILIES.get(kind, Family() if changes.get("names") is not None else None)
     if family is None and config is None:
         raise ValueError(
-            f"{where} holds no config.json, whose model_type tells how tensors are named: say "
+            f"{where} holds no config.json, whose model_type tells how tensors are named: pass "
             f"family=, {known}; or {yours}"
         )
     if family is None:

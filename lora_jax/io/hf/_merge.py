@@ -97,7 +97,7 @@ def _check_ties(source: Source, changes: list["Change"]) -> None:
         if len(changed) == 1 and {name, other} <= source.tensors.keys():
             raise ValueError(
                 f"{source.where}: {name!r} is {other!r} as well, both are stored, and of these the "
-                f"adapter changes {changed.pop()!r} only: which of the two holds is not said"
+                f"adapter changes {changed.pop()!r} only: which of the two counts is not known"
             )
 
 

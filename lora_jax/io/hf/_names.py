@@ -113,7 +113,7 @@ class TensorNames:
             raise ValueError(
                 f"{self.where}: {name!r} has shape {found}, and {place.path!r} of shape "
                 f"{place.shape} wants {expected}: this is another model, or the leaf's axes are "
-                "not what its name says: layout=lora_jax.layout_of(...) finds them"
+                "not what its name implies: layout=lora_jax.layout_of(...) finds them"
             )
 
     def inward(self, x: np.ndarray, place: Place, name: str) -> np.ndarray:

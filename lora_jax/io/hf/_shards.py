@@ -77,7 +77,7 @@ def _by_index(folder: Path) -> dict[str, Tensor]:
         wanted = {name for name, own in files.items() if own == file}
         if wanted != tensors.keys():
             raise ValueError(
-                f"{folder / file} does not hold what {INDEX} says: without "
+                f"{folder / file} does not hold what {INDEX} lists: without "
                 f"{sorted(wanted - tensors.keys())[:5]}, and with "
                 f"{sorted(tensors.keys() - wanted)[:5]}"
             )

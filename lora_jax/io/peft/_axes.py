@@ -156,7 +156,7 @@ def wrappers(names: Collection[str], order: tuple[str, ...]) -> dict[str, str]:
         if len(beside) > 1 and (unknown := [x for x in beside if x not in order]):
             raise ValueError(
                 f"{beside} of the module {module!r} are adapted, and PEFT nests them in the order "
-                f"in which the module registers them, which for {unknown} is not known: say "
+                f"in which the module registers them, which for {unknown} is not known: pass "
                 "parameter_order=(..., ...)"
             )
         later = [x for x in beside if x != own and order.index(x) > order.index(own)]

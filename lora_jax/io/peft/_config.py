@@ -161,7 +161,7 @@ def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
     if more := sorted(
         {n.rpartition(".")[2] for n in config["modules_to_save"] or ()} - _VLLM_SAVES
     ):
-        refused.append(f"modules trained whole, {more}: only {sorted(_VLLM_SAVES)}")
+        refused.append(f"fully trained modules, {more}: only {sorted(_VLLM_SAVES)}")
     if config["trainable_token_indices"]:
         refused.append("rows of an embedding that train on their own")
     if (rank := max([config["r"], *config["rank_pattern"].values()])) > _VLLM_RANK:
@@ -172,7 +172,7 @@ def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
             f"patterns that anchor a name others end with, {keys[:3]}: not known to work"
         )
     if heads := sorted(name for name in tensors if name.endswith("lm_head.weight")):
-        refused.append(f"a whole {heads[0]}")
+        refused.append(f"a full {heads[0]}")
     return refused
 
 

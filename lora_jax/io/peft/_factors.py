@@ -53,13 +53,13 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
     if place is None:
         raise folder.error(
             f"adapts a module {own!r}, which the parameters have not. Nearest: "
-            f"{places.nearest(own)}. If it has another name here, say names="
+            f"{places.nearest(own)}. If it has another name here, pass names="
         )
     letters = places.letters(place.path)
     kind = places.kind(place.path, letters)
     if (names == EMBEDDING) != (kind == "Embedding") or (own != module) != (kind == "Parameter"):
         name = f"{module}.{names[0]}"
-        raise folder.error(f"{name!r} is of another kind of module than a {kind}: say kinds=")
+        raise folder.error(f"{name!r} is of another kind of module than a {kind}: pass kinds=")
     a, b = (folder.array(f"{module}.{name}") for name in names)
     magnitude = folder.array(f"{module}.{MAGNITUDE}") if config.get("use_dora") else None
     if kind == "Parameter":
@@ -67,7 +67,7 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
     part = from_peft(place, letters, kind, a, b, configs.scale_of(config, own), magnitude)
     if part.rank != (rank := configs.rank_of(config, own)):
         raise folder.error(
-            f"the factors of {own!r} have rank {part.rank}, and its configuration says {rank}"
+            f"the factors of {own!r} have rank {part.rank}, and its configuration has {rank}"
         )
     if own == module and not configs.is_target(config, own):
         raise folder.error(
@@ -87,7 +87,7 @@ def _experts(
     version = re.match(r"(\d+)\.(\d+)", written)
     if version is None:
         raise folder.error(
-            "adapts parameters of experts and does not say peft_version, by which their axes are "
+            "adapts parameters of experts and does not give peft_version, by which their axes are "
             "told apart"
         )
     if (int(version[1]), int(version[2])) >= (0, 19):

@@ -80,7 +80,7 @@ class Folder:
     def left_over(self, name: str, places: Map) -> ValueError:
         """Make the error for a tensor that has no place."""
         return self.error(
-            f"the tensor {PREFIX + name!r} has no place here: its configuration does not speak of "
+            f"the tensor {PREFIX + name!r} has no place here: its configuration does not mention "
             "it, or the parameters have no such module. Nearest: "
             f"{places.nearest(name.rpartition('.')[0])}"
         )
@@ -97,7 +97,7 @@ def _check_tensor(name: str, x: np.ndarray, where: Path, *, finite: bool) -> Non
     if not name.startswith(PREFIX):
         raise ValueError(
             f"{where}: the tensor {name!r} does not begin with {PREFIX!r}: PEFT would load nothing "
-            "of it, and say so in a warning only"
+            "of it, and tell so in a warning only"
         )
 
 

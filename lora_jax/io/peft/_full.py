@@ -120,8 +120,8 @@ def written_full(
         places.of(path)
         if not places.is_module(path):
             raise ValueError(
-                f"peft.save: {path!r} trains whole, and is no weight or bias of a module by its "
-                "name: PEFT saves whole modules. If it is the weight of one, say "
+                f"peft.save: {path!r} trains fully, and is no weight or bias of a module by its "
+                "name: PEFT saves entire modules. If it is the weight of one, pass "
                 f"kinds={{{path!r}: 'Linear'}}"
             )
         if places.is_tied(path):
@@ -132,7 +132,7 @@ def written_full(
     saved = {name for name in places.all_modules() if configs.is_saved(trained, name)}
     if both := sorted(saved & modules.keys()):
         raise ValueError(
-            f"peft.save: the module {both[0]!r} would train whole and have factors as well: it is "
+            f"peft.save: the module {both[0]!r} would train fully and have factors as well: it is "
             f"one of {trained}, or its name ends like theirs"
         )
     alone = {place.module for place in found if place.suffix == "bias"} - saved

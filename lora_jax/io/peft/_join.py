@@ -39,7 +39,7 @@ def joined(parts: Sequence[Part], norm: np.ndarray) -> Part:
             if any(letters[r.axis] != "o" for r in part.ranges):
                 raise ValueError(
                     f"{part.key!r} has DoRA magnitudes and is a part of its inputs: PEFT has one "
-                    "magnitude a column of the whole weight"
+                    "magnitude a column of the entire weight"
                 )
             if part.magnitude is not None:
                 magnitude[_index(part.ranges, letters, "o")] = part.magnitude

@@ -14,9 +14,9 @@ from lora_jax.io.peft._folder import Folder
 
 def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
     """Read the rows of every table, by its path."""
-    said = folder.config.get("trainable_token_indices") or {}
+    indices = folder.config.get("trainable_token_indices") or {}
     modules = [name for name, tensors in folder.modules.items() if ROWS in tensors]
-    for key in said if isinstance(said, dict) else [""] if said else []:
+    for key in indices if isinstance(indices, dict) else [""] if indices else []:
         if not any(module.endswith(key) for module in modules):
             folder.array(f"{key or '...'}.{ROWS}")
     found = {}
@@ -24,9 +24,9 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
         place = places.find(module)
         if place is None or place.index or len(place.shape) != 2:
             raise folder.error(f"rows of {module!r} train, and there is no such table here")
-        listed: Any = said
-        if isinstance(said, dict):
-            listed = next((v for k, v in said.items() if module.endswith(k)), None)
+        listed: Any = indices
+        if isinstance(indices, dict):
+            listed = next((v for k, v in indices.items() if module.endswith(k)), None)
         ids = listed if isinstance(listed, list) else []
         name = f"{module}.{ROWS}"
         new, table = folder.array(name), places.tensor(place)

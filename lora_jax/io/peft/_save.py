@@ -150,7 +150,7 @@ def _modules(
         if f.residual:
             raise ValueError(
                 f"peft.save: {key!r} belongs to what its initializer left of the base, and PEFT "
-                "would add it to the model's own weights. To write it as plain LoRA on those, say "
+                "would add it to the model's own weights. To write it as plain LoRA on those, pass "
                 "initial= and params=, as for lora_jax.algebra.to_plain"
             )
         if isinstance(f, Rows):

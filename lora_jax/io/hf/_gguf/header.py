@@ -173,7 +173,7 @@ def read_header(path: Path) -> Header:
         try:
             values, tensors = _read(_Bytes(file, size), size)
         except ValueError as error:
-            raise ValueError(f"{path} is no whole GGUF file: {error}") from error
+            raise ValueError(f"{path} is no complete GGUF file: {error}") from error
     if (files := values.get("split.count", 1)) != 1:
         raise ValueError(
             f"{path} is one of {files} files of a model: make them one, with llama-gguf-split "
