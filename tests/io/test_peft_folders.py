@@ -495,7 +495,7 @@ def test_what_vllm_would_refuse_is_refused(tmp_path):
         ("dora", {"dora": True}, {}, "DoRA: merge"),
         ("rows", {"rows": {"embed.*": [1]}}, {}, "rows of an embedding"),
         ("head", {"full": "head/.*"}, {}, r"fully trained modules, \['head'\]"),
-        ("lm_head", {"full": "head/.*"}, tied, "a whole base_model.model.lm_head.weight"),
+        ("lm_head", {"full": "head/.*"}, tied, "a full base_model.model.lm_head.weight"),
     ]:
         lora_params = trained(params, rank=2, targets=".*query/kernel", layout=LAYOUT, **options)
         with pytest.raises(ValueError, match=f"vLLM would refuse this adapter: .*{message}"):
