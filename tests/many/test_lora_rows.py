@@ -285,7 +285,7 @@ def test_what_cannot_be_rows_is_refused():
         apply(adapters[0], x, lora_ids=ids)
     mixed = dict(stacked.adapter.factors)
     mixed["w1"] = jax.tree.map(lambda a: np.asarray(a)[:2], mixed["w1"])
-    with pytest.raises(ValueError, match=r"one number of them in front. They have .*'w1': 2"):
+    with pytest.raises(ValueError, match=r"one number of adapters in front. They have .*'w1': 2"):
         apply(LoraParams(case.params, lora_jax.Adapter(mixed)), x, lora_ids=ids)
     with pytest.raises(TypeError, match="adapter is int, expected an Adapter"):
         apply(LoraParams(case.params, 0), x, lora_ids=ids)
