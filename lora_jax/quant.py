@@ -45,8 +45,8 @@ def quantize(
         targets: as in :func:`lorafy`; by default every dense, convolution and expert kernel.
         exclude: as in :func:`lorafy`.
         layout: as in :func:`lorafy`.
-        block: how many inputs of an output share a step; the largest divisor of their number up to
-            it counts. None is 64 for four bits, and all inputs for eight.
+        block: how many inputs of an output share a step, rounded down to a divisor of their number;
+            None is 64 for four bits, and all inputs for eight.
 
     Returns:
         ``params`` with a ``qwix.QArray`` for each target. nf4 in blocks of 64, with scales in the

@@ -18,7 +18,7 @@ Stack = TypeVar("Stack", LoraParams, Adapter)
 
 
 def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
-    """Replace member ``i`` of a stack by another adapter, padded to the stack's rank.
+    """Return the stack with another adapter as member ``i``, padded to the stack's rank.
 
     The shapes stay the same. Under ``jax.jit``, with ``i`` an array, one compiled function replaces
     any member by any adapter of the same shapes, and no program that runs on the stack is compiled
@@ -33,8 +33,6 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
         adapter: an Adapter; or, if the stack is a LoraParams, a LoraParams over its base. Missing
             entries are filled in, and NaNs are treated, as by :func:`stack`.
 
-    Returns:
-        A stack like ``stacked``.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -85,7 +83,7 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
 
 
 def take(tree: PyTree, indices: Any) -> PyTree:
-    """Take some members of a stack, and of trees that go with it, such as an optimizer's moments.
+    """Return some members of a stack, and of trees that go with it, such as moments.
 
     It is ``x[indices]`` of every leaf, except for the bases of LoraParams, which have no axis of
     members. So ``trainable, frozen, opt_state = take((trainable, frozen, opt_state), best)`` is
@@ -96,8 +94,6 @@ def take(tree: PyTree, indices: Any) -> PyTree:
         indices: a vector of integers, from 0, in any order, perhaps repeated. Traced ones cannot be
             refused: out of range they give NaN, the least integer, or the largest unsigned one.
 
-    Returns:
-        A tree like ``tree``.
 
     Raises:
         TypeError: ``indices`` are not integers.
