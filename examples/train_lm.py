@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 log.flush(0, lambda: validate(state.trainable, frozen))
             for done in range(first + 1, args.steps + 1):
-                batch = job.put(training.batch(args.batch, done - 1, args.seed))
+                batch = job.place(training.batch(args.batch, done - 1, args.seed))
                 state, found = job.step(state, frozen, batch, np.int32(done - 1))
                 log.add(done, found)
                 is_due = done % args.every == 0 or done == args.steps

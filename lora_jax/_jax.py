@@ -1,6 +1,6 @@
-"""All that depends on the JAX version: the only import of ``jax.extend``.
+"""Hide the differences between JAX versions; no other file imports ``jax.extend``.
 
-Seen on jax 0.10.2, 0.11.2 and 0.12.0.
+Tested on jax 0.10.2, 0.11.2 and 0.12.0.
 """
 
 import functools
@@ -22,21 +22,21 @@ _DEBUG_INFO = core.DebugInfo("lora_jax", "one equation", None, None)
 
 
 def literal(atom: core.Literal) -> jax.Array:
-    """The value of a literal as an array of its type, weak if that is."""
+    """Return the value of a literal as an array of its dtype, weakly typed if the literal is."""
     weak = getattr(atom.aval, "weak_type", False)
     return jnp.asarray(atom.val, None if weak else getattr(atom.aval, "dtype", None))
 
 
 def is_drop(var: Any) -> bool:
-    """Whether an output variable is never read."""
+    """Return whether an output variable is never read."""
     return isinstance(var, core.DropVar)
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation on plain arrays; one value an outvar, None where it is dropped.
+    """Evaluate one equation on plain arrays; return one value per outvar, None if it is dropped.
 
-    As a jaxpr of one equation, so that JAX itself binds it: contexts, name stacks and the rules
-    of custom derivatives are then its own, whatever the version.
+    JAX itself binds the equation, as a jaxpr of one. So it handles contexts, name stacks and the
+    rules of custom derivatives, whatever the version.
     """
     invars, args = [], []
     for atom, value in zip(eqn.invars, values, strict=True):
@@ -50,40 +50,40 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Any, list[Any], Any]:
-    """Trace ``fn``.
+    """Trace ``fn`` to a jaxpr.
 
     Returns:
-        Its jaxpr without what no output needs (NNX hands a scanned layer's parameters back as
-        outputs of the scan, where nobody reads them); the untrimmed jaxpr; the constants that both
-        take as their first inputs; and the structure of ``fn``'s output.
+        The jaxpr without equations that no output needs (NNX returns a scanned layer's parameters
+        as outputs of the scan, which nobody reads); the complete jaxpr; the constants, which are
+        the first inputs of both; and the structure of ``fn``'s output.
     """
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    untrimmed = _open(closed)
-    live, _ = partial_eval.dce_jaxpr(untrimmed, [True] * len(untrimmed.outvars), instantiate=True)
-    return live, untrimmed, list(closed.consts), jax.tree.structure(out)
+    complete = _open(closed)
+    live, _ = partial_eval.dce_jaxpr(complete, [True] * len(complete.outvars), instantiate=True)
+    return live, complete, list(closed.consts), jax.tree.structure(out)
 
 
 def _open(closed: Any) -> core.Jaxpr:
-    """A jaxpr whose constants are its first inputs."""
+    """Return a jaxpr whose first inputs are the constants."""
     jaxpr = closed.jaxpr
     invars = [*jaxpr.constvars, *jaxpr.invars]
     return core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, _DEBUG_INFO)
 
 
 def read_inputs(jaxpr: core.Jaxpr) -> list[bool]:
-    """For each input of a jaxpr, whether anything reads it."""
+    """Return, for each input of a jaxpr, whether anything reads it."""
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
     read.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
     return [v in read for v in jaxpr.invars]
 
 
 def name_stack(eqn: core.JaxprEqn) -> str:
-    """The user's named scopes around an equation, as ``jax.named_scope`` takes them."""
+    """Return the user's named scopes around an equation, as ``jax.named_scope`` takes them."""
     return str(eqn.source_info.name_stack)
 
 
 def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carries."""
+    """Return how many of a scan's operands are constants, and how many are carries."""
     if "ft_in" in eqn.params:  # jax >= 0.11
         consts, carry, _ = eqn.params["ft_in"].unpack()
         return len(consts), len(carry)
@@ -97,10 +97,10 @@ def rebind_jit(
     in_widths: Sequence[int],
     out_widths: Sequence[int],
 ) -> list[Any]:
-    """Bind a ``jit`` equation again around another jaxpr: name and options are kept.
+    """Bind a ``jit`` equation again around another jaxpr, with its name and options.
 
-    Operand ``i`` of the equation has become ``in_widths[i]`` operands, of which the first is what
-    it was: a sharding or layout asked for is that one's, and the others have what they come with.
+    Operand ``i`` of the equation has become ``in_widths[i]`` operands. The first is the original
+    one and keeps a requested sharding or layout; the others keep the ones that they arrive with.
     Output ``j`` has become ``out_widths[j]`` outputs.
     """
     params = dict(eqn.params, jaxpr=closed)
@@ -121,7 +121,7 @@ def rebind_jit(
 
 @functools.cache
 def _unspecified() -> Any:
-    """JAX's mark for a sharding that nobody asked for."""
+    """Return JAX's mark for a sharding that nobody requested."""
     (eqn,) = jax.make_jaxpr(jax.jit(lambda x: x))(0).eqns
     return eqn.params["in_shardings"][0]
 
@@ -133,9 +133,9 @@ def rebind_remat(
     in_widths: Sequence[int],
     out_widths: Sequence[int],
 ) -> list[Any]:
-    """Bind a ``checkpoint`` equation again around another jaxpr: policy and region are kept."""
+    """Bind a ``checkpoint`` equation again around another jaxpr, with its policy and region."""
     params = dict(eqn.params, jaxpr=_open(closed))  # a region takes its constants as operands
-    if isinstance(params["prevent_cse"], tuple):  # one flag an operand
+    if isinstance(params["prevent_cse"], tuple):  # one flag per operand
         repeated = zip(params["prevent_cse"], in_widths, strict=True)
         flags = [x for x, width in repeated for _ in range(width)]
         params["prevent_cse"] = (*[False] * len(closed.consts), *flags)
@@ -145,7 +145,7 @@ def rebind_remat(
 def rebind_shard_map(
     eqn: core.JaxprEqn, body: Callable[..., list[Any]], args: Sequence[Any], in_specs: Any
 ) -> list[Any]:
-    """Bind a ``shard_map`` equation again around another body; ``in_specs`` are of ``args``."""
+    """Bind a ``shard_map`` equation again around another body; ``args`` have ``in_specs``."""
     params = eqn.params
     axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
     mapped = jax.shard_map(
@@ -160,7 +160,7 @@ def rebind_shard_map(
 
 
 def explicit_spec(x: Any) -> list[Any] | None:
-    """How the axes of an array are spread over a mesh of Explicit axes; None without one."""
+    """Return the spec of an array on a mesh of Explicit axes, for every axis; None without one."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in (sharding.mesh.axis_types or ()):
         return None
@@ -168,30 +168,30 @@ def explicit_spec(x: Any) -> list[Any] | None:
 
 
 def reshard(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
-    """An array of a program with Explicit axes, spread over them in another way."""
+    """Spread an array of a program with Explicit axes over them in another way."""
     return jax.sharding.reshard(x, explicit_sharding(x, spec))
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """An array on every device of a mesh of Explicit axes, along which QR and SVD do not go."""
+def replicated(x: jax.Array) -> jax.Array:
+    """Replicate an array over a mesh of Explicit axes, along which QR and SVD cannot run."""
     spec = explicit_spec(x)
     return x if spec is None or not any(spec) else reshard(x, [None] * x.ndim)
 
 
 def explicit_sharding(x: jax.Array, spec: Sequence[Any]) -> NamedSharding:
-    """A sharding on the mesh of ``x``, whether it is traced or not."""
+    """Return a sharding on the mesh of ``x``, whether ``x`` is traced or not."""
     own = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     mesh: Any = getattr(own, "mesh", None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def to_mesh_of(eqn: core.JaxprEqn, x: jax.Array) -> jax.Array:
-    """Reshard an array: replicated where the ``reshard`` changes the kind of the mesh's axes."""
-    there = eqn.params["dst_sharding"]
-    if jax.typeof(x).sharding.mesh.axis_types == there.mesh.axis_types:
+    """Replicate an array on the mesh of a ``reshard`` that changes the kinds of the mesh's axes."""
+    mesh = eqn.params["dst_sharding"].mesh
+    if jax.typeof(x).sharding.mesh.axis_types == mesh.axis_types:
         return x
-    replicated = NamedSharding(there.mesh, PartitionSpec(*[None] * x.ndim))
-    return eqn.primitive.bind(x, **dict(eqn.params, dst_sharding=replicated))
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * x.ndim))
+    return eqn.primitive.bind(x, **dict(eqn.params, dst_sharding=sharding))
 
 
 def _folder(package: str) -> str:
@@ -204,10 +204,10 @@ _JAX, *_OTHERS = (_folder(package) for package in ("jax", "flax", "optax"))
 
 
 def source_frame(eqn: core.JaxprEqn) -> traceback.FrameSummary | None:
-    """Where in the user's code an equation was traced.
+    """Return the frame of the user's code in which an equation was traced.
 
-    The innermost frame outside JAX, Flax and this package; failing that, the innermost one of
-    Flax; None where JAX alone is to be seen, as inside its own jitted functions.
+    It is the innermost frame outside JAX, Flax, Optax and this package, or else the innermost one
+    of Flax or Optax; None if there are frames of JAX only, as inside its own jitted functions.
     """
     trace = eqn.source_info.traceback
     frames = [] if trace is None else traceback.extract_tb(trace.as_python_traceback())

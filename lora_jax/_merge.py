@@ -1,4 +1,4 @@
-"""``merge``, ``unmerge`` and ``switch``: from split parameters to plain ones, back, and on."""
+"""Merge an adapter into the base, take it out again, or exchange it for another."""
 
 import dataclasses
 import functools
@@ -32,27 +32,28 @@ def merge(
 ) -> PyTree:
     """Fuse the adapter into the base: plain parameters, at no extra cost to use.
 
-    For every adapted weight::
+    Every adapted weight becomes::
 
         W' = W + scale * a b          (with DoRA, m (W + scale * a b) / |W + scale * a b|)
 
-    the product and the sum in the wider of float32 and ``W``'s dtype, rounded once to ``W``'s
-    dtype. Jitted; needs the memory of one such product at a time, for stacked layers that of one
-    layer. Leaves the adapter does not touch are the base's own arrays.
+    The product and the sum are in the wider of float32 and ``W``'s dtype, and are rounded once to
+    ``W``'s dtype. The computation is jitted. It needs the memory of one such product at a time,
+    for stacked layers that of one layer. All other leaves are the base's own arrays.
 
     Args:
         lora_params: from ``lorafy``.
-        donate: give the adapted weights' memory to the merged ones. The base's arrays are then
-            gone, except those that stand at several places of it.
-        quantized: what to do with adapted weights that are quantized: refuse; leave the merged
-            ones as plain arrays; or quantize them again, as they were, which rounds away what is
-            smaller than their steps: :func:`quantization_error` says how much.
+        donate: whether the merged weights take the memory of the adapted ones. The base's arrays
+            are deleted then, except those that stand at several places of it.
+        quantized: what to do with adapted weights that are quantized. ``"refuse"`` raises;
+            ``"dequantize"`` returns plain arrays; ``"requantize"`` quantizes the merged weights as
+            before, and rounds away what is smaller than their steps, which
+            :func:`quantization_error` measures.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of the base.
 
     Raises:
-        TypeError: ``lora_params`` is not a LoraParams, such as when it is merged already.
+        TypeError: ``lora_params`` is not a LoraParams; perhaps it is merged already.
         ValueError: the adapter does not fit the base, or an adapted weight is quantized.
 
     Example:
@@ -85,9 +86,9 @@ def merge(
         elif path in updates and is_quantized(leaf):
             if quantized == "refuse":
                 raise ValueError(
-                    f"merge: {path!r} is quantized, and its merged values are not of its kind. Say "
-                    "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
-                    "lora_jax.quant.quantization_error says what that costs"
+                    f"merge: {path!r} is quantized, and its merged values do not fit its steps. "
+                    "Pass quantized='dequantize' for plain arrays, or 'requantize' to round them "
+                    "again; lora_jax.quant.quantization_error measures the loss"
                 )
             plain = _add(dequantize_array(leaf), updates[path], donate=True)
             leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
@@ -101,21 +102,21 @@ def merge(
 def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree:
     """Take an adapter out of merged parameters: ``W = W' - scale * a b``.
 
-    Within one rounding of the dtype of ``W'``. Exact undoing is to keep the base:
-    ``lora_params.base``.
+    The result is exact up to one rounding in the dtype of ``W'``. To undo a merge exactly, keep the
+    base, ``lora_params.base``.
 
     Args:
         params: merged parameters.
         adapter: the adapter that was merged.
-        donate: give the merged weights' memory to the result.
+        donate: whether the result takes the memory of the merged weights.
 
     Returns:
         Plain parameters; ``LoraParams(unmerge(params, adapter), adapter)`` is the split form.
 
     Raises:
         TypeError: ``params`` is a LoraParams, or ``adapter`` is not an Adapter.
-        ValueError: the adapter does not fit, or has leaves trained whole, whose originals are
-            not in it.
+        ValueError: the adapter does not fit; it has full leaves or DoRA, whose originals are lost;
+            or a weight is quantized.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -134,8 +135,8 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
     _check_not_quantized("unmerge", params, adapter)
     if adapter.full:
         raise ValueError(
-            f"unmerge: the adapter holds leaves trained whole ({', '.join(adapter.full)}), and "
-            "merging replaced the originals. Keep the base, lora_params.base, to undo exactly"
+            f"unmerge: the adapter has full leaves ({', '.join(adapter.full)}), and merging "
+            "replaced the originals. Keep the base, lora_params.base, to undo exactly"
         )
     if dora := [path for path, f in adapter.factors.items() if f.magnitude is not None]:
         raise ValueError(
@@ -150,31 +151,32 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
 
 
 def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) -> PyTree:
-    """Exchange the adapter that is merged: ``W' = (W - s_old a_old b_old) + s_new a_new b_new``.
+    """Exchange the merged adapter: ``W' = (W - s_old a_old b_old) + s_new a_new b_new``.
 
-    Both sums are in the wider of float32 and ``W``'s dtype, and both are rounded to ``W``'s dtype:
-    the first one to where the base was. So a switch takes back most of what the one before rounded
-    away, where one rounding of ``W - BA + B'A'`` would leave it, and let it add up. After 1,000
-    switches around four adapters, whose updates are a tenth of the weight, the relative error is
-    0.009 in bfloat16 (0.23 with the one rounding; merging once: 0.002), and 3e-6 in float32.
+    Both sums are in the wider of float32 and ``W``'s dtype, and both are rounded to ``W``'s dtype.
+    The first rounding returns to the base's value, so a switch takes back most of the rounding
+    error of the switch before. A single rounding of ``W - BA + B'A'`` would keep that error, and
+    it would add up. After 1,000 switches around four adapters, whose updates are a tenth of the
+    weight, the relative error is 0.009 in bfloat16 (0.23 with a single rounding; 0.002 after one
+    merge), and 3e-6 in float32.
 
     Keep the base if there is room for it: ``merge(LoraParams(base, new))`` needs the memory of
-    both, and has no drift. If there is not, switch, in float32 or with few switches. Where adapters
-    alternate all the time, ``lora(fn)`` merges none.
+    both and does not drift. Otherwise switch in float32, or only a few times. If adapters
+    alternate all the time, use ``lora(fn)``, which merges none.
 
     Args:
         params: merged parameters.
         old: the adapter that is merged in them.
-        new: the adapter to have in its place; it may be of other weights.
-        donate: give the memory of the weights that change to the new ones.
+        new: the adapter to merge instead; it may change other weights.
+        donate: whether the new weights take the memory of the ones that change.
 
     Returns:
         Plain parameters with the structure, shapes, dtypes and shardings of ``params``.
 
     Raises:
         TypeError: ``params`` is a LoraParams, or an adapter is not an Adapter.
-        ValueError: an adapter does not fit; or it cannot be taken out again: it has leaves trained
-            whole, DoRA, or belongs to what its initializer left of a base.
+        ValueError: an adapter does not fit, or cannot be taken out again: it has full leaves or
+            DoRA, or belongs to the residual base that its initializer left.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -196,21 +198,21 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
             )
         if adapter.full:
             raise ValueError(
-                f"switch: {name} holds leaves trained whole ({', '.join(adapter.full)}), and "
-                "merging replaces the originals. Keep the base: merge(LoraParams(base, new))"
+                f"switch: {name} has full leaves ({', '.join(adapter.full)}), and merging replaces "
+                "the originals. Keep the base: merge(LoraParams(base, new))"
             )
         _check_not_quantized("switch", params, adapter)
         for key, f in adapter.factors.items():
             check_linear("switch", key, f)
     before, after = (check(LoraParams(params, x)).parts for x in (old, new))
     plain = unmerge(params, old, donate=donate)
-    # The rounding in between must stay: within one program, XLA would leave out the two casts.
+    # The rounding in between must stay: within one program, XLA would remove the two casts.
     plain = jax.tree.map(lambda x: x if is_concrete(x) else lax.optimization_barrier(x), plain)
     ours = {part.path for part in before.values()}
     again, others = {}, {}
     for key, f in new.factors.items():
         (again if after[key].path in ours else others)[key] = f
-    # In place of what unmerge has made; under vmap that is not ours to donate.
+    # This overwrites what unmerge made; under vmap that is not ours to donate.
     is_own = all(map(is_concrete, jax.tree.leaves((plain, again))))
     result = merge(LoraParams(plain, Adapter(again)), donate=is_own)
     return merge(LoraParams(result, Adapter(others)), donate=donate)
@@ -221,9 +223,8 @@ def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
     for path in (part_of(key, leaves).path for key in adapter.factors):
         if is_quantized(leaves.get(path)):
             raise ValueError(
-                f"{verb}: {path!r} is quantized, and would be rounded anew each time: make the "
-                "parameters plain, lora_jax.quant.dequantize(params), or keep the base and merge "
-                "from it"
+                f"{verb}: {path!r} is quantized, and would be rounded again each time: pass plain "
+                "parameters, lora_jax.quant.dequantize(params), or keep the base and merge from it"
             )
 
 
@@ -232,15 +233,15 @@ def _add(w: Any, updates: list[Update], *, donate: bool) -> jax.Array:
     if not isinstance(sharding, NamedSharding):
         sharding = None
 
-    # A loop over the layers keeps one product in memory; over an axis that is spread over
-    # devices it would gather it.
-    def loops(factors):
+    # A loop over the layers keeps one product in memory. Over an axis that is spread over devices,
+    # it would gather that axis.
+    def is_looped(factors):
         batch = role_axes(factors.layout, "b")
         return bool(batch) and not (
             sharding and any(sharding.spec[i] for i in batch if i < len(sharding.spec))
         )
 
-    static = tuple((loops(factors), ranges) for factors, ranges in updates)
+    static = tuple((is_looped(factors), ranges) for factors, ranges in updates)
     return _jitted(sharding, donate)(w, [factors for factors, _ in updates], static)
 
 
@@ -268,7 +269,7 @@ def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Arra
 
 
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
-    """``W + scale * a b``, times its gain; with ``loop``, one entry of the batch axes at a time."""
+    """Return ``W + scale * a b``, times its gain; with ``loop``, one batch index at a time."""
     if not loop:
         return LoraArray(w, (delta_of(factors, Leaf(0, ""), (), w),)).dense()
     axes = role_axes(factors.layout, "b")
@@ -282,13 +283,13 @@ def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:
             start[axis] = i
         piece = lax.dynamic_slice(w, start, inner)
 
-        def entry_of(name, x):
+        def slice_at_index(name, x):
             if name == "scale":
                 return x
             zeros = [jnp.zeros_like(k)] * (x.ndim - len(axes))
             return lax.dynamic_slice(x, [*index, *zeros], [*[1] * len(axes), *x.shape[len(axes) :]])
 
-        one = factors.map(entry_of)
-        return lax.dynamic_update_slice(w, _merged(piece, one, loop=False), start)
+        piece = _merged(piece, factors.map(slice_at_index), loop=False)
+        return lax.dynamic_update_slice(w, piece, start)
 
     return lax.fori_loop(0, math.prod(sizes), body, w)

@@ -1,4 +1,4 @@
-"""``quantize``: a base in few bits."""
+"""Quantize a base to few bits, and measure the error."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,28 +33,29 @@ def quantize(
 ) -> PyTree:
     """Replace weights by quantized ones, for a base that does not train.
 
-    Such a base goes wherever parameters go: into ``lorafy``, and from there into ``lora(fn)``,
-    which makes each weight where it is used, in the forward and again in the backward pass, and
-    keeps it nowhere::
+    The result goes wherever parameters go: into ``lorafy``, and from there into ``lora(fn)``, which
+    dequantizes each weight where it is used, in the forward and again in the backward pass, and
+    keeps none of them::
 
         x dequantize(W) + scale * (x a) b
 
     Args:
         params: any pytree of arrays.
         qtype: ``"nf4"`` (4-bit NormalFloat), ``"int4"``, ``"int8"`` or ``"fp8"`` (e4m3).
-        targets: as in :func:`lorafy`; every dense, convolution and expert kernel.
+        targets: as in :func:`lorafy`; by default every dense, convolution and expert kernel.
         exclude: as in :func:`lorafy`.
         layout: as in :func:`lorafy`.
-        block: how many inputs of an output share a step, or the largest divisor of their number
-            below; None is 64 for four bits, and all of them for eight.
+        block: how many inputs of an output share a step, rounded down to a divisor of their number;
+            None is 64 for four bits, and all inputs for eight.
 
     Returns:
-        ``params`` with ``qwix.QArray`` for the targets: for nf4 in blocks of 64, with scales in
-        the weights' bfloat16 (float32), 4.25 (4.5) bits a weight.
+        ``params`` with a ``qwix.QArray`` for each target. nf4 in blocks of 64, with scales in the
+        weights' bfloat16 (float32), takes 4.25 (4.5) bits per weight.
 
     Raises:
         ImportError: qwix is not installed.
-        ValueError: ``qtype`` or ``block`` is unknown, or a pattern selects nothing.
+        ValueError: ``qtype`` or ``block`` is unknown; a pattern selects nothing; or a target is a
+            part of a weight, or quantized already.
 
     References:
         Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314.
@@ -68,7 +69,7 @@ def quantize(
         if ranges:
             raise ValueError(f"quantize: {key!r}: only entire weights can be quantized")
         if is_quantized(leaves[path]):
-            raise ValueError(f"quantize: {path!r} is quantized already: exclude={path!r}")
+            raise ValueError(f"quantize: {path!r} is quantized already: pass exclude={path!r}")
         letters = letters_of(path, leaves, layout)
         new[path] = quantize_array(
             leaves[path], *tiles_of(leaves[path].shape, letters, qtype, block, path)
@@ -80,7 +81,7 @@ def quantize(
 def tiles_of(
     shape: Sequence[int], layout: str, qtype: str, block: int | None, path: str
 ) -> tuple[str, dict[int, int]]:
-    """What qwix calls a type, and how many entries of which axes share a step."""
+    """Return qwix's name of a type, and by axis how many entries share a step."""
     if qtype not in _QTYPES:
         raise ValueError(f"quantize: qtype={qtype!r}: expected one of {sorted(_QTYPES)}")
     if block is not None and block < 2:
@@ -88,12 +89,12 @@ def tiles_of(
     inputs, size = role_axes(layout, "i"), block or _BLOCKS[qtype]
     if size is None:
         return _QTYPES[qtype], {axis: shape[axis] for axis in inputs}
-    # along the last input axis; the others are channels
+    # The blocks are along the last input axis; the other axes are channels.
     return _QTYPES[qtype], {inputs[-1]: _tile(shape[inputs[-1]], size, path)}
 
 
 def _tile(size: int, block: int, path: str) -> int:
-    """The largest divisor of ``size`` up to ``block``."""
+    """Return the largest divisor of ``size`` up to ``block``."""
     tile = max(k for k in range(1, min(size, block) + 1) if size % k == 0)
     if 4 * tile < min(size, block):
         raise ValueError(
@@ -105,16 +106,16 @@ def _tile(size: int, block: int, path: str) -> int:
 
 
 def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
-    """The error that quantization made, by path: ``|W_q - W| / |W|``.
+    """Measure the error of quantization by path: ``|W_q - W| / |W|``.
 
     Args:
-        params: with quantized weights, from :func:`quantize` or
+        params: parameters with quantized weights, from :func:`quantize` or
             ``merge(..., quantized="requantize")``.
-        exact: the same parameters without: before ``quantize``, or from
+        exact: the same parameters unquantized, from before ``quantize`` or from
             ``merge(..., quantized="dequantize")``.
 
     Returns:
-        ``{path: error}`` of the leaves that are quantized.
+        ``{path: error}`` for the quantized leaves.
 
     Raises:
         ValueError: the two trees differ.
@@ -128,5 +129,5 @@ def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
 
 
 def dequantize(params: PyTree) -> PyTree:
-    """``params`` with plain arrays for the quantized ones, in the dtype of their scales."""
+    """Replace quantized arrays by plain ones, in the dtype of their scales."""
     return jax.tree.map(plain_array, params, is_leaf=is_quantized)

@@ -213,7 +213,7 @@ def test_unmerge_of_wrong_things_raises():
     with pytest.raises(TypeError, match="expected an Adapter"):
         lora_jax.unmerge(lora_params.base, {"w": 1})
     full = lora_jax.lorafy(lora_params.base, targets=[], full="w")
-    with pytest.raises(ValueError, match=r"trained whole \(w\).*Keep the base"):
+    with pytest.raises(ValueError, match=r"full leaves \(w\).*Keep the base"):
         lora_jax.unmerge(full.base, full.adapter)
 
 

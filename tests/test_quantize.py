@@ -381,7 +381,7 @@ def test_bad_input():
         lora_jax.quant.quantize(params, block=1)
     with pytest.raises(ValueError, match="'tall' has an input axis of 127, whose largest divisor"):
         lora_jax.quant.quantize(params)
-    with pytest.raises(ValueError, match="only whole weights"):
+    with pytest.raises(ValueError, match="only entire weights"):
         lora_jax.quant.quantize(params, targets="w[:, 0:4]")
     quantized = lora_jax.quant.quantize(params, targets="w")
     with pytest.raises(ValueError, match="'w' is quantized already"):

@@ -135,7 +135,7 @@ def test_what_cannot_be_switched_is_explained():
     refused(TypeError, "switch: new is NoneType, expected an Adapter", params, x.adapter, None)
     full = split(1, targets=["dense"], full="bias").adapter
     for pair in ((full, x.adapter), (x.adapter, full)):
-        message = r"holds full leaves \(bias\).*Keep the base: merge\(LoraParams\(base"
+        message = r"has full leaves \(bias\).*Keep the base: merge\(LoraParams\(base"
         refused(ValueError, message, params, *pair)
     dora = split(1, targets=["dense"], dora=True).adapter
     refused(ValueError, "switch: 'dense' has a DoRA magnitude", params, x.adapter, dora)

@@ -78,7 +78,7 @@ def measured(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> d
     state, frozen = job.state, job.frozen
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (args.batch, args.length + 1), np.int32)
-    rows = job.put(Rows(tokens[:, :-1], tokens[:, 1:]))
+    rows = job.place(Rows(tokens[:, :-1], tokens[:, 1:]))
 
     compiled = job.step.lower(state, frozen, rows, np.int32(0)).compile()
     times, found = [], {}

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax._adapter.factors import Entry, Factors, wide
-from lora_jax._jax import whole
+from lora_jax._jax import replicated
 
 Array: TypeAlias = Any  # of JAX or of NumPy
 
@@ -72,7 +72,7 @@ class LowRank(NamedTuple):
     def of(cls, f: Entry, dtype: Any = None) -> "LowRank":
         """Read factors as matrices of JAX, replicated, in ``dtype`` or at least float32."""
         dtype = wide_of([f]) if dtype is None else dtype
-        a, b = (whole(jnp.asarray(x, dtype)) for x in (f.a, f.b))
+        a, b = (replicated(jnp.asarray(x, dtype)) for x in (f.a, f.b))
         return cls(as_matrix(a, f.layout, "a"), as_matrix(b, f.layout, "b"), f.scale)
 
     @property

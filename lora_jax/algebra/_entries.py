@@ -14,7 +14,7 @@ from jax import lax
 
 from lora_jax._adapter.factors import Factors
 from lora_jax._adapter.lowrank import LowRank, matmul, pad_axis, svd, wide_of
-from lora_jax._jax import whole
+from lora_jax._jax import replicated
 from lora_jax._weights.axes import factor_shapes
 
 
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 @functools.partial(jax.jit, static_argnames="rule")
 def of_arrays(updates: Sequence[jax.Array], key: jax.Array, rule: Rule) -> jax.Array:
     """Combine updates of one shape."""
-    stack = jnp.stack([whole(x) for x in updates])
+    stack = jnp.stack([replicated(x) for x in updates])
     return _combined(lambda k: stack[k], len(updates), key, rule)
 
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from lora_jax._adapter.factors import Factors, master
 from lora_jax._adapter.lowrank import LowRank, svd
 from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._jax import whole
+from lora_jax._jax import replicated
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
 from lora_jax._weights.numbers import check_int, check_positive
@@ -145,7 +145,7 @@ def truncated(
     """
     if not jnp.isfinite(delta).all():
         raise ValueError(f"extract: {name!r} is not finite in base or tuned")
-    parts = svd(whole(delta)).truncated(rank, energy)
+    parts = svd(replicated(delta)).truncated(rank, energy)
     scale = 1.0 if alpha is None else alpha / parts.s.shape[-1]
     return LowRank(*parts.balanced(scale), scale)
 

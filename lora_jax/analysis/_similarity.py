@@ -19,7 +19,7 @@ from lora_jax._adapter.factors import Entry, wide
 from lora_jax._adapter.lowrank import LowRank, as_matrix, joined, matmul, svd, wide_of
 from lora_jax._adapter.params import adapter_of
 from lora_jax._adapter.updates import by_key, differences, operands
-from lora_jax._jax import whole
+from lora_jax._jax import replicated
 
 Side = Literal["a", "b"]
 
@@ -178,6 +178,6 @@ def _cosines(gram: jax.Array) -> jax.Array:
 
 def _directions(f: Entry, factor: Side) -> jax.Array:
     """Return orthonormal columns, most important first: ``[*batch, in or out, rank]``."""
-    x = whole(getattr(f, factor))
+    x = replicated(getattr(f, factor))
     x = as_matrix(x.astype(wide(x.dtype)), f.layout, factor)
     return svd(x if factor == "a" else x.mT).u

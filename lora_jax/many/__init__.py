@@ -1,8 +1,8 @@
-"""Many adapters over one base: stacks, rows of a batch, experts, and a bank of slots.
+"""Many adapters over one base: stacks, an adapter per batch row, mixtures, and a bank of slots.
 
-* :func:`stack`, :func:`unstack`, :func:`take`, :func:`replace_at`: adapters as one.
-* :func:`lora_rows`: each row of a batch by its own adapter.
-* :func:`lora_routed`, :func:`arrow`: each token by a mixture of adapters.
+* :func:`stack`, :func:`unstack`, :func:`take`, :func:`replace_at`: several adapters as one.
+* :func:`lora_rows`: an adapter per batch row.
+* :func:`lora_routed`, :func:`arrow`: a mixture of adapters per token.
 * :class:`AdapterBank`: more adapters than fit on the device.
 """
 

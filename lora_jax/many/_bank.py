@@ -12,47 +12,46 @@ import numpy as np
 from lora_jax._adapter.factors import is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.numbers import check_int
-from lora_jax.many._host import empty_row, host_row, placed, places_of
+from lora_jax.many._host import empty_member, host_member, placed, places_of
 from lora_jax.many._lru import Lru, Stats
 
 
 class AdapterBank:
-    """Adapters of one base: all in the host's memory, those in use in slots of the device.
+    """A bank of adapters of one base: all in the host's memory, those in use in device slots.
 
-    The slots are one stack, for :func:`lora_rows`. It keeps its shapes, so that adapters come, go
-    and change, of any ranks up to the bank's, and nothing compiles: what loads an adapter is
-    compiled when the bank is made, and an adapter is checked, padded and cast in NumPy when it is
-    added. Loading it is one transfer then, of arrays known to be good.
+    The slots are the members of one stack, for :func:`lora_rows`. Its shapes are fixed: adapters
+    of any ranks up to the bank's come, go and change, and nothing compiles. The program that loads
+    an adapter is compiled when the bank is made. An adapter is checked, padded and cast in NumPy
+    when it is added, so loading it is one transfer of arrays known to be good.
 
-    An adapter in use has its slot to itself. Of the others, the least recently used makes way. A
-    slot that is empty, or whose adapter was removed, holds zeros: the base.
+    An adapter in use keeps its slot. The least recently used of the other adapters is evicted if a
+    slot is needed. A slot that is empty, or whose adapter was removed, contains zeros: the base.
 
-    Every method may be called from any thread, outside of ``jax.jit``: a program with a bank inside
-    would go on with what was in the slots when it was compiled. Of a base that several processes
-    share, each has a bank of its own: all of them add, acquire and release the same adapters in the
+    Every method may be called from any thread, but not inside ``jax.jit``: the compiled program
+    would keep the adapters that were in the slots when it was compiled. If several processes share
+    a base, each has its own bank. All of them add, acquire and release the same adapters in the
     same order, from one thread, as they run the same programs.
 
     Args:
-        like: a LoraParams: the base, and which weights adapters of it may change, with layouts,
-            ranks and dtypes. Its values do not matter, nor whether it has any: without memory it
-            is ``LoraParams(params, jax.eval_shape(lora_jax.lorafy, params).adapter)``.
-        slots: how many adapters the device holds; at least as many as a batch may mix.
-        rank: of all factors; None: like's. Rows that train on their own keep theirs.
-        dtype: of the factors. Adapters of any dtype are cast to it, and their leaves that are
-            trained whole to like's. None: like's, and adapters have to have it.
-        host: how many adapters the host's memory holds, more than slots; one more, and the least
-            recently used is dropped. None: all.
-        donate: whether loading overwrites the stack where it is, instead of copying it beside the
-            old one. What :attr:`lora_params` gave before is deleted then, but for what
-            :meth:`using` gave while any of its blocks is open. A stack that nobody has seen is
-            overwritten in any case.
-        replicate: axes of the base's mesh along which factors are whole, as of :func:`shardings`:
-            those of FSDP, or every batch moves the factors of its rows.
+        like: a LoraParams that gives the base, and the weights that adapters may change, with
+            layouts, ranks and dtypes. The values of its adapter are not used, so shapes will do:
+            ``LoraParams(params, jax.eval_shape(lora_jax.lorafy, params).adapter)``.
+        slots: the number of adapters on the device; at least the number that a batch may mix.
+        rank: the rank of all factors; None: like's. Table rows that train on their own keep theirs.
+        dtype: the dtype of the factors. Adapters of any dtype are cast to it, and their full leaves
+            to like's dtype. None: like's, which all adapters must have.
+        host: the number of adapters in the host's memory, more than ``slots``. One more drops the
+            least recently used. None: no limit.
+        donate: whether loading overwrites the stack in place, instead of copying it. A stack that
+            :attr:`lora_params` or :meth:`using` gave before is deleted then, but none while a block
+            of :meth:`using` is open. A stack that nobody has seen is overwritten in any case.
+        replicate: axes of the base's mesh along which factors are replicated, as in
+            :func:`shardings`. Pass those of FSDP, or every batch moves the factors of its members.
 
     Raises:
-        TypeError: ``like`` is no LoraParams, or an argument is of the wrong kind.
-        ValueError: ``like`` is a stack or changes nothing; a number is too small; or the base's
-            mesh has no axis that ``replicate`` says.
+        TypeError: ``like`` is not a LoraParams, or an argument has the wrong type.
+        ValueError: ``like`` is a stack or changes nothing; a number is too small; or
+            ``replicate`` names an axis that the base's mesh does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -68,7 +67,7 @@ class AdapterBank:
         >>> bank
         AdapterBank(2 slots: 0 in use, 2 idle, 0 empty; 3 adapters)
 
-        Adapters come from anywhere, while the bank serves, files of ours and of PEFT's included:
+        Adapters may be added while the bank serves, from this library's files or PEFT's, too:
 
         >>> import tempfile
         >>> from lora_jax.io import peft
@@ -97,61 +96,62 @@ class AdapterBank:
         if not isinstance(like, LoraParams):
             raise TypeError(
                 f"AdapterBank: like is {type(like).__name__}, expected a LoraParams as "
-                "lora_jax.lorafy returns: it says which base and which weights"
+                "lora_jax.lorafy returns: it gives the base and the weights"
             )
         slots = check_int(slots, "AdapterBank: slots", 1)
         rank = None if rank is None else check_int(rank, "AdapterBank: rank", 1)
         host = None if host is None else check_int(host, "AdapterBank: host", slots + 1)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"AdapterBank: dtype={dtype!r}: expected one of floating numbers")
+            raise TypeError(f"AdapterBank: dtype={dtype!r}: expected a floating-point dtype")
         self._base, self._is_cast, self._donate = like.base, dtype is not None, donate
-        self._empty = empty_row(like, rank, dtype)
+        self._empty = empty_member(like, rank, dtype)
         self._lock = threading.RLock()  # the garbage collector may close a block while it is held
-        self._names = Lru(slots, host, self._put)  # all that follows with the lock held
-        self._open = 0  # blocks of using()
-        self._is_seen = False  # the stack, by anyone but us
+        self._names = Lru(slots, host, self._load)  # this and the rest only with the lock held
+        self._open = 0  # open blocks of using()
+        self._is_seen = False  # whether a caller has the stack
 
         places, self._places = places_of(self._base, self._empty, replicate)
-        spread = lambda x: jnp.broadcast_to(x, (slots, *x.shape))  # noqa: E731
-        make = jax.jit(lambda row: jax.tree.map(spread, row), out_shardings=places)
-        self._copy = jax.jit(_put, out_shardings=places)
-        self._overwrite = jax.jit(_put, donate_argnums=0, out_shardings=places)
+        repeat = lambda x: jnp.broadcast_to(x, (slots, *x.shape))  # noqa: E731
+        make = jax.jit(lambda member: jax.tree.map(repeat, member), out_shardings=places)
+        self._copy = jax.jit(_write, out_shardings=places)
+        self._overwrite = jax.jit(_write, donate_argnums=0, out_shardings=places)
         empty = placed(self._empty, self._places)
         self._stack: Adapter = make(empty)
-        for put in (self._copy, self._overwrite):  # compiled now, not while it serves
-            self._stack = put(self._stack, empty, np.int32(0))
+        for write in (self._copy, self._overwrite):  # compiled now, not while it serves
+            self._stack = write(self._stack, empty, np.int32(0))
 
     def add(self, name: str, adapter: LoraParams | Adapter, *, replace: bool = False) -> None:
-        """Add an adapter, which is copied to the host's memory. Nothing is loaded yet.
+        """Copy an adapter to the host's memory. Nothing is loaded yet.
 
-        What it lacks beside ``like`` is filled in as :func:`stack` does it. If it does not fit, or
-        is broken, that is said here, and the bank is as it was.
+        Missing entries are filled in as by :func:`stack`. An adapter that does not fit, or is not
+        finite, is refused here, and the bank does not change.
 
         Args:
-            name: by which it is asked for.
-            adapter: a LoraParams over the bank's very base, or an Adapter for it; of ranks up to
-                the bank's.
-            replace: whether the name may be there already. An adapter in use is not replaced, as
-                what uses it would go on with another.
+            name: the name to acquire it by.
+            adapter: a LoraParams over the same arrays as the bank's base, or an Adapter for it;
+                with ranks up to the bank's.
+            replace: whether it may replace an adapter of this name. An adapter in use is not
+                replaced, as its users would continue with another one.
 
         Raises:
-            TypeError: an argument is of the wrong kind.
-            ValueError: the name is there; or the adapter is of another base or layout, has a
-                larger rank or dtype, has what ``like`` lacks, is traced, or is not finite.
-            RuntimeError: the adapter to be replaced is in use.
+            TypeError: an argument has the wrong type.
+            ValueError: the name exists; or the adapter has another base or layout, a larger rank,
+                a dtype that does not fit, or an entry that ``like`` lacks; is traced, or is not
+                finite.
+            RuntimeError: the adapter to replace is in use.
         """
         if not isinstance(name, str):
             raise TypeError(f"AdapterBank.add: name={name!r}: expected a str")
         what = f"AdapterBank.add: {name!r}"
-        row = host_row(adapter, what, self._base, self._empty, is_cast=self._is_cast)
+        member = host_member(adapter, what, self._base, self._empty, is_cast=self._is_cast)
         with self._locked("add"):
-            self._names.add(name, row, replace=replace)
+            self._names.add(name, member, replace=replace)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; its slot is empty then.
+        """Remove an adapter, and empty its slot.
 
         Raises:
-            KeyError: there is none of this name.
+            KeyError: there is no adapter of this name.
             RuntimeError: it is in use.
         """
         with self._locked("remove"):
@@ -160,10 +160,10 @@ class AdapterBank:
     __delitem__ = remove
 
     def acquire(self, name: str) -> int:
-        """Give an adapter a slot, loading it if need be, and keep it there until it is released.
+        """Give an adapter a slot, load it if needed, and keep it there until it is released.
 
-        Requests that come and go on their own, as of continuous batching, acquire and release
-        theirs, each as often; the stack of a step is :attr:`lora_params`.
+        Requests that begin and end independently, as in continuous batching, acquire and release
+        their adapters equally often; the stack for a step is :attr:`lora_params`.
 
         Returns:
             The slot, for ``lora_ids``.
@@ -176,7 +176,7 @@ class AdapterBank:
             return self._names.acquire([name], "acquire")[name]
 
     def release(self, name: str) -> None:
-        """Take back one :meth:`acquire`. The adapter stays in its slot until that is needed.
+        """Undo one :meth:`acquire`. The adapter stays in its slot until the slot is needed.
 
         Raises:
             KeyError: there is no adapter of this name.
@@ -187,21 +187,21 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def using(self, names: Iterable[str | None]) -> Iterator[tuple[LoraParams, np.ndarray]]:
-        """Acquire the adapters of a batch for as long as the block is open.
+        """Acquire the adapters of a batch while the block is open.
 
         Args:
-            names: of the adapter of each row, perhaps repeated; None for the base alone.
+            names: the adapter's name per batch row, perhaps repeated; None for the base alone.
 
         Yields:
             The stack, and ``lora_ids``: int32 ``[rows]``.
 
         Raises:
-            TypeError: ``names`` is one name.
+            TypeError: ``names`` is a single name.
             KeyError: there is no adapter of a name.
-            RuntimeError: there are too few slots that are not in use; none is taken then.
+            RuntimeError: too few slots are free; none is taken then.
         """
         if isinstance(names, str):
-            raise TypeError(f"AdapterBank.using: names={names!r}: expected one for each row")
+            raise TypeError(f"AdapterBank.using: names={names!r}: expected a name per batch row")
         names = list(names)
         with self._locked("using"):
             slots = self._names.acquire([name for name in names if name is not None], "using")
@@ -217,22 +217,22 @@ class AdapterBank:
 
     @property
     def lora_params(self) -> LoraParams:
-        """The base, and the stack of what is in the slots: a value, which no load changes.
+        """The base with the stack of the slots: a value, which no load changes.
 
-        With ``donate`` the next load deletes it: ask for it at each step.
+        With ``donate`` the next load deletes it: read it anew at each step.
         """
         with self._locked("lora_params"):
             return self._seen()
 
     @property
     def slots(self) -> tuple[str | None, ...]:
-        """The name of what is in each slot; None where it is empty."""
+        """The name of the adapter in each slot; None for an empty slot."""
         with self._lock:
             return tuple(self._names.slots)
 
     @property
     def stats(self) -> Stats:
-        """Hits, misses and evictions so far."""
+        """The numbers of hits, misses, evictions and dropped adapters so far."""
         with self._lock:
             return self._names.stats
 
@@ -249,9 +249,9 @@ class AdapterBank:
             return iter(list(self._names.entries))
 
     def __getitem__(self, name: str) -> LoraParams:
-        """An adapter as the bank has it, padded and cast, in NumPy arrays that are read-only."""
+        """Return an adapter as the bank has it, padded and cast, in read-only NumPy arrays."""
         with self._lock:
-            return LoraParams(self._base, _copied(self._names.entry(name, "[...]").row))
+            return LoraParams(self._base, _copied(self._names.entry(name, "[...]").member))
 
     def __repr__(self) -> str:
         with self._lock:
@@ -273,27 +273,27 @@ class AdapterBank:
         self._is_seen = True
         return LoraParams(self._base, _copied(self._stack))
 
-    def _put(self, row: Adapter | None, slot: int) -> None:
+    def _load(self, member: Adapter | None, slot: int) -> None:
         is_ours = not self._is_seen or (self._donate and not self._open)
-        put = self._overwrite if is_ours else self._copy
-        row = placed(self._empty if row is None else row, self._places)
-        self._stack = put(self._stack, row, np.int32(slot))
+        write = self._overwrite if is_ours else self._copy
+        member = placed(self._empty if member is None else member, self._places)
+        self._stack = write(self._stack, member, np.int32(slot))
         self._is_seen = False
 
 
-def _put(stack: Adapter, row: Adapter, slot: jax.Array) -> Adapter:
-    return jax.tree.map(lambda rows, x: rows.at[slot].set(x), stack, row)
+def _write(stack: Adapter, member: Adapter, slot: jax.Array) -> Adapter:
+    return jax.tree.map(lambda members, x: members.at[slot].set(x), stack, member)
 
 
 def _check_outside(verb: str) -> None:
-    """Raise inside of a trace; compiled when the bank is made, as all it needs."""
+    """Raise inside a trace. The program for this check, too, is compiled with the bank."""
     if not is_concrete(jnp.zeros(())):
         raise RuntimeError(
-            f"AdapterBank.{verb} was called inside of jax.jit, where what is in the slots now "
-            "would be compiled in. Call it outside, and pass the stack and the ids on as arguments"
+            f"AdapterBank.{verb} was called inside of jax.jit, which would compile in what is in "
+            "the slots now. Call it outside, and pass the stack and the ids as arguments"
         )
 
 
 def _copied(adapter: Adapter) -> Adapter:
-    """The same arrays in dicts that are the caller's."""
+    """Return the same arrays in new dicts, which the caller may change."""
     return Adapter(dict(adapter.factors), dict(adapter.full))

@@ -1,7 +1,7 @@
-"""Stacks of adapters over one base: every array of the adapter has a leading axis, of adapters.
+"""Stack adapters over one base: every array of the adapter gets a leading axis, of members.
 
-A stack goes through ``jax.vmap`` with ``in_axes=LoraParams(base=None, adapter=0)``. Whatever an
-adapter lacks beside others is zeros in ``a`` *and* in ``b``: a saddle, where no gradient is.
+A stack goes through ``jax.vmap`` with ``in_axes=LoraParams(base=None, adapter=0)``. An entry that
+an adapter lacks is zero in both ``a`` *and* ``b``: a saddle, where the gradient is zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,35 +25,35 @@ Stack = TypeVar("Stack", LoraParams, Adapter)
 def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
     """Stack adapters of one base, of any ranks, alphas and targets.
 
-    Every array of the adapter gets a leading axis, one row an adapter, in the order given::
+    Every array of the adapter gets a leading axis, one member per adapter, in the order given::
 
         a [N, *batch, *in, r]    b [N, *batch, r, *out]    scale [N]
 
-    and ``jax.vmap(lora_jax.lora(fn), in_axes=(LoraParams(base=None, adapter=0), ...))`` runs all of
-    them in one program, in which a weight of the base meets the inputs of all in one product.
+    ``jax.vmap(lora_jax.lora(fn), in_axes=(LoraParams(base=None, adapter=0), ...))`` runs all
+    members in one program, which multiplies each base weight once, by the inputs of all.
 
-    Ranks are filled up with zeros in both factors, and a target that an adapter lacks has zero
-    factors and scale 0. Such an entry never has a gradient, so whatever moves entries by their
+    Ranks are padded with zeros in both factors, and a target that an adapter lacks has zero factors
+    and scale 0. The gradient of such an entry is always zero, so whatever updates entries by their
     gradients (SGD, Adam, AdamW, Lion, clipping by the global norm) leaves it zero, and training the
-    stack is training each on its own; a mean over entries, such as Adafactor's, counts the zeros.
-    What cannot be zero is as the base has it and trains along: leaves that others train whole,
-    and the magnitudes of others' DoRA.
+    stack equals training each member on its own; a mean over entries, such as Adafactor's, counts
+    the zeros. Full leaves and DoRA magnitudes cannot be zero: a member that lacks one gets the
+    base's value, which trains too.
 
     Args:
-        adapters: LoraParams over the very same arrays; or Adapters, all of one base.
-        rank: of all factors, so that adapters up to it can come in later by :func:`replace_at`;
-            None: at each weight the largest there. Rows that train on their own keep theirs.
+        adapters: LoraParams over the same arrays, or Adapters of one base.
+        rank: the rank of all factors, so that :func:`replace_at` can put in adapters up to it; None
+            is the largest rank at each weight. Table rows that train on their own keep theirs.
 
     Returns:
-        A LoraParams of that base, or an Adapter. Traced adapters cannot be refused for NaNs
-        or infinities: such a one has factors of zero and scales of NaN, so that its own results
-        are NaN, and no product over all rows can carry that to another. The rest of it stays.
+        A LoraParams of that base, or an Adapter. A traced adapter with NaNs or infinities cannot be
+        refused: its factors become zero and its scales NaN. So its own results are NaN, and no
+        product over all members carries that to another. Its other arrays stay.
 
     Raises:
-        TypeError: these are no adapters, or of both kinds.
-        ValueError: there are none; they differ in base, layout, dtype, or what is static; parts of
-            a weight overlap; ``rank`` is too small; values are not finite; or what an adapter lacks
-            cannot be filled in without the base.
+        TypeError: ``adapters`` are not adapters, or are of both kinds.
+        ValueError: there are none; they differ in base, layout, dtype or static fields; parts of a
+            weight overlap; ``rank`` is too small; values are not finite; or an entry that an
+            adapter lacks cannot be filled in without the base.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -107,7 +107,7 @@ def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
 
 def _union(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dict[str, Wanted]:
     """Return the union of all keys: fields of the first adapter with the key, the largest rank."""
-    enough = any if has_base else all  # missing norms are computed, or else at every call
+    suffice = any if has_base else all  # without the base, missing norms cannot be filled in
     found: dict[str, Wanted] = {}
     for key in dict.fromkeys(key for x in singles.values() for key in x.factors):
         has = {name: x.factors[key] for name, x in singles.items() if key in x.factors}
@@ -122,7 +122,7 @@ def _union(singles: dict[str, Adapter], rank: int | None, has_base: bool) -> dic
                 )
             r = int(rank)
         norms = [f.norm for f in has.values()]
-        norm = next(filter(is_array, norms)) if enough(map(is_array, norms)) else None
+        norm = next(filter(is_array, norms)) if suffice(map(is_array, norms)) else None
         wanted = f if f.norm is norm else replace(f, norm=norm)
         found[key] = Wanted(owner, wanted, r)
     return found

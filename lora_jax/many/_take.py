@@ -1,4 +1,4 @@
-"""Rows of a stack: put another adapter into one, or keep some."""
+"""Replace a member of a stack, or keep some of its members."""
 
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,25 +18,26 @@ Stack = TypeVar("Stack", LoraParams, Adapter)
 
 
 def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
-    """Return the stack with another adapter in row ``i``, padded to the stack's rank.
+    """Return the stack with another adapter as member ``i``, padded to the stack's rank.
 
-    The shapes stay, and so does the program: under ``jax.jit``, with ``i`` an array, one compiled
-    function replaces any row by any adapter of the same shapes, and whatever runs on the stack is
-    not compiled anew. Pass Adapters there (``stacked.adapter``), and donate the stack::
+    The shapes stay the same. Under ``jax.jit``, with ``i`` an array, one compiled function replaces
+    any member by any adapter of the same shapes, and no program that runs on the stack is compiled
+    again. Pass Adapters to it (``stacked.adapter``), and donate the stack::
 
-        put = jax.jit(lora_jax.many.replace_at, donate_argnums=0)
+        replace = jax.jit(lora_jax.many.replace_at, donate_argnums=0)
 
     Args:
         stacked: from :func:`stack`.
-        i: the row, from 0. A traced one that is out of range writes nothing, as nobody can raise
-            there: no row is touched.
-        adapter: an Adapter; or, where the stack is a LoraParams, a LoraParams over its base. What
-            it lacks is filled in as :func:`stack` does it, and NaNs are treated as there.
+        i: the number of the member, from 0. A write to a traced number that is out of range is
+            dropped: a traced index cannot raise.
+        adapter: an Adapter; or, if the stack is a LoraParams, a LoraParams over its base. Missing
+            entries are filled in, and NaNs are treated, as by :func:`stack`.
+
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        IndexError: ``i`` is out of range; negative ones are.
-        ValueError: the adapter does not fit into the stack; the message says how it might.
+        TypeError: an argument has the wrong type.
+        IndexError: ``i`` is negative or too large.
+        ValueError: the adapter does not fit into the stack; the message gives a remedy.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -46,8 +47,8 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
         >>> both.adapter.factors["query/kernel"].scale
         Array([3.       , 5.3333335], dtype=float32)
     """
-    size, rows = stack_of(stacked, "replace_at")
-    index = _row(i, size)
+    size, members = stack_of(stacked, "replace_at")
+    index = _member_index(i, size)
     base = None
     if is_lora(stacked):
         base = stacked.base
@@ -59,45 +60,46 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
         )
     single = check_single(adapter, "replace_at: adapter")
     if isinstance(adapter, LoraParams):
-        check_same_base("replace_at: adapter and the stack", adapter, LoraParams(base, rows))
+        check_same_base("replace_at: adapter and the stack", adapter, LoraParams(base, members))
     for kind in ("factors", "full"):
-        more = getattr(single, kind).keys() - getattr(rows, kind).keys()
+        more = getattr(single, kind).keys() - getattr(members, kind).keys()
         if more:
             raise ValueError(
                 f"replace_at: the stack has nothing in {kind} for {', '.join(sorted(more))}, which "
-                "the adapter has. Stack them anew: stack([*unstack(stacked), adapter])"
+                "the adapter has. Make a new stack: stack([*unstack(stacked), adapter])"
             )
 
-    def like(_, x):
+    def drop_axis(_, x):
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
     schema = Schema(
-        {key: Wanted("the stack", f.map(like), f.rank) for key, f in rows.factors.items()},
-        {path: ("the stack", like("full", x)) for path, x in rows.full.items()},
+        {key: Wanted("the stack", f.map(drop_axis), f.rank) for key, f in members.factors.items()},
+        {path: ("the stack", drop_axis("full", x)) for path, x in members.full.items()},
         base,
     )
-    row = fit(single, "replace_at: adapter", schema, blank(schema))
-    put = lambda rows, x: jnp.asarray(rows).at[index].set(x, mode="drop")  # noqa: E731
-    return with_adapter(stacked, jax.tree.map(put, rows, row))
+    member = fit(single, "replace_at: adapter", schema, blank(schema))
+    write = lambda members, x: jnp.asarray(members).at[index].set(x, mode="drop")  # noqa: E731
+    return with_adapter(stacked, jax.tree.map(write, members, member))
 
 
 def take(tree: PyTree, indices: Any) -> PyTree:
-    """Return some rows of a stack and of all that goes along with it, such as moments.
+    """Return some members of a stack, and of trees that go with it, such as moments.
 
-    ``x[indices]`` of every leaf, but for the bases of LoraParams, which have no rows. So successive
-    halving is ``trainable, frozen, opt_state = take((trainable, frozen, opt_state), best)``.
+    It is ``x[indices]`` of every leaf, except for the bases of LoraParams, which have no axis of
+    members. So ``trainable, frozen, opt_state = take((trainable, frozen, opt_state), best)`` is
+    successive halving.
 
     Args:
-        tree: any tree whose leaves have a leading axis of adapters, with LoraParams inside.
-        indices: a vector of integers, from 0, in any order, perhaps repeated. Those that are
-            traced cannot be refused: out of range they give NaN, or of integers the least, or of
-            unsigned ones the largest.
+        tree: any tree whose leaves have a leading axis of members, with LoraParams inside.
+        indices: a vector of integers, from 0, in any order, perhaps repeated. Traced ones cannot be
+            refused: out of range they give NaN, the least integer, or the largest unsigned one.
+
 
     Raises:
         TypeError: ``indices`` are not integers.
-        ValueError: ``indices`` are no vector, or none; or the leaves have no rows, or not equally
-            many.
-        IndexError: an index is out of range; negative ones are.
+        ValueError: ``indices`` are not a vector, or are empty; or the leaves have no axis of
+            members, or axes of different sizes.
+        IndexError: an index is negative or too large.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -107,25 +109,27 @@ def take(tree: PyTree, indices: Any) -> PyTree:
         Array([ 5.3333335, 16.       ], dtype=float32)
     """
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_lora)
-    rows = [x.adapter if is_lora(x) else x for x in nodes]
+    stacked = [x.adapter if is_lora(x) else x for x in nodes]
     sizes: dict[int, str] = {}
-    for keys, x in jax.tree_util.tree_leaves_with_path(rows):
+    for keys, x in jax.tree_util.tree_leaves_with_path(stacked):
         name = f"leaf {keys[0].idx}{jax.tree_util.keystr(keys[1:])}"
         if not jnp.ndim(x):
             raise ValueError(
-                f"take: {name} is a scalar, and has no rows. An optimizer's state has them if "
-                "jax.vmap(tx.init) made it"
+                f"take: {name} is a scalar, and has no axis of members. An optimizer's state has "
+                "one if jax.vmap(tx.init) made it"
             )
         sizes.setdefault(jnp.shape(x)[0], name)
     if len(sizes) != 1:
-        raise ValueError(f"take: expected leaves of equally many rows, got {sizes or 'no leaves'}")
+        raise ValueError(
+            f"take: expected leaves with equally many members, got {sizes or 'no leaves'}"
+        )
     (size,) = sizes
     index = indices if isinstance(indices, jax.Array) else np.asarray(indices)
     if not index.size:
-        raise ValueError("take: indices are empty, and a stack has at least one row")
+        raise ValueError("take: indices are empty, and a stack has at least one member")
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(
-            f"take: indices are of dtype {index.dtype}, expected integers; of a mask: "
+            f"take: indices have dtype {index.dtype}, expected integers; for a mask, pass "
             "numpy.flatnonzero(mask)"
         )
     if index.ndim != 1:
@@ -133,24 +137,26 @@ def take(tree: PyTree, indices: Any) -> PyTree:
     if is_concrete(index):
         bad = [int(k) for k in np.asarray(index) if not 0 <= k < size]
         if bad:
-            raise IndexError(f"take: row {bad[0]} is out of range: there are 0 to {size - 1}")
-        index = np.asarray(index, np.int32)  # an int8 has no place for the number of rows
-        one = lambda x: x[index]  # noqa: E731
+            raise IndexError(
+                f"take: index {bad[0]} is out of range: the members are 0 to {size - 1}"
+            )
+        index = np.asarray(index, np.int32)  # the number of members may not fit into int8
+        pick = lambda x: x[index]  # noqa: E731
     else:
         index = _in_range(index, size)
-        one = lambda x: jnp.asarray(x).at[index].get(mode="fill")  # noqa: E731
+        pick = lambda x: jnp.asarray(x).at[index].get(mode="fill")  # noqa: E731
     taken = [
-        replace(x, adapter=jax.tree.map(one, x.adapter)) if is_lora(x) else one(x) for x in nodes
+        replace(x, adapter=jax.tree.map(pick, x.adapter)) if is_lora(x) else pick(x) for x in nodes
     ]
     return jax.tree.unflatten(treedef, taken)
 
 
-def _row(i: Any, size: int) -> Any:
-    """An index of rows; ``size``, which is dropped, for a traced one that is out of range.
+def _member_index(i: Any, size: int) -> Any:
+    """Check the number of a member; replace a traced one out of range by ``size``, to be dropped.
 
     Raises:
-        TypeError: it is no integer.
-        IndexError: it is out of range.
+        TypeError: ``i`` is not an integer.
+        IndexError: ``i`` is out of range.
     """
     dtype = getattr(i, "dtype", int if type(i) is int else object)
     if getattr(i, "shape", ()) or not jnp.issubdtype(dtype, jnp.integer):
@@ -158,11 +164,11 @@ def _row(i: Any, size: int) -> Any:
     if not is_concrete(i):
         return _in_range(i, size)
     if not 0 <= int(i) < size:
-        raise IndexError(f"replace_at: i={int(i)}: the stack has rows 0 to {size - 1}")
+        raise IndexError(f"replace_at: i={int(i)}: the stack has members 0 to {size - 1}")
     return int(i)
 
 
 def _in_range(index: Any, size: int) -> jax.Array:
-    """The indices, and ``size``, which no row has, for those that are out of range."""
+    """Replace indices out of range by ``size``, which is no member's."""
     index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
     return jnp.where((index >= 0) & (index < size), index, size)

@@ -1,4 +1,4 @@
-"""``unstack``: the adapters of a stack, each without what was filled in."""
+"""Take a stack apart, and remove what :func:`stack` filled in."""
 
 import functools
 from dataclasses import replace
@@ -19,22 +19,22 @@ Stack = TypeVar("Stack", LoraParams, Adapter)
 def unstack(stacked: Stack, *, trim: bool = True) -> list[Stack]:
     """Take a stack apart: the inverse of :func:`stack`, up to what was filled in.
 
-    With ``trim`` the last entries of a rank where both ``a`` and ``b`` are zero are taken away,
-    down to rank 1, and so are targets whose factors and scale are zero. A fresh adapter, with only
-    ``b`` zero, is as it was. Leaves that were filled in for another adapter's ``full`` stay, as
-    they may have trained; and so does a DoRA target whose magnitude is not the base's norm any
-    more, or whose norms are not stored.
+    ``trim`` removes the last entries of a rank, down to rank 1, where both ``a`` and ``b`` are
+    zero, and targets whose factors and scale are zero. A fresh adapter, with only ``b`` zero, stays
+    as it was. Leaves that were filled in for another adapter's ``full`` stay, as they may have
+    trained. So do DoRA targets whose magnitude is no longer the base's norm, or whose norms are not
+    stored.
 
     Args:
         stacked: from :func:`stack`, perhaps trained.
-        trim: whether to take away what is zero; that looks at values.
+        trim: whether to remove what is zero, which depends on values.
 
     Returns:
         A list of LoraParams over the same base, or of Adapters.
 
     Raises:
-        TypeError: ``stacked`` is neither.
-        ValueError: it is no stack; or, with ``trim``, it is traced.
+        TypeError: ``stacked`` is neither a LoraParams nor an Adapter.
+        ValueError: ``stacked`` is not a stack; or, with ``trim``, it is traced.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -46,25 +46,25 @@ def unstack(stacked: Stack, *, trim: bool = True) -> list[Stack]:
     _, adapter = stack_of(stacked, "unstack")
     if trim and not all(map(is_concrete, jax.tree.leaves(adapter))):
         raise ValueError(
-            "unstack: the stack is traced, and what is padding is told by its values: "
-            "unstack(..., trim=False), or outside of jit"
+            "unstack: the stack is traced, and only its values tell what is padding: pass "
+            "unstack(..., trim=False), or call it outside of jit"
         )
     leaves, tree = jax.tree.flatten(adapter)
-    columns = [jnp.unstack(x) for x in leaves]
-    rows = [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]
+    by_leaf = [jnp.unstack(x) for x in leaves]
+    members = [jax.tree.unflatten(tree, xs) for xs in zip(*by_leaf, strict=True)]
     if trim:
-        with jax.ensure_compile_time_eval():  # the values are there, also inside of a trace
+        with jax.ensure_compile_time_eval():  # the values are concrete, even inside a trace
             used = jax.device_get({key: _used(f) for key, f in adapter.factors.items()})
-        rows = [_trimmed(row, n, used) for n, row in enumerate(rows)]
-    return [with_adapter(stacked, row) for row in rows]
+        members = [_trimmed(member, n, used) for n, member in enumerate(members)]
+    return [with_adapter(stacked, member) for member in members]
 
 
 def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
-    """How many rows a stack has, and its adapter.
+    """Return the number of members of a stack, and its adapter.
 
     Raises:
-        TypeError: it is neither a LoraParams nor an Adapter.
-        ValueError: it is no stack, or of another base.
+        TypeError: ``stacked`` is neither a LoraParams nor an Adapter.
+        ValueError: it is not a stack, or does not fit its base.
     """
     adapter = stacked.adapter if isinstance(stacked, LoraParams) else stacked
     if not isinstance(adapter, Adapter):
@@ -77,8 +77,8 @@ def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
             seen = f"of shape {jnp.shape(f.scale)}" if is_array(f.scale) else repr(f.scale)
             raise ValueError(
                 f"{verb}: this is no stack: scale of {key!r} is {seen}, expected an array [N]. "
-                "lora_jax.many.stack([one, two]) makes one; halves of lora_jax.split are put "
-                "together by lora_jax.combine"
+                "lora_jax.many.stack([one, two]) makes one; lora_jax.combine puts the halves of "
+                "lora_jax.split together"
             )
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(adapter)}
     if len(sizes) != 1 or sizes == {()}:
@@ -86,8 +86,8 @@ def stack_of(stacked: Any, verb: str) -> tuple[int, Adapter]:
             f"{verb}: this is no stack: its arrays have leading axes {sorted(sizes)}, expected one "
             "size N for all"
         )
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
-    check_single(with_adapter(stacked, row), f"{verb}: a row of the stack")
+    member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), adapter)
+    check_single(with_adapter(stacked, member), f"{verb}: a member of the stack")
     return next(iter(sizes))[0], adapter
 
 
@@ -108,9 +108,10 @@ def _used(f: Entry) -> tuple[Any, Any]:
     return entries, acts
 
 
-def _trimmed(row: Adapter, n: int, used: dict[str, tuple[Any, Any]]) -> Adapter:
+def _trimmed(member: Adapter, n: int, used: dict[str, tuple[Any, Any]]) -> Adapter:
+    """Remove what is zero from member ``n`` of a stack."""
     factors = {}
-    for key, f in row.factors.items():
+    for key, f in member.factors.items():
         entries, acts = used[key]
         if not acts[n]:
             continue
@@ -119,4 +120,4 @@ def _trimmed(row: Adapter, n: int, used: dict[str, tuple[Any, Any]]) -> Adapter:
             axis = f.layout.count("b")
             f = replace(f, a=f.a[..., :r], b=jax.lax.slice_in_dim(f.b, 0, r, axis=axis))
         factors[key] = f
-    return replace(row, factors=factors)
+    return replace(member, factors=factors)

@@ -1,4 +1,4 @@
-"""Training: which leaves an optimizer moves, in the two styles."""
+"""Restrict training to the adapter, by labels or by a split."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +15,8 @@ from lora_jax._weights.paths import PyTree, is_flax
 def labels(params: PyTree) -> PyTree:
     """Label every leaf for ``optax.multi_transform``: ``"lora"`` trains, ``"frozen"`` does not.
 
-    Of a LoraParams, ``a``, ``b`` and the leaves trained whole are ``"lora"``; the base, by one
-    label for all of it, and ``scale`` are ``"frozen"``.
+    The ``a``, ``b``, magnitudes and full leaves of a LoraParams are ``"lora"``; ``scale`` and the
+    base, which gets one label for all of it, are ``"frozen"``.
 
     Args:
         params: from ``lorafy``; a tree with LoraParams inside, whose other leaves train; or the
@@ -26,7 +26,7 @@ def labels(params: PyTree) -> PyTree:
         A tree of strings, a prefix of ``params``.
 
     Raises:
-        TypeError: there is no LoraParams in ``params``.
+        TypeError: ``params`` contains no LoraParams.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -56,7 +56,7 @@ def _label(lora_params: LoraParams) -> LoraParams:
 
 
 def _label_state(state: Any) -> Any:
-    """The labels of a LoraParams that has become a State: by the names of its fields."""
+    """Label a LoraParams that has become a State, by the names of its fields."""
     from flax import nnx
 
     names = ("a", "b", "magnitude")
@@ -72,12 +72,12 @@ def _label_state(state: Any) -> Any:
 
 
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return an optimizer of a whole LoraParams that runs ``tx`` on the adapter alone.
+    """Return an optimizer of a LoraParams that runs ``tx`` on the adapter alone.
 
-    ``optax.multi_transform({"lora": tx, "frozen": freeze}, labels)``: ``tx`` sees ``a``, ``b`` and
-    the leaves trained whole, so weight decay, clipping and moments are theirs only, and its state
-    is of their size. The base and ``scale`` keep every bit. Use ``split`` instead, or
-    ``lora_jax.value_and_grad``, where the base should not be part of the trained state at all.
+    It is ``optax.multi_transform({"lora": tx, "frozen": freeze}, labels)``. Weight decay, clipping
+    and moments of ``tx`` apply to ``a``, ``b``, magnitudes and full leaves only, and its state has
+    their size. The base and ``scale`` keep every bit. Use ``split`` or
+    ``lora_jax.value_and_grad`` instead to keep the base out of the trained state.
 
     Args:
         tx: any Optax transformation, such as ``optax.adamw(3e-4)``.
@@ -99,7 +99,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     References:
         Hu et al., arXiv:2106.09685, section 4.1: only A and B are trainable.
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is no subclass
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):  # optax.MultiSteps is not a subclass
         raise TypeError(
             f"optimizer: expected an Optax transformation such as optax.adamw(3e-4), got {tx!r}"
         )
@@ -107,7 +107,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def _freeze() -> optax.GradientTransformation:
-    """Updates that change no bit: ``x + -0.0`` is ``x``, while ``-0.0 + 0.0`` is ``0.0``."""
+    """Return an optimizer that changes no bit: ``x + -0.0`` is ``x``; ``-0.0 + 0.0`` is ``0.0``."""
 
     def update(updates, state, params=None):
         del params
@@ -117,17 +117,17 @@ def _freeze() -> optax.GradientTransformation:
 
 
 def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
-    """Split into what trains and what does not; ``combine`` is the inverse.
+    """Split a LoraParams into what trains and what does not; ``combine`` is the inverse.
 
-    The adapter alone is then the first argument of the loss: any Optax optimizer fits as it is,
-    and the step neither takes gradients of the base nor returns it.
+    The trainable half alone is then the first argument of the loss. Any Optax optimizer works on
+    it unchanged, and the step neither takes gradients of the base nor returns it.
 
     Args:
         lora_params: from ``lorafy``.
 
     Returns:
-        ``(trainable, frozen)``: an Adapter of ``a``, ``b`` and the leaves trained whole, and a
-        LoraParams of the base and the scales, each with None where the other has an array.
+        ``(trainable, frozen)``: an Adapter of ``a``, ``b``, magnitudes and full leaves, and a
+        LoraParams of the base and the scales. Each has None where the other has an array.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -141,22 +141,22 @@ def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
     _check_lora(lora_params, "split")
     base, adapter = lora_params
 
-    def half(trains):
+    def keep(trains):
         return {
             path: f.map(lambda name, x, f=f: x if (name in f.trainable) == trains else None)
             for path, f in adapter.factors.items()
         }
 
-    frozen = Adapter(half(trains=False), dict.fromkeys(adapter.full))
-    return Adapter(half(trains=True), adapter.full), LoraParams(base, frozen)
+    frozen = Adapter(keep(trains=False), dict.fromkeys(adapter.full))
+    return Adapter(keep(trains=True), adapter.full), LoraParams(base, frozen)
 
 
 def combine(trainable: Adapter, frozen: LoraParams) -> LoraParams:
-    """Put the halves that ``split`` made together again.
+    """Combine the two halves that ``split`` returned.
 
     Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: the halves are not of one whole.
+        TypeError: an argument has the wrong type.
+        ValueError: the halves come from different splits.
     """
     _check_lora(frozen, "combine")
     if not isinstance(trainable, Adapter):
@@ -183,8 +183,8 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Adapter]]:
     """Return a function that evaluates ``fn`` and its gradient for the adapter alone.
 
-    As ``jax.value_and_grad``, but the gradient is that of ``split(lora_params)[0]``: the base may
-    hold integers, counters and PRNG keys, which ``jax.grad`` over a whole LoraParams refuses.
+    It is ``jax.value_and_grad`` with respect to ``split(lora_params)[0]``. So the base may contain
+    integers, counters and PRNG keys, which ``jax.grad`` of a complete LoraParams refuses.
 
     Args:
         fn: a scalar function whose first argument is a LoraParams.
@@ -208,10 +208,10 @@ def value_and_grad(
         _check_lora(lora_params, "value_and_grad")
         trainable, frozen = split(lora_params)
 
-        def of_trainable(trainable):
+        def evaluate(trainable):
             return fn(combine(trainable, frozen), *args, **kwargs)
 
-        return jax.value_and_grad(of_trainable, has_aux=has_aux)(trainable)
+        return jax.value_and_grad(evaluate, has_aux=has_aux)(trainable)
 
     return value_and_grad_fn
 

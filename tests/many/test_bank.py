@@ -826,7 +826,7 @@ def test_misuse_is_explained():
         ({"rank": 0}, ValueError, "rank=0: expected at least 1"),
         ({"rank": True}, TypeError, "rank=True: expected an int"),
         ({"slots": 4, "host": 4}, ValueError, "host=4: expected at least 5"),
-        ({"dtype": "int8"}, TypeError, "dtype='int8': expected one of floating numbers"),
+        ({"dtype": "int8"}, TypeError, "dtype='int8': expected a floating-point dtype"),
     ):
         with pytest.raises(error, match=f"AdapterBank: {message}"):
             AdapterBank(like(case), **options)
@@ -839,7 +839,7 @@ def test_misuse_is_explained():
     nan = dataclasses.replace(
         dict_case(), params={**case.params, "b1": np.full(40, np.nan, np.float32)}
     )
-    with pytest.raises(ValueError, match="of the base, full of 'b1' has NaNs"):
+    with pytest.raises(ValueError, match="the base's full of 'b1' has NaNs"):
         AdapterBank(like(nan, full="b1"))
 
     bank = AdapterBank(like(case, rank=2, targets="w1"), slots=2)
@@ -870,7 +870,7 @@ def test_misuse_is_explained():
             made(case, 0, 2, targets=EVERY),
             ValueError,
             "'new' has 1 factors for which the "
-            "bank has no room: layers/0/w2. Make a bank of a like= that has them all",
+            "bank has no room: layers/0/w2. Make a bank with a like= that has them all",
         ),
         ("new", made(case, 0, 2, targets="w1", full="b1"), ValueError, "has 1 full for.*: b1"),
         ("new", jax.eval_shape(lambda: one.adapter), ValueError, "'new' is traced, or shapes"),
@@ -885,7 +885,7 @@ def test_misuse_is_explained():
     for call in (bank.acquire, bank.release, bank.remove, bank.__getitem__, bank.__delitem__):
         with pytest.raises(KeyError, match=r"there is no adapter 'two': add it. Nearest: one"):
             call("two")
-    with pytest.raises(TypeError, match="using: names='one': expected one for each row"):
+    with pytest.raises(TypeError, match="using: names='one': expected a name per batch row"):
         bank.using("one").__enter__()
     assert list(bank) == ["one"]
     assert bits(bank.lora_params.adapter) == before

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from benchmarks import hlo
 from lora_jax import LoraParams
-from lora_jax.many import AdapterBank
-from lora_jax.many import _host as _host_rows
+from lora_jax.many import AdapterBank, _host
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.models import llama
 
@@ -195,8 +194,8 @@ def test_an_adapter_in_parts_is_refused(monkeypatch):
     """What two processes see, below: none has all of the adapter."""
     one = lora_jax.lorafy({"query": jnp.ones((8, 4))}, 2, targets=".*", layout={".*": "io"})
     bank = AdapterBank(one, slots=2)
-    monkeypatch.setattr(_host_rows, "_is_here", lambda x: False)
-    with pytest.raises(ValueError, match="'a0' is spread over several processes: give each all"):
+    monkeypatch.setattr(_host, "_is_here", lambda x: False)
+    with pytest.raises(ValueError, match="'a0' is spread over several processes: pass complete"):
         bank.add("a0", one)
     assert not list(bank)
 

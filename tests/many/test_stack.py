@@ -872,7 +872,7 @@ def test_misuse_of_the_other_three_is_explained():
     for i in (2, -1, np.int32(7), jnp.int32(-3)):
         refused(
             IndexError,
-            rf"i={int(i)}: the stack has rows 0 to 1",
+            rf"i={int(i)}: the stack has members 0 to 1",
             lora_jax.many.replace_at,
             stacked,
             i,
@@ -890,7 +890,9 @@ def test_misuse_of_the_other_three_is_explained():
         case.lorafy(5, targets="w1"),
     )
     whole = case.lorafy(2, full="b1")
-    refused(ValueError, r"nothing in full for b1, which the adapter has\. Stack", replace_at, whole)
+    refused(
+        ValueError, r"nothing in full for b1, which the adapter has\. Make a new", replace_at, whole
+    )
     few = lora_jax.many.stack([one])
     refused(
         ValueError,
@@ -923,11 +925,11 @@ def test_misuse_of_the_other_three_is_explained():
     refused(ValueError, r"adapter and the stack are over different bases", replace_at, copy)
 
     take = lora_jax.many.take
-    refused(IndexError, r"row 2 is out of range: there are 0 to 1", take, stacked, [0, 2])
-    refused(IndexError, r"row -1 is out of range", take, stacked, jnp.array([-1]))
+    refused(IndexError, r"index 2 is out of range: the members are 0 to 1", take, stacked, [0, 2])
+    refused(IndexError, r"index -1 is out of range", take, stacked, jnp.array([-1]))
     refused(
         TypeError,
-        r"dtype bool, expected integers; of a mask: numpy\.flatnonzero",
+        r"dtype bool, expected integers; for a mask, pass numpy\.flatnonzero",
         take,
         stacked,
         [True, False],
@@ -935,19 +937,19 @@ def test_misuse_of_the_other_three_is_explained():
     refused(ValueError, r"indices have shape \(\), expected a vector", take, stacked, 1)
     refused(
         ValueError,
-        r"is a scalar, and has no rows.*vmap\(tx\.init\)",
+        r"is a scalar, and has no axis of members.*vmap\(tx\.init\)",
         take,
         (stacked, {"count": jnp.ones(())}),
         [0],
     )
     refused(
         ValueError,
-        r"leaves of equally many rows, got \{2: .*, 3: .*\}",
+        r"leaves with equally many members, got \{2: .*, 3: .*\}",
         take,
         (stacked, jnp.ones(3)),
         [0],
     )
-    refused(ValueError, r"leaves of equally many rows, got no leaves", take, {}, [0])
+    refused(ValueError, r"leaves with equally many members, got no leaves", take, {}, [0])
 
 
 def test_a_stack_is_not_merged():
@@ -965,7 +967,9 @@ def test_rows_may_be_few_and_indices_narrow_but_not_none():
     stacked = Adapter({"w1": adapter.factors["w1"]})
     many = lora_jax.many.take(stacked, np.zeros(200, int))
     assert_same(lora_jax.many.take(many, np.array([5], np.int8)), lora_jax.many.take(stacked, [0]))
-    with pytest.raises(ValueError, match="take: indices are empty, and a stack has at least one"):
+    with pytest.raises(
+        ValueError, match="take: indices are empty, and a stack has at least one member"
+    ):
         lora_jax.many.take(stacked, np.zeros(0, int))
 
 

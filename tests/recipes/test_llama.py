@@ -167,7 +167,7 @@ def test_it_generates_until_the_end_or_the_stop():
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba': expected llama, mistral, qwen2 or qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model does silu only"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model supports silu only"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "does not scale them"),
     ],
 )

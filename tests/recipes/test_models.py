@@ -248,7 +248,7 @@ def test_a_decoder_without_a_mask_has_no_padding():
 def test_more_tokens_than_positions_raise():
     model, inputs = example(*MODELS["DeBERTa, nothing shared"])
     long = {key: np.ones((1, 25), np.int32) for key in inputs}
-    with pytest.raises(ValueError, match="25 tokens, and 24 positions"):
+    with pytest.raises(ValueError, match="ids have 25 tokens, expected at most 24"):
         jax.eval_shape(model.init, jax.random.key(0), **long)
 
 
@@ -261,20 +261,25 @@ REFUSED = [
     (LM, V3, {"hidden_act": "mish"}, "hidden_act is 'mish'"),
     (LM, V3, {"conv_act": "mish"}, "conv_act is 'mish'"),
     (LABELS, V3, {"pooler_hidden_act": "mish"}, "pooler_hidden_act is 'mish'"),
-    (LM, V3, {"type_vocab_size": 2}, "type_vocab_size is 2; this model does 0 only"),
-    (LM, V3, {"embedding_size": 8}, "embedding_size is 8; this model does 16 only"),
-    (LABELS, V3, {"pooler_hidden_size": 8}, "pooler_hidden_size is 8; this model does 16 only"),
-    (LM, V3, {"attention_head_size": 4}, "attention_head_size is 4; this model does 8 only"),
-    (LM, V3, {"legacy": False}, "legacy is False; this model does True only"),
+    (LM, V3, {"type_vocab_size": 2}, "type_vocab_size is 2; this model supports 0 only"),
+    (LM, V3, {"embedding_size": 8}, "embedding_size is 8; this model supports 16 only"),
+    (LABELS, V3, {"pooler_hidden_size": 8}, "pooler_hidden_size is 8; this model supports 16 only"),
+    (LM, V3, {"attention_head_size": 4}, "attention_head_size is 4; this model supports 8 only"),
+    (LM, V3, {"legacy": False}, "legacy is False; this model supports True only"),
     (LM, V3, {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
     (LM, V3, {"num_attention_heads": 3}, "num_attention_heads=3 does not divide hidden_size=16"),
-    (LM, V3, {"conv_kernel_size": 4}, "conv_kernel_size is 4; this model does odd ones only"),
+    (LM, V3, {"conv_kernel_size": 4}, "conv_kernel_size is 4; expected an odd number"),
     (LM, V3, {"position_buckets": 1}, "position_buckets is 1, and max_relative_positions 24"),
     (LM, V3, {"position_buckets": 46}, "position_buckets is 46, and max_relative_positions 24"),
-    (SEQ2SEQ, PAIRS, {"model_type": "mt5"}, "model_type is 'mt5'; this model does 't5' only"),
+    (SEQ2SEQ, PAIRS, {"model_type": "mt5"}, "model_type is 'mt5'; this model supports 't5' only"),
     (SEQ2SEQ, PAIRS, {"is_encoder_decoder": False}, "is_encoder_decoder is False"),
     (SEQ2SEQ, PAIRS, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
-    (SEQ2SEQ, PAIRS, {"is_gated_act": True}, "is_gated_act is True; this model does False only"),
+    (
+        SEQ2SEQ,
+        PAIRS,
+        {"is_gated_act": True},
+        "is_gated_act is True; this model supports False only",
+    ),
     (SEQ2SEQ, GATED, {"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'; .* 'gelu_new' only"),
     (SEQ2SEQ, PAIRS, {"relative_attention_num_buckets": 2}, "num_buckets is 2, and .*distance 12"),
     (SEQ2SEQ, PAIRS, {"relative_attention_max_distance": 4}, "num_buckets is 8, and .*distance 4"),

@@ -34,6 +34,7 @@ def neg(ctx: Context, eqn, values):
 def mul(ctx: Context, eqn, values):
     """Multiply the scale by a number, or a factor by a vector along axes that it has."""
     divides = eqn.primitive.name == "div"
+    values = _with_numbers_read(ctx, values)
     if all(isinstance(v, LoraArray) for v in values):
         values = _with_narrow_built(ctx, values)
     if values is None or (divides and isinstance(values[1], LoraArray)):
@@ -48,6 +49,13 @@ def mul(ctx: Context, eqn, values):
     if v.unfolded is not None:
         return NotImplemented
     return scale_axes(v, w, Labelled(x, tuple(range(x.ndim))), f)
+
+
+def _with_numbers_read(ctx: Context, values: list[Any]) -> list[Any]:
+    """Make a number that was read off a weight plain, if it meets a weight with axes."""
+    has_axes = any(isinstance(v, LoraArray) and v.shape for v in values)
+    numbers = [isinstance(v, LoraArray) and v.is_read and not v.shape for v in values]
+    return [ctx.read(v) if has_axes and n else v for v, n in zip(values, numbers, strict=True)]
 
 
 def _with_narrow_built(ctx: Context, values: list[Any]) -> list[Any] | None:
@@ -82,6 +90,7 @@ def scale_axes(v: LoraArray, w: jax.Array, x: Labelled, f=lax.mul) -> Any:
 @rule("add", "sub", "add_any")
 def add(ctx: Context, eqn, values):
     """Give the sum of two weights the deltas of both."""
+    values = _with_numbers_read(ctx, values)
     (w,) = bind(eqn, frozen(values))
     deltas: list[AnyDelta | None] = []
     for i, v in enumerate(values):

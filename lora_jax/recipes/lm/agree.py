@@ -1,4 +1,4 @@
-"""Whether all processes are about to run the same program."""
+"""Check that all processes are about to run the same program."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from jax.experimental.multihost_utils import process_allgather
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Compare facts with those of all other processes; all of them call it, or it waits.
+    """Compare facts with those of all other processes; all must call it, or it waits.
 
     Processes that run different programs wait for each other forever, or train nonsense.
 
     Args:
-        facts: a name and what JSON can say, each.
+        facts: values that JSON can encode, by name.
 
     Raises:
-        ValueError: on every process, where a fact is another one on some.
+        ValueError: a fact differs on some process; every process raises.
     """
     if jax.process_count() == 1:
         return
@@ -29,16 +29,16 @@ def agree(facts: Mapping[str, Any]) -> None:
         return
     sizes = process_allgather(np.int32(len(text)))
     padded = np.frombuffer(text.ljust(sizes.max()), np.uint8)
-    rows = [json.loads(row.tobytes()) for row in process_allgather(padded)]
+    everyone = [json.loads(line.tobytes()) for line in process_allgather(padded)]
     differing = []
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         processes: dict[str, list[str]] = {}
-        for k, row in enumerate(rows):
-            processes.setdefault(json.dumps(row.get(name)), []).append(str(k))
+        for k, theirs in enumerate(everyone):
+            processes.setdefault(json.dumps(theirs.get(name)), []).append(str(k))
         if len(processes) > 1:
             values = (f"{value} on {', '.join(where)}" for value, where in processes.items())
             differing.append(f"{name} is {' and '.join(values)}")
     raise ValueError(
-        f"the processes do not agree: {'; '.join(differing[:4])}. Start all of them by one "
-        "command, but for --process, with the same files and versions"
+        f"the processes do not agree: {'; '.join(differing[:4])}. Start all of them with the same "
+        "command, except for --process, and with the same files and versions"
     )

@@ -1,4 +1,4 @@
-"""Text as rows of tokens for a language model: Shakespeare, a text of yours, or pairs of texts."""
+"""Read text as rows of tokens for a language model: Shakespeare, your own text, or text pairs."""
 
 import functools
 import hashlib
@@ -16,11 +16,11 @@ from lora_jax.io import hf
 from lora_jax.recipes.packages import Package, fetch
 
 HELD_OUT = ("hamlet", "tempest", "twelfth_night")
-IGNORED = -1  # the target of a token that is not to be learned
+IGNORED = -1  # the target of a token that does not count
 
 
 def _unpack_works(archive: Path, folder: Path) -> None:
-    """Write the works as two texts, without the spellings of the folios."""
+    """Write the works as two texts; leave out the versions in the spelling of the folios."""
     works = {}
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
@@ -49,7 +49,7 @@ _SHAKESPEARE = Package(
 
 
 class Rows(NamedTuple):
-    """Tokens, and those that follow them.
+    """Rows of tokens, and the tokens that follow them.
 
     Attributes:
         ids: ``[rows, length]``.
@@ -60,20 +60,20 @@ class Rows(NamedTuple):
     targets: Any
 
     def take(self, rows: Any) -> "Rows":
-        """Some of the rows."""
+        """Take some of the rows."""
         return Rows(self.ids[rows], self.targets[rows])
 
     def batch(self, size: int, step: int, seed: int) -> "Rows":
-        """The rows of a step: nothing but the arguments decides which.
+        """Return the rows of a step, which depend on the arguments only.
 
-        All rows, in an order that the seed and the epoch tell, then all of them again.
+        An epoch is all rows, in an order that depends on the seed and the epoch.
         """
         n = len(self.ids)
         places = np.arange(step * size, (step + 1) * size)
         return self.take([_order(n, seed, k // n)[k % n] for k in places.tolist()])
 
     def fingerprint(self) -> str:
-        """What other rows do not have."""
+        """Return a hash that identifies the rows."""
         return hashlib.sha256(self.ids.tobytes() + self.targets.tobytes()).hexdigest()[:16]
 
 
@@ -84,26 +84,26 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shakespeare() -> tuple[Path, Path]:
-    """Shakespeare's works, all but three plays, and those three: 4.6 and 0.4 million letters."""
+    """Fetch Shakespeare: all but three plays (4.6 million letters), and these three (0.4)."""
     folder = fetch(_SHAKESPEARE, "pass --data FILE, a .txt or a .jsonl")
     return folder / "train.txt", folder / "held_out.txt"
 
 
 def tokenizer_of(model: hf.Source) -> Tokenizer:
-    """The tokenizer beside the weights of a model, or in its GGUF file.
+    """Read the tokenizer beside the weights of a model, or in its GGUF file.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is none.
+        ValueError: the file is not a tokenizer.
     """
     found = model.small().get("tokenizer.json")
     if found is None:
-        raise FileNotFoundError(f"{model.where} has no tokenizer.json, which texts are read by")
+        raise FileNotFoundError(f"{model.where} has no tokenizer.json, which is needed for texts")
     text = found if isinstance(found, str) else found.read_text("utf-8")
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # of no other class
-        raise ValueError(f"{model.where}: tokenizer.json is no tokenizer: {error}") from error
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{model.where}: tokenizer.json is not a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -112,24 +112,24 @@ def tokenizer_of(model: hf.Source) -> Tokenizer:
 def read(
     path: Path | None, tokenizer: Tokenizer, length: int, end: int | None
 ) -> tuple[Rows, Rows, str]:
-    """The rows to train on, those to validate by, and a line that says what they are.
+    """Read rows for training and for validation, and a line that describes them.
 
     Args:
-        path: a ``.txt``, whose last twentieth is for validation; a ``.jsonl`` of pairs, of which
-            every twentieth is; None: Shakespeare.
-        tokenizer: of the model.
-        length: tokens a row.
+        path: a ``.txt``, whose last twentieth is for validation; a ``.jsonl`` of pairs, every
+            twentieth for validation; None: Shakespeare.
+        tokenizer: the model's tokenizer.
+        length: tokens per row.
         end: the token after a completion, if there is one.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the message names the file, the line and the remedy.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be used; the message gives the file, the line and the remedy.
     """
     if path is None:
         training, validation = (
             _windows(_text(file), file, tokenizer, length) for file in shakespeare()
         )
-        note = "Shakespeare; Hamlet, The Tempest and Twelfth Night to validate"
+        note = "Shakespeare; Hamlet, The Tempest and Twelfth Night for validation"
         return training, validation, note
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--data {path}: expected a .txt, or a .jsonl with prompt and completion")
@@ -139,12 +139,12 @@ def read(
         is_validation = np.arange(len(rows.ids)) >= len(rows.ids) - max(len(rows.ids) // 20, 1)
     else:
         rows, cut = _pairs(text, path, tokenizer, length, end)
-        note = f"pairs; of {cut} the prompt's beginning is cut off" if cut else "pairs"
+        note = f"pairs; the beginning of the prompt is cut off in {cut}" if cut else "pairs"
         is_validation = np.arange(len(rows.ids)) % 20 == min(19, len(rows.ids) - 1)
     if len(rows.ids) < 2:
         raise ValueError(
-            f"--data {path}: one row, and one is to train on and one to validate by: add text, or "
-            f"pass a smaller --length, now {length}"
+            f"--data {path}: one row, expected one for training and one for validation: add text, "
+            f"or pass a smaller --length, now {length}"
         )
     return rows.take(~is_validation), rows.take(is_validation), f"{path.name}, {note}"
 
@@ -159,7 +159,7 @@ def _text(path: Path) -> str:
 
 
 def _windows(text: str, path: Path, tokenizer: Tokenizer, length: int) -> Rows:
-    """The text in rows, each token but the first a target once."""
+    """Cut a text into rows, in which each token but the first is a target once."""
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
     n = max(len(tokens) - 1, 0) // length
     if not n:
@@ -174,7 +174,7 @@ def _windows(text: str, path: Path, tokenizer: Tokenizer, length: int) -> Rows:
 def _pairs(
     text: str, path: Path, tokenizer: Tokenizer, length: int, end: int | None
 ) -> tuple[Rows, int]:
-    """A row a pair, the completion's tokens its targets; and how many prompts were too long."""
+    """Return a row per pair, with the completion as targets, and how many prompts were cut."""
     ids, targets, cut = [], [], 0
     for number, prompt, completion in _read_pairs(text, path):
         before = tokenizer.encode(prompt).ids
@@ -208,7 +208,7 @@ def _read_pairs(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(pair, dict) or not {"prompt", "completion"} <= pair.keys():
             raise ValueError(
-                f'{where}: expected one object a line, {{"prompt": "...", "completion": "..."}}, '
+                f'{where}: expected an object per line, {{"prompt": "...", "completion": "..."}}, '
                 f"got {line.strip()[:60]}"
             )
         for key in ("prompt", "completion"):

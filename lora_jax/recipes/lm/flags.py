@@ -1,4 +1,4 @@
-"""The command line of the trainer, and what to change on it where memory ends."""
+"""Read the command line of the trainer, and list the flags that save memory."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], Any]:
-    """An argparse type: a finite int or float in a range."""
+    """Return an argparse type: a finite int or float in a range."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -23,65 +23,69 @@ def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Ca
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
+    """Read the command line."""
     description = "Fine-tune a language model with LoRA: on one device or many."
     parser = argparse.ArgumentParser(description=description)
     count, natural, positive = number(int, 1), number(int, 0), number(float, above=0)
 
-    def group(name: str, **flags: dict[str, Any]) -> None:
-        members = parser.add_argument_group(name)
+    def add_group(name: str, **flags: dict[str, Any]) -> None:
+        group = parser.add_argument_group(name)
         for flag, options in flags.items():
             options["help"] += f" ({options['default']})" if "default" in options else ""
-            members.add_argument(f"--{flag}", **options)
+            group.add_argument(f"--{flag}", **options)
 
     is_set = {"action": "store_true"}
-    group(
+    add_group(
         "model and data",
         model={"type": Path, "help": "a folder or a GGUF file (SmolLM2-135M)"},
         data={"type": Path, "help": "a .txt, or a .jsonl of prompt and completion (Shakespeare)"},
-        length={"type": count, "default": 64, "help": "tokens a row"},
-        validation={"type": count, "default": 64, "help": "rows to validate by, at most"},
-        dtype={"choices": ("float32", "bfloat16"), "default": "float32", "help": "of all but A, B"},
+        length={"type": count, "default": 64, "help": "tokens per row"},
+        validation={"type": count, "default": 64, "help": "largest number of validation rows"},
+        dtype={
+            "choices": ("float32", "bfloat16"),
+            "default": "float32",
+            "help": "dtype of base and activations",
+        },
     )
-    group(
+    add_group(
         "training",
-        rank={"type": count, "default": 8, "help": "of A and B"},
+        rank={"type": count, "default": 8, "help": "rank of A and B"},
         alpha={"type": positive, "default": 16.0, "help": "the update is scaled by alpha / rank"},
         targets={"help": "a regular expression, or all-linear (queries, values)"},
-        dropout={"type": number(float, 0), "default": 0.0, "help": "of what the adapters read"},
-        batch={"type": count, "default": 8, "help": "rows a step, on all devices together"},
+        dropout={"type": number(float, 0), "default": 0.0, "help": "on the adapters' inputs"},
+        batch={"type": count, "default": 8, "help": "rows per step, on all devices together"},
         accumulate={"type": count, "default": 1, "help": "parts of a batch, one after the other"},
-        steps={"type": count, "default": 100, "help": "in all"},
-        rate={"type": positive, "default": 1e-3, "help": "the highest; a cosine ends it"},
-        warmup={"type": natural, "default": 10, "help": "steps"},
-        clip={"type": positive, "default": 1.0, "help": "the largest norm of a gradient"},
-        seed={"type": natural, "default": 0, "help": "of factors, data and dropout"},
-        remat=is_set | {"help": "layers once more in the backward pass, for memory"},
+        steps={"type": count, "default": 100, "help": "total number of steps"},
+        rate={"type": positive, "default": 1e-3, "help": "peak learning rate; a cosine ends it"},
+        warmup={"type": natural, "default": 10, "help": "warmup steps"},
+        clip={"type": positive, "default": 1.0, "help": "largest gradient norm"},
+        seed={"type": natural, "default": 0, "help": "seed of factors, data and dropout"},
+        remat=is_set | {"help": "recompute layers in the backward pass, to save memory"},
     )
-    group(
+    add_group(
         "devices",
-        mesh={"help": "sizes of data, fsdp, tensor, as data=2,tensor=-1 (data=-1)"},
-        explicit=is_set | {"help": "shardings in the types of arrays, rather than the compiler's"},
+        mesh={"help": "sizes of data, fsdp, tensor, such as data=2,tensor=-1 (data=-1)"},
+        explicit=is_set | {"help": "shardings in array types, instead of the compiler's choice"},
         pmap=is_set | {"help": "data parallel by jax.pmap"},
-        distributed=is_set | {"help": "several processes, as the cluster's environment says"},
-        coordinator={"help": "or as these say: host:port of process 0,"},
-        processes={"type": count, "help": "how many,"},
-        process={"type": natural, "help": "and which this is"},
+        distributed=is_set | {"help": "several processes, set by the cluster's environment"},
+        coordinator={"help": "several processes, set by these flags: host:port of process 0"},
+        processes={"type": count, "help": "number of processes"},
+        process={"type": natural, "help": "number of this process"},
     )
-    group(
+    add_group(
         "files",
         out={"type": Path, "default": Path("runs", "lm"), "help": "checkpoints, metrics.csv"},
         every={"type": count, "default": 50, "help": "steps between checkpoints, each validated"},
-        log={"type": count, "default": 10, "help": "steps between lines"},
-        resume=is_set | {"help": "fail where --out has no checkpoint to go on from"},
-        export=is_set | {"help": "at the end, OUT/adapter for PEFT and OUT/merged"},
-        tensorboard=is_set | {"help": "events in OUT/tensorboard"},
+        log={"type": count, "default": 10, "help": "steps between printed lines"},
+        resume=is_set | {"help": "fail if --out has no checkpoint to continue from"},
+        export=is_set | {"help": "write OUT/adapter for PEFT and OUT/merged at the end"},
+        tensorboard=is_set | {"help": "write events to OUT/tensorboard"},
     )
     return parser.parse_args(argv)
 
 
 def out_of_memory(error: str, args: argparse.Namespace) -> str:
-    """One message of XLA's: what was needed, where it says so, and the flags that need less."""
+    """Turn XLA's error into one line: the memory needed, if known, and flags that need less."""
     first = error.partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0].rstrip(".")
     needed = re.sub(r"(\d{7,}) bytes", lambda n: f"{int(n[1]) / 2**30:,.2f} GiB", first)
     helps = {
@@ -93,6 +97,6 @@ def out_of_memory(error: str, args: argparse.Namespace) -> str:
         "--dtype bfloat16": args.dtype != "bfloat16",
     }
     return (
-        f"the memory of the devices is too small: {needed or 'XLA does not say for what'}. Pass "
+        f"the memory of the devices is too small: {needed or 'XLA gives no details'}. Pass "
         f"{', or '.join(flag for flag, is_open in helps.items() if is_open)}"
     )

@@ -1,6 +1,6 @@
-"""From a base to the first step: what the trainer runs and the benchmarks measure.
+"""Prepare a training up to its first step, for the trainer and the benchmarks.
 
-``args`` is the command line of the trainer; no file is read here.
+``args`` is the command line of the trainer. No file is read here.
 """
 
 import argparse
@@ -16,21 +16,22 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.mesh import ROWS, placed
-from lora_jax.recipes.lm.step import Apply, State, make_step, on_mesh, on_pmap
+from lora_jax.recipes.lm.step import Apply, State, compile_for_mesh, compile_for_pmap, make_step
 from lora_jax.recipes.models import llama
 
 
 class Job(NamedTuple):
-    """What trains.
+    """A training before its first step.
 
     Attributes:
-        plain: the model, of parameters and ids.
-        state: what a step changes, at first.
-        frozen: the other half of the LoraParams.
+        plain: the model, a function of parameters and ids.
+        state: the first state.
+        frozen: the half of the LoraParams that does not train.
         places: shardings of the LoraParams.
-        rate: the learning rate of a step.
-        step: of a state, the frozen half, rows from ``put`` and a number; see ``make_step``.
-        put: brings the rows of a batch to the devices.
+        rate: the learning rate as a function of the step.
+        step: a function of a state, the frozen half, rows from ``place`` and the step's number; see
+            :func:`make_step`.
+        place: puts the rows of a batch on the devices.
     """
 
     plain: Apply
@@ -39,30 +40,30 @@ class Job(NamedTuple):
     places: lora_jax.LoraParams
     rate: Callable[[Any], Any]
     step: Callable[..., Any]
-    put: Callable[[Rows], Rows]
+    place: Callable[[Rows], Rows]
 
 
 def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) -> llama.Llama:
-    """The network that a config.json describes."""
+    """Return the network that a config.json describes."""
     changes = {"scan_layers": True, "remat": args.remat, "dtype": jnp.dtype(args.dtype)}
-    if not args.pmap:  # or the compiler could gather the batch rather than the weights
+    if not args.pmap:  # else the compiler could gather the batch instead of the weights
         changes["activations"] = NamedSharding(mesh, P(ROWS))
     return llama.from_config(config, **changes)
 
 
 def ids_of(args: argparse.Namespace) -> jax.ShapeDtypeStruct:
-    """The shape of what the model reads at once."""
+    """Return the shape of the ids that the model reads at once."""
     return jax.ShapeDtypeStruct((args.batch // args.accumulate, args.length), jnp.int32)
 
 
 def abstract(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> Any:
-    """The parameters' shapes, dtype and shardings."""
+    """Return the parameters' shapes, dtype and shardings."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids_of(args))["params"]
     return placed(shapes, mesh, args.dtype)
 
 
 def plain_of(model: llama.Llama) -> Apply:
-    """The model as a function of parameters and ids."""
+    """Return the model as a function of parameters and ids."""
 
     def plain(params: Any, ids: jax.Array) -> Any:
         return model.apply({"params": params}, ids)
@@ -71,14 +72,14 @@ def plain_of(model: llama.Llama) -> Apply:
 
 
 def adapted(model: llama.Llama, base: Any, args: argparse.Namespace) -> lora_jax.LoraParams:
-    """A base with a new adapter."""
+    """Add a new adapter to a base."""
     layout = lora_jax.layout_of(plain_of(model), base, ids_of(args))
     options = {"alpha": args.alpha, "targets": args.targets, "key": jax.random.key(args.seed)}
     return lora_jax.lorafy(base, args.rank, layout=layout, **options)
 
 
 def kinds_of(model: llama.Llama, like: Any, args: argparse.Namespace) -> dict[str, str]:
-    """What the adapter will be of, a line a weight."""
+    """Describe the adapter, with a line per weight."""
     lora_params = jax.eval_shape(lambda base: adapted(model, base, args), like)
     return {
         f"the adapter of {path}": f"{f.layout}, a {f.a.dtype}{f.a.shape}, b {f.b.dtype}{f.b.shape}"
@@ -87,12 +88,12 @@ def kinds_of(model: llama.Llama, like: Any, args: argparse.Namespace) -> dict[st
 
 
 def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh) -> Job:
-    """All that is between a base and the first step."""
+    """Prepare a base for the first step: adapter, optimizer, shardings, compiled step."""
     lora_params = adapted(model, base, args)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.warmup, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))
 
-    # Factors go where the base goes, but whole along fsdp; and moments where the factors go.
+    # Factors are sharded as the base is, but replicated along fsdp; moments as the factors are.
     places = lora_jax.shardings(lora_params, replicate=["fsdp"])
     trainable, frozen = lora_jax.split(jax.device_put(lora_params, places))
     of_adapter = lora_jax.split(places)[0]
@@ -103,8 +104,8 @@ def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh)
     apply = lora_jax.lora(plain, dropout=args.dropout)
     seed = args.seed if args.dropout else None
     if args.pmap:
-        step, put = on_pmap(make_step(apply, tx, seed, "data"), mesh, args.accumulate)
+        step, place = compile_for_pmap(make_step(apply, tx, seed, "data"), mesh, args.accumulate)
     else:
         step = make_step(apply, tx, seed)
-        step, put = on_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
-    return Job(plain, state, frozen, places, rate, step, put)
+        step, place = compile_for_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
+    return Job(plain, state, frozen, places, rate, step, place)

@@ -1,4 +1,4 @@
-"""Where a Llama goes on a mesh, as rules; and a mesh from ``data=2,fsdp=2,tensor=2``."""
+"""Shard a Llama over a mesh by rules, and make a mesh from ``data=2,fsdp=2,tensor=2``."""
 
 import math
 import re
@@ -11,29 +11,29 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch is spread over
 
-# The first that matches the path of a leaf counts. Its axes are the leaf's last ones: layers that
-# are stacked in front are whole everywhere.
+# The first rule that matches the path of a leaf counts. Its axes are the leaf's last ones: an axis
+# of stacked layers in front is replicated.
 RULES = {
     r".*/(q|k|v|gate|up)_proj/kernel": P("fsdp", "tensor"),
     r".*/(q|k|v|gate|up)_proj/bias": P("tensor"),
     r".*/(o|down)_proj/kernel": P("tensor", "fsdp"),
     r"embed_tokens/embedding": P("tensor", "fsdp"),
     r"lm_head/kernel": P("fsdp", "tensor"),
-    r".*": P(),  # norms, and biases of what is whole after a sum over tensor
+    r".*": P(),  # norms, and biases of outputs that are replicated after a sum over tensor
 }
 
 
 def mesh_of(text: str, explicit: bool = False, count: int | None = None) -> Mesh:
-    """A mesh of all devices of all processes, or of the first ones.
+    """Make a mesh of all devices of all processes, or of the first ``count``.
 
     Args:
-        text: axes and sizes, such as ``data=2,tensor=4``; one may be -1, for the devices that are
-            left. Axes that are not named have size 1.
-        explicit: whether shardings are in the types of arrays, rather than the compiler's choice.
-        count: how many of the devices.
+        text: axes and sizes, such as ``data=2,tensor=4``; one may be -1, for the remaining devices.
+            Axes that are not named have size 1.
+        explicit: whether shardings are in array types, instead of the compiler's choice.
+        count: the number of devices; None: all.
 
     Raises:
-        ValueError: it is not that, or the sizes do not multiply to the number of devices.
+        ValueError: ``text`` is malformed, or the product of sizes is not the number of devices.
     """
     sizes, devices = {}, count or jax.device_count()
     for part in text.split(","):
@@ -46,13 +46,13 @@ def mesh_of(text: str, explicit: bool = False, count: int | None = None) -> Mesh
     known = math.prod(size for size in sizes.values() if size > 0)
     rests = [name for name, size in sizes.items() if size < 0]
     if len(rests) > 1:
-        raise ValueError(f"--mesh {text}: both {rests[0]} and {rests[1]} are -1: say one of them")
+        raise ValueError(f"--mesh {text}: both {rests[0]} and {rests[1]} are -1: set one of them")
     if rests and devices % known == 0:
         sizes[rests[0]] = devices // known
     elif rests or known != devices:
         raise ValueError(
-            f"--mesh {text}: the sizes make {known}, and there are {devices} devices: expected "
-            "sizes whose product that is, or one of -1 for the rest"
+            f"--mesh {text}: the product of the sizes is {known}, and there are {devices} devices: "
+            f"expected sizes with product {devices}, or -1 for one of them"
         )
     shape = tuple(sizes.get(name, 1) for name in AXES)
     kind = AxisType.Explicit if explicit else AxisType.Auto
@@ -61,10 +61,10 @@ def mesh_of(text: str, explicit: bool = False, count: int | None = None) -> Mesh
 
 
 def placed(shapes: Any, mesh: Mesh, dtype: Any) -> Any:
-    """What ``hf.load`` wants to know: shapes, a dtype, and by the rules, shardings.
+    """Give shapes a dtype and, by the rules, shardings, as ``hf.load`` takes them.
 
     Raises:
-        ValueError: an axis is not divided by its part of the mesh.
+        ValueError: the mesh does not divide an axis.
     """
 
     def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""What a training prints and writes down: a line now and then, a CSV file, TensorBoard."""
+"""Log the metrics of a training: printed lines, a CSV file, TensorBoard."""
 
 import csv
 import math
@@ -13,8 +13,8 @@ from rich.console import Console
 
 COLUMNS = ("step", "loss", "grad_norm", "rate", "validation", "tokens_per_second", "mfu")
 
-# Dense matrix products in bfloat16, FLOP/s a device of JAX, by the beginning of its kind: the first
-# that fits. A TPU7x has two devices a chip. What is not here has no MFU.
+# FLOP/s per JAX device, for dense matrix products in bfloat16, by the beginning of the device kind;
+# the first match counts. A TPU7x has two devices per chip. Other devices have no MFU.
 PEAK = {
     "TPU v4 lite": 137e12,
     "TPU v4": 275e12,
@@ -36,8 +36,8 @@ PEAK = {
 class Log:
     """The metrics of a run: fetched from the devices a few steps at a time, written by one process.
 
-    A row of ``metrics.csv`` a step; the file goes on where the run does, and steps that were
-    written before a process was killed and are done again are written once.
+    ``metrics.csv`` has a row per step. A resumed run continues the file: a step that is done again,
+    as its process was killed, is written once.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class Log:
         """Open the log of a run.
 
         Args:
-            folder: to write in.
-            start: the step that the run goes on from.
-            tokens: a step.
-            flops: a token, of all devices.
-            rate: the learning rate of a step.
-            tensorboard: whether to write events for it, too, with ``tensorboardX``.
+            folder: the folder to write to.
+            start: the step that the run continues from.
+            tokens: tokens per step.
+            flops: FLOPs per token, on all devices together.
+            rate: the learning rate as a function of the step.
+            tensorboard: whether to write events for TensorBoard, too, with ``tensorboardX``.
         """
         self.tokens, self.flops, self.rate = tokens, flops, jax.jit(rate)
         self.is_writer = jax.process_index() == 0
         self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
         self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self._begin: float | None = None  # of the steps that are pending; None where one compiles
+        self._begin: float | None = None  # time before the pending steps; None if one compiles
         self._file: Any = None
         self._events: Any = None
         if self.is_writer:
@@ -81,24 +81,24 @@ class Log:
                 file.close()
 
     def say(self, text: str) -> None:
-        """Print a line, on one process."""
+        """Print a line, on one process only."""
         self.console.print(text, markup=False)
 
-    def add(self, step: int, found: Mapping[str, jax.Array]) -> None:
-        """Note the metrics of a step, without waiting for it."""
-        self._pending.append((step, found))
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Add the metrics of a step, without waiting for it."""
+        self._pending.append((step, metrics))
 
     def flush(self, step: int, validate: Callable[[], float] | None = None) -> None:
-        """Wait for the steps that were added; write them, and print the last.
+        """Wait for the added steps, write them, and print the last.
 
         Args:
-            step: the last.
-            validate: what computes the validation loss, whose time does not count.
+            step: the last step.
+            validate: a function that returns the validation loss; its time does not count.
 
         Raises:
             ValueError: a loss or a gradient is not finite.
         """
-        rows = [{"step": k} | jax.device_get(found) for k, found in self._pending] or [{}]
+        rows = [{"step": k} | jax.device_get(metrics) for k, metrics in self._pending] or [{}]
         last = rows[-1]
         if self._begin is not None:
             speed = len(self._pending) * self.tokens / (time.perf_counter() - self._begin)
@@ -119,7 +119,7 @@ class Log:
             self.restart()
 
     def restart(self) -> None:
-        """Begin to count time anew, after what is no step."""
+        """Restart the clock, after work that is not a step."""
         self._begin = time.perf_counter()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -141,11 +141,11 @@ class Log:
 
 
 def flops_per_token(model: Any, lora_params: Any, length: int) -> float:
-    """What training takes, counted from the shapes.
+    """Count the FLOPs of training per token, from the shapes.
 
-    Two a weight forward and two backward, but not the two of its gradient, which a frozen base has
-    not; six an entry of A and B; and the two products of attention, of which causality leaves half.
-    What is computed again for the memory's sake does not count.
+    A weight counts two forward and two backward, without the two of its gradient, which a frozen
+    base does not have. An entry of A or B counts six. The two products of attention count half, as
+    they are causal. Recomputation to save memory does not count.
     """
     leaves = jax.tree_util.tree_leaves_with_path(lora_params.base)
     names = ("kernel", "embedding") if model.tie_word_embeddings else ("kernel",)
@@ -158,16 +158,16 @@ def flops_per_token(model: Any, lora_params: Any, length: int) -> float:
 
 
 def peak() -> float:
-    """The FLOP/s of all devices together; NaN where they are not known, as of CPUs."""
+    """Return the FLOP/s of all devices together; NaN if unknown, as for CPUs."""
     kind = jax.devices()[0].device_kind
     return jax.device_count() * next((x for k, x in PEAK.items() if kind.startswith(k)), math.nan)
 
 
 def event_writer() -> Any:
-    """The class that writes events for TensorBoard.
+    """Return the class that writes events for TensorBoard.
 
     Raises:
-        ValueError: its package is missing.
+        ValueError: tensorboardX is not installed.
     """
     try:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
@@ -177,7 +177,7 @@ def event_writer() -> Any:
 
 
 def _continued(path: Path, start: int) -> Any:
-    """The file, open behind the row of step ``start``: what a killed process wrote later goes."""
+    """Open the file after the row of step ``start``; drop what a killed process wrote later."""
     kept = []
     if path.exists():
         with path.open(newline="") as file:

@@ -1,11 +1,11 @@
 """DeBERTa v2 and v3 in Flax Linen, for masked words and for labels of sequences.
 
-Modules have the names of PyTorch's::
+Modules are named as in PyTorch::
 
     model = deberta.from_config(json.loads(Path("folder/config.json").read_text()))
     logits = model.apply({"params": params}, input_ids, attention_mask)
 
-One model in one file, and so longer than others.
+The model is in one file, which is therefore longer than others.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What outputs depend on, named as in config.json; the defaults are transformers'."""
+    """The settings that outputs depend on: names of config.json, defaults of transformers."""
 
     vocab_size: int
     hidden_size: int
@@ -42,8 +42,8 @@ class Config:
     position_biased_input: bool = True  # whether positions are embedded as well
     pos_att_type: tuple[str, ...] = ()
     share_att_key: bool = False
-    max_relative_positions: int = -1  # how far distances are told apart; in files, -1 is all
-    position_buckets: int = -1  # below 1: none, every distance for itself
+    max_relative_positions: int = -1  # the farthest that is told apart; -1 in files: all
+    position_buckets: int = -1  # below 1: none, a table row per distance
     norm_rel_ebd: str = "none"
     conv_kernel_size: int = 0  # 0: no convolution
     conv_groups: int = 1
@@ -53,20 +53,20 @@ class Config:
 
     @property
     def span(self) -> int:
-        """Half the rows of the table of distances."""
+        """Half the number of table rows for distances."""
         buckets = self.position_buckets
         return buckets if buckets > 0 else self.max_relative_positions
 
 
 class SelfAttention(nn.Module):
-    """Attention between contents, and between contents and distances: disentangled.
+    """Disentangled attention: between contents, and between contents and distances.
 
     ::
 
         score[q, k] = (Q[q] K[k]  +  Q[q] Kd[q - k]  +  K[k] Qd[q - k]) / sqrt(3 * head_size)
 
-    The second term is c2p, the third p2c. ``Kd`` and ``Qd`` are a key and a query of the distance,
-    from the layers that make those of contents or from two of their own.
+    The second term is c2p, the third p2c. ``Kd`` and ``Qd`` are a key and a query of the distance.
+    They come from the layers for contents, or from two layers of their own.
     """
 
     config: Config
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, distances: jax.Array) -> jax.Array:
         """Attend within ``x[batch, length, width]``, where ``mask[batch, 1, q, k]`` is true.
 
-        ``distances[2 * span, width]`` are their embeddings.
+        ``distances[2 * span, width]`` are the embeddings of distances.
         """
         c = self.config
         dense = {
@@ -85,18 +85,18 @@ class SelfAttention(nn.Module):
         if c.share_att_key:
             dense |= {"pos_key": dense["key"], "pos_query": dense["query"]}
 
-        def heads(name: str, y: jax.Array) -> jax.Array:
+        def project(name: str, y: jax.Array) -> jax.Array:
             y = dense[name](y)
             return y.reshape(*y.shape[:-1], c.num_attention_heads, -1)  # [..., heads, head_size]
 
-        query, key, value = heads("query", x), heads("key", x), heads("value", x)
+        query, key, value = project("query", x), project("key", x), project("value", x)
         rows = rows_of_distances(x.shape[1], c)[None, None]  # [1, 1, q, k]
         bias = jnp.zeros((1, 1, 1, 1), x.dtype)
         if "c2p" in c.pos_att_type:
-            scores = jnp.einsum("bqhd,rhd->bhqr", query, heads("pos_key", distances))
+            scores = jnp.einsum("bqhd,rhd->bhqr", query, project("pos_key", distances))
             bias += jnp.take_along_axis(scores, rows, -1)  # [batch, heads, q, k]
         if "p2c" in c.pos_att_type:
-            scores = jnp.einsum("bkhd,rhd->bhkr", key, heads("pos_query", distances))
+            scores = jnp.einsum("bkhd,rhd->bhkr", key, project("pos_query", distances))
             scores = jnp.take_along_axis(scores, rows.swapaxes(2, 3), -1)  # [batch, heads, k, q]
             bias += scores.swapaxes(2, 3)  # [batch, heads, q, k]
         scale = 1 / math.sqrt(query.shape[-1] * (1 + len(c.pos_att_type)))
@@ -111,7 +111,7 @@ class Output(nn.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """Add what becomes of ``y[batch, length, any]`` to ``x[batch, length, width]``."""
+        """Project ``y[batch, length, any]``, and add it to ``x[batch, length, width]``."""
         y = nn.Dense(self.config.hidden_size, name="dense")(y)
         return nn.LayerNorm(self.config.layer_norm_eps, name="LayerNorm")(x + y)
 
@@ -123,13 +123,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, distances: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, length, width]``."""
+        """Apply the module to ``x[batch, length, width]``."""
         y = SelfAttention(self.config, name="self")(x, mask, distances)
         return Output(self.config, name="output")(y, x)
 
 
 class Activation(nn.Module):
-    """A dense layer and an activation, and a norm where it is given an ``eps``."""
+    """A dense layer, an activation, and a norm if ``eps`` is given."""
 
     features: int
     act: str
@@ -137,7 +137,7 @@ class Activation(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Make ``[..., features]`` of ``x[..., width]``."""
+        """Map ``x[..., width]`` to ``[..., features]``."""
         y = _ACTIVATIONS[self.act](nn.Dense(self.features, name="dense")(x))
         return y if self.eps is None else nn.LayerNorm(self.eps, name="LayerNorm")(y)
 
@@ -149,7 +149,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, distances: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, length, width]``."""
+        """Apply the module to ``x[batch, length, width]``."""
         c = self.config
         x = Attention(c, name="attention")(x, mask, distances)
         y = Activation(c.intermediate_size, c.hidden_act, name="intermediate")(x)
@@ -157,13 +157,13 @@ class Layer(nn.Module):
 
 
 class Convolution(nn.Module):
-    """What v2's larger models add to the first layer: neighbouring words."""
+    """A convolution over words, which v2's larger models add to the first layer."""
 
     config: Config
 
     @nn.compact
     def __call__(self, words: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Add what becomes of ``words[batch, length, width]`` to ``x``, of the same shape."""
+        """Convolve ``words[batch, length, width]``, and add them to ``x``, of the same shape."""
         c = self.config
         size, groups = (c.conv_kernel_size,), c.conv_groups
         y = nn.Conv(c.hidden_size, size, feature_group_count=groups, name="conv")(words)
@@ -173,12 +173,12 @@ class Convolution(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Words, and with them their positions where the model has any."""
+    """The embeddings of words, and of positions if the model has any."""
 
     config: Config
 
     def setup(self) -> None:
-        """The tables and the norm."""
+        """Make the tables and the norm."""
         c = self.config
         self.word_embeddings = nn.Embed(c.vocab_size, c.hidden_size)
         if c.position_biased_input:
@@ -191,7 +191,7 @@ class Embeddings(nn.Module):
         x = self.word_embeddings(ids)
         if self.config.position_biased_input:
             if length > positions:
-                raise ValueError(f"{length} tokens, and {positions} positions")
+                raise ValueError(f"ids have {length} tokens, expected at most {positions}")
             x += self.position_embeddings(jnp.arange(length)[None])
         return jnp.where(mask[..., None], self.LayerNorm(x), 0)
 
@@ -203,13 +203,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, words: jax.Array, mask: jax.Array) -> jax.Array:
-        """Apply it to ``words[batch, length, width]``."""
+        """Apply the module to ``words[batch, length, width]``."""
         c = self.config
         table = nn.Embed(2 * c.span, c.hidden_size, name="rel_embeddings")
         distances = table(jnp.arange(2 * c.span))  # [2 * span, width]
         if c.norm_rel_ebd == "layer_norm":
             distances = nn.LayerNorm(c.layer_norm_eps, name="LayerNorm")(distances)
-        # Queries that are padding see nothing, and so the mean of all, as in PyTorch.
+        # A query that is padding sees no key, and so gets the mean of all values, as in PyTorch.
         pairs = (mask[:, :, None] & mask[:, None])[:, None]  # [batch, 1, q, k]
         x = words
         for i in range(c.num_hidden_layers):
@@ -220,12 +220,12 @@ class Encoder(nn.Module):
 
 
 class Deberta(nn.Module):
-    """From tokens to hidden states."""
+    """The network from tokens to hidden states."""
 
     config: Config
 
     def setup(self) -> None:
-        """Its two parts."""
+        """Make the embeddings and the encoder."""
         self.embeddings = Embeddings(self.config)
         self.encoder = Encoder(self.config)
 
@@ -236,7 +236,7 @@ class Deberta(nn.Module):
 
 
 class Predictions(nn.Module):
-    """The transform, the table of words again, and a bias."""
+    """The transform, the product with the table of words, and a bias."""
 
     config: Config
 
@@ -250,7 +250,7 @@ class Predictions(nn.Module):
 
 
 class Head(nn.Module):
-    """Nothing but another name before that of the predictions, which files have."""
+    """A wrapper that adds a name before that of the predictions, as in files."""
 
     config: Config
 
@@ -261,7 +261,7 @@ class Head(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Which word is at each place."""
+    """A model of the word at each position."""
 
     config: Config
 
@@ -274,7 +274,7 @@ class MaskedLM(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """A label, read from the first token."""
+    """A classifier that reads the label from the first token."""
 
     config: Config
 
@@ -288,10 +288,10 @@ class SequenceClassifier(nn.Module):
 
 
 def rows_of_distances(length: int, config: Config) -> np.ndarray:
-    """The row of the table for the distance from each key to each query: ``[q, k]``.
+    """Return the table row for the distance from each key to each query: ``[q, k]``.
 
-    Near distances have a row each, farther ones share one, a bucket by their logarithm. In NumPy:
-    ``length`` is known when the model is traced, and no device's logarithm may move a boundary.
+    Near distances have a table row each; farther ones share a row per bucket of their logarithm.
+    NumPy computes the rows: ``length`` is static, and no device's logarithm may move a boundary.
     """
     distances = np.arange(length)[:, None] - np.arange(length)
     if config.position_buckets > 0:
@@ -311,22 +311,22 @@ _HEADS = {
 
 
 def from_config(config: Mapping[str, Any]) -> MaskedLM | SequenceClassifier:
-    """The model of a config.json, with the head that ``architectures`` names there.
+    """Return the model of a config.json, with the head that its ``architectures`` names.
 
     Raises:
-        ValueError: it lacks a size, or wants what this model does not do.
+        ValueError: the config lacks a size, or a setting is not supported.
     """
     fields = dataclasses.fields(Config)
     needed = [f.name for f in fields if f.default is dataclasses.MISSING]
     if absent := [name for name in needed if name not in config]:
-        raise ValueError(f"it lacks {', '.join(absent)}: not the config.json of a DeBERTa")
+        raise ValueError(f"config lacks {', '.join(absent)}: not the config.json of a DeBERTa")
     given = {f.name: config[f.name] for f in fields if f.name in config}
     kinds = given.get("pos_att_type") or ()
     kinds = kinds.replace(" ", "").split("|") if isinstance(kinds, str) else kinds
     given["pos_att_type"] = tuple(sorted(set(kinds)))
     if given.get("max_relative_positions", -1) < 1:
         given["max_relative_positions"] = given["max_position_embeddings"]
-    if "id2label" in config:  # files have the labels and not their number
+    if "id2label" in config:  # files contain the labels, not their number
         given["num_labels"] = len(config["id2label"])
     c = Config(**given)
     architecture: Any = (config.get("architectures") or [None])[0]
@@ -351,13 +351,13 @@ def from_config(config: Mapping[str, Any]) -> MaskedLM | SequenceClassifier:
     for key, values in known.items():
         if (value := found.get(key, values[0])) not in values:
             only = " or ".join(map(repr, values))
-            raise ValueError(f"{key} is {value!r}; this model does {only} only")
+            raise ValueError(f"{key} is {value!r}; this model supports {only} only")
     if size % c.num_attention_heads:
         raise ValueError(
             f"num_attention_heads={c.num_attention_heads} does not divide hidden_size={size}"
         )
     if c.conv_kernel_size > 0 and c.conv_kernel_size % 2 == 0:
-        raise ValueError(f"conv_kernel_size is {c.conv_kernel_size}; this model does odd ones only")
+        raise ValueError(f"conv_kernel_size is {c.conv_kernel_size}; expected an odd number")
     if c.position_buckets > 0 and not 1 < c.position_buckets < 2 * (c.max_relative_positions - 1):
         raise ValueError(
             f"position_buckets is {c.position_buckets}, and max_relative_positions "

@@ -1,6 +1,6 @@
-"""A Llama in Flax Linen, and what grew from it: Mistral, SmolLM2, Qwen2, Qwen3.
+"""Llama in Flax Linen, and its successors: Mistral, SmolLM2, Qwen2, Qwen3.
 
-Modules have the names that Hugging Face's files give them, so that ``hf.load`` needs no table::
+Modules are named as in Hugging Face's files, so ``hf.load`` needs no table::
 
     model = llama.from_config(json.loads(Path("folder/config.json").read_text()))
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
@@ -20,13 +20,13 @@ from jax.sharding import AxisType, NamedSharding
 
 
 class Cache(NamedTuple):
-    """The keys and values of what was read, for what comes next; a row of a batch on its own.
+    """The keys and values of the tokens read so far, for each batch row on its own.
 
     Attributes:
         keys: ``[layers, batch, size, key_value_heads, head_dim]``, already rotated.
-        values: alike.
-        lengths: ``[batch]``, how much of ``size`` is read. What lies beyond counts for nothing: of
-            a padded row, set it to the true length.
+        values: of the same shape.
+        lengths: ``[batch]``, how many positions of ``size`` are filled. Later positions do not
+            count: for a padded row, set it to the true length.
     """
 
     keys: Any
@@ -43,19 +43,19 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """Attend from each of ``x[batch, length, width]`` to itself and those before.
 
-        Those of the ``past`` of this layer, too, which is returned with the present.
+        With ``past``, this layer's cache, also to those in it; return it with ``x`` added.
         """
         m = self.model
 
-        def heads(name: str, count: int) -> jax.Array:
+        def project(name: str, count: int) -> jax.Array:
             y = nn.Dense(count * m.head_dim, m.attention_bias, m.dtype, name=name)(x)
-            return m.whole_heads(y).reshape(
+            return m.join_heads(y).reshape(
                 *x.shape[:-1], count, m.head_dim
             )  # [batch, length, heads, head_dim]
 
-        query = heads("q_proj", m.num_attention_heads)
-        key = heads("k_proj", m.num_key_value_heads)
-        value = heads("v_proj", m.num_key_value_heads)
+        query = project("q_proj", m.num_attention_heads)
+        key = project("k_proj", m.num_key_value_heads)
+        value = project("v_proj", m.num_key_value_heads)
         if m.qk_norm:
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
@@ -83,7 +83,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply it to ``x[..., width]``."""
+        """Apply the module to ``x[..., width]``."""
         m = self.model
         gate = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="gate_proj")(x)
         up = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="up_proj")(x)
@@ -93,13 +93,13 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """A block, as ``scan`` wants it: from the residual stream to itself, and the cache of it."""
+    """A block as ``nn.scan`` takes it: from the residual stream to itself, and its cache."""
 
     model: "Llama"
 
     @nn.compact
     def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """Apply it to ``x[batch, length, width]``."""
+        """Apply the module to ``x[batch, length, width]``."""
         m = self.model
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
         y, past = Attention(m, name="self_attn")(y, past)
@@ -109,15 +109,15 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to the logits of the next ones. Fields as in config.json, where they are there.
+    """A language model, from tokens to the logits of the next; fields are named as in config.json.
 
     Attributes:
-        attention_bias: of the query, key and value, as Qwen2 has them.
-        output_bias: of what follows attention.
-        qk_norm: whether queries and keys are normalized, as Qwen3's are.
+        attention_bias: whether queries, keys and values have a bias, as in Qwen2.
+        output_bias: whether the projection after attention has a bias.
+        qk_norm: whether queries and keys are normalized, as in Qwen3.
         scan_layers: whether the layers are one stacked block, compiled once.
-        remat: whether the backward pass computes each layer anew, for memory.
-        dtype: of the activations; the parameters are float32.
+        remat: whether the backward pass recomputes each layer, to save memory.
+        dtype: the dtype of the activations; the parameters are float32.
         activations: a sharding of ``[batch, length, width]`` between the layers, for meshes where
             the weights are sharded too and the compiler must not choose.
     """
@@ -143,7 +143,7 @@ class Llama(nn.Module):
     activations: NamedSharding | None = None
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """Activations where they belong."""
+        """Shard activations as ``activations`` requires."""
         if self.activations is None:
             return x
         move = jax.sharding.reshard if self.explicit else jax.lax.with_sharding_constraint
@@ -151,20 +151,20 @@ class Llama(nn.Module):
 
     @property
     def explicit(self) -> NamedSharding | None:
-        """``activations`` on Explicit axes, where JAX wants to be told what it would have to guess.
+        """The value of ``activations`` on Explicit axes, as an ``out_sharding``; None elsewhere.
 
-        None elsewhere, as the ``out_sharding`` of what decides it alone.
+        On Explicit axes JAX does not guess an ambiguous output sharding.
         """
         is_typed = self.activations and AxisType.Explicit in self.activations.mesh.axis_types
         return self.activations if is_typed else None
 
     @property
     def product(self) -> Callable[..., jax.Array]:
-        """What adds to the residual stream, by a sum that may be over an axis that is spread."""
+        """The product that feeds the residual stream; its sum may be over a sharded axis."""
         return partial(jax.lax.dot_general, out_sharding=self.explicit)
 
-    def whole_heads(self, x: jax.Array) -> jax.Array:
-        """Queries, keys and values, on Explicit axes whole where no part would have whole heads."""
+    def join_heads(self, x: jax.Array) -> jax.Array:
+        """Reshard queries, keys and values on Explicit axes if their parts would split heads."""
         if self.explicit is None:
             return x
         (axis,) = jax.typeof(x).sharding.spec[-1:]
@@ -172,13 +172,13 @@ class Llama(nn.Module):
         return jax.sharding.reshard(x, self.explicit) if self.num_key_value_heads % parts else x
 
     def empty(self, batch: int, size: int) -> Cache:
-        """A cache for rows of up to ``size`` tokens; more of them come out as NaN."""
+        """Return an empty cache for rows of up to ``size`` tokens; logits beyond are NaN."""
         shape = self.num_hidden_layers, batch, size, self.num_key_value_heads, self.head_dim
         keys, values = (jnp.zeros(shape, self.dtype) for _ in range(2))
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
     def visible(self, positions: jax.Array, size: int) -> jax.Array:
-        """What of a cache each position may see: ``[batch, 1, length, size]``."""
+        """Return which part of a cache each position may see: ``[batch, 1, length, size]``."""
         keys, queries = jnp.arange(size)[None, None], positions[..., None]
         seen = keys <= queries
         if self.sliding_window:
@@ -187,12 +187,12 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, cache: Cache | None = None) -> Any:
-        """The logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``.
+        """Return the logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``.
 
-        With a ``cache``, what ``ids`` follow is in it; returned are the logits, and the cache with
-        the ``ids`` as well.
+        A ``cache`` contains the tokens before ``ids``. With it, return the logits and the cache,
+        with ``ids`` added.
         """
-        shape = self.clone(parent=None, name=None)  # what the layers know of all this
+        shape = self.clone(parent=None, name=None)  # the fields, for the layers
         table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
         if self.explicit is None:
             x = self.spread(table(ids))
@@ -230,7 +230,7 @@ class Llama(nn.Module):
 
 
 def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
-    """The cache of one layer with keys and values at their positions; none beyond its size."""
+    """Write keys and values at their positions into a layer's cache; drop those beyond its size."""
     rows = jnp.arange(len(positions))[:, None]
     keys = past.keys.at[rows, positions].set(key.astype(past.keys.dtype), mode="drop")
     values = past.values.at[rows, positions].set(value.astype(past.values.dtype), mode="drop")
@@ -238,7 +238,7 @@ def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array)
 
 
 def rotated(x: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
-    """Turn ``x[batch, length, heads, head_dim]`` by its positions, the first half to the second."""
+    """Rotate ``x[batch, length, heads, head_dim]`` by positions, the first half to the second."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
@@ -249,20 +249,20 @@ def rotated(x: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
 
 
 def from_config(config: Mapping[str, Any], **changes: Any) -> Llama:
-    """The model of a config.json.
+    """Return the model of a config.json.
 
     Args:
-        config: what it says.
-        **changes: of the fields of :class:`Llama`.
+        config: the contents of config.json.
+        **changes: other values for fields of :class:`Llama`.
 
     Raises:
-        ValueError: it is of another architecture, or wants what this model does not do.
+        ValueError: the architecture is another, or a setting is not supported.
     """
     kind = config.get("model_type")
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
         raise ValueError(f"model_type {kind!r}: expected llama, mistral, qwen2 or qwen3")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {config['hidden_act']!r}; this model does silu only")
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}; this model supports silu only")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"the rotary positions are {rope!r}; this model does not scale them")
@@ -292,19 +292,19 @@ def generate(
     length: int,
     stop: int | None = None,
 ) -> list[int]:
-    """Continue ``ids`` greedily, without a cache: every token reads all of them again.
+    """Continue ``ids`` greedily, without a cache: every token reads all earlier ones again.
 
     Args:
-        apply: from parameters and ``ids[1, length]`` to logits; compiled once.
+        apply: a function of parameters and ``ids[1, length]`` that returns logits; compiled once.
         params: its first argument.
-        ids: of the prompt.
-        length: of prompt and continuation together.
-        stop: the token that ends it.
+        ids: the tokens of the prompt.
+        length: the length of prompt and continuation together.
+        stop: the token that ends the continuation.
 
     Returns:
         The new tokens, without ``stop``.
     """
-    seen = np.zeros((1, length), np.int32)  # causal: what comes after is not looked at
+    seen = np.zeros((1, length), np.int32)  # causal: later positions do not count
     seen[0, : len(ids)] = ids
     for end in range(len(ids), length):
         token = int(apply(params, jnp.asarray(seen))[0, end - 1].argmax())

@@ -1,11 +1,11 @@
-"""T5 in Flax Linen, v1.0 and v1.1: teacher-forced logits, parameters named as PyTorch's modules.
+"""T5 v1.0 and v1.1 in Flax Linen: teacher-forced logits; modules are named as in PyTorch.
 
 ::
 
     model = t5.from_config(json.loads(Path("folder/config.json").read_text()))
     logits = model.apply({"params": params}, input_ids, attention_mask, decoder_input_ids)
 
-Deterministic, without dropout and without a cache for generation.
+The model is deterministic: it has no dropout, and no cache for generation.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-# Whether it is gated, the activation, and what else config.json may say of it: Flax's GELU is the
-# one by tanh, gelu_new there.
+# Whether the MLP is gated, the activation, and its name as dense_act_fn in config.json. Flax's GELU
+# is the approximation by tanh, which is called gelu_new there.
 _FEED_FORWARD = {"relu": (False, nn.relu, "relu"), "gated-gelu": (True, nn.gelu, "gelu_new")}
 Dense = partial(nn.Dense, use_bias=False)  # T5 has no biases
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What outputs depend on, named as in config.json; the defaults are transformers'."""
+    """The settings that outputs depend on: names of config.json, defaults of transformers."""
 
     vocab_size: int
     d_model: int
@@ -43,14 +43,14 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Attention, with a bias by distance. The first of a stack has the table for all of it."""
+    """Attention with a bias by distance. The first layer has the table for all layers."""
 
     config: Config
     is_decoder: bool
     has_relative_attention_bias: bool = False
 
     def setup(self) -> None:
-        """The projections, and the table."""
+        """Make the projections, and the table."""
         c = self.config
         self.q, self.k, self.v = (Dense(c.num_heads * c.d_kv) for _ in "qkv")
         self.o = Dense(c.d_model)
@@ -58,7 +58,7 @@ class Attention(nn.Module):
             self.relative_attention_bias = nn.Embed(c.relative_attention_num_buckets, c.num_heads)
 
     def bias(self, length: int) -> jax.Array:
-        """What to add to the scores of ``length`` queries and keys: ``[1, heads, q, k]``."""
+        """Return the bias on the scores of ``length`` queries and keys: ``[1, heads, q, k]``."""
         distances = np.arange(length) - np.arange(length)[:, None]  # [q, k]
         bias = self.relative_attention_bias(buckets(distances, self.config, not self.is_decoder))
         return bias.transpose(2, 0, 1)[None]  # [1, heads, q, k]
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             y.reshape(*y.shape[:-1], -1, self.config.d_kv)  # [batch, length, heads, d_kv]
             for y in (self.q(x), self.k(source), self.v(source))
         )
-        # T5's scores are not divided by sqrt(d_kv): its initial weights were.
+        # T5 does not divide scores by sqrt(d_kv): the initial weights were divided instead.
         y = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=1.0)
         return self.o(y.reshape(*x.shape[:-1], -1))  # [batch, q, d_model]
 
@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, length, d_model]``."""
+        """Apply the module to ``x[batch, length, d_model]``."""
         is_gated, act, _ = _FEED_FORWARD[self.config.feed_forward_proj]
         if is_gated:
             y = act(Dense(self.config.d_ff, name="wi_0")(x))
@@ -94,57 +94,57 @@ class FeedForward(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Attention within the sequence: a norm before it, the residual after it."""
+    """Attention within the sequence, after a norm and with a residual."""
 
     config: Config
     is_decoder: bool
     is_first: bool
 
     def setup(self) -> None:
-        """The two parts."""
+        """Make the norm and the attention."""
         self.layer_norm = nn.RMSNorm(self.config.layer_norm_epsilon)
         self.SelfAttention = Attention(self.config, self.is_decoder, self.is_first)
 
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, length, d_model]``."""
+        """Apply the module to ``x[batch, length, d_model]``."""
         y = self.layer_norm(x)
         return x + self.SelfAttention(y, y, mask, bias)
 
 
 class CrossAttentionLayer(nn.Module):
-    """Attention of the decoder to the encoder's output, in the same way, without a bias."""
+    """Attention to the encoder's output, after a norm and with a residual, without a bias."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: jax.Array, encoded: jax.Array, mask: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, q, d_model]`` and ``encoded[batch, k, d_model]``."""
+        """Apply the module to ``x[batch, q, d_model]`` and ``encoded[batch, k, d_model]``."""
         y = nn.RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         attend = Attention(self.config, is_decoder=True, name="EncDecAttention")
         return x + attend(y, encoded, mask)
 
 
 class FeedForwardLayer(nn.Module):
-    """The MLP, in the same way."""
+    """The MLP, after a norm and with a residual."""
 
     config: Config
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply it to ``x[batch, length, d_model]``."""
+        """Apply the module to ``x[batch, length, d_model]``."""
         y = nn.RMSNorm(self.config.layer_norm_epsilon, name="layer_norm")(x)
         return x + FeedForward(self.config, name="DenseReluDense")(y)
 
 
 class Block(nn.Module):
-    """Two layers in the encoder, three in the decoder: Linen names them layer_0, layer_1, ..."""
+    """A block of two layers in the encoder, three in the decoder, named layer_0, layer_1, ..."""
 
     config: Config
     is_decoder: bool
     is_first: bool
 
     def setup(self) -> None:
-        """The layers."""
+        """Make the layers."""
         attend = SelfAttentionLayer(self.config, self.is_decoder, self.is_first)
         cross = [CrossAttentionLayer(self.config)] if self.is_decoder else []
         self.layer = [attend, *cross, FeedForwardLayer(self.config)]
@@ -152,7 +152,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, bias: jax.Array, *encoded: jax.Array
     ) -> jax.Array:
-        """Apply it to ``x[batch, length, d_model]``; ``encoded``: as in :class:`Stack`."""
+        """Apply the module to ``x[batch, length, d_model]``; ``encoded``: as in :class:`Stack`."""
         x = self.layer[0](x, mask, bias)
         if self.is_decoder:
             x = self.layer[1](x, *encoded)
@@ -166,7 +166,7 @@ class Stack(nn.Module):
     is_decoder: bool
 
     def setup(self) -> None:
-        """The blocks and the last norm."""
+        """Make the blocks and the last norm."""
         c = self.config
         depth = c.num_layers
         if self.is_decoder and c.num_decoder_layers is not None:
@@ -177,7 +177,7 @@ class Stack(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, *encoded: jax.Array) -> jax.Array:
         """Apply it to ``x[batch, q, d_model]``, attending where ``mask[batch, 1, 1 or q, q]``.
 
-        A decoder has ``encoded[batch, k, d_model]`` as well, and its mask ``[batch, 1, 1, k]``.
+        A decoder takes ``encoded[batch, k, d_model]`` as well, and its mask ``[batch, 1, 1, k]``.
         """
         bias = self.block[0].layer[0].SelfAttention.bias(x.shape[1])  # [1, heads, q, q]
         for block in self.block:
@@ -201,10 +201,10 @@ class T5(nn.Module):
         """Return the logits ``[batch, q, vocab_size]``.
 
         Args:
-            input_ids: what the encoder reads, ``[batch, k]``.
-            attention_mask: where these are no padding.
-            decoder_input_ids: what the decoder reads, ``[batch, q]``: the targets shifted right.
-            decoder_attention_mask: where these are no padding; None: everywhere.
+            input_ids: the encoder's tokens, ``[batch, k]``.
+            attention_mask: where these are not padding.
+            decoder_input_ids: the decoder's tokens, ``[batch, q]``: the targets shifted right.
+            decoder_attention_mask: where these are not padding; None: everywhere.
         """
         c = self.config
         shared = nn.Embed(c.vocab_size, c.d_model, name="shared")
@@ -223,13 +223,13 @@ class T5(nn.Module):
 
 
 def buckets(distances: np.ndarray, config: Config, bidirectional: bool) -> np.ndarray:
-    """The rows of the table for these distances, from queries to keys.
+    """Return the table rows for distances from queries to keys.
 
-    One row a distance up to half of them, the other half in equal steps of its logarithm. In NumPy,
-    for lengths are known here, and no device's logarithm may move a boundary.
+    Half of the rows stand for one distance each, the other half for equal steps of the logarithm.
+    NumPy computes the rows: lengths are static, and no device's logarithm may move a boundary.
     """
     rows = config.relative_attention_num_buckets
-    if bidirectional:  # those after the query have rows of their own
+    if bidirectional:  # keys after the query have table rows of their own
         rows //= 2
         first, far = np.where(distances > 0, rows, 0), np.abs(distances)
     else:
@@ -242,15 +242,15 @@ def buckets(distances: np.ndarray, config: Config, bidirectional: bool) -> np.nd
 
 
 def from_config(config: Mapping[str, Any]) -> T5:
-    """The model of a config.json.
+    """Return the model of a config.json.
 
     Raises:
-        ValueError: it lacks a size, or wants what this model does not do.
+        ValueError: the config lacks a size, or a setting is not supported.
     """
     fields = dataclasses.fields(Config)
     needed = [f.name for f in fields if f.default is dataclasses.MISSING]
     if absent := [name for name in needed if name not in config]:
-        raise ValueError(f"it lacks {', '.join(absent)}: not the config.json of a T5")
+        raise ValueError(f"config lacks {', '.join(absent)}: not the config.json of a T5")
     c = Config(**{f.name: config[f.name] for f in fields if f.name in config})
     is_gated, _, act = _FEED_FORWARD.get(c.feed_forward_proj, (None, None, None))
     known = {
@@ -263,7 +263,7 @@ def from_config(config: Mapping[str, Any]) -> T5:
     for key, values in known.items():
         if (value := config.get(key, values[0])) not in values:
             only = " or ".join(map(repr, values))
-            raise ValueError(f"{key} is {value!r}; this model does {only} only")
+            raise ValueError(f"{key} is {value!r}; this model supports {only} only")
     exact = c.relative_attention_num_buckets // 2
     if not 2 <= exact < c.relative_attention_max_distance:
         raise ValueError(
