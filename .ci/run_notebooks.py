@@ -1,4 +1,4 @@
-"""Execute every notebook of a folder, from its folder, and fail where one fails."""
+"""Execute every notebook of a folder, in that folder; fail if one fails."""
 
 import sys
 from pathlib import Path

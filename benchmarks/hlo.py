@@ -1,8 +1,8 @@
-"""What a compiled program does, by its text: collectives and matrix products, loops multiplied.
+"""Count the collectives and matrix products of a compiled program from its text, loops included.
 
-``cost_analysis()`` counts the body of a loop once, and a search for ``all-gather(`` counts one that
-runs beside other work up to three times: where it starts, where it runs and where it is awaited.
-This counts each as often as it runs. All sizes are of one device.
+``cost_analysis()`` counts the body of a loop once. A text search for ``all-gather(`` counts an
+asynchronous one up to three times: where it starts, runs and is awaited. The functions here count
+each operation as often as it runs. All sizes are per device.
 """
 
 import math
@@ -39,13 +39,13 @@ Computation = dict[str, Instruction]
 
 @dataclass(frozen=True)
 class Collective:
-    """Data that crosses devices.
+    """An operation that moves data between devices.
 
     Attributes:
         kind: one of ``KINDS``.
-        bytes: of the larger of what goes in and what comes out, on one device, each time.
+        bytes: the larger of its input and its output on one device, per run.
         times: how often it runs.
-        types: of what comes out.
+        types: the types of its output.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program, ``compiled.as_text()``.
+    """List the collectives of a compiled program, ``compiled.as_text()``.
 
     Raises:
         ValueError: a loop's trip count cannot be read.
     """
-    program, entry = _parsed(hlo)
+    program, entry = _parse(hlo)
     runs = list(_runs(program, entry, 1))
     begun = {
         _channel(x) for name, _ in runs if _begins(program[name]) for x in program[name].values()
@@ -69,22 +69,22 @@ def collectives(hlo: str) -> list[Collective]:
     for name, times in runs:
         for x in program[name].values():
             kind = x.op.removesuffix("-start")
-            # The parts of one that runs beside other work, in loops of that work too, have its
-            # channel; it runs as often as it begins.
+            # All parts of an asynchronous collective have its channel, also those in loops of other
+            # work; it runs as often as it begins.
             if kind not in KINDS or (_channel(x) in begun - {None} and not _begins(program[name])):
                 continue
             if name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # how a TPU's program spells one
+                kind = "reduce-scatter"  # its name in programs for TPUs
             inputs = sum(_bytes(program[name][operand].type) for operand in x.operands)
             outputs = _bytes(x.type)
-            if x.op.endswith("-start"):  # a tuple of inputs, outputs and what awaits them
+            if x.op.endswith("-start"):  # a tuple of inputs, outputs and semaphores
                 outputs -= inputs + 4 * x.type.count("u32[]")
             found.append(Collective(kind, max(inputs, outputs), times, x.type))
     return found
 
 
 def _begins(computation: Computation) -> bool:
-    """Whether a collective begins here that runs beside other work."""
+    """Return whether an asynchronous collective begins here."""
     return any('"AsyncCollectiveStart"' in x.attributes for x in computation.values())
 
 
@@ -94,12 +94,12 @@ def _channel(x: Instruction) -> str | None:
 
 
 def matmul_flops(hlo: str) -> int:
-    """The FLOPs of the matrix products and convolutions of a compiled program, on one device.
+    """Count the FLOPs of the matrix products and convolutions of a compiled program per device.
 
     Raises:
         ValueError: a loop's trip count cannot be read.
     """
-    program, entry = _parsed(hlo)
+    program, entry = _parse(hlo)
     total = 0
     for name, times in _runs(program, entry, 1):
         for x in program[name].values():
@@ -110,8 +110,8 @@ def matmul_flops(hlo: str) -> int:
     return total
 
 
-def _parsed(hlo: str) -> tuple[dict[str, Computation], str]:
-    """The computations by name, and the name of the first to run."""
+def _parse(hlo: str) -> tuple[dict[str, Computation], str]:
+    """Parse the computations by name, and the name of the entry computation."""
     program: dict[str, Computation] = {}
     entry, inside = "", None
     for line in hlo.splitlines():
@@ -128,7 +128,7 @@ def _parsed(hlo: str) -> tuple[dict[str, Computation], str]:
 
 
 def _runs(program: dict[str, Computation], name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Each computation that runs, and how often. Of several branches, all."""
+    """Yield each computation that runs, and how often; all branches count."""
     yield name, times
     for x in program[name].values():
         if x.op == "while":
@@ -141,9 +141,9 @@ def _runs(program: dict[str, Computation], name: str, times: int) -> Iterator[tu
 
 
 def _trip_count(loop: Instruction, program: dict[str, Computation], name: str) -> int:
-    """Of a loop that counts up to a constant, as those of ``scan`` and ``fori_loop`` do.
+    """Return the trip count of a loop to a constant, such as ``scan`` and ``fori_loop`` make.
 
-    Not always by one: a product whose operand comes piece by piece takes two pieces at a time.
+    The step may be above one: a product with a piecewise operand takes two pieces at a time.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -152,7 +152,7 @@ def _trip_count(loop: Instruction, program: dict[str, Computation], name: str) -
     starts, ends = program[name][loop.operands[0]].operands, list(body.values())[-1].operands
 
     def value(x: Instruction, inside: Computation, counter: int | None = None) -> int:
-        """Of a constant; with ``counter``, what is added to that part of the loop's state."""
+        """Evaluate a constant; with ``counter``, what is added to that part of the loop's state."""
         if x.op in ("copy", "bitcast", "copy-done", "copy-start"):
             return value(inside[x.operands[0]], inside, counter)
         if x.op == "constant":
@@ -172,7 +172,7 @@ def _trip_count(loop: Instruction, program: dict[str, Computation], name: str) -
         last = value(condition[test.operands[1]], condition)
         step = value(body[ends[counter]], body, counter)
         if "direction=LT" not in test.attributes:
-            raise ValueError(f"{test.name} is no <")
+            raise ValueError(f"{test.name} is not <")
         return -(-(last - first) // step)
     except (StopIteration, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"the trip count of the loop {loop.name!r} cannot be read") from error
@@ -183,7 +183,7 @@ def _index(x: Instruction) -> int:
 
 
 def _shapes(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a type: ``(bf16[2,3]{1,0:T(8,128)}, s32[])`` has two."""
+    """Parse the arrays of a type: ``(bf16[2,3]{1,0:T(8,128)}, s32[])`` has two."""
     found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", kind)
     return [(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found]
 
@@ -204,19 +204,19 @@ def _dot_flops(x: Instruction, inside: Computation) -> int:
 
 
 def _convolution_flops(x: Instruction, inside: Computation) -> int:
-    """A TPU's programs spell every product as a convolution, batch axes as spatial ones."""
+    """Count a convolution's FLOPs; on TPUs, a product is one whose batch axes are spatial axes."""
     ((_, left),) = _shapes(inside[x.operands[0]].type)
     ((_, right),) = _shapes(inside[x.operands[1]].type)
     ((_, out),) = _shapes(x.type)
     lhs, rhs, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
     window = re.search(r"window=\{(.*?)\}", x.attributes)
-    given = dict(re.findall(r"(\w+)=(\S+)", window[1] if window else ""))
+    settings = dict(re.findall(r"(\w+)=(\S+)", window[1] if window else ""))
     axes = [letter for letter in lhs if letter.isdigit()]
 
     def setting(name: str, axis: str) -> int:
-        if name not in given:
+        if name not in settings:
             return 0 if name == "pad" else 1
-        return int(given[name].split("x")[int(axis)].split("_")[0])  # of a pad, what is in front
+        return int(settings[name].split("x")[int(axis)].split("_")[0])  # the first number of a pad
 
     products = 1
     for axis in axes:
@@ -229,6 +229,6 @@ def _convolution_flops(x: Instruction, inside: Computation) -> int:
 
 
 def _valid(size: int, taps: int, out: int, stride: int, low: int, inner: int, outer: int) -> int:
-    """How many pairs of a place in the result and of one in the window meet an entry."""
+    """Count the pairs of a place in the result and one in the window that read an entry."""
     places = (i * stride + tap * outer - low for tap in range(taps) for i in range(out))
     return sum(at % inner == 0 and 0 <= at <= (size - 1) * inner for at in places)

@@ -1,4 +1,4 @@
-"""A BERT sentence classifier in Flax Linen, and its weights as safetensors files keep them.
+"""Define a BERT sentence classifier in Flax Linen; read and write it as safetensors files.
 
 ::
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-# Each submodule's name in the files. Those of a layer come after "encoder.layer.N.".
+# The name of each submodule in the files. "encoder.layer.N." precedes the names in a layer.
 _SOURCE = {
     "word_embeddings": "embeddings.word_embeddings",
     "position_embeddings": "embeddings.position_embeddings",
@@ -38,7 +38,7 @@ _SOURCE = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-# What a mean-pooling encoder has no use for: kept in the file, as it is.
+# Tensors that a mean-pooling encoder does not use; ``save`` copies them unchanged.
 _CARRIED = re.compile(r"embeddings\.position_ids|pooler\.dense\.(weight|bias)|cls\..+")
 
 
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT with mean pooling: tokens to one embedding a sentence. Fields as in config.json."""
+    """BERT with mean pooling: one embedding per sentence. The fields are those of config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         """Embed ``ids[batch, length]``, where ``mask`` is true, as ``[batch, hidden_size]``."""
         length = ids.shape[-1]
         if length > self.max_position_embeddings:
-            raise ValueError(f"{length} tokens, and {self.max_position_embeddings} positions")
+            raise ValueError(f"{length} tokens, but {self.max_position_embeddings} positions")
         tables = {
             "word_embeddings": (self.vocab_size, ids),
             "position_embeddings": (self.max_position_embeddings, jnp.arange(length)),
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head. No dropout: the adapted function stays deterministic."""
+    """An encoder and a linear head, without dropout."""
 
     encoder: Encoder
     num_labels: int
@@ -115,18 +115,18 @@ class Classifier(nn.Module):
 
 
 def load(folder: str | Path, num_labels: int | None = None) -> tuple[Classifier, dict[str, Any]]:
-    """Read config.json and model.safetensors of a BERT-layout folder.
+    """Read config.json and model.safetensors from the folder of a BERT model.
 
     Args:
-        folder: the folder; tensors named as Hugging Face names them, ``bert.`` prefix or not.
-        num_labels: for a new head, of zeros; None: the head that ``save`` wrote beside them.
+        folder: the folder; its tensors have Hugging Face's names, with or without ``bert.``.
+        num_labels: the size of a new head of zeros; None: read the head that ``save`` wrote.
 
     Returns:
-        ``(model, params)``, the parameters float32.
+        ``(model, params)``; the parameters are float32.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files are not a BERT's: the message says which setting or tensors.
+        ValueError: the files are not those of a BERT; the message names the setting or tensors.
     """
     folder = Path(folder)
     encoder = Encoder(**_read_config(folder))
@@ -142,13 +142,13 @@ def load(folder: str | Path, num_labels: int | None = None) -> tuple[Classifier,
 
 
 def save(folder: Path, params: Mapping[str, Any], like: Path, labels: Sequence[str]) -> None:
-    """Write a folder that loads wherever ``like`` does, and the head in a file of its own.
+    """Write a folder that loads like the original, and the head in a separate file.
 
     Args:
-        folder: to create.
-        params: of a :class:`Classifier`, merged.
-        like: the folder the encoder was loaded from; its small files are copied.
-        labels: the names of the labels, kept with the head.
+        folder: the folder to create.
+        params: merged parameters of a :class:`Classifier`.
+        like: the folder that the encoder was loaded from; its small files are copied.
+        labels: the names of the labels, stored with the head.
     """
     folder.mkdir()
     source = like / "model.safetensors"
@@ -161,7 +161,7 @@ def save(folder: Path, params: Mapping[str, Any], like: Path, labels: Sequence[s
         "classifier.bias": np.asarray(params["classifier"]["bias"]),
     }
     save_file(head, folder / "classifier.safetensors", {"labels": json.dumps(list(labels))})
-    for pattern in ("*.json", "*.txt", "*_*/config.json"):  # the last: sentence-transformers' own
+    for pattern in ("*.json", "*.txt", "*_*/config.json"):  # the last: sentence-transformers
         for path in like.glob(pattern):
             copy = folder / path.relative_to(like)
             copy.parent.mkdir(exist_ok=True)
@@ -171,17 +171,17 @@ def save(folder: Path, params: Mapping[str, Any], like: Path, labels: Sequence[s
 def from_safetensors(
     tensors: Mapping[str, np.ndarray], encoder: Encoder, where: str | Path = "the file"
 ) -> dict[str, Any]:
-    """The encoder's parameters from the tensors of a file.
+    """Convert the tensors of a file to the encoder's parameters.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape.
+        ValueError: a tensor is missing, unexpected, or has another shape.
     """
     row = jnp.zeros((1, 1), jnp.int32)
     abstract = jax.eval_shape(encoder.init, jax.random.key(0), row, row.astype(bool))["params"]
     expected = {_source_name(path): path for path in flatten_dict(abstract, sep="/")}
     found = {_canonical(name): tensor for name, tensor in tensors.items()}
     if len(found) < len(tensors):
-        raise ValueError(f"{where}: model.safetensors names a tensor twice, with and without bert.")
+        raise ValueError(f"{where}: model.safetensors has a tensor twice, with and without bert.")
     missing = [name for name in expected if name not in found]
     unexpected = [n for n in tensors if _canonical(n) not in expected and not _is_carried(n)]
     for what, names in (("lacks", missing), ("has unexpected", unexpected)):
@@ -196,7 +196,7 @@ def from_safetensors(
         leaf = found[name].T if path.endswith("kernel") else found[name]  # files have [out, in]
         if leaf.shape != (shape := flatten_dict(abstract, sep="/")[path].shape):
             raise ValueError(
-                f"{where}: {name} gives {path} of shape {leaf.shape}, and config.json says {shape}"
+                f"{where}: {name} gives {path} of shape {leaf.shape}, but config.json gives {shape}"
             )
         params[path] = jnp.asarray(leaf, jnp.float32)
     return unflatten_dict(params, sep="/")
@@ -205,20 +205,20 @@ def from_safetensors(
 def to_safetensors(
     params: Mapping[str, Any], like: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The inverse of :func:`from_safetensors`: the tensors, names and shapes of ``like``.
+    """Invert :func:`from_safetensors`: return tensors with the names and shapes of ``like``.
 
     Args:
         params: the encoder's parameters.
-        like: the tensors they were loaded from; what the encoder has no use for is carried over.
+        like: the tensors they were loaded from; those that the encoder does not use are copied.
 
     Returns:
-        Tensors by name, the encoder's float32.
+        Tensors by name; the encoder's are float32.
     """
     ours = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         leaf = np.asarray(leaf, np.float32)
         ours[_source_name(path)] = leaf.T if path.endswith("kernel") else leaf
-    # Contiguous, because safetensors writes the buffer of an array as it lies in memory.
+    # Contiguous: safetensors writes the buffer of an array as it is in memory.
     return {
         name: np.ascontiguousarray(tensor if _is_carried(name) else ours[_canonical(name)])
         for name, tensor in like.items()
@@ -226,7 +226,7 @@ def to_safetensors(
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, by name."""
+    """Read all tensors of a safetensors file, by name."""
     _require(path)
     try:
         return load_file(path)
@@ -235,11 +235,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def load_tokenizer(folder: str | Path, length: int) -> Tokenizer:
-    """The folder's tokenizer, set to cut and pad every sentence to ``length`` tokens."""
+    """Read a folder's tokenizer, and set it to cut and pad every sentence to ``length`` tokens."""
     _require(path := Path(folder) / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the class that tokenizers raises
+    except Exception as error:  # tokenizers raises this class
         raise ValueError(f"{path}: not a tokenizer: {error}") from error
     tokenizer.enable_truncation(length)
     pad = next((t for t in ("[PAD]", "<pad>") if tokenizer.token_to_id(t) is not None), None)
@@ -259,9 +259,9 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def torch_module(path: str) -> str:
-    """The name of a module of a classifier in PyTorch.
+    """Return the PyTorch name of a classifier's module.
 
-    That of ``encoder/layer_0/query`` is ``bert.encoder.layer.0.attention.self.query``.
+    ``encoder/layer_0/query`` becomes ``bert.encoder.layer.0.attention.self.query``.
     """
     encoder, _, module = path.partition("/")
     return f"bert.{_module_name(module)}" if encoder == "encoder" else path
@@ -279,7 +279,7 @@ def _source_name(path: str) -> str:
 
 
 def _canonical(name: str) -> str:
-    """A tensor's name without the prefix, and without the first BERT's names for norms."""
+    """Remove the prefix of a tensor's name, and rename the norms of the original BERT."""
     name = name.removeprefix("bert.")
     return name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
 
@@ -289,7 +289,7 @@ def _is_carried(name: str) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The encoder's fields; raises where config.json says another architecture."""
+    """Read the encoder's fields; raise if config.json describes another architecture."""
     _require(path := folder / "config.json")
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -298,7 +298,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {config[key]!r}; this model does {value!r} only")
+            raise ValueError(
+                f"{path}: {key} is {config[key]!r}; this model supports {value!r} only"
+            )
     fields = [f for f in Encoder.__dataclass_fields__ if f not in ("name", "parent")]
     if absent := [field for field in fields if field not in config]:
         raise ValueError(f"{path}: lacks {', '.join(absent)}: not a BERT's config.json")

@@ -1,4 +1,4 @@
-"""Labelled sentences: the movie reviews of the demo, or a file of yours, in three splits."""
+"""Read labelled sentences, the movie reviews of the demo or your own file, in three splits."""
 
 import csv
 import json
@@ -74,27 +74,27 @@ class Splits:
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters."""
+    """Return the folder of all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters."""
     return fetch(
         _MODEL, "pass --model DIR, a folder with config.json, model.safetensors, tokenizer.json"
     )
 
 
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, a small language model in four bits a weight."""
-    return fetch(_DECODER, "pass a GGUF file of yours") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    """Return the GGUF file of SmolLM2-135M-Instruct, a language model in 4 bits per weight."""
+    return fetch(_DECODER, "pass your own GGUF file") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def movie_reviews() -> Splits:
-    """Sentences of movie reviews rated by 20 people or more: positive or negative.
+    """Load sentences of movie reviews that 20 or more people rated: positive or negative.
 
-    The fixed split of the demo: 1,500 held-out, 3,200 to train, 500 to choose settings by.
+    The split is fixed: 1,500 sentences to test, 3,200 to train, 500 to choose settings.
 
     References:
         Hutto and Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
         Social Media Text, ICWSM 2014.
     """
-    folder = fetch(_REVIEWS, "pass --data FILE, a .csv or .jsonl with text and label")
+    folder = fetch(_REVIEWS, "pass --data FILE, a .csv or .jsonl file with text and label")
     raw = (folder / "movieReviewSnippets_GroundTruth.txt").read_text("utf-8")
     rated = [line.split("\t", 2)[1:] for line in raw.split("\n") if line]
     clear = [(text, int(float(score) > 0)) for score, text in rated if abs(float(score)) >= 0.5]
@@ -110,12 +110,12 @@ def movie_reviews() -> Splits:
 def read(path: str | Path) -> Splits:
     """Read a ``.csv`` with columns ``text`` and ``label``, or a ``.jsonl`` with those keys.
 
-    The labels' names are those in the file, sorted. 70 % of the rows are for training, 10 % for
-    validation and 20 % for the test, by a shuffle that is always the same.
+    The names of the labels are sorted. A fixed shuffle puts 70 % of the rows into the training
+    split, 10 % into the validation split and 20 % into the test split.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the message names the file, the line, the column and the remedy.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is malformed; the message gives the line, the column and the remedy.
     """
     path = Path(path)
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
@@ -138,13 +138,13 @@ def read(path: str | Path) -> Splits:
     labels = sorted({label for _, label in rows}, key=_numbers_first)
     if len(labels) < 2:
         raise ValueError(
-            f"{path}, column 'label': a classifier needs two labels or more, and the {len(rows)} "
+            f"{path}, column 'label': a classifier needs two labels or more, but the {len(rows)} "
             f"rows have {f'only {labels[0]!r}' if labels else 'none'}; add rows of other labels"
         )
     if len(rows) < 10:
         raise ValueError(
             f"{path}: {len(rows)} rows, too few to split into 70 % to train, 10 % to validate "
-            "and 20 % to test; add rows, 10 at the least"
+            "and 20 % to test; expected at least 10"
         )
     shuffled = _shuffled([(text, labels.index(label)) for text, label in rows])
     first, second = len(rows) * 7 // 10, len(rows) * 8 // 10
@@ -157,13 +157,13 @@ def read(path: str | Path) -> Splits:
 
 
 def _shuffled(rows: Sequence[tuple[str, int]]) -> Examples:
-    # RandomState, because NumPy promises never to change its stream.
+    # RandomState: NumPy guarantees that its stream never changes.
     order = np.random.RandomState(0).permutation(len(rows))
     return Examples([rows[i][0] for i in order], np.array([rows[i][1] for i in order], np.int32))
 
 
 def _numbers_first(label: str) -> tuple[bool, int, str]:
-    """Sorts 2 before 10, and names after numbers."""
+    """Sort 2 before 10, and names after numbers."""
     is_number = label.removeprefix("-").isdecimal()
     return not is_number, int(label) if is_number else 0, label
 
@@ -185,8 +185,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:
                     count += len(row.get(None, [])) - (None in row)
                     raise ValueError(
                         f"{path}, line {table.line_num}: {count} fields, expected "
-                        f"{len(columns)} ({', '.join(columns)}); put quotes around a text that "
-                        "has commas"
+                        f"{len(columns)} ({', '.join(columns)}); put quotes around a text with "
+                        "commas"
                     )
                 yield table.line_num, row["text"], row["label"]
         except csv.Error as error:
@@ -205,7 +205,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
             expected = '{"text": "...", "label": "..."}'
             if not isinstance(row, dict) or not {"text", "label"} <= row.keys():
                 raise ValueError(
-                    f"{path}, line {number}: expected one object a line, such as {expected}, "
+                    f"{path}, line {number}: expected one object per line, such as {expected}, "
                     f"got {line.strip()[:60]}"
                 )
             for key, kinds in (("text", (str,)), ("label", (str, int))):

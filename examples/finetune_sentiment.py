@@ -1,11 +1,11 @@
-"""Fine-tune a sentence encoder on sentiment: head only, LoRA, and all weights, side by side.
+"""Fine-tune a sentence encoder on sentiment, and compare head only, LoRA and all weights.
 
     python examples/finetune_sentiment.py "A film to fall asleep in." "I laughed and I cried."
 
-Downloads a pretrained encoder of 22.7 M parameters and some 10,000 rated movie-review sentences
-at first use, trains three classifiers on the same budget, and compares them on sentences held
-out. The LoRA one is then merged, saved as an adapter, for PEFT and as a plain model, and each is
-loaded again.
+The first run downloads a pretrained encoder of 22.7 M parameters and about 10,000 rated sentences
+of movie reviews. The script trains three classifiers for the same number of steps and compares
+them on held-out sentences. It then merges the LoRA classifier, saves it as an adapter, for PEFT
+and as a plain model, and loads each file again.
 """
 
 import argparse
@@ -24,17 +24,18 @@ import numpy as np
 import report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 from training import Run, Tokens, accuracy, predict, train
 
 import lora_jax
 from lora_jax.io import peft, safetensors
 from lora_jax.recipes.folders import check_output, write_results, written_at_once
 
-LENGTH = 32  # tokens a sentence
+LENGTH = 32  # tokens per sentence
 HEAD = "classifier/.*"
 
-# Chosen by the accuracy at the end on the 500 validation sentences, never on the test set: 2 epochs
-# of batches of 16, mean of seeds 0 and 1 (* seed 0 only).
+# Chosen by the final accuracy on the 500 validation sentences, never on the test set: 2 epochs,
+# batches of 16, mean of seeds 0 and 1 (* seed 0 only).
 HEAD_RATE = 1e-2  # 3e-3 .777, 1e-2 .778, 3e-2 .772
 LORA_RATE = 1e-3  # 5e-4 .825, 1e-3 .832, 2e-3 .829, 4e-3 .807
 FULL_RATE = 3e-5  # 1e-5 .826*, 3e-5 .839, 1e-4 .813, 3e-4 .812*
@@ -49,14 +50,14 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Method:
-    """What to train: a learning rate, and ``lorafy``'s arguments."""
+    """A learning rate, and arguments of ``lorafy`` that select what trains."""
 
     learning_rate: float
     lorafy: Mapping[str, Any]
 
 
 def methods(rank: int, alpha: float, targets: str | None, lr: float) -> dict[str, Method]:
-    """The three methods, each one ``lorafy`` away from the same pretrained parameters."""
+    """Return the three methods, each a call of ``lorafy`` on the same pretrained parameters."""
     return {
         "head only": Method(HEAD_RATE, {"targets": [], "full": HEAD}),
         "LoRA": Method(lr, {"rank": rank, "alpha": alpha, "targets": targets, "full": HEAD}),
@@ -65,22 +66,16 @@ def methods(rank: int, alpha: float, targets: str | None, lr: float) -> dict[str
 
 
 def run(args: argparse.Namespace) -> None:
-    """The demo, from the data to the reloaded model."""
+    """Train, compare, save and reload."""
     begin = time.perf_counter()
     check_output(args.out, MADE_BY, args.model, args.data)
     splits = data.read(args.data) if args.data else data.movie_reviews()
     source = args.model or data.minilm()
     model, params = bert.load(source, len(splits.labels))
     tokenizer = bert.load_tokenizer(source, LENGTH)
-    training, validation, test = (
-        bert.encode(tokenizer, part.texts) | {"labels": part.labels}
-        for part in (splits.train, splits.validation, splits.test)
-    )
+    training, validation, test = encode_splits(splits, tokenizer, args.quick)
     steps = args.epochs * (len(splits.train) // args.batch_size)
-    if args.quick:
-        steps = min(steps, 12)
-        validation = {name: column[:100] for name, column in validation.items()}
-        test = {name: column[:200] for name, column in test.items()}
+    steps = min(steps, 12) if args.quick else steps
     print(
         f"{len(splits.train):,} sentences to train on, {len(validation['ids']):,} to validate, "
         f"{len(test['ids']):,} to test; labels: {', '.join(splits.labels)}"
@@ -93,12 +88,12 @@ def run(args: argparse.Namespace) -> None:
     compared = methods(args.rank, args.alpha, args.targets, args.lr)
     fresh = lora_jax.lorafy(params, **compared["LoRA"].lorafy)
     print(fresh, flush=True)
-    jax.eval_shape(adapted, fresh, test["ids"], test["mask"])  # targets that do not fit raise now
+    jax.eval_shape(adapted, fresh, test["ids"], test["mask"])  # raise early if targets do not fit
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     runs = train_all(compared, adapted, params, training, validation, steps, args, console)
 
-    # Every choice is made, and nothing before this line has seen the test set's labels.
+    # All choices are made; the labels of the test set are first used here.
     answers = {
         name: [predict(adapted, result.lora_params, test) for result in results]
         for name, results in runs.items()
@@ -112,24 +107,11 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         print("--quick: too few steps for these accuracies to mean anything")
 
-    expected, lora_params = answers["LoRA"][0], runs["LoRA"][0].lora_params
-    merged = lora_jax.merge(lora_params)
-    differences = {"merged": compare("merged", predict(plain, merged, test), expected)}
     with written_at_once(args.out) as folder:
-        safetensors.save(folder / "adapter.safetensors", lora_params)
-        again = predict(adapted, safetensors.load(folder / "adapter.safetensors", params), test)
-        differences["adapter, reloaded"] = compare("adapter, reloaded", again, expected)
-
-        peft.save(folder / "peft", lora_params, names=bert.torch_module)
-        again = peft.load(folder / "peft", params, names=bert.torch_module)
-        again = predict(adapted, again, test)
-        differences["PEFT adapter, reloaded"] = compare("PEFT adapter, reloaded", again, expected)
-
-        bert.save(folder / "merged", merged, source, splits.labels)
-        merged = bert.load(folder / "merged")[1]
-        again = predict(plain, merged, test)
-        differences["merged, reloaded"] = compare("merged, reloaded", again, expected)
-
+        expected, lora_params = answers["LoRA"][0], runs["LoRA"][0].lora_params
+        merged, differences = save_and_reload(
+            folder, lora_params, params, source, splits.labels, (plain, adapted), test, expected
+        )
         title = f"{len(splits.train):,} training sentences, {args.epochs} epochs"
         title += f"; mean and range of {args.seeds} seeds" if args.seeds > 1 else ""
         report.draw_curves(folder / "curves.png", runs, title)
@@ -150,6 +132,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
+def encode_splits(splits: data.Splits, tokenizer: Tokenizer, quick: bool) -> list[Tokens]:
+    """Tokenize the three splits; ``quick`` keeps 100 sentences to validate and 200 to test."""
+    sizes = (None, 100, 200) if quick else (None, None, None)
+    return [
+        bert.encode(tokenizer, part.texts[:size]) | {"labels": part.labels[:size]}
+        for part, size in zip((splits.train, splits.validation, splits.test), sizes, strict=True)
+    ]
+
+
 def train_all(
     compared: Mapping[str, Method],
     adapted: Callable[..., jax.Array],
@@ -160,7 +151,7 @@ def train_all(
     args: argparse.Namespace,
     console: Console,
 ) -> dict[str, list[Run]]:
-    """Train every method on every seed, with a progress bar where there is a terminal."""
+    """Train every method on every seed, with a progress bar in a terminal."""
     runs: dict[str, list[Run]] = {name: [] for name in compared}
     with progress_bar(console) as progress:
         for name, method in compared.items():
@@ -189,7 +180,7 @@ def train_all(
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with the loss; nothing where there is no terminal."""
+    """Make a progress bar with the loss; it is disabled outside a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -200,24 +191,68 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def compare(what: str, logits: np.ndarray, expected: np.ndarray) -> float:
-    """Raise unless every sentence has the adapted model's label; return the largest difference."""
+def save_and_reload(
+    folder: Path,
+    lora_params: lora_jax.LoraParams,
+    params: Any,
+    source: Path,
+    labels: Sequence[str],
+    functions: tuple[Callable[..., jax.Array], Callable[..., jax.Array]],
+    test: Tokens,
+    expected: np.ndarray,
+) -> tuple[Any, dict[str, float]]:
+    """Write the adapter, the PEFT folder and the merged model, and compare each after reloading.
+
+    Args:
+        folder: the folder to write to.
+        lora_params: the trained parameters.
+        params: the pretrained parameters.
+        source: the folder of the pretrained model.
+        labels: the names of the labels.
+        functions: the model, and ``lora_jax.lora`` of it.
+        test: the test sentences.
+        expected: the adapted model's logits of them.
+
+    Returns:
+        The reloaded merged parameters, and the largest difference of a logit in each form.
+    """
+    plain, adapted = functions
+    differences = {}
+
+    def check(form: str, apply: Callable[..., jax.Array], params: Any) -> None:
+        differences[form] = compare(form, predict(apply, params, test), expected)
+
+    merged = lora_jax.merge(lora_params)
+    check("merged", plain, merged)
+    safetensors.save(folder / "adapter.safetensors", lora_params)
+    check("adapter, reloaded", adapted, safetensors.load(folder / "adapter.safetensors", params))
+    names = {"names": bert.torch_module}
+    peft.save(folder / "peft", lora_params, **names)
+    check("PEFT adapter, reloaded", adapted, peft.load(folder / "peft", params, **names))
+    bert.save(folder / "merged", merged, source, labels)
+    merged = bert.load(folder / "merged")[1]
+    check("merged, reloaded", plain, merged)
+    return merged, differences
+
+
+def compare(form: str, logits: np.ndarray, expected: np.ndarray) -> float:
+    """Check that every sentence has the adapted model's label; return the largest difference."""
     difference = float(np.abs(logits - expected).max())
     changed = int((logits.argmax(-1) != expected.argmax(-1)).sum())
     if changed or not difference < 1e-3:
         raise AssertionError(
-            f"{what}: {changed} of {len(logits)} labels differ from the adapted model's, and "
-            f"logits by up to {difference:.2g}"
+            f"{form}: {changed} of {len(logits)} labels differ from the adapted model's, and "
+            f"logits differ by up to {difference:.2g}"
         )
     print(
-        f"{what}: the adapted model's label on all {len(logits):,} test sentences, "
+        f"{form}: the adapted model's label on all {len(logits):,} test sentences, "
         f"max |difference of logits| {difference:.1e}"
     )
     return difference
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """An argparse type: an int or a float above zero."""
+    """Make an argparse type: an int or a float above zero."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -225,32 +260,46 @@ def positive(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text}: expected a finite number > 0")
         return value
 
-    parse.__name__ = kind.__name__  # for argparse's own message
+    parse.__name__ = kind.__name__  # argparse shows it in its message
     return parse
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("sentences", nargs="*", default=SENTENCES, help="to classify at the end")
-    add("--data", type=Path, help="a .csv or .jsonl with text and label; default: movie reviews")
+    add("sentences", nargs="*", default=SENTENCES, help="sentences to classify at the end")
+    add(
+        "--data",
+        type=Path,
+        help="a .csv or .jsonl file with text and label; default: movie reviews",
+    )
     add("--model", type=Path, help="a folder with a BERT encoder; default: all-MiniLM-L6-v2")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
     add("--targets", help="a regular expression over paths, or all-linear; default: query, value")
-    add("--lr", type=positive(float), default=LORA_RATE, help="LoRA's (default: %(default)s)")
+    add(
+        "--lr",
+        type=positive(float),
+        default=LORA_RATE,
+        help="learning rate of LoRA (default: %(default)s)",
+    )
     add("--epochs", type=positive(int), default=2)
     add("--batch-size", type=positive(int), default=16)
-    add("--seed", type=int, default=0, help="of the factors and of the order of the batches")
-    add("--seeds", type=positive(int), default=1, help="how many: a mean and a standard error")
+    add("--seed", type=int, default=0, help="seed of the factors and of the order of batches")
+    add(
+        "--seeds",
+        type=positive(int),
+        default=1,
+        help="number of seeds; several give a standard error",
+    )
     add("--out", type=Path, default=Path("runs", "sentiment"))
-    add("--quick", action="store_true", help="a few steps of everything, in under a minute")
+    add("--quick", action="store_true", help="a few steps of each method, in under a minute")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and turn errors that a user can mend into one message."""
+    """Run, and report errors that the user can fix as one message."""
     args = parse_args(argv)
     try:
         run(args)

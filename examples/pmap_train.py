@@ -1,8 +1,8 @@
-"""Data-parallel LoRA with ``jax.pmap``: a replicated base, and one small all-reduce a step.
+"""Train LoRA data-parallel with ``jax.pmap``: a replicated base, one small all-reduce per step.
 
 Run ``python examples/pmap_train.py``. Without an accelerator it makes eight virtual CPU devices.
-Each device holds the whole base and a shard of the batch; only the adapter's gradient, and the
-loss, cross the wires. The script proves it from the compiled program.
+Each device holds the base and a shard of the batch; only the adapter's gradient and the loss cross
+devices. The script checks this in the compiled program.
 """
 
 import functools
@@ -53,8 +53,8 @@ class LanguageModel(nn.Module):
 def make_step(model, tx):
     """Build the pmapped step over ``(trainable, opt_state, frozen, tokens)``.
 
-    ``frozen`` goes in once, with ``in_axes=None``, and never comes out; ``trainable`` and the
-    optimizer's state are the same on every device before and after.
+    ``frozen`` is an input with ``in_axes=None`` and never an output; ``trainable`` and the
+    optimizer's state are equal on all devices before and after.
     """
     apply = lora_jax.lora(model.apply)
 
@@ -68,7 +68,7 @@ def make_step(model, tx):
     )
     def step(trainable, opt_state, frozen, tokens):
         loss, grads = jax.value_and_grad(loss_fn)(trainable, frozen, tokens)
-        # Raveled into one vector, so that everything crosses in a single collective.
+        # Ravel into one vector: everything crosses in a single collective.
         flat, unravel = ravel_pytree((loss, grads))
         loss, grads = unravel(jax.lax.pmean(flat, "data"))
         updates, opt_state = tx.update(grads, opt_state, trainable)
@@ -78,13 +78,13 @@ def make_step(model, tx):
 
 
 def all_reduces(hlo: str) -> list[int]:
-    """The bytes that each all-reduce of a compiled program moves.
+    """Return the bytes that each all-reduce of a compiled program moves.
 
     Args:
         hlo: the text of the compiled module.
 
     Returns:
-        One size in bytes for each all-reduce instruction, operands of one added up.
+        One size in bytes per all-reduce instruction, the sum over its operands.
     """
     size = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f64": 8, "pred": 1}
     found = re.findall(r"= (.*?) all-reduce(?:-start)?\(", hlo)
@@ -98,11 +98,11 @@ def all_reduces(hlo: str) -> list[int]:
 
 
 def main(steps: int = 60) -> None:
-    """Train on a made-up language, print the loss, and show what crosses the devices."""
+    """Train on a made-up language, print the loss, and show the bytes that cross devices."""
     devices = jax.local_device_count()
     model = LanguageModel()
     params = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
-    # The head's bias is trained whole, as an example of a full leaf.
+    # The head's bias is an example of a full leaf.
     lora_params = lora_jax.lorafy(params, rank=8, targets="all-linear", full="head/bias")
     print(lora_params)
     trainable, frozen = lora_jax.split(lora_params)
@@ -111,7 +111,7 @@ def main(steps: int = 60) -> None:
     step = make_step(model, tx)
 
     rng = np.random.default_rng(0)
-    successor = rng.permutation(VOCAB)  # every token has one that follows it
+    successor = rng.permutation(VOCAB)  # the token after each token
 
     def batch() -> jax.Array:
         tokens = [rng.integers(VOCAB, size=(devices, 8))]
@@ -129,8 +129,8 @@ def main(steps: int = 60) -> None:
     adapter_bytes = sum(x.nbytes for x in jax.tree.leaves(trainable))
     base_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     print(
-        f"{devices} devices; all-reduces a step: {len(moved)}, of {sum(moved):,} bytes "
-        f"(adapter {adapter_bytes:,}, loss 4; base {base_bytes:,}, none of it)"
+        f"{devices} devices; all-reduces per step: {len(moved)}, of {sum(moved):,} bytes "
+        f"(adapter {adapter_bytes:,}, loss 4; none of the base's {base_bytes:,})"
     )
     assert len(moved) == 1
     assert adapter_bytes <= sum(moved) <= adapter_bytes + 64

@@ -1,4 +1,4 @@
-"""How several trainings compare: a table, and their learning curves."""
+"""Compare several training runs: a table, and their learning curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _STYLE = {
 
 
 def measure(method: str, runs: Sequence[Run], accuracies: Sequence[float]) -> dict[str, Any]:
-    """One row of the table: what a method reached, over its seeds, and what it cost."""
+    """Summarize one method over its seeds: accuracy and cost, a row of the table."""
     base, adapter = runs[0].lora_params
     factors = sum(f.a.size + f.b.size for f in adapter.factors.values())
     trained = factors + sum(leaf.size for leaf in adapter.full.values())
@@ -49,14 +49,14 @@ def measure(method: str, runs: Sequence[Run], accuracies: Sequence[float]) -> di
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The rows that :func:`measure` returned, for people."""
+    """Format the rows from :func:`measure` as a table for the terminal."""
     out = Table(
         title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        collapse_padding=True,  # so that it fits 80 columns
+        collapse_padding=True,  # to fit 80 columns
     )
     out.add_column("\nmethod", no_wrap=True)
     for name in (
@@ -83,12 +83,12 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Run]], title: str) -> None:
-    """Draw training loss and validation accuracy by step: means over seeds, bands their range.
+    """Draw training loss and validation accuracy by step: the mean and the range over seeds.
 
     Args:
-        path: the PNG to write.
-        runs: for each method, its runs, one a seed.
-        title: above the figure.
+        path: the PNG file to write.
+        runs: the runs of each method, one per seed.
+        title: the title of the figure.
     """
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.0), layout="constrained")
@@ -113,7 +113,7 @@ def _line(axes, x, ys, color, label, **style):
 
 
 def _running_mean(losses: Sequence[float]) -> np.ndarray:
-    """At every step, the mean over the tenth of the run before it."""
+    """Return at every step the mean of the losses up to it, over a tenth of the run."""
     window = max(1, len(losses) // 10)
     total = np.cumsum([0.0, *losses])
     ends = np.arange(1, len(losses) + 1)

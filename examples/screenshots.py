@@ -1,7 +1,7 @@
-"""Pictures of the command line: ``examples/inspect.svg`` and ``examples/merge.svg``.
+"""Draw the pictures of the command line, ``examples/inspect.svg`` and ``examples/merge.svg``.
 
-Without arguments of a tiny model and a random adapter of it, which it makes; with ``--model`` and
-``--adapter`` of yours.
+They show a tiny random model and a random adapter, or the arguments of ``--model`` and
+``--adapter``.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WIDTH = 100
 
 
 def parameters(layers: int = 4, width: int = 256, vocabulary: int = 2048):
-    """A small Llama's, random."""
+    """Return random parameters of a small Llama."""
     rng = np.random.default_rng(0)
 
     def kernel(*shape):
@@ -47,7 +47,7 @@ def parameters(layers: int = 4, width: int = 256, vocabulary: int = 2048):
 
 
 def make(folder: Path) -> tuple[Path, Path]:
-    """A model and an adapter of it, as if it had been trained."""
+    """Write a model, and an adapter with random factors."""
     model, adapter = folder / "tiny-llama", folder / "my-adapter"
     params = parameters()
     hf.save(model, params, hf.FAMILIES["llama"])
@@ -64,7 +64,7 @@ def make(folder: Path) -> tuple[Path, Path]:
 
 
 def picture(name: str, *words: str) -> None:
-    """Run a command, and draw what it shows."""
+    """Run a command, and draw its output."""
     with open(os.devnull, "w") as nowhere:
         console = Console(
             width=WIDTH, record=True, file=nowhere, force_terminal=True, highlight=False
@@ -79,10 +79,10 @@ def picture(name: str, *words: str) -> None:
 
 
 def main() -> None:
-    """Make both."""
+    """Draw both pictures."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, help="folder of a model")
-    options.add_argument("--adapter", type=Path, help="of it")
+    options.add_argument("--model", type=Path, help="the folder of a model")
+    options.add_argument("--adapter", type=Path, help="an adapter of the model")
     options.add_argument("--top", default="8", help="rows to show")
     args = options.parse_args()
     if (args.model is None) != (args.adapter is None):
@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, adapter = (args.model, args.adapter) if args.model else make(folder)
-        for path in (model, adapter):  # short names, as one would type them
+        for path in (model, adapter):  # short names in the commands
             if path.parent != folder:
                 (folder / path.name).symlink_to(path.absolute(), target_is_directory=path.is_dir())
         os.chdir(folder)

@@ -4,16 +4,16 @@
     python examples/serve_many.py --requests 200 --adapters 64 --slots 8 --check 200
     python examples/serve_many.py --adapter poet=runs/lm/adapter --prompts prompts.jsonl
 
-A queue of prompts is decoded with continuous batching (``serving.py``): a row of the batch that is
-done takes the next prompt, with whichever adapter, or none. A few adapters are on the device, in
-the slots of a bank, and the others in the host's memory. Adapters are PEFT's folders, such as
-``train_lm.py --export`` writes, and files of ``lora_jax.io.safetensors``. Where none are given,
-some are made up, with B at random: what they write means nothing, but each writes its own.
-``--prompts`` has a line a prompt::
+A queue of prompts is decoded with continuous batching (``serving.py``): a free row of the batch
+takes the next prompt, with any adapter, or none. A few adapters are on the device, in the slots of
+a bank, and the others are in host memory. An adapter is a PEFT folder, such as
+``train_lm.py --export`` writes, or a file of ``lora_jax.io.safetensors``. If none is given,
+adapters with random B are made up: their text means nothing, but each writes a different one.
+``--prompts`` is a file with one prompt per line::
 
     {"prompt": "To be, or", "adapter": "poet", "max_new": 24}
 
-without ``adapter`` for the base alone, and without ``max_new`` for ``--max-new`` tokens.
+A line without ``adapter`` uses the base alone; ``--max-new`` is the default of ``max_new``.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from serve_check import TOLERANCE, check, compilations, plain_of
-from serve_prompts import check_names, made_up, read_prompts
+from serve_check import TOLERANCE, check, plain_of
+from serve_prompts import Prompt, check_names, make_prompts, read_prompts
 from serving import Completion, Request, Server
+from tokenizers import Tokenizer
 
 import lora_jax
 from lora_jax import LoraParams
@@ -45,16 +46,16 @@ from lora_jax.recipes.models import llama
 
 
 def run(args: argparse.Namespace) -> None:
-    """From the files of the model to the completions, and what they took."""
+    """Load the model and its adapters, decode the prompts, and print the completions."""
     console = Console(highlight=False)
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     files = named_files(args.adapter or [])
     names = list(files) or [f"random{k}" for k in range(args.adapters)]
     if args.prompts:
-        asked = list(read_prompts(args.prompts, args.max_new))
+        prompts = list(read_prompts(args.prompts, args.max_new))
     else:
-        asked = list(made_up(names, args.requests, args.max_new, args.seed))
-    check_names(asked, names)
+        prompts = list(make_prompts(names, args.requests, args.max_new, args.seed))
+    check_names(prompts, names)
     path = args.model or data.smollm2()
     source = hf.open_source(path)
     if source.config is None:
@@ -65,63 +66,64 @@ def run(args: argparse.Namespace) -> None:
 
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    base = hf.load(path, like)
+    base = hf.load(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes))
     layout = lora_jax.layout_of(plain_of(model), base, ids)
     if files:
         known = hf.FAMILIES[source.config["model_type"]].names
-        adapters = {name: opened(file, base, known, layout) for name, file in files.items()}
+        adapters = {name: load_adapter(file, base, known, layout) for name, file in files.items()}
         say(f"{path}, {len(adapters)} adapters: {', '.join(adapters)}")
     else:
         like = lora_jax.lorafy(base, args.rank, layout=layout)
-        adapters = {name: random(like, [args.seed, k]) for k, name in enumerate(names)}
+        adapters = {name: random_adapter(like, [args.seed, k]) for k, name in enumerate(names)}
         say(f"{path}, {len(adapters)} adapters of rank {args.rank} with random B")
-    bank = bank_of(adapters, base, args.slots, dtype)
+    bank = make_bank(adapters, base, args.slots, dtype)
 
-    longest = max(args.lengths)
     server = Server(
         model,
         bank,
         rows=args.rows,
-        size=longest + max(ask.max_new for ask in asked),
+        size=max(args.lengths) + max(prompt.max_new for prompt in prompts),
         lengths=args.lengths,
-        stop=stops(source.config),
+        stop=stop_tokens(source.config),
     )
-    for ask in asked:
-        prompt = []
-        try:
-            prompt = tokenizer.encode(ask.text).ids
-            server.submit(Request(prompt, ask.adapter, ask.max_new))
-        except (TypeError, ValueError) as error:
-            hint = f" (--lengths, now up to {longest})" if len(prompt) > longest else ""
-            raise ValueError(f"{ask.where}: {error}{hint}") from error
+    submit(server, prompts, tokenizer, max(args.lengths))
     start = time.perf_counter()
     server.warm_up()
     say(f"compiled in {time.perf_counter() - start:.1f} s")
-
     start = time.perf_counter()
-    with compilations() as compiled:
-        done = list(server.run())
+    done = list(server.run())
     seconds = time.perf_counter() - start
 
     if args.show:
-        console.print(shown(done[: args.show], tokenizer))
-    for text in summary(server, bank, done, seconds, len(compiled)):
+        console.print(completion_table(done[: args.show], tokenizer))
+    for text in summary(server, bank, done, seconds):
         say(text)
     for one in done:
         if one.error:
-            say(f"{asked[one.number].where}: {one.error}")
+            say(f"{prompts[one.number].where}: {one.error}")
     if args.check:
         say(check(model, bank, base, done[: args.check]))
+
+
+def submit(server: Server, prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> None:
+    """Tokenize the prompts and add them to the queue; an error names the prompt."""
+    for prompt in prompts:
+        ids = []
+        try:
+            ids = tokenizer.encode(prompt.text).ids
+            server.submit(Request(ids, prompt.adapter, prompt.max_new))
+        except (TypeError, ValueError) as error:
+            hint = f" (--lengths is at most {longest})" if len(ids) > longest else ""
+            raise ValueError(f"{prompt.where}: {error}{hint}") from error
 
 
 # Adapters
 
 
-def named_files(said: Sequence[str]) -> dict[str, Path]:
-    """The arguments of ``--adapter``, each ``NAME=PATH``."""
+def named_files(arguments: Sequence[str]) -> dict[str, Path]:
+    """Parse the arguments of ``--adapter``, each ``NAME=PATH``."""
     files = {}
-    for text in said:
+    for text in arguments:
         name, mark, path = text.partition("=")
         if not (name and mark and path) or name in files:
             raise ValueError(f"--adapter {text}: expected NAME=PATH, each name once")
@@ -131,29 +133,29 @@ def named_files(said: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def opened(path: Path, base: Any, names: Any, layout: Mapping[str, str]) -> LoraParams:
-    """An adapter: of a folder of PEFT's, or of a file of ours."""
+def load_adapter(path: Path, base: Any, names: Any, layout: Mapping[str, str]) -> LoraParams:
+    """Load an adapter from a PEFT folder or from a file of ``lora_jax.io.safetensors``."""
     if path.suffix == ".safetensors":
         return safetensors.load(path, base)
     return peft.load(path, base, names=names, layout=layout)
 
 
-def random(like: LoraParams, seed: Sequence[int]) -> LoraParams:
-    """An adapter of the same A, with a B of its own."""
+def random_adapter(like: LoraParams, seed: Sequence[int]) -> LoraParams:
+    """Make an adapter with the same A and a random B."""
     rng = np.random.default_rng(seed)
 
-    def own(f: lora_jax.Factors) -> lora_jax.Factors:
+    def randomize(f: lora_jax.Factors) -> lora_jax.Factors:
         b = rng.normal(0, 0.05, f.b.shape).astype(np.float32)
         return dataclasses.replace(f, b=b.astype(f.b.dtype))
 
-    factors = {path: own(f) for path, f in like.adapter.factors.items()}
+    factors = {path: randomize(f) for path, f in like.adapter.factors.items()}
     return LoraParams(like.base, lora_jax.Adapter(factors))
 
 
-def bank_of(
+def make_bank(
     adapters: Mapping[str, LoraParams], base: Any, slots: int, dtype: Any
 ) -> lora_jax.many.AdapterBank:
-    """A bank with room for all that any of the adapters changes, at its largest rank."""
+    """Make a bank with room for every weight of the adapters, each at its largest rank."""
     factors: dict[str, lora_jax.Factors] = {}
     full: dict[str, Any] = {}
     for lora_params in adapters.values():
@@ -168,24 +170,24 @@ def bank_of(
     return bank
 
 
-def stops(config: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text."""
+def stop_tokens(config: Mapping[str, Any]) -> list[int]:
+    """Return the tokens that end a text."""
     end = config.get("eos_token_id")
     return end if isinstance(end, list) else [] if end is None else [end]
 
 
-# What came of it
+# Results
 
 
-def shown(done: Sequence[Completion], tokenizer: Any) -> Table:
-    """Some of the completions, a line each."""
+def completion_table(done: Sequence[Completion], tokenizer: Tokenizer) -> Table:
+    """Make a table with one completion per line."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("adapter", "prompt", "completion"):
         table.add_column(name, no_wrap=name == "adapter")
     for one in done:
         texts = [tokenizer.decode(ids) for ids in (one.request.prompt, one.tokens)]
         cells = [one.request.adapter or "none", *(" ".join(text.split()) for text in texts)]
-        table.add_row(*map(Text, cells))  # not markup, whatever is in it
+        table.add_row(*map(Text, cells))  # Text: never markup
     return table
 
 
@@ -194,9 +196,8 @@ def summary(
     bank: lora_jax.many.AdapterBank,
     done: Sequence[Completion],
     seconds: float,
-    compiled: int,
 ) -> Iterator[str]:
-    """Lines that say what the run took."""
+    """Yield lines with the counts and the speed of the run."""
     failed = sum(one.error is not None for one in done)
     read = sum(len(one.request.prompt) for one in done)
     stats = bank.stats
@@ -205,18 +206,17 @@ def summary(
     yield f"requests      {len(done)}" + (f", {failed} failed" if failed else "")
     yield f"tokens        {server.tokens:,} new, {read:,} of prompts, {server.steps} steps"
     yield f"speed         {server.tokens / seconds:.1f} new tokens/s, in {seconds:.1f} s"
-    yield f"rows at work  {server.peak} at most"
+    yield f"rows in use   {server.peak} at most"
     yield (
         f"slots         {stats.hits} hits, {stats.misses} misses, {stats.evictions} evictions{rate}"
     )
-    yield f"compilations  {compiled} after the warm-up"
 
 
 # The command line
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     description = "Serve many adapters of one language model at once, each prompt with its own."
     parser = argparse.ArgumentParser(description=description)
     count, natural = number(int, 1), number(int, 0)
@@ -233,42 +233,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         adapter={
             "action": "append",
             "metavar": "NAME=PATH",
-            "help": "a PEFT folder or a .safetensors file of ours; as often as there are adapters",
+            "help": "a PEFT folder or a .safetensors file of lora_jax; may be repeated",
         },
-        adapters={"type": count, "default": 16, "help": "without those: how many to make up"},
-        rank={"type": count, "default": 8, "help": "of those"},
-        dtype={"choices": tuple(TOLERANCE), "default": "float32", "help": "of all"},
+        adapters={"type": count, "default": 16, "help": "number to make up, without --adapter"},
+        rank={"type": count, "default": 8, "help": "rank of made-up adapters"},
+        dtype={"choices": tuple(TOLERANCE), "default": "float32", "help": "dtype of all arrays"},
     )
     group(
         "prompts",
-        prompts={"type": Path, "help": "a .jsonl of prompt, adapter and max_new"},
-        requests={"type": count, "default": 24, "help": "without it: how many to make up"},
-        max_new={"type": count, "default": 16, "help": "tokens to add, where a prompt says none"},
-        seed={"type": natural, "default": 0, "help": "of what is made up"},
+        prompts={"type": Path, "help": "a .jsonl file of prompt, adapter and max_new"},
+        requests={"type": count, "default": 24, "help": "number to make up, without --prompts"},
+        max_new={"type": count, "default": 16, "help": "tokens to add, if a prompt sets none"},
+        seed={"type": natural, "default": 0, "help": "seed of made-up adapters and prompts"},
     )
     group(
         "serving",
-        rows={"type": count, "default": 8, "help": "prompts at work at once"},
+        rows={"type": count, "default": 8, "help": "prompts decoded at once"},
         slots={"type": count, "default": 6, "help": "adapters on the device at once"},
         lengths={
             "type": count,
             "nargs": "+",
             "default": [16, 32],
             "metavar": "TOKENS",
-            "help": "prompts are padded to the next of these; a program for each",
+            "help": "a prompt is padded to the next of these; one program per length",
         },
         show={"type": natural, "default": 8, "help": "completions to print"},
         check={
             "type": natural,
             "default": 0,
-            "help": "how many completions to compare with those of the adapter alone",
+            "help": "completions to compare with those of each adapter alone",
         },
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and turn errors that a user can mend into one message."""
+    """Run, and report errors that the user can fix as one message."""
     args = parse_args(argv)
     try:
         run(args)

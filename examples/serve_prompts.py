@@ -1,4 +1,4 @@
-"""The prompts of ``serve_many.py``: of a file, or made up."""
+"""Read the prompts of ``serve_many.py`` from a file, or make them up."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ PROMPTS = (
 )
 
 
-class Asked(NamedTuple):
-    """A prompt as a text, and where it is from, for messages."""
+class Prompt(NamedTuple):
+    """A prompt as text; ``where`` names its origin in messages."""
 
     text: str
     adapter: str | None
@@ -30,12 +30,12 @@ class Asked(NamedTuple):
     where: str
 
 
-def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
-    """The lines of a file.
+def read_prompts(path: Path, max_new: int) -> Iterator[Prompt]:
+    """Read a file with one JSON object per line.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the message names the file, the line and what was expected.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such an object; the message names the file and the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: no such file")
@@ -44,7 +44,7 @@ def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path}: not UTF-8 text: {error}; save it as UTF-8") from error
     if not any(map(str.strip, lines)):
-        raise ValueError(f"--prompts {path}: no prompts in it")
+        raise ValueError(f"--prompts {path}: the file contains no prompts")
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -56,7 +56,7 @@ def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
         known = {"prompt": (str,), "adapter": (str, type(None)), "max_new": (int,)}
         if not isinstance(row, dict) or "prompt" not in row or row.keys() - known.keys():
             raise ValueError(
-                f'{where}: expected one object a line, {{"prompt": "...", "adapter": "...", '
+                f'{where}: expected one object per line, {{"prompt": "...", "adapter": "...", '
                 f'"max_new": 16}}, got {line.strip()[:60]}'
             )
         for key, value in row.items():
@@ -64,31 +64,31 @@ def read_prompts(path: Path, max_new: int) -> Iterator[Asked]:
                 raise ValueError(
                     f"{where}, key {key!r}: expected {known[key][0].__name__}, got {value!r}"
                 )
-        asked = Asked(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
-        if asked.max_new < 1:
-            raise ValueError(f"{where}, key 'max_new': expected at least 1, got {asked.max_new}")
-        yield asked
+        prompt = Prompt(row["prompt"], row.get("adapter"), row.get("max_new", max_new), where)
+        if prompt.max_new < 1:
+            raise ValueError(f"{where}, key 'max_new': expected at least 1, got {prompt.max_new}")
+        yield prompt
 
 
-def made_up(names: Sequence[str], requests: int, max_new: int, seed: int) -> Iterator[Asked]:
-    """The prompts of this file again and again, every eighth for the base.
+def make_prompts(names: Sequence[str], requests: int, max_new: int, seed: int) -> Iterator[Prompt]:
+    """Repeat the prompts of this file, every eighth for the base.
 
-    Some adapters are asked for more often than others, as it is in life.
+    Some adapters are drawn more often than others, as in practice.
     """
-    # RandomState, because NumPy promises never to change its stream.
+    # RandomState: NumPy guarantees that its stream never changes.
     weights = 1 / np.arange(1, len(names) + 1)
     chosen = np.random.RandomState(seed).choice(len(names), requests, p=weights / weights.sum())
     for k, n in enumerate(chosen):
         adapter = None if k % 8 == 7 else names[int(n)]
-        yield Asked(PROMPTS[k % len(PROMPTS)], adapter, max_new, f"prompt {k}")
+        yield Prompt(PROMPTS[k % len(PROMPTS)], adapter, max_new, f"prompt {k}")
 
 
-def check_names(asked: Sequence[Asked], names: Sequence[str]) -> None:
-    """Raise for an adapter that there is not."""
-    for ask in asked:
-        if ask.adapter is not None and ask.adapter not in names:
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def check_names(prompts: Sequence[Prompt], names: Sequence[str]) -> None:
+    """Raise an error if a prompt names an unknown adapter."""
+    for prompt in prompts:
+        if prompt.adapter is not None and prompt.adapter not in names:
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise ValueError(
-                f"{ask.where}: there is no adapter {ask.adapter!r} among {some}: pass "
-                f"--adapter {ask.adapter}=PATH"
+                f"{prompt.where}: there is no adapter {prompt.adapter!r} among {known}: pass "
+                f"--adapter {prompt.adapter}=PATH"
             )

@@ -1,6 +1,6 @@
-"""Continuous batching: prompts come and go as rows of one batch, each with its own adapter.
+"""Decode with continuous batching: requests come and go as rows of a batch, each with its adapter.
 
-Nothing here knows of texts or files: ``serve_many.py`` brings those.
+This module handles tokens only; ``serve_many.py`` handles text and files.
 """
 
 import collections
@@ -17,12 +17,12 @@ from lora_jax.recipes.models import llama
 
 
 class Request(NamedTuple):
-    """What is wanted.
+    """A prompt to continue.
 
     Attributes:
-        prompt: its tokens.
-        adapter: the name of an adapter of the bank; None for the base alone.
-        max_new: how many tokens to add at most.
+        prompt: the tokens of the prompt.
+        adapter: the name of an adapter in the bank; None for the base alone.
+        max_new: the largest number of tokens to add.
     """
 
     prompt: Sequence[int]
@@ -31,16 +31,16 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What came of a request.
+    """The result of a request.
 
     Attributes:
-        number: that :meth:`Server.submit` gave.
-        request: as it was.
-        tokens: the new ones, without the one that stops.
-        logprobs: of each of them, the logarithm of its probability.
-        started: the step that took it from the queue.
-        ended: the step that it ended with.
-        error: why there are no more tokens, where it failed.
+        number: the number that :meth:`Server.submit` returned.
+        request: the request.
+        tokens: the new tokens, without the stop token.
+        logprobs: the logarithm of each token's probability.
+        started: the step that took the request from the queue.
+        ended: the step that ended it.
+        error: the reason, if the request failed.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Completion(NamedTuple):
 
 @dataclasses.dataclass
 class _Waiting:
-    """A request in the queue, and how many behind it went before it."""
+    """A request in the queue, and the number of later requests that were admitted before it."""
 
     number: int
     request: Request
@@ -63,7 +63,7 @@ class _Waiting:
 
 @dataclasses.dataclass
 class _Row:
-    """A request at work: of its tokens, the cache has all but the last."""
+    """A request in a row of the batch; the cache holds all its tokens but the last."""
 
     number: int
     request: Request
@@ -78,35 +78,35 @@ class _Row:
 
 
 class Server:
-    """Decodes a queue of prompts greedily, as many at a time as there are rows.
+    """Decode a queue of prompts greedily in a batch of ``rows`` rows.
 
-    A step gives free rows to waiting requests, whose prompts are read one by one, and then adds a
-    token to every row. There is one program for each of ``lengths`` and one for the token: after
-    :meth:`warm_up` nothing compiles, whatever the mix of adapters, and whichever come and go in
-    the bank meanwhile. Rows without a request compute something that nobody looks at.
+    A step assigns free rows to waiting requests, reads their prompts one by one, and then adds one
+    token to every row. There is one program per length in ``lengths``, and one that adds tokens:
+    nothing compiles after :meth:`warm_up`, whichever adapters the requests use or the bank gains
+    and loses. Rows without a request compute results that are ignored.
 
-    First come, first served, but for one thing: a request for whose adapter there is no slot
-    waits, and those behind it for the base, or for adapters in use, pass; up to ``patience`` of
-    them. Then nobody passes, the rows at work end, and a slot is free. So every request has its
-    turn, however busy some adapters are.
+    Requests are served in order, with one exception. A request waits while its adapter has no
+    slot, and up to ``patience`` later requests for the base, or for adapters in slots, are
+    admitted before it. After that no request is admitted until running requests end and a slot is
+    free. So every request is served, however busy some adapters are.
 
     Args:
         model: the Llama of the bank's base.
-        bank: has the adapters. It may be changed by any thread meanwhile; a request gets the
-            adapter that has its name when its turn comes.
-        rows: how many requests are at work at once.
-        size: tokens of a row, prompt and continuation together.
-        lengths: of prompts: each is padded to the next of them.
+        bank: holds the adapters. Any thread may change it; a request uses the adapter that has its
+            name when the request is admitted.
+        rows: the number of requests decoded at once.
+        size: the number of tokens in a row, prompt and continuation together.
+        lengths: a prompt is padded to the next of these lengths.
         stop: tokens that end a text.
-        patience: how often a waiting request is passed.
+        patience: the number of later requests that may be admitted before a waiting one.
 
     Attributes:
-        steps: how many there were.
-        tokens: how many the steps and prompts have added.
-        peak: the most rows at work in a step.
+        steps: the number of steps so far.
+        tokens: the number of tokens added so far.
+        peak: the largest number of rows in use at once.
 
     Raises:
-        ValueError: a number is too small, or a length larger than ``size``.
+        ValueError: a number is too small, or a length is larger than ``size``.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class Server:
     ):
         if rows < 1 or patience < 0:
             raise ValueError(
-                f"Server: rows={rows}, patience={patience}: expected 1 and 0 at the least"
+                f"Server: rows={rows}, patience={patience}: expected rows >= 1 and patience >= 0"
             )
         if not lengths or min(lengths) < 1 or max(lengths) > size:
             raise ValueError(
-                f"Server: lengths={lengths!r}: expected some, from 1 to size={size}: pass a "
-                "larger size, or other lengths"
+                f"Server: lengths={lengths!r}: expected one or more, from 1 to size={size}: pass "
+                "a larger size, or other lengths"
             )
         self.steps = self.tokens = self.peak = 0
         self._model, self._bank, self._size, self._stop = model, bank, size, frozenset(stop)
@@ -137,23 +137,23 @@ class Server:
         self._cache, self._submitted = model.empty(rows, size), 0
 
     def submit(self, request: Request) -> int:
-        """Put a request into the queue.
+        """Add a request to the queue.
 
         Returns:
             Its number: 0, 1, ...
 
         Raises:
-            TypeError: the adapter is no name.
-            ValueError: it does not fit into a row, or has tokens that the model does not know.
+            TypeError: the adapter is not a name.
+            ValueError: the request does not fit in a row, or has tokens that the model lacks.
         """
-        request = request._replace(prompt=tuple(request.prompt))  # whatever becomes of the list
+        request = request._replace(prompt=tuple(request.prompt))  # the caller may change the list
         prompt, adapter, max_new = request
         if not isinstance(adapter, str | None):
             raise TypeError(f"adapter={adapter!r}: expected a name, or None for the base alone")
         if not 0 < len(prompt) <= self._lengths[-1]:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, expected 1 to {self._lengths[-1]}: shorten "
-                "it, or serve larger lengths"
+                "it, or pass larger lengths"
             )
         if not 0 < max_new <= self._size - len(prompt):
             raise ValueError(
@@ -163,38 +163,38 @@ class Server:
         if wrong := [token for token in prompt if not 0 <= token < self._model.vocab_size]:
             raise ValueError(
                 f"the prompt has the token {wrong[0]}, expected 0 to {self._model.vocab_size - 1}: "
-                "it is of another tokenizer than the model"
+                "use the tokenizer of the model"
             )
         self._queue.append(_Waiting(self._submitted, request))
         self._submitted += 1
         return self._submitted - 1
 
     def warm_up(self) -> None:
-        """Compile all there is to compile, before the first request; its time is not theirs."""
-        for _ in range(2):  # the second time on what came out of the first
+        """Compile all programs before the first request."""
+        for _ in range(2):  # the second time with arrays that the programs returned
             for length in self._lengths:
                 self._run_prompt([0] * length, slot=-1, row=0)
             self._run_token()
 
     def run(self) -> Iterator[Completion]:
-        """Steps until nothing waits or is at work; what ended, as it ends."""
+        """Step until every request has ended; yield completions as they end."""
         while self._queue or any(self._rows):
             yield from self.step()
 
     def step(self) -> list[Completion]:
-        """Let requests in, and add a token to each row at work.
+        """Admit requests, and add a token to each row in use.
 
         Returns:
-            What ended.
+            The requests that ended.
 
         Raises:
-            RuntimeError: others than this server hold all slots, so that waiting is of no use.
+            RuntimeError: callers other than this server hold all slots, so waiting is no use.
         """
         ended = self._admit()
         if self._queue and not ended and not any(self._rows):
             raise RuntimeError(
-                f"Server: {self._queue[0].request.adapter!r} waits for a slot, and no row is at "
-                f"work: all are held by others. {self._bank!r}: release some"
+                f"Server: {self._queue[0].request.adapter!r} waits for a slot, but other callers "
+                f"hold all slots, and no row is in use. {self._bank!r}: release some"
             )
         if any(self._rows):
             tokens, logprobs = self._run_token()
@@ -207,10 +207,10 @@ class Server:
     # The queue
 
     def _admit(self) -> list[Completion]:
-        """Rows for those whose turn it is; what of them ended at once."""
+        """Admit requests into free rows; return those that ended at once."""
         ended = []
-        while None in self._rows and (turn := self._turn()) is not None:
-            waiting, slot = turn
+        while None in self._rows and (found := self._next_request()) is not None:
+            waiting, slot = found
             for other in self._queue:
                 if other is waiting:
                     break
@@ -226,9 +226,9 @@ class Server:
             ended += self._add(n, row, *self._run_prompt(request.prompt, slot, n))
         return ended
 
-    def _turn(self) -> tuple[_Waiting, int | str] | None:
-        """The next request, and the slot that is now held for it, or why it fails."""
-        present = None  # what has a slot, once all are known to be in use
+    def _next_request(self) -> tuple[_Waiting, int | str] | None:
+        """Return the next request, and the slot acquired for it or the error it fails with."""
+        present = None  # the adapters in slots, once no slot is free
         for waiting in self._queue:
             name = waiting.request.adapter
             if name is None:
@@ -238,7 +238,7 @@ class Server:
                     return waiting, self._bank.acquire(name)
                 except KeyError as error:
                     return waiting, error.args[0]
-                except jax.errors.JaxRuntimeError:  # out of memory, say: not for want of a slot
+                except jax.errors.JaxRuntimeError:  # a device error, not a missing slot
                     raise
                 except RuntimeError:
                     present = self._bank.slots
@@ -247,12 +247,12 @@ class Server:
         return None
 
     def _add(self, n: int, row: _Row, token: int, logprob: float) -> list[Completion]:
-        """A token more in a row; what ended by it."""
+        """Add a token to a row; return the request if that ends it."""
         error = None
         if not np.isfinite(logprob):
             error = (
                 f"after {row.length + 1} tokens the logits of adapter {row.request.adapter!r} are "
-                "not finite: its update is too large for the dtype"
+                "not finite: its update overflows the dtype"
             )
         elif token not in self._stop:
             row.tokens.append(int(token))
@@ -269,12 +269,12 @@ class Server:
     # The device
 
     def _run_prompt(self, prompt: Sequence[int], slot: int, row: int) -> tuple[int, float]:
-        """Read a prompt into a row of the cache: the first token after it."""
+        """Read a prompt into a row of the cache; return the token after it and its logprob."""
         length = next(length for length in self._lengths if length >= len(prompt))
         ids = np.zeros((1, length), np.int32)
         ids[0, : len(prompt)] = prompt
         slots, end, at = np.array([slot], np.int32), np.int32(len(prompt)), np.int32(row)
-        # While a block of using is open, who loads an adapter copies the stack, and leaves ours.
+        # Inside ``using``, loading an adapter copies the stack and does not overwrite this one.
         with self._bank.using([]) as (lora_params, _):
             token, logprob, self._cache = read_prompt(
                 lora_params, slots, ids, end, at, self._cache, model=self._model
@@ -282,7 +282,7 @@ class Server:
         return int(token), float(logprob)
 
     def _run_token(self) -> tuple[np.ndarray, np.ndarray]:
-        """The token after each row's last; of rows without a request, anything."""
+        """Return the token after each row's last, and its logprob; free rows give any token."""
         rows = [(r.slot, r.tokens[-1], r.length) if r else (-1, 0, 0) for r in self._rows]
         slots, tokens, lengths = (np.array(x, np.int32) for x in zip(*rows, strict=True))
         cache = self._cache._replace(lengths=lengths)

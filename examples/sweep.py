@@ -2,28 +2,30 @@
 
     python examples/sweep.py --ranks 2 4 8 16 --rates 3e-4 1e-3 3e-3 1e-2
 
-Every setting is a row of one stack, with an optimizer's state and a learning rate of its own, and
-ends where it would have ended alone. At a quarter and at half of the steps the worse half by the
-accuracy on validation sentences is dropped. The winner is saved as an adapter and for PEFT; only
-then it meets the test sentences, once.
+Each setting is a member of one stack, with its own optimizer state and learning rate, and trains
+as it would alone. At a quarter and at half of the steps, the half with the lower accuracy on
+validation sentences is dropped. The winner is saved as an adapter and for PEFT, and then evaluated
+once on the test sentences.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import bert
 import data
 import jax
 import numpy as np
 import sweep_report
-from finetune_sentiment import HEAD, LENGTH, positive, progress_bar
+from finetune_sentiment import HEAD, LENGTH, encode_splits, positive, progress_bar
 from rich.console import Console
 from sweep_report import Trial, best_first
-from sweeping import one_alone, scores, sweep
+from sweeping import Member, make_timed_step, scores, sweep
+from training import Tokens
 
 import lora_jax
 from lora_jax.io import peft, safetensors
@@ -35,113 +37,57 @@ QUICK_STEPS, QUICK_RANKS, QUICK_RATES = 8, (2, 8), (1e-3, 3e-3)
 
 
 def run(args: argparse.Namespace) -> None:
-    """The sweep, from the data to the winner's files."""
+    """Run the sweep, and write the winner's files."""
     begin = time.perf_counter()
     check_output(args.out, MADE_BY, args.model, args.data)
     trials = grid(args)
-    rows = [(trial, args.seed + k) for trial in trials for k in range(args.seeds)]
+    members = [(trial, args.seed + k) for trial in trials for k in range(args.seeds)]
     splits = data.read(args.data) if args.data else data.movie_reviews()
     source = args.model or data.minilm()
     model, params = bert.load(source, len(splits.labels))
     tokenizer = bert.load_tokenizer(source, LENGTH)
-    sizes = (None, 100, 200) if args.quick else (None, None, None)
-    training, validation, test = (
-        bert.encode(tokenizer, part.texts[:size]) | {"labels": part.labels[:size]}
-        for part, size in zip((splits.train, splits.validation, splits.test), sizes, strict=True)
-    )
+    training, validation, test = encode_splits(splits, tokenizer, args.quick)
     apply = jax.jit(lora_jax.lora(lambda params, *x: model.apply({"params": params}, *x)))
-
-    def start(trial: Trial, seed: int) -> lora_jax.LoraParams:
-        return lora_jax.lorafy(
-            params,
-            trial.rank,
-            alpha=trial.alpha,
-            init=trial.init,
-            targets=args.targets,
-            full=HEAD,
-            key=jax.random.key(seed),
-        )
-
-    adapters = [start(*row) for row in rows]
-    for (trial, _), one in zip(rows, adapters, strict=True):
-        if any(f.residual for f in one.adapter.factors.values()):
-            raise ValueError(
-                f"--inits {trial.init}: leaves another base behind, and all are to share one. "
-                "Expected those that leave it as it is, such as gaussian or orthogonal"
-            )
-    size = {"steps": args.steps, "batch_size": args.batch_size}
+    adapters = make_adapters(params, args.targets, members)
     print(
-        f"{len(rows)} adapters at once, {len(trials)} settings x {args.seeds} seeds: {args.steps} "
-        f"steps, each of {args.batch_size} of {len(splits.train):,} sentences for every adapter; "
-        f"accuracy on {len(validation['ids']):,} others",
+        f"{len(members)} adapters at once, {len(trials)} settings x {args.seeds} seeds: "
+        f"{args.steps} steps, each on {args.batch_size} of {len(splits.train):,} sentences per "
+        f"adapter; accuracy on {len(validation['ids']):,} others",
         flush=True,
     )
-    seconds: dict[int, list[float]] = {}
-    single: list[float] = []
-    beside = one_alone(apply, start(*rows[-1]), training, rate=trials[0].rate, **size)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    with progress_bar(console) as progress:
-        task = progress.add_task("sweep", total=args.steps, loss=math.nan)
-
-        def on_step(count, took, losses):
-            seconds.setdefault(count, []).append(took)
-            if count == len(rows) and len(single) < 10:  # in turn: both meet the same load
-                single.append(beside())
-            progress.update(task, advance=1, loss=losses.min())
-
-        def on_rung(step, trials, kept):
-            ranked = best_first(trials)
-            first, last = ranked[0], ranked[-1]
-            goes_on = f"; {len(kept)} of {len(trials)} go on" if len(kept) < len(trials) else ""
-            print(
-                f"step {step}: {first.scores[-1][1]:.3f} ({first}) down to "
-                f"{last.scores[-1][1]:.3f}{goes_on}",
-                flush=True,
-            )
-
-        alive, stacked = sweep(
-            apply,
-            adapters,
-            rows,
-            training,
-            validation,
-            halving=not args.no_halving,
-            together=args.together,
-            on_step=on_step,
-            on_rung=on_rung,
-            **size,
-        )
+    alive, stacked, times = train_all(args, apply, adapters, members, training, validation, console)
     title = f"Accuracy on {len(validation['ids']):,} validation sentences"
     title += f", mean of {args.seeds} seeds" if args.seeds > 1 else ""
     console.print(sweep_report.table(trials, title))
-    times = sweep_report.cost(seconds, single)
+    costs = sweep_report.cost(*times)
 
-    # Every choice is made; only now the test set's labels are read, for one adapter.
+    # All choices are made; the labels of the test set are first used below, for one adapter.
     winner = best_first([trial for trial, _ in alive])[0]
-    mine = [i for i, (trial, _) in enumerate(alive) if trial is winner]
-    if len(mine) > 1:
-        each = scores(apply, lora_jax.many.take(stacked, mine), validation)
-        mine = [mine[int(np.argmax(each))]]
-    (chosen,) = lora_jax.many.unstack(lora_jax.many.take(stacked, mine))
+    best = [i for i, (trial, _) in enumerate(alive) if trial is winner]
+    if len(best) > 1:
+        each = scores(apply, lora_jax.many.take(stacked, best), validation)
+        best = [best[int(np.argmax(each))]]
+    (chosen,) = lora_jax.many.unstack(lora_jax.many.take(stacked, best))
     with written_at_once(args.out) as folder:
         safetensors.save(folder / "adapter.safetensors", chosen)
         peft.save(folder / "peft", chosen, names=bert.torch_module)
         saved = safetensors.load(folder / "adapter.safetensors", params)
         (tested,) = scores(apply, lora_jax.many.stack([saved]), test)
-        title = (
-            f"{len(rows)} adapters at once, {args.steps} steps on {len(splits.train):,} sentences"
+        title = f"{len(members)} adapters at once, {args.steps} steps"
+        sweep_report.draw(
+            folder / "sweep.png", trials, f"{title} on {len(splits.train):,} sentences"
         )
-        sweep_report.draw(folder / "sweep.png", trials, title)
         results = {
             "settings": vars(args),
             "trials": [trial.record() for trial in trials],
-            "winner": winner.record() | {"seed": alive[mine[0]][1], "test_accuracy": tested},
-            "seconds": times,
+            "winner": winner.record() | {"seed": alive[best[0]][1], "test_accuracy": tested},
+            "seconds": costs,
         }
         write_results(folder, MADE_BY, results)
     print(
-        f"Winner: {winner}: {winner.scores[-1][1]:.3f} in validation; as loaded again from its "
-        f"file, {tested:.3f} on {len(test['ids']):,} test sentences"
+        f"Winner: {winner}: {winner.scores[-1][1]:.3f} in validation; reloaded from its file, "
+        f"{tested:.3f} on {len(test['ids']):,} test sentences"
     )
     if args.quick:
         print("--quick: too few steps for these accuracies to mean anything")
@@ -149,8 +95,87 @@ def run(args: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
+def make_adapters(
+    params: Any, targets: str | None, members: Sequence[Member]
+) -> list[lora_jax.LoraParams]:
+    """Make the initial adapters; raise if an initializer changes the base, which they share."""
+    adapters = []
+    for trial, seed in members:
+        adapter = lora_jax.lorafy(
+            params,
+            trial.rank,
+            alpha=trial.alpha,
+            init=trial.init,
+            targets=targets,
+            full=HEAD,
+            key=jax.random.key(seed),
+        )
+        if any(f.residual for f in adapter.adapter.factors.values()):
+            raise ValueError(
+                f"--inits {trial.init}: it changes the base, which all adapters share. Expected "
+                "initializers that leave the base unchanged, such as gaussian or orthogonal"
+            )
+        adapters.append(adapter)
+    return adapters
+
+
+def train_all(
+    args: argparse.Namespace,
+    apply: Callable[..., jax.Array],
+    adapters: Sequence[lora_jax.LoraParams],
+    members: Sequence[Member],
+    training: Tokens,
+    validation: Tokens,
+    console: Console,
+) -> tuple[list[Member], lora_jax.LoraParams, tuple[dict[int, list[float]], list[float]]]:
+    """Run the sweep with a progress bar, and time some steps of one adapter beside it.
+
+    Returns:
+        The members that trained to the end, their stack, and the arguments of
+        ``sweep_report.cost``.
+    """
+    size = {"steps": args.steps, "batch_size": args.batch_size}
+    (single,) = make_adapters(adapters[0].base, args.targets, members[-1:])
+    timed_step = make_timed_step(apply, single, training, rate=members[0][0].rate, **size)
+    seconds: dict[int, list[float]] = {}
+    alone: list[float] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("sweep", total=args.steps, loss=math.nan)
+
+        def on_step(count, took, losses):
+            seconds.setdefault(count, []).append(took)
+            if count == len(members) and len(alone) < 10:  # alternate: both meet the same load
+                alone.append(timed_step())
+            progress.update(task, advance=1, loss=losses.min())
+
+        alive, stacked = sweep(
+            apply,
+            adapters,
+            members,
+            training,
+            validation,
+            halving=not args.no_halving,
+            together=args.together,
+            on_step=on_step,
+            on_rung=print_rung,
+            **size,
+        )
+    return alive, stacked, (seconds, alone)
+
+
+def print_rung(step: int, trials: Sequence[Trial], kept: Sequence[Trial]) -> None:
+    """Print the best and the worst accuracy at a step, and how many trials continue."""
+    ranked = best_first(trials)
+    first, last = ranked[0], ranked[-1]
+    rest = f"; {len(kept)} of {len(trials)} continue" if len(kept) < len(trials) else ""
+    print(
+        f"step {step}: {first.scores[-1][1]:.3f} ({first}) down to {last.scores[-1][1]:.3f}{rest}",
+        flush=True,
+    )
+
+
 def grid(args: argparse.Namespace) -> list[Trial]:
-    """All settings, the smaller ranks first, which so win at a tie; fills in the defaults."""
+    """Return all settings, smaller ranks first so that they win ties; fill in defaults of args."""
     args.steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
     args.ranks = args.ranks or list(QUICK_RANKS if args.quick else RANKS)
     args.rates = args.rates or list(QUICK_RATES if args.quick else RATES)
@@ -159,7 +184,7 @@ def grid(args: argparse.Namespace) -> list[Trial]:
     for name in ("ranks", "rates", "alphas", "inits"):
         values = getattr(args, name)
         if twice := [x for i, x in enumerate(values) if x in values[:i]]:
-            raise ValueError(f"--{name}: {twice[0]} is there twice; pass each value once")
+            raise ValueError(f"--{name}: {twice[0]} occurs twice; pass each value once")
     return [
         Trial(rank, rate, alpha, init)
         for rank in sorted(args.ranks)
@@ -170,29 +195,38 @@ def grid(args: argparse.Namespace) -> list[Trial]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", help=f"default: {' '.join(map(str, RANKS))}")
     add("--rates", type=positive(float), nargs="+", help=f"default: {' '.join(map(str, RATES))}")
     add("--alphas", "--alpha", type=float, nargs="+", default=[16.0])
-    add("--inits", nargs="+", default=["gaussian"], help="those that leave the base as it is")
-    add("--seed", type=int, default=0, help="of the factors and of the order of the batches")
-    add("--seeds", type=positive(int), default=1, help="how many of each setting: their mean wins")
+    add(
+        "--inits",
+        nargs="+",
+        default=["gaussian"],
+        help="initializers that leave the base unchanged",
+    )
+    add("--seed", type=int, default=0, help="seed of the factors and of the order of batches")
+    add("--seeds", type=positive(int), default=1, help="seeds per setting: the best mean wins")
     add("--targets", help="a regular expression over paths, or all-linear; default: query, value")
     add("--steps", type=positive(int), help=f"default: {STEPS}")
     add("--batch-size", type=positive(int), default=16)
     add("--no-halving", action="store_true", help="train every setting to the end")
-    add("--together", type=positive(int), default=4, help="adapters a step computes at a time")
-    add("--data", type=Path, help="a .csv or .jsonl with text and label; default: movie reviews")
+    add("--together", type=positive(int), default=4, help="adapters computed at a time")
+    add(
+        "--data",
+        type=Path,
+        help="a .csv or .jsonl file with text and label; default: movie reviews",
+    )
     add("--model", type=Path, help="a folder with a BERT encoder; default: all-MiniLM-L6-v2")
     add("--out", type=Path, default=Path("runs", "sweep"))
-    add("--quick", action="store_true", help="2 x 2 settings and a few steps, in about a minute")
+    add("--quick", action="store_true", help="2 x 2 settings, a few steps, about a minute")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and turn errors that a user can mend into one message."""
+    """Run, and report errors that the user can fix as one message."""
     args = parse_args(argv)
     try:
         run(args)

@@ -1,4 +1,4 @@
-"""What became of the settings of a sweep: a table, and a heat map over rank and learning rate."""
+"""Report a sweep: a table of its settings, and a heat map over rank and learning rate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ _DIVERGED = "#d9d9d9"
 _STYLE: Any = {"font.size": 10, "hatch.linewidth": 0.7, "legend.frameon": False}
 
 
-@dataclass(eq=False)  # hashed, and told apart, as itself
+@dataclass(eq=False)  # hashed and compared by identity
 class Trial:
-    """A setting, and what it reached.
+    """A setting and its scores.
 
     Attributes:
-        rank: of the factors.
+        rank: the rank of the factors.
         rate: the highest learning rate.
         alpha: the update is scaled by ``alpha / rank``.
-        init: how factors start.
-        scores: ``(step, validation accuracy)``, a mean over seeds; NaN where a run has diverged.
+        init: the initializer of the factors.
+        scores: ``(step, validation accuracy)``, a mean over seeds; NaN if a run has diverged.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class Trial:
     scores: list[tuple[int, float]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """All of it, for JSON: null for NaN."""
+        """Return all fields for JSON, with null for NaN."""
         scores = [(step, None if math.isnan(x) else x) for step, x in self.scores]
         return vars(self) | {"scores": scores}
 
@@ -51,7 +51,7 @@ class Trial:
 
 
 def best_first(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that went furthest first, then the more accurate; of equals the one given first."""
+    """Sort by the last step, then by accuracy, the best first; ties keep the given order."""
 
     def key(trial: Trial) -> tuple[int, float]:
         step, accuracy = trial.scores[-1]
@@ -61,7 +61,7 @@ def best_first(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def table(trials: Sequence[Trial], title: str) -> Table:
-    """A row a trial, the best first: its accuracy at each rung, and how it ended."""
+    """Make a table with one trial per row, the best first: its accuracy at each rung, its end."""
     ranked = best_first(trials)
     steps = [step for step, _ in ranked[0].scores]
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
@@ -84,12 +84,12 @@ def table(trials: Sequence[Trial], title: str) -> Table:
 
 
 def draw(path: Path, trials: Sequence[Trial], title: str) -> None:
-    """Draw the last accuracy of every trial over rank and rate, a panel an alpha and initializer.
+    """Draw each trial's last accuracy over rank and rate, one panel per alpha and initializer.
 
     Args:
-        path: the PNG to write.
-        trials: a full grid, every one of them scored.
-        title: above the figure.
+        path: the PNG file to write.
+        trials: a full grid of trials with scores.
+        title: the title of the figure.
     """
     winner = best_first(trials)[0]
     ranks, rates = (sorted({getattr(t, name) for t in trials}) for name in ("rank", "rate"))
@@ -130,7 +130,7 @@ def draw(path: Path, trials: Sequence[Trial], title: str) -> None:
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         handles = [Patch(fill=False, edgecolor=_WINNER, linewidth=2.5, label="winner")]
         if any(t.scores[-1][0] < winner.scores[-1][0] for t in trials):
-            label = "stopped early, at the step written"
+            label = "stopped early, at the step shown"
             handles.append(Patch(fill=False, edgecolor="#8c8c8c", hatch="////", label=label))
         if len(finite) < len(values):
             handles.append(Patch(color=_DIVERGED, label="diverged"))
@@ -141,30 +141,30 @@ def draw(path: Path, trials: Sequence[Trial], title: str) -> None:
 
 
 def cost(seconds: Mapping[int, Sequence[float]], single: Sequence[float]) -> dict[str, Any]:
-    """Print and return what steps took: medians, compilation apart.
+    """Print and return the median seconds per step, without compilation.
 
     Args:
-        seconds: of the steps of a number of adapters, the first of them compiling.
-        single: of the steps of one adapter, taken in turn with the first steps of all.
+        seconds: seconds of the steps by number of adapters; the first step compiles.
+        single: seconds of the steps of one adapter, alternating with the first steps of all.
     """
     steady = {n: float(np.median(x[1:] or x)) for n, x in seconds.items()}
     compiling = sum(x[0] - steady[n] for n, x in seconds.items())
     for n, took in steady.items():
-        print(f"a step of a stack of {n}: {took:.2f} s, {took / n:.3f} s an adapter")
+        print(f"a step of a stack of {n}: {took:.2f} s, {took / n:.3f} s per adapter")
     largest = next(iter(seconds))
     together = seconds[largest][: len(single)]
     many, one = (float(np.median(x[1:] or x)) for x in (together, single))
     share = many / largest / one
     print(
-        f"an adapter of the {largest} takes {share:.2f} of its step alone, {one:.3f} s (medians of "
-        f"{max(1, len(single) - 1)}, in turn)"
+        f"one of {largest} adapters takes {share:.2f} of the time of a step alone, {one:.3f} s "
+        f"(medians of {max(1, len(single) - 1)} alternating steps)"
     )
-    print(f"compiling the step for {len(seconds)} sizes of the stack: {compiling:.0f} s together")
+    print(f"compiling the step for {len(seconds)} sizes of the stack: {compiling:.0f} s in all")
     return {"step": steady, "one_alone": one, "share": share, "compiling": compiling}
 
 
 def _cell(axis, x: int, y: int, trial: Trial, winner: Trial, color: str) -> None:
-    """Write into a cell; hatch its foot where training stopped early, and frame the winner."""
+    """Write into a cell; hatch its foot if training stopped early, and frame the winner."""
     step, accuracy = trial.scores[-1]
     stopped = step < winner.scores[-1][0]
     weight = "bold" if trial is winner else "normal"

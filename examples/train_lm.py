@@ -1,12 +1,12 @@
-"""Fine-tune a language model with LoRA: on one device or many, stopped and resumed at will.
+"""Fine-tune a language model with LoRA on one device or many; stop and resume at any step.
 
     python examples/train_lm.py                                # SmolLM2 on Shakespeare
     python examples/train_lm.py --model FOLDER --data pairs.jsonl --mesh data=2,fsdp=2,tensor=2
 
-The model is a Llama, Mistral, Qwen2 or Qwen3, of a Hugging Face folder or a GGUF file. It is read
-straight into its shardings, and is never an output of the step: the adapter is all that trains,
-crosses the network, and is saved. What a step does depends on ``--seed`` and its number alone, so
-that a run that is killed and started again by the same command ends with the same bits.
+The model is a Llama, Mistral, Qwen2 or Qwen3 from a Hugging Face folder or a GGUF file. It is read
+directly into its shardings, and is never an output of the step: only the adapter trains, crosses
+the network and is saved. A step depends only on ``--seed`` and its number, so a run that is killed
+and restarted with the same command ends with the same bits.
 """
 
 import argparse
@@ -36,17 +36,17 @@ from lora_jax.recipes.lm.metrics import Log
 from lora_jax.recipes.lm.step import State, make_validation
 from lora_jax.recipes.models import llama
 
-# What decides the losses, to rounding: a run goes on with these or not at all.
+# The settings that determine the losses: a run can only continue with the same values.
 SETTINGS = tuple(
     "batch length rank alpha targets rate warmup steps clip dropout dtype seed".split()
 )
-OWN = ("model", "data", "out", "coordinator", "process")  # what may differ between processes
+PER_PROCESS = ("model", "data", "out", "coordinator", "process")  # may differ between processes
 
 
 def run(args: argparse.Namespace) -> None:
-    """From the files of the model to those of the adapter."""
+    """Load the model, train the adapter, and save it."""
     connect(args)
-    agree({f"--{name}": value for name, value in vars(args).items() if name not in OWN})
+    agree({f"--{name}": value for name, value in vars(args).items() if name not in PER_PROCESS})
     mesh = mesh_of(args.mesh or "data=-1", args.explicit)
     check(args, mesh)
     path = args.model or data.smollm2()
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         check_settings(checkpointer, settings, mesh, args.out)
         base = hf.load(path, like=like)
         job = prepare(model, base, args, mesh)
-        first, state = resumed(checkpointer, base, job)
+        first, state = resume(checkpointer, base, job)
         frozen, rows = job.frozen, validation.take(slice(args.validation))
         size = args.batch // args.accumulate
         validate = make_validation(lora_jax.lora(job.plain), rows, size, mesh)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             log.say(f"{len(training.ids):,} rows of {args.length} tokens: {note}")
             log.say(f"{mesh.size} x {jax.devices()[0].device_kind}: {dict(mesh.shape)}")
             if first:
-                log.say(f"going on from step {first} in {args.out}")
+                log.say(f"continuing from step {first} in {args.out}")
             else:
                 log.flush(0, lambda: validate(state.trainable, frozen))
             for done in range(first + 1, args.steps + 1):
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
                 state, found = job.step(state, frozen, batch, np.int32(done - 1))
                 log.add(done, found)
                 is_due = done % args.every == 0 or done == args.steps
-                if is_due:  # first the log, so that no row is missing where the run goes on
+                if is_due:  # write the log first: a resumed run must not miss a row
                     log.flush(done, functools.partial(validate, state.trainable, frozen))
                     lora_params = lora_jax.combine(state.trainable, frozen)
                     extra = {"settings": json.dumps(settings)}
@@ -102,20 +102,20 @@ def run(args: argparse.Namespace) -> None:
                 log.say(f"wrote {args.out / 'adapter'} and {args.out / 'merged'}")
 
 
-# Before anything is loaded
+# Checks, before the model is loaded
 
 
 def connect(args: argparse.Namespace) -> None:
-    """Find the other processes."""
-    told = {args.coordinator, args.processes, args.process} - {None}
-    if told and None in (args.coordinator, args.processes, args.process):
+    """Connect to the other processes."""
+    given = {args.coordinator, args.processes, args.process} - {None}
+    if given and None in (args.coordinator, args.processes, args.process):
         raise ValueError("--coordinator, --processes and --process go together")
     if args.coordinator:
         jax.distributed.initialize(
             args.coordinator,
             args.processes,
             args.process,
-            coordinator_bind_address=args.coordinator,  # or it listens to every network
+            coordinator_bind_address=args.coordinator,  # the default listens on all networks
         )
     elif args.distributed:
         try:
@@ -129,10 +129,10 @@ def connect(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Raise where the arguments do not fit each other, or what is there."""
+    """Check that the arguments fit each other, the devices and the files."""
     if args.pmap and (args.mesh or args.explicit):
         other = f"--mesh {args.mesh}" if args.mesh else "--explicit"
-        raise ValueError(f"--pmap: it is a mesh of its own, without {other}")
+        raise ValueError(f"--pmap: it sets its own mesh; pass it without {other}")
     devices = math.prod(mesh.shape[axis] for axis in ROWS)
     if args.batch % (devices * args.accumulate):
         raise ValueError(
@@ -152,41 +152,41 @@ def check(args: argparse.Namespace, mesh: Mesh) -> None:
 def check_settings(
     checkpointer: orbax.Checkpointer, settings: Mapping[str, Any], mesh: Mesh, out: Path
 ) -> None:
-    """Raise where the last checkpoint, if there is one, is of a run with other settings."""
+    """Check that the last checkpoint, if there is one, has the same settings."""
     latest = checkpointer.latest
     agree({"the last step in --out": latest})
     if latest is None:
         return
-    whole = NamedSharding(mesh, P())
-    saved = checkpointer.load(None, extra={"settings": ""}, shardings=whole).extra["settings"]
+    replicated = NamedSharding(mesh, P())
+    saved = checkpointer.load(None, extra={"settings": ""}, shardings=replicated).extra["settings"]
     for name, value in json.loads(saved).items():
         if value != settings[name]:
             raise ValueError(
-                f"--{name}: {out} was begun with {value}, and now it is {settings[name]}: "
-                "go on with the same, or pass another --out"
+                f"--{name}: {out} was started with {value}, and now it is {settings[name]}: "
+                "continue with the same value, or pass another --out"
             )
 
 
 def rows_of(
     source: hf.Source, model: llama.Llama, args: argparse.Namespace
 ) -> tuple[Rows, Rows, str]:
-    """The data in the tokens of the model: to train on, to validate by, and what it is."""
+    """Tokenize the data: return training rows, validation rows, and a description."""
     tokenizer = lm_data.tokenizer_of(source)
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise ValueError(
             f"--model {source.where}: its tokenizer has {tokenizer.get_vocab_size()} tokens, and "
-            f"config.json says vocab_size {model.vocab_size}"
+            f"config.json has vocab_size {model.vocab_size}"
         )
     end = source.config.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
     return lm_data.read(args.data, tokenizer, args.length, end)
 
 
-# What there is to go on from, and what is left at the end
+# Resuming and exporting
 
 
-def resumed(checkpointer: orbax.Checkpointer, base: Any, job: Job) -> tuple[int, State]:
-    """The last step that was saved, and its state; or 0, and the state as it is."""
+def resume(checkpointer: orbax.Checkpointer, base: Any, job: Job) -> tuple[int, State]:
+    """Load the last saved step and its state; without a checkpoint, 0 and the initial state."""
     if checkpointer.latest is None:
         return 0, job.state
 
@@ -206,7 +206,7 @@ def export(
     mesh: Mesh,
     out: Path,
 ) -> None:
-    """Write the adapter for PEFT, and the model's files with it merged, which takes no devices."""
+    """Write the adapter for PEFT, and merge it into a copy of the model's files, on the host."""
     gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
     lora_params = lora_jax.combine(jax.device_get(gather(trainable)), frozen)
     if jax.process_index() == 0:
@@ -217,7 +217,7 @@ def export(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, and turn errors that a user can mend into one message."""
+    """Run, and report errors that the user can fix as one message."""
     args = parse_args(argv)
     try:
         run(args)

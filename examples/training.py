@@ -1,4 +1,4 @@
-"""Training an adapter alone: the base is an input of the step, never an output."""
+"""Train an adapter: the base is an input of the step, and never an output."""
 
 import math
 import time
@@ -18,13 +18,13 @@ Tokens = Mapping[str, np.ndarray]  # "ids" and "mask" [n, length], "labels" [n]
 
 @dataclass
 class Run:
-    """What a training leaves behind.
+    """The result of a training run.
 
     Attributes:
         lora_params: the trained parameters.
-        losses: one a step.
-        validation: ``(step, accuracy)``.
-        seconds_per_step: the median, compilation and evaluation apart.
+        losses: the loss of every step.
+        validation: pairs ``(step, accuracy)``.
+        seconds_per_step: the median, without compilation and evaluation.
         optimizer_bytes: the size of the optimizer's state.
     """
 
@@ -36,11 +36,11 @@ class Run:
 
 
 def make_step(apply: Callable[..., jax.Array], tx: optax.GradientTransformation):
-    """The jitted training step: ``(trainable, opt_state, frozen, batch)`` to the first two, loss.
+    """Make the step ``(trainable, opt_state, frozen, batch) -> (trainable, opt_state, loss)``.
 
     Args:
         apply: ``lora_jax.lora`` of ``(params, ids, mask) -> logits``.
-        tx: any Optax optimizer; it sees the adapter and nothing else.
+        tx: any Optax optimizer; its only parameters are those of the adapter.
     """
 
     def loss_fn(lora_params, batch):
@@ -69,21 +69,21 @@ def train(
     seed: int,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> Run:
-    """Train with AdamW, warmed up over a tenth of the steps and decayed by a cosine.
+    """Train with AdamW: warm up over a tenth of the steps, then decay by a cosine.
 
     Args:
         apply: jitted ``lora_jax.lora`` of ``(params, ids, mask) -> logits``.
-        lora_params: where to start. Its adapter's memory goes to the result; the base stays.
-        data: what to train on, in shuffled epochs; a batch that would be partial is skipped.
-        validation: what to measure the accuracy on, eight times.
-        learning_rate: the highest.
-        steps: how many.
-        batch_size: how many sentences a step.
-        seed: of the order of the batches.
+        lora_params: the initial parameters. The adapter is donated; the base is not.
+        data: the training data, in shuffled epochs; a partial batch is skipped.
+        validation: the data to measure the accuracy on, eight times.
+        learning_rate: the highest learning rate.
+        steps: the number of steps.
+        batch_size: the number of sentences per step.
+        seed: sets the order of the batches.
         on_step: called after every step with its loss.
 
     Raises:
-        ValueError: a batch is larger than the data, or the loss is not finite any more.
+        ValueError: a batch is larger than the data, or a loss is not finite.
     """
     if batch_size > len(data["labels"]):
         raise ValueError(
@@ -112,34 +112,34 @@ def train(
             logits = predict(apply, lora_jax.combine(trainable, frozen), validation)
             run.validation.append((i + 1, accuracy(logits, validation["labels"])))
     run.lora_params = lora_jax.combine(trainable, frozen)
-    run.seconds_per_step = float(np.median(seconds[1:] or seconds))  # the first one compiles
+    run.seconds_per_step = float(np.median(seconds[1:] or seconds))  # the first step compiles
     return run
 
 
 def predict(
     apply: Callable[..., jax.Array], params: Any, tokens: Tokens, batch_size: int = 100
 ) -> np.ndarray:
-    """The logits of every row ``[n, labels]``, computed in batches of one shape."""
+    """Compute the logits ``[n, labels]`` of all sentences in batches of one shape."""
     n = len(tokens["ids"])
     logits = []
     for start in range(0, n, batch_size):
-        rows = np.arange(start, start + batch_size) % n  # the last batch is filled with the first
+        rows = np.arange(start, start + batch_size) % n  # pad the last batch with the first rows
         logits.append(np.asarray(apply(params, tokens["ids"][rows], tokens["mask"][rows])))
     return np.concatenate(logits)[:n]
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose largest logit is the label's."""
+    """Return the share of sentences whose largest logit is that of the label."""
     return float((logits.argmax(-1) == labels).mean())
 
 
 def nbytes(tree: Any) -> int:
-    """The memory of a tree's arrays."""
+    """Return the bytes of all arrays in a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def batches(n: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of each step's batch: epoch after epoch, each in an order of its own."""
+    """Yield the indices of each step's batch; each epoch has a new random order."""
     rng = np.random.default_rng(seed)
     per_epoch = n // batch_size
     for i in range(steps):

@@ -113,13 +113,13 @@ def test_an_error_of_the_compiler_is_not_taken_for_a_size():
     code = f"from benchmarks.tpu import programs as p\nfor e in {errors!r}: print(p.sizes_of(e))"
     done = python("-c", code)
     assert [*map(json.loads, done.stdout.splitlines())] == [[19.24 * 2**30, 15.75 * 2**30]] * 2
-    message = "ValueError: the compiler's error does not say what would be needed: disk full"
+    message = "ValueError: the compiler's error does not contain the memory needed: disk full"
     assert message in done.stderr
 
 
 def test_a_case_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"'colour': 'blue'.* failed:\n(.|\n)*argument 'colour'"):
-        aot.measured({"colour": "blue"})
+        aot.measure({"colour": "blue"})
 
 
 def test_what_does_not_fit_has_a_line_in_the_table():
@@ -248,7 +248,7 @@ def test_a_collective_beside_other_work_counts_once():
 @pytest.mark.tpu
 @pytest.mark.parametrize(("spread", "dtype"), [("pmap", "bfloat16"), ("data", "float32")])
 def test_one_all_reduce_of_the_gradients_is_all_that_crosses_chips(spread, dtype):
-    row = measured(spread=spread, dtype=dtype, whole=".*v_proj/bias")
+    row = measured(spread=spread, dtype=dtype, full=".*v_proj/bias")
     ((kind, size),) = moved(row)
     assert kind == "all-reduce"
     assert row["trainable"] <= size <= row["trainable"] + 64
@@ -258,7 +258,7 @@ def test_one_all_reduce_of_the_gradients_is_all_that_crosses_chips(spread, dtype
 @pytest.mark.tpu
 def test_jit_reduces_gradients_in_the_dtype_of_their_products():
     # The partitioner reduces before the gradients of a bfloat16 model become float32.
-    row = measured(spread="data", whole=".*v_proj/bias")
+    row = measured(spread="data", full=".*v_proj/bias")
     assert {kind for kind, _ in moved(row)} == {"all-reduce"}
     assert len(moved(row)) <= 2
     assert sum(size for _, size in moved(row)) <= row["trainable"] + 64
@@ -267,7 +267,7 @@ def test_jit_reduces_gradients_in_the_dtype_of_their_products():
 @pytest.mark.tpu
 @pytest.mark.parametrize("spread", ["pmap", "fsdp", "fsdp+tp"])
 def test_the_trained_state_is_donated(spread):
-    row = measured(spread=spread, whole=".*v_proj/bias")
+    row = measured(spread=spread, full=".*v_proj/bias")
     assert 0 <= row["output"] - row["alias"] <= 1024  # the loss
     assert row["alias"] > row["trainable"] / 4
 

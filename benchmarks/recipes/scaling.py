@@ -1,12 +1,12 @@
-"""What a step of the trainer takes on one and on several devices, and what crosses devices.
+"""Measure a step of the trainer on one and on several devices, and the bytes that cross devices.
 
-The step is that of ``examples/train_lm.py``. A Llama of the shape of Llama-3-8B with random
-bfloat16 weights, made on the devices, scanned and checkpointed layers, rank 16 on all seven
-projections, AdamW on the adapter. Each mode does a batch of the same size per device; the
+The step is that of ``examples/train_lm.py``. The model is a Llama of the shape of Llama-3-8B with
+random bfloat16 weights, made on the devices; layers are scanned and checkpointed; rank 16 on all
+seven projections, AdamW on the adapter. The batch per device is the same in all modes; the
 efficiency is the time of one device over that of several::
 
-    python -m benchmarks.recipes.scaling            # all devices there are
-    python -m benchmarks.recipes.scaling --quick    # a tiny model, anywhere
+    python -m benchmarks.recipes.scaling            # on all devices
+    python -m benchmarks.recipes.scaling --quick    # a tiny model, on any device
 """
 
 import argparse
@@ -53,25 +53,30 @@ OPTIONS = ("--dtype", "bfloat16", "--remat", "--targets", "all-linear")  # of tr
 
 
 def random_base(like: Any) -> Any:
-    """Parameters of these shapes and shardings, made where they belong."""
+    """Make random parameters of these shapes, on the devices of these shardings."""
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return random_like(like, 1, out_shardings=shardings)
 
-    def made(key: jax.Array) -> Any:
-        leaves, tree = jax.tree.flatten(like)
+
+def random_like(shapes: Any, seed: int, std: float = 0.02, **options: Any) -> Any:
+    """Make random arrays of these shapes; ``options`` are those of ``jax.jit``."""
+
+    def draw(key: jax.Array) -> Any:
+        leaves, tree = jax.tree.flatten(shapes)
         keys = jax.random.split(key, len(leaves))
         pairs = zip(keys, leaves, strict=True)
-        made = [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in pairs]
-        return jax.tree.unflatten(tree, made)
+        return tree.unflatten([std * jax.random.normal(k, x.shape, x.dtype) for k, x in pairs])
 
-    return jax.jit(made, out_shardings=jax.tree.map(lambda x: x.sharding, like))(jax.random.key(1))
+    return jax.jit(draw, **options)(jax.random.key(seed))
 
 
-def measured(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A mode, ``one``, ``data`` or ``fsdp``: compiled, run, and looked into."""
+def measure(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile, run and analyze the step in a mode: ``one``, ``data`` or ``fsdp``."""
     count = 1 if mode == "one" else jax.device_count()
     text = f"{mode if mode != 'one' else 'data'}={count}"
-    told = {"mesh": text, "batch": options.batch * count, "length": options.length}
-    told |= {"rank": options.rank}
-    args = lm_flags.parse_args([*OPTIONS, *(f"--{name}={value}" for name, value in told.items())])
+    flags = {"mesh": text, "batch": options.batch * count, "length": options.length}
+    flags |= {"rank": options.rank}
+    args = lm_flags.parse_args([*OPTIONS, *(f"--{name}={value}" for name, value in flags.items())])
     mesh = lm_mesh.mesh_of(args.mesh, count=count)
     model = lm_job.model_of(sizes, mesh, args)
     job = lm_job.prepare(model, random_base(lm_job.abstract(model, mesh, args)), args, mesh)
@@ -113,22 +118,22 @@ def measured(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> d
 def main() -> None:
     """Measure all modes, and print a table."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--batch", type=int, default=4, help="rows a device")
+    options.add_argument("--batch", type=int, default=4, help="rows per device")
     options.add_argument("--length", type=int, default=2048)
-    options.add_argument("--layers", type=int, help="other than 32")
+    options.add_argument("--layers", type=int, help="number of layers instead of 32")
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--quick", action="store_true", help="a tiny model")
-    options.add_argument("--json", type=Path, help="file to write")
+    options.add_argument("--json", type=Path, help="JSON file to write")
     args = options.parse_args()
     sizes = TINY if args.quick else LLAMA_8B
     args.length = min(args.length, 64) if args.quick else args.length
     sizes = sizes | ({"num_hidden_layers": args.layers} if args.layers else {})
     modes = ("one", "data", "fsdp") if jax.device_count() > 1 else ("one",)
-    rows = [measured(sizes, mode, args) for mode in modes]
+    rows = [measure(sizes, mode, args) for mode in modes]
     print(f"jax {jax.__version__}, {jax.device_count()} x {jax.devices()[0].device_kind}")
     print("mode       ms/step  tokens/s    MFU  efficiency  arguments GB  temp GB", end="")
-    print("  collectives, MB a step")
+    print("  collectives, MB per step")
     for row in rows:
         crossing = ", ".join(f"{k} {n / 1e6:.1f}" for k, n in row["collective_bytes"].items())
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"

@@ -1,1 +1,1 @@
-"""Compile for TPUs that are not there, and read what the programs take."""
+"""Compile for TPUs without a TPU, and read the costs from the programs."""

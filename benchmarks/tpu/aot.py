@@ -1,15 +1,15 @@
-"""What training and merging Llama 3 8B takes on TPUs, by their compiler: no TPU is needed.
+"""Estimate the cost of training and merging Llama 3 8B on TPUs by their compiler, without a TPU.
 
     pip install '.[tpu-aot]'
-    python -m benchmarks.tpu.aot                  # all cases, a minute of one core for each
+    python -m benchmarks.tpu.aot                  # all cases, a minute of one core per case
     python -m benchmarks.tpu.aot --quick          # one small case
     python -m benchmarks.tpu.aot --topologies v6e:4x4 --spreads fsdp --methods lora full
 
-One training step with AdamW, of sequences of 2048 tokens, one for each chip: LoRA of rank 16 on
-all projections, the same on a base in NF4 or int8, and full fine-tuning; the layers scanned and
-recomputed in the backward pass, the base in bfloat16, adapters and moments in float32. And
-``merge`` with the base's memory donated. Prints a table; ``--json`` keeps what is measured, and
-what it has already is not compiled again; ``--markdown`` writes the table of ``aot.md``.
+The programs are a training step with AdamW on one sequence of 2048 tokens per chip (LoRA of rank 16
+on all projections, the same on a base in NF4 or int8, and full fine-tuning), and ``merge`` with the
+base's memory donated. Layers are scanned and recomputed in the backward pass, the base is bfloat16,
+adapters and moments are float32. It prints a table; ``--json`` stores the results and skips cases
+that the file contains; ``--markdown`` writes the table of ``aot.md``.
 """
 
 import argparse
@@ -32,15 +32,14 @@ PROGRAMS = ("train", "merge")
 QUICK = {"topology": "v5e:2x2", "spread": "pmap", "model": "tiny", "length": 128, "rank": 8}
 GIB = 2**30
 NOTES = """\
-Sizes are GiB of one chip. **args** holds the base, the adapter and the optimizer's state, and the
-batch; **alias** is the part of them that is donated and becomes the **output**; **peak** is the
-compiler's estimate of the most that is live at once. **TFLOP** counts the matrix products of one
-chip, each as often as its loops run it; **once** is `cost_analysis()`, which counts the body of a
-loop once. Collectives are *instructions* → *runs in a step*: *GiB*, of the larger of what goes in
-and what comes out of one chip; what runs beside other work is counted once. Of a quantized base
-FSDP gathers weights that are made already, so fewer bits save memory there, and no traffic. Where a
-program does not fit, the compiler's error says what it would need. The compiler estimates: nothing
-was run.
+Sizes are GiB per chip. **args** are the base, the adapter, the optimizer's state and the batch;
+**alias** is the donated part, which becomes the **output**; **peak** is the compiler's estimate of
+the largest live memory. **TFLOP** counts the matrix products of one chip, each as often as its
+loops run it; **once** is `cost_analysis()`, which counts the body of a loop once. Collectives are
+*instructions* → *runs per step*: *GiB*, the larger of the input and the output of one chip;
+asynchronous collectives are counted once. FSDP gathers the dequantized weights of a quantized base:
+fewer bits save memory but no traffic. If a program does not fit, the compiler's error gives the
+memory that it needs. All numbers are estimates of the compiler: nothing was run.
 """
 HEADER = (
     *("topology", "spread", "program", "method", "args", "output", "alias", "temp", "peak"),
@@ -49,7 +48,7 @@ HEADER = (
 
 
 def cases(args: argparse.Namespace) -> Iterator[Row]:
-    """The cases to compile, the smallest slices first."""
+    """Yield the cases to compile, the smallest slices first."""
     if args.quick:
         yield QUICK
         return
@@ -65,11 +64,11 @@ def cases(args: argparse.Namespace) -> Iterator[Row]:
                     }
 
 
-def measured(case: Row) -> Row:
-    """Compile a case in a process of its own.
+def measure(case: Row) -> Row:
+    """Compile a case in a separate process.
 
     Raises:
-        RuntimeError: it failed, other than for want of memory.
+        RuntimeError: it failed for a reason other than too little memory.
     """
     command = [sys.executable, "-m", "benchmarks.tpu.programs", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -79,7 +78,7 @@ def measured(case: Row) -> Row:
 
 
 def crossing(row: Row) -> str:
-    """``all-gather 9 → 288: 14.91``, of each kind of collective."""
+    """Format each kind of collective as ``all-gather 9 → 288: 14.91``."""
     kinds: dict[str, list[float]] = {}
     for x in row["collectives"]:
         total = kinds.setdefault(x["kind"], [0, 0, 0.0])
@@ -91,19 +90,19 @@ def crossing(row: Row) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A line of the table."""
+    """Format a case as a row of the table."""
     start = [row[name] for name in ("topology", "spread", "program", "method")]
     seconds = f"{row['seconds']:.0f} s"
     if not row["fits"]:
-        said = f"does not fit: {row['needs'] / GIB:.2f} of {row['has'] / GIB:.2f} GiB"
-        return [*start, *["-"] * 7, said, seconds]
+        note = f"does not fit: {row['needs'] / GIB:.2f} of {row['has'] / GIB:.2f} GiB"
+        return [*start, *["-"] * 7, note, seconds]
     sizes = [f"{row[x] / GIB:.3g}" for x in ("argument", "output", "alias", "temp", "peak")]
     flops = [f"{row[x] / 1e12:.3g}" for x in ("matmul_flops", "flops_once")]
     return [*start, *sizes, *flops, crossing(row), seconds]
 
 
-def place_of(row: Row) -> list[int]:
-    """Where a case stands in the table."""
+def sort_key(row: Row) -> list[int]:
+    """Return the position of a case in the table."""
     orders = (TOPOLOGIES, ("data", *SPREADS), PROGRAMS, METHODS)
     names = ("topology", "spread", "program", "method")
     return [
@@ -113,21 +112,21 @@ def place_of(row: Row) -> list[int]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The page."""
+    """Format all results as the page ``aot.md``."""
     versions = " and ".join(sorted({f"jax {r['jax']} with libtpu {r['libtpu']}" for r in rows}))
     lines = [HEADER, ["---"] * 4 + ["---:"] * 7 + ["---", "---:"], *map(cells, rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         "# Llama 3 8B on TPUs, by their compiler\n\n"
         f"Written by `python -m benchmarks.tpu.aot --json FILE --markdown FILE`: {versions}.\n"
-        "One step of AdamW on a sequence of 2048 tokens for each chip, rank 16 on all\n"
+        "One step of AdamW on a sequence of 2048 tokens per chip, rank 16 on all\n"
         "projections; base and activations bfloat16, adapters and moments float32, layers\n"
         f"scanned and recomputed.\n\n{NOTES}\n{table}\n"
     )
 
 
 def main() -> None:
-    """Compile the cases that are asked for, and show them."""
+    """Compile the selected cases, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,8 +135,10 @@ def main() -> None:
     parser.add_argument("--spreads", nargs="+", default=SPREADS, choices=(*SPREADS, "data"))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
-    parser.add_argument("--json", type=Path, help="a file to keep what is measured in")
-    parser.add_argument("--markdown", type=Path, help="a file to write a table of all of that to")
+    parser.add_argument("--json", type=Path, help="JSON file to store the results in")
+    parser.add_argument(
+        "--markdown", type=Path, help="Markdown file to write a table of all stored results to"
+    )
     args = parser.parse_args()
     known: list[Row] = []
     if args.json and args.json.exists():
@@ -146,7 +147,7 @@ def main() -> None:
     for case in cases(args):
         row = next((r for r in known if case.items() <= r.items()), None)
         if row is None:
-            row = measured(case)
+            row = measure(case)
             known.append(row)
             if args.json:
                 args.json.write_text(json.dumps(known, indent=1))
@@ -158,7 +159,7 @@ def main() -> None:
     console = Console()
     (console if console.is_terminal else Console(width=200)).print(table)
     if args.markdown:
-        args.markdown.write_text(markdown(sorted(known, key=place_of)))
+        args.markdown.write_text(markdown(sorted(known, key=sort_key)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Training steps and merges of Llamas, compiled for TPUs that are not there.
+"""Compile a training step or a merge of a Llama for TPUs, without a TPU.
 
     python -m benchmarks.tpu.programs '{"topology": "v5e:2x2", "model": "tiny"}'
 
-compiles one program in a process of its own and prints what it takes as JSON: the fields of
-:class:`Case` may be given. ``aot.py`` and ``tests/test_tpu.py`` run it so.
+This command compiles one program and prints its costs as JSON. The argument sets fields of
+:class:`Case`. ``aot.py`` and ``tests/test_tpu.py`` run it in a separate process for each case.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from benchmarks import hlo  # noqa: E402
 from lora_jax.recipes.models import llama  # noqa: E402
 
 MODELS = {
-    # the widths of Llama 3 8B
+    # the shape of Llama 3 8B
     "8b": llama.Llama(128_256, 4096, 14_336, 32, 32, 8, 128, scan_layers=True),
     "scanned": llama.Llama(512, 1024, 2048, 4, 8, 4, 128, scan_layers=True),
     "tiny": llama.Llama(512, 256, 512, 2, 4, 2, 64, attention_bias=True),
@@ -40,21 +40,21 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to compile.
+    """A program to compile.
 
     Attributes:
-        topology: a slice, by the name that its compiler knows.
-        spread: ``"pmap"`` or ``"data"`` (each chip has the base and a part of the batch),
-            ``"fsdp"`` (the base is spread over the chips as the batch is), ``"fsdp+tp"`` (over a
-            square of chips, along the inputs by its one side and along the outputs by the other).
-        method: ``"lora"``; ``"nf4"`` or ``"int8"``, LoRA on a quantized base; ``"full"``, where
-            all parameters train.
-        program: ``"train"``, a step of it, or ``"merge"``, of all adapted weights.
-        model: of ``MODELS``.
-        dtype: of the base and the activations. Factors and moments are float32.
-        rank: of the factors, on all projections.
-        length: of a sequence. There is one for each chip.
-        whole: a pattern of leaves to train whole beside the factors.
+        topology: the name of a slice, as the compiler knows it.
+        spread: ``"pmap"`` or ``"data"`` (each chip has the base and a part of the batch);
+            ``"fsdp"`` (the base is sharded over the chips like the batch); ``"fsdp+tp"`` (the chips
+            form a square, whose sides shard the inputs and the outputs of a weight).
+        method: ``"lora"``; ``"nf4"`` or ``"int8"``, LoRA on a quantized base; ``"full"``, all
+            parameters train.
+        program: ``"train"``, a training step, or ``"merge"``, merging all adapted weights.
+        model: a key of ``MODELS``.
+        dtype: the dtype of the base and the activations. Factors and moments are float32.
+        rank: the rank of the factors, on all projections.
+        length: the length of a sequence; there is one sequence per chip.
+        full: a pattern of full leaves, besides the factors.
     """
 
     topology: str = "v5e:2x2"
@@ -65,11 +65,11 @@ class Case:
     dtype: str = "bfloat16"
     rank: int = 16
     length: int = 2048
-    whole: str | None = None
+    full: str | None = None
 
 
-def compiled(case: Case) -> Any:
-    """Compile a case; also returns what the chips have of the trained state and of the base."""
+def compile_case(case: Case) -> Any:
+    """Compile a case; return the program and the shapes of its state."""
     chips = slices.devices(case.topology)
     side = math.isqrt(len(chips)) if case.spread == "fsdp+tp" else 1
     mesh = Mesh(np.array(chips).reshape(-1, side), ("fsdp", "tp"))
@@ -109,7 +109,7 @@ def compiled(case: Case) -> Any:
 
 
 def abstract_params(model: llama.Llama, case: Case) -> Any:
-    """The shapes of the parameters, quantized if that is the method."""
+    """Return the shapes of the parameters, quantized for the methods nf4 and int8."""
     ids = jax.ShapeDtypeStruct((1, case.length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(case.dtype)), params)
@@ -119,55 +119,55 @@ def abstract_params(model: llama.Llama, case: Case) -> Any:
 
 
 def abstract_lora(params: Any, base_places: Any, case: Case) -> tuple[Any, Any]:
-    """A LoraParams of shapes, and one of shardings."""
+    """Return a LoraParams of shapes, and one of shardings."""
     state = jax.eval_shape(
-        lambda p: lora_jax.lorafy(p, case.rank, targets="all-linear", full=case.whole), params
+        lambda p: lora_jax.lorafy(p, case.rank, targets="all-linear", full=case.full), params
     )
     return state, lora_jax.shardings(state, base_places)
 
 
 def is_weight(x: Any) -> bool:
-    """Whether it is a leaf of the parameters; a quantized one has leaves of its own."""
+    """Return whether ``x`` is a weight; the leaves of a quantized weight are its arrays."""
     return hasattr(x, "shape")
 
 
 def spec_of(path: tuple[Any, ...], x: Any, case: Case) -> P:
-    """Of a parameter: inputs along ``fsdp``, outputs along ``tp``; the other way where tp ends."""
+    """Shard the inputs of a weight along ``fsdp`` and its outputs along ``tp``, or the reverse."""
     name = jax.tree_util.keystr(path)
     if case.spread in ("pmap", "data") or "norm" in name:
         return P()
     if "bias" in name:
         return P(*[None] * (len(x.shape) - 1), "tp")
-    turned = any(part in name for part in ("embed_tokens", "o_proj", "down_proj"))
-    axes = ("tp", "fsdp") if turned else ("fsdp", "tp")
+    is_reversed = any(part in name for part in ("embed_tokens", "o_proj", "down_proj"))
+    axes = ("tp", "fsdp") if is_reversed else ("fsdp", "tp")
     return P(*[None] * (len(x.shape) - 2), *axes)
 
 
 def arguments(tree: Any, places: Any) -> Any:
-    """Shapes with shardings. The scales of a quantized weight have its axes, some of size 1."""
+    """Add shardings to shapes; the scales of a quantized weight have its axes, some of size 1."""
 
-    def placed(place: NamedSharding, x: Any) -> Any:
-        def part(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def place_weight(place: NamedSharding, x: Any) -> Any:
+        def place_array(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             spec = [
                 axis if axis and size % place.mesh.shape[axis] == 0 else None
                 for size, axis in zip(x.shape, place.spec, strict=False)
             ]
-            own = NamedSharding(place.mesh, P(*spec))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+            sharding = NamedSharding(place.mesh, P(*spec))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return jax.tree.map(part, x)
+        return jax.tree.map(place_array, x)
 
-    return jax.tree.map(placed, places, tree)
+    return jax.tree.map(place_weight, places, tree)
 
 
 def loss_of(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """The mean negative log-likelihood of the next token."""
+    """Return the mean negative log-likelihood of the next token."""
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
 
 def lora_step(model: llama.Llama, state: Any, places: Any, case: Case) -> tuple[Any, Any, Any]:
-    """A step over ``(trainable, opt_state, frozen, ids)``, their shapes and their shardings."""
+    """Make a step over ``(trainable, opt_state, frozen, ids)``, its shapes and its shardings."""
     apply, tx = lora_jax.lora(model.apply), optax.adamw(1e-4)
 
     def step(trainable, opt_state, frozen, ids):
@@ -188,10 +188,10 @@ def lora_step(model: llama.Llama, state: Any, places: Any, case: Case) -> tuple[
 
 
 def full_step(model: llama.Llama, params: Any, places: Any, case: Case) -> tuple[Any, Any, Any]:
-    """The same with all parameters trained, float32 moments, and nothing frozen."""
+    """Make such a step that trains all parameters, with float32 moments and nothing frozen."""
     tx = optax.adamw(1e-4)
 
-    def wide(tree: Any) -> Any:
+    def to_float32(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     def step(params, opt_state, frozen, ids):
@@ -202,11 +202,11 @@ def full_step(model: llama.Llama, params: Any, places: Any, case: Case) -> tuple
 
         found = jax.value_and_grad(loss_fn)(params)
         loss, grads = jax.lax.pmean(found, "data") if case.spread == "pmap" else found
-        updates, opt_state = tx.update(wide(grads), opt_state, wide(params))
+        updates, opt_state = tx.update(to_float32(grads), opt_state, to_float32(params))
         params = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
         return params, opt_state, loss
 
-    opt_state = jax.eval_shape(lambda p: tx.init(wide(p)), params)
+    opt_state = jax.eval_shape(lambda p: tx.init(to_float32(p)), params)
     return (
         step,
         (params, opt_state, ()),
@@ -219,25 +219,25 @@ def full_step(model: llama.Llama, params: Any, places: Any, case: Case) -> tuple
 
 
 def sizes_of(error: str) -> list[float]:
-    """What a program needs and what a chip has, in the two ways in which the compiler says so."""
-    ways = (
+    """Read the bytes that a program needs and a chip has from either form of compiler error."""
+    forms = (
         r"required .*?\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)([MG])\)",
         r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm",
     )
-    found = next(filter(None, (re.search(way, error) for way in ways)), None)
+    found = next(filter(None, (re.search(form, error) for form in forms)), None)
     if found is None:
-        raise ValueError(f"the compiler's error does not say what would be needed: {error}")
+        raise ValueError(f"the compiler's error does not contain the memory needed: {error}")
     unit = {"M": 2**20, "G": 2**30}
     return [float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]]
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """What a case takes, of one chip; ``needs`` and ``has`` where it does not fit."""
+def measure(case: Case) -> dict[str, Any]:
+    """Return the costs of a case for one chip, or ``needs`` and ``has`` if it does not fit."""
     row: dict[str, Any] = dataclasses.asdict(case)
     row |= {name: version(name) for name in ("jax", "libtpu")}
     start = time.perf_counter()
     try:
-        program, state = compiled(case)
+        program, state = compile_case(case)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -259,4 +259,4 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(Case(**json.loads(sys.argv[1])))))
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))

@@ -1,10 +1,10 @@
-"""TPUs that are not there: their descriptions, to compile for.
+"""Describe TPU slices to compile for, without a TPU.
 
-The compiler for TPUs is in the package libtpu (``pip install '.[tpu-aot]'``), and needs no TPU: it
-compiles for the description of one, and says what memory, FLOPs and collectives the program takes.
-What it compiles cannot run here.
+The compiler for TPUs is in the package libtpu (``pip install '.[tpu-aot]'``). It needs no TPU: it
+compiles for the description of a slice, and reports the memory, FLOPs and collectives of the
+program. The compiled program cannot run here.
 
-A program that does so starts with::
+A script that uses it starts with::
 
     from benchmarks.tpu import slices
 
@@ -12,8 +12,8 @@ A program that does so starts with::
 
     import jax  # noqa: E402
 
-This is the only module that asks for such descriptions. Without the environment that it sets,
-libtpu believes that it is on a cloud machine, and asks the network for minutes who it is.
+Only this module requests such descriptions. Without the environment that it sets, libtpu takes the
+machine for a cloud machine and queries the network for minutes.
 """
 
 import functools
@@ -23,21 +23,21 @@ import tempfile
 from typing import Any
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # what runs, runs there; a TPU, if there is one, stays free
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two keep the log empty, whatever is compiled for
+    "JAX_PLATFORMS": "cpu",  # run on the CPU; a TPU, if there is one, stays free
+    "TPU_SKIP_MDS_QUERY": "1",  # query no metadata server
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two keep the log empty for all topologies
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes at once
     "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_LOG_DIR": tempfile.gettempdir(),  # must be there; at this level nothing is written
+    "TPU_LOG_DIR": tempfile.gettempdir(),  # must exist; nothing is written at this log level
 }
 
 
 def set_environment() -> None:
-    """Set what libtpu reads when it is loaded. To be called before ``jax`` is imported.
+    """Set the environment that libtpu reads when it is loaded; call it before importing ``jax``.
 
     Raises:
-        RuntimeError: ``jax`` or ``libtpu`` is imported already, without it.
+        RuntimeError: ``jax`` or ``libtpu`` was imported without this environment.
     """
     missing = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
     if missing and (early := [name for name in ("jax", "libtpu") if name in sys.modules]):
@@ -49,9 +49,9 @@ def set_environment() -> None:
     os.environ.update(missing)
 
 
-@functools.cache  # those of another description of the same slice are other devices
+@functools.cache  # two descriptions of one slice have different devices
 def devices(name: str) -> list[Any]:
-    """The chips of a slice by its name: ``"v5e:2x2"``, ``"v5p:2x2x1"``, ``"v6e:4x4"``.
+    """Return the chips of a slice by its name: ``"v5e:2x2"``, ``"v5p:2x2x1"``, ``"v6e:4x4"``.
 
     Raises:
         RuntimeError: the environment is not set, or libtpu is not installed.

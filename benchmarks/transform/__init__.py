@@ -1,1 +1,1 @@
-"""Measure what ``lora(fn)`` costs beside ``fn``."""
+"""Measure the cost of ``lora(fn)`` compared with ``fn``."""

@@ -1,12 +1,12 @@
-"""What DoRA, dropout, LoRA-FA and quantized bases cost beside plain LoRA.
+"""Measure the cost of DoRA, dropout, LoRA-FA and quantized bases compared with plain LoRA.
 
     python -m benchmarks.transform.family --dim 512 --layers 4 --tokens 512      # a CPU
     python -m benchmarks.transform.family --dim 4096 --layers 16 --tokens 4096   # a GPU
 
-One training step (loss and gradient of the adapter) of transformer blocks in bfloat16, rank 16 on
-all their weights, unstacked and scanned, with and without checkpointed blocks. Prints, for each
-method, FLOPs and temporary memory by XLA's own counts, the base's bits a weight, and the time of a
-step; the ratios are to plain LoRA in the same run. ``--memory`` compiles only.
+The program is a training step (loss and gradient of the adapter) of transformer blocks in bfloat16
+with rank 16 on all weights; blocks are unrolled or scanned, and checkpointed or not. It prints for
+each method the FLOPs and the temporary memory that XLA counts, the base's bits per weight, and the
+time per step; the ratios are to plain LoRA in the same run. ``--memory`` only compiles.
 """
 
 import argparse
@@ -31,7 +31,7 @@ METHODS = {
 
 
 def block(p, x):
-    """One pre-norm block: x is [batch, time, dim]."""
+    """Compute one pre-norm block of ``x[batch, time, dim]``."""
 
     def norm(x):
         return x * lax.rsqrt((x.astype(jnp.float32) ** 2).mean(-1, keepdims=True)).astype(x.dtype)
@@ -49,7 +49,7 @@ LAYOUT = dict.fromkeys("qkv", "ioo") | {"o": "iio", "gate": "io", "up": "io", "d
 
 
 def model(stacked, checkpointed):
-    """A function of parameters and activations."""
+    """Make a function of parameters and activations."""
     layer = jax.checkpoint(block) if checkpointed else block
 
     def fn(params, x):
@@ -63,7 +63,7 @@ def model(stacked, checkpointed):
 
 
 def parameters(dim, layers, stacked):
-    """Random weights."""
+    """Draw random weights."""
     heads = dim // 64
     shapes = dict.fromkeys("qkv", (dim, heads, 64)) | {"o": (heads, 64, dim)}
     shapes |= {"gate": (dim, 4 * dim), "up": (dim, 4 * dim), "down": (4 * dim, dim)}
@@ -80,7 +80,7 @@ def parameters(dim, layers, stacked):
 
 
 def measure(args, stacked, checkpointed):
-    """A row for each method."""
+    """Return a row of numbers per method, and the number of parameters."""
     params = parameters(args.dim, args.layers, stacked)
     layout = {f".*{name}": "b" * stacked + letters for name, letters in LAYOUT.items()}
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -109,10 +109,9 @@ def measure(args, stacked, checkpointed):
 
         arguments = (*lora_jax.split(lora_params), x, key)
         compiled = jax.jit(step).lower(*arguments).compile()
-        memory, base_arrays = compiled.memory_analysis(), jax.tree.leaves(lora_params.base)
+        memory = compiled.memory_analysis()
         others = sum(a.nbytes for a in jax.tree.leaves((arguments[0], x)))
         bits = 8 * (memory.argument_size_in_bytes - others) / count
-        del base_arrays
         flops = compiled.cost_analysis()["flops"]
         rows.append([name, flops, memory.temp_size_in_bytes, bits])
         if not args.memory:
@@ -130,14 +129,14 @@ def measure(args, stacked, checkpointed):
 
 
 def main():
-    """Print a table for each form of the model."""
+    """Measure all forms of the model, and print a table per form."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory", action="store_true", help="compile only")
+    parser.add_argument("--memory", action="store_true", help="compile and do not run")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     device = jax.devices()[0]
@@ -146,12 +145,12 @@ def main():
         end="",
     )
     print(f"{args.batch} x {args.tokens} tokens")
-    print("(to minimum: base and temporary memory over 4.5 bits a weight and LoRA's own temporary)")
+    print("(to minimum: base + temp memory, over 4.5 bits per weight + the temp memory of LoRA)")
     for stacked in (False, True):
         for checkpointed in (False, True):
             form = "scanned" if stacked else "unrolled"
             rows, count = measure(args, stacked, checkpointed)
-            print(f"\n{form}, {'checkpointed' if checkpointed else 'all kept'}")
+            print(f"\n{form}, {'checkpointed' if checkpointed else 'not checkpointed'}")
             print("method       GFLOP  ratio   temp MiB  ratio  bits/weight", end="")
             print("  to minimum   ms/step  ratio")
             _, flops, temp, _, seconds = rows[0]

@@ -1,11 +1,12 @@
-"""How rows meet factors of their own: gathered, masked out of all of them, or sorted.
+"""Compare three ways to apply an adapter for each batch row: gather, mask or sort.
 
-One projection in bfloat16 with rank 16, in a scan over layers of their own weights. ``lora_rows``
-gathers. ``sorted`` is ``jax.lax.ragged_dot``; it is left out where it takes seconds, and so is
-``masked`` where its intermediate is larger than the device::
+The program is one projection in bfloat16 with rank 16, in a scan over layers. ``gathered``, as in
+``lora_rows``, gathers each row's factors. ``masked`` multiplies with all factors and masks the
+products; it is omitted if the intermediate is larger than the device. ``sorted`` sorts the rows for
+``jax.lax.ragged_dot``; it is omitted if it takes seconds::
 
     python -m benchmarks.transform.rows            # a GPU
-    python -m benchmarks.transform.rows --quick    # anywhere
+    python -m benchmarks.transform.rows --quick    # any device
 """
 
 import argparse
@@ -22,15 +23,15 @@ WAYS = ("base", "gathered", "masked", "sorted")
 
 
 def update(way: str, x: jax.Array, a: jax.Array, b: jax.Array, ids: jax.Array) -> jax.Array:
-    """``(x[n] a[ids[n]]) b[ids[n]]`` for ``x[rows, tokens, in]``."""
+    """Compute ``(x[n] a[ids[n]]) b[ids[n]]`` for ``x[rows, tokens, in]``."""
     wide: Any = {"preferred_element_type": jnp.float32}
     if way == "gathered":
         small = jnp.einsum("rti,rik->rtk", x, a[ids], **wide).astype(x.dtype)
         return jnp.einsum("rtk,rko->rto", small, b[ids])
     if way == "masked":
         small = jnp.einsum("rti,nik->rtnk", x, a, **wide)
-        own = ids[:, None] == jnp.arange(len(a))[None]
-        small = jnp.where(own[:, None, :, None], small, 0).astype(x.dtype)
+        mask = ids[:, None] == jnp.arange(len(a))[None]
+        small = jnp.where(mask[:, None, :, None], small, 0).astype(x.dtype)
         return jnp.einsum("rtnk,nko->rto", small, b)
     order = jnp.argsort(ids)
     sizes = jnp.bincount(ids, length=len(a)) * x.shape[1]
@@ -41,10 +42,10 @@ def update(way: str, x: jax.Array, a: jax.Array, b: jax.Array, ids: jax.Array) -
 
 
 def microseconds(way: str, arrays: Any, x: jax.Array, ids: jax.Array) -> float:
-    """The median time of a layer."""
+    """Return the median time per layer."""
 
-    def layer(x, own):
-        w, a, b = own
+    def layer(x, weights):
+        w, a, b = weights
         y = x @ w
         return (y if way == "base" else y + update(way, x, a, b, ids)), None
 
@@ -66,7 +67,7 @@ def main() -> None:
     def normal(seed: int, *shape: int) -> jax.Array:
         return 0.015 * jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; microseconds a layer")
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; microseconds per layer")
     print("adapters  rows x tokens", *(f"{way:>9}" for way in WAYS))
     w = normal(0, layers, dim, dim)
     for count in (8, 64, 256):

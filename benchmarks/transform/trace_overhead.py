@@ -1,9 +1,9 @@
-"""How long tracing ``lora(fn)`` takes beside tracing ``fn``: 32 layers, not scanned.
+"""Measure the time to trace ``lora(fn)`` compared with ``fn``: 32 layers, not scanned.
 
     python -m benchmarks.transform.trace_overhead
 
-Prints, for each model, the median of several ratios, each of two traces made one after the other
-with cold caches. Nothing is compiled or run, so the ratio depends little on the machine.
+It prints for each model the median of several ratios, each of two successive traces with cold
+caches. Nothing is compiled or run, so the ratio depends little on the machine.
 """
 
 import argparse
@@ -22,21 +22,21 @@ LAYERS, DIM, HEADS, FF = 32, 64, 4, 128
 
 
 class LinenBlock(nn.Module):
-    """A pre-norm block of Linen's own layers."""
+    """A pre-norm block of Linen layers."""
 
     @nn.compact
     def __call__(self, x):
-        """[batch, time, DIM] to the same."""
+        """Map ``[batch, time, DIM]`` to the same shape."""
         x = x + nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x))
         return x + nn.Dense(DIM)(nn.gelu(nn.Dense(FF)(nn.LayerNorm()(x))))
 
 
 class Linen(nn.Module):
-    """Blocks, one after the other."""
+    """A sequence of blocks."""
 
     @nn.compact
     def __call__(self, x):
-        """[batch, time, DIM] to the same."""
+        """Map ``[batch, time, DIM]`` to the same shape."""
         for _ in range(LAYERS):
             x = LinenBlock()(x)
         return x
@@ -51,26 +51,26 @@ class NnxBlock(nnx.Module):
         self.up, self.down = nnx.Linear(DIM, FF, rngs=rngs), nnx.Linear(FF, DIM, rngs=rngs)
 
     def __call__(self, x):
-        """[batch, time, DIM] to the same."""
+        """Map ``[batch, time, DIM]`` to the same shape."""
         x = x + self.attention(self.norms[0](x))
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
 
 
 class Nnx(nnx.Module):
-    """Blocks, one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self, rngs):
         self.blocks = nnx.List([NnxBlock(rngs) for _ in range(LAYERS)])
 
     def __call__(self, x):
-        """[batch, time, DIM] to the same."""
+        """Map ``[batch, time, DIM]`` to the same shape."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 def plain_block(p, x):
-    """The same block without a library."""
+    """Compute the same block without a library."""
 
     def norm(x):
         return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -82,7 +82,7 @@ def plain_block(p, x):
 
 
 def plain(block):
-    """A function over a list of such blocks."""
+    """Make a function that applies a list of such blocks."""
 
     def fn(params, x):
         for p in params:
@@ -93,7 +93,7 @@ def plain(block):
 
 
 def models():
-    """Name, function, and the shapes of its parameters."""
+    """Yield name, function, parameter shapes and input shape of each model."""
     x = jax.ShapeDtypeStruct((2, 8, DIM), jnp.float32)
     linen = Linen()
     variables = jax.eval_shape(linen.init, jax.random.key(0), x)
@@ -109,8 +109,8 @@ def models():
     yield "plain JAX, checkpointed blocks", plain(jax.checkpoint(plain_block)), blocks, x
 
 
-def seconds(fn, *args):
-    """The time of one trace."""
+def trace_seconds(fn, *args):
+    """Return the time of one trace."""
     jax.clear_caches()
     gc.collect()
     start = time.perf_counter()
@@ -119,7 +119,7 @@ def seconds(fn, *args):
 
 
 def main():
-    """Print the table."""
+    """Measure all models, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
@@ -132,7 +132,10 @@ def main():
             params,
         )
         adapted = lora_jax.lora(fn)
-        pairs = [(seconds(fn, params, x), seconds(adapted, lora_params, x)) for _ in range(repeats)]
+        pairs = [
+            (trace_seconds(fn, params, x), trace_seconds(adapted, lora_params, x))
+            for _ in range(repeats)
+        ]
         ratio = statistics.median(b / a for a, b in pairs)
         base, ours = (statistics.median(times) for times in zip(*pairs, strict=True))
         count = len(lora_params.adapter.factors)

@@ -216,7 +216,7 @@ BAD_FILES = [
     ("a.csv", 'text,label\n"x,p\n', "not CSV"),
     ("a.csv", b"text,label\n\xff,p\n", "not UTF-8"),
     ("a.jsonl", '{"text": "x"\n', "line 1: not JSON"),
-    ("a.jsonl", '{"text": "x"}\n', "line 1: expected one object a line"),
+    ("a.jsonl", '{"text": "x"}\n', "line 1: expected one object per line"),
     ("a.jsonl", '{"text": 3, "label": "p"}\n', "line 1, key 'text': expected str, got 3"),
     ("a.jsonl", '{"text": "x", "label": null}\n', "key 'label': expected str or int, got None"),
     ("a.txt", "x", "expected a .csv or a .jsonl"),
@@ -275,7 +275,7 @@ BAD_MODELS = [
     (lambda t: t.update(extra=np.ones(3)), "has unexpected 1 tensors: extra"),
     (
         lambda t: t.update({"embeddings.LayerNorm.bias": np.ones(3, np.float32)}),
-        r"embeddings_norm/bias of shape \(3,\), and config.json says \(16,\)",
+        r"embeddings_norm/bias of shape \(3,\), but config.json gives \(16,\)",
     ),
 ]
 

@@ -379,7 +379,7 @@ def test_a_sweep_from_data_to_the_winner(model_dir, reviews, tmp_path, capsys):
     assert winner["test_accuracy"] > 0.9
     assert f"Winner: rank {winner['rank']}, rate 0.01" in printed
     assert "8 adapters at once, 4 settings x 2 seeds" in printed
-    assert "2 of 4 go on" in printed
+    assert "2 of 4 continue" in printed
     assert "compiling the step for 3 sizes" in printed
     assert [len(t["scores"]) for t in results["trials"]].count(1) == 2
     assert set(results["seconds"]["step"]) == {"8", "4", "2"}
@@ -390,9 +390,9 @@ def test_a_sweep_from_data_to_the_winner(model_dir, reviews, tmp_path, capsys):
 BAD = [
     (["--ranks", "2", "0"], "sweep: .*rank=0 for 'encoder/layer_0/query/kernel'"),
     (["--ranks", "99"], "rank=99"),
-    (["--ranks", "2", "4", "2"], "--ranks: 2 is there twice; pass each value once"),
-    (["--inits", "gaussian", "gaussian"], "--inits: gaussian is there twice"),
-    (["--inits", "pissa"], "--inits pissa: leaves another base behind"),
+    (["--ranks", "2", "4", "2"], "--ranks: 2 occurs twice; pass each value once"),
+    (["--inits", "gaussian", "gaussian"], "--inits: gaussian occurs twice"),
+    (["--inits", "pissa"], "--inits pissa: it changes the base"),
     (["--seed", "-1"], "--seed -1: expected 0 to 2147483647"),
     (["--inits", "oops"], "oops"),
     (["--alphas", "nan"], "alpha=nan"),

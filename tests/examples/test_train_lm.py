@@ -574,15 +574,15 @@ BAD_ARGUMENTS = [
     (["--mesh", "data=x"], "data=x, expected a number >= 1, or -1"),
     (["--mesh", "data=0"], "data=0, expected a number >= 1, or -1"),
     (["--mesh", "data=-1,fsdp=-1"], "both data and fsdp are -1"),
-    (["--mesh", "data=2,fsdp=2"], "the product of the sizes is 4, and there are 8 devices"),
-    (["--mesh", "data=3,fsdp=-1"], "the product of the sizes is 3, and there are 8 devices"),
-    (["--mesh", "data=8", "--pmap"], "--pmap: it is a mesh of its own, without --mesh data=8"),
+    (["--mesh", "data=2,fsdp=2"], "the sizes make 4, and there are 8 devices"),
+    (["--mesh", "data=3,fsdp=-1"], "the sizes make 3, and there are 8 devices"),
+    (["--mesh", "data=8", "--pmap"], "--pmap: it sets its own mesh; pass it without --mesh data=8"),
     (["--batch", "12"], "--batch 12: expected a multiple of 8, for 8 devices"),
     (["--accumulate", "4"], "--batch 16: expected a multiple of 32"),
     (["--warmup", "20"], "--warmup 20: expected less than --steps 20"),
     (["--process", "0"], "--coordinator, --processes and --process go together"),
     (["--mesh", "data=8", "--resume"], "--resume: .* has no checkpoint"),
-    (["--explicit", "--pmap"], "--pmap: it is a mesh of its own, without --explicit"),
+    (["--explicit", "--pmap"], "--pmap: it sets its own mesh; pass it without --explicit"),
     (["--dropout", "1"], "dropout"),
     (["--targets", "oops"], "targets='oops' selects nothing"),
     (["--model", "nowhere"], "nowhere"),
@@ -714,11 +714,11 @@ def test_axes_that_the_mesh_does_not_divide_are_named():
 
 @eight_devices
 def test_a_run_goes_on_with_its_own_settings_only(model, text, whole):
-    with pytest.raises(SystemExit, match=r"--rate: .* was begun with 0.03, and now it is 0.01"):
+    with pytest.raises(SystemExit, match=r"--rate: .* was started with 0.03, and now it is 0.01"):
         train(model, text, whole, "--mesh", MESH, "--rate", "0.01")
     other = text.with_name("other.txt")
     other.write_text(text.read_text()[::-1])
-    with pytest.raises(SystemExit, match=r"--data: .* was begun with \w+, and now it is \w+"):
+    with pytest.raises(SystemExit, match=r"--data: .* was started with \w+, and now it is \w+"):
         train(model, other, whole, "--mesh", MESH)
 
 
@@ -728,7 +728,7 @@ def test_models_that_do_not_fit_are_named(model, text, tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["more"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(SystemExit, match=r"its tokenizer has 65 tokens, and config\.json says"):
+    with pytest.raises(SystemExit, match=r"its tokenizer has 65 tokens, and config\.json has"):
         train(folder, text, tmp_path / "out")
     (folder / "config.json").unlink()
     with pytest.raises(SystemExit, match=r"other: no config\.json in it"):

@@ -34,7 +34,6 @@ def neg(ctx: Context, eqn, values):
 def mul(ctx: Context, eqn, values):
     """Multiply the scale by a number, or a factor by a vector along axes that it has."""
     divides = eqn.primitive.name == "div"
-    values = _with_numbers_read(ctx, values)
     if all(isinstance(v, LoraArray) for v in values):
         values = _with_narrow_built(ctx, values)
     if values is None or (divides and isinstance(values[1], LoraArray)):
@@ -49,13 +48,6 @@ def mul(ctx: Context, eqn, values):
     if v.unfolded is not None:
         return NotImplemented
     return scale_axes(v, w, Labelled(x, tuple(range(x.ndim))), f)
-
-
-def _with_numbers_read(ctx: Context, values: list[Any]) -> list[Any]:
-    """Make a number that was read off a weight plain, if it meets a weight with axes."""
-    has_axes = any(isinstance(v, LoraArray) and v.shape for v in values)
-    numbers = [isinstance(v, LoraArray) and v.is_read and not v.shape for v in values]
-    return [ctx.read(v) if has_axes and n else v for v, n in zip(values, numbers, strict=True)]
 
 
 def _with_narrow_built(ctx: Context, values: list[Any]) -> list[Any] | None:
@@ -89,8 +81,13 @@ def scale_axes(v: LoraArray, w: jax.Array, x: Labelled, f=lax.mul) -> Any:
 
 @rule("add", "sub", "add_any")
 def add(ctx: Context, eqn, values):
-    """Give the sum of two weights the deltas of both."""
-    values = _with_numbers_read(ctx, values)
+    """Give the sum of two weights the deltas of both.
+
+    A number that was read off a weight, as in ``W - W.mean()``, is an update of all entries: plain,
+    it would have the gradient of the base.
+    """
+    if any(isinstance(v, LoraArray) and len(v.shape) < eqn.outvars[0].aval.ndim for v in values):
+        return NotImplemented
     (w,) = bind(eqn, frozen(values))
     deltas: list[AnyDelta | None] = []
     for i, v in enumerate(values):
