@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_oracle, drawn, normal, products_of_shape, randomize_b
+from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
 from jax import lax
 
 import lora_jax
