@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["Config", "MaskedLM", "SequenceClassifier", "from_config"]
+
 _ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_new": nn.gelu,

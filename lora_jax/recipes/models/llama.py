@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
+__all__ = ["Cache", "Llama", "from_config", "generate"]
+
 
 class Cache(NamedTuple):
     """The keys and values of the tokens read so far, for each batch row on its own.

@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+__all__ = ["T5", "Config", "from_config"]
+
 # Whether the MLP is gated, the activation, and its name as dense_act_fn in config.json. Flax's GELU
 # is the approximation by tanh, which is called gelu_new there.
 _FEED_FORWARD = {"relu": (False, nn.relu, "relu"), "gated-gelu": (True, nn.gelu, "gelu_new")}
