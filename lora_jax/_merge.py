@@ -151,7 +151,7 @@ def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree
 
 
 def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) -> PyTree:
-    """Exchange the merged adapter: ``W' = (W - s_old a_old b_old) + s_new a_new b_new``.
+    """Replace the merged adapter by another: ``W' = (W - s_old a_old b_old) + s_new a_new b_new``.
 
     Both sums are in the wider of float32 and ``W``'s dtype, and both are rounded to ``W``'s dtype.
     The first rounding returns to the base's value, so a switch takes back most of the rounding

@@ -149,7 +149,7 @@ class Rows(_Entry):
 
     @property
     def a(self) -> Any:
-        """Build ``[vocabulary, rows]``: one where the row is ``ids[k]``, else zero."""
+        """The one-hot matrix ``[vocabulary, rows]``: 1 where the table row is ``ids[k]``."""
         shape = (self.vocabulary, self.rank)
         members = self.b.shape[: len(self.b.shape) - 1 - self.layout.count("o")]
         if isinstance(self.b, jax.ShapeDtypeStruct):

@@ -48,7 +48,7 @@ class _Arithmetic:
 @partial(jax.tree_util.register_dataclass, data_fields=("factors", "full"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter(_Arithmetic):
-    """All that training changes: what you save, stack, average and send.
+    """The trainable part of a LoraParams: factors by weight, and leaves that train fully.
 
     Arithmetic acts on the update ``dW = scale * a b``: ``0.7 * math + 0.3 * code - toxic`` is the
     adapter of exactly ``0.7 dW_math + 0.3 dW_code - dW_toxic``. Its rank is the sum of their ranks;
@@ -66,7 +66,7 @@ class Adapter(_Arithmetic):
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def map(self, f: Callable[[str, str, Any], Any]) -> "Adapter":
-        """Return the adapter with ``f(key, field, x)`` for every array; field "full" for leaves."""
+        """Return the adapter with ``f(key, field, x)`` for each array; a full leaf is "full"."""
         factors = {
             key: x.map(lambda field, y, key=key: f(key, field, y))
             for key, x in self.factors.items()

@@ -24,7 +24,7 @@ _KINDS = {"conv_general_dilated": "conv", "gather": "embedding", "ragged_dot_gen
 
 
 def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Layouts:
-    """Find out which weights of ``fn`` can take a LoRA, and which of their axes are read.
+    """Trace ``fn`` to find the weights that can take a LoRA, and their input and output axes.
 
     Traces ``fn(params, *args, **kwargs)`` once, on shapes alone, and follows every weight through
     it by the rules of :func:`lora`: ``x @ w`` reads the axis it sums over and writes the other,

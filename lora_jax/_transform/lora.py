@@ -23,7 +23,7 @@ from lora_jax._weights.ranges import part_of
 def lora(
     fn: Callable[..., Any], *, on_materialize: OnMaterialize = "error", dropout: float = 0.0
 ) -> Callable[..., Any]:
-    """Return ``fn`` over split parameters.
+    """Transform ``fn`` to take a LoraParams, and add each update by a low-rank product.
 
     The returned function takes what ``fn`` takes, with a ``LoraParams`` wherever ``fn`` takes
     parameters: as an argument, or anywhere inside one. Wherever a target weight ``W`` is used it

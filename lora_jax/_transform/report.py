@@ -16,7 +16,7 @@ from lora_jax._weights.ranges import part_of
 
 @dataclass(frozen=True)
 class Report:
-    """What a function does with its adapted weights. Printed, it is a table.
+    """The uses, costs and materializations of adapted weights; its repr is a table.
 
     Attributes:
         rows: one per entry of each adapter: its path, shape, kind, layout, number of uses, rank,
@@ -46,7 +46,7 @@ class Report:
 
 
 def report(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
-    """Report what ``lora(fn)(*args, **kwargs)`` would do with every adapted weight.
+    """Report how ``lora(fn)`` uses every adapted weight: used, unused or built, and its cost.
 
     Traces on shapes alone; nothing is computed, and nothing is an error: the report lists
     materializations and weights that are never used.

@@ -28,7 +28,7 @@ class Weight:
 
 
 class Layouts(Mapping[str, str]):
-    """The layouts of a function's weights by path, for ``lorafy(params, layout=...)``.
+    """The batch, input and output axes of a function's weights, for ``lorafy(layout=...)``.
 
     A mapping from paths to letters, for the weights that can take a LoRA. Its repr is a table of
     all weights, which gives a reason for each that cannot.

@@ -16,7 +16,7 @@ from lora_jax._weights.ranges import Part
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A weight, or a part of one, that gets factors.
+    """A leaf, or a part of one, that gets factors, as an initializer sees it.
 
     Attributes:
         path: the key of its factors, such as ``layers_0/attn/query/kernel``.
@@ -76,7 +76,7 @@ class Target:
         return x.reshape(*self.batch, self.inputs, self.outputs)
 
     def leaf_with(self, matrix: jax.Array) -> jax.Array:
-        """Return the leaf with the weight replaced by ``matrix``, ``[*batch, in, out]``."""
+        """Return the entire leaf with this weight replaced by ``matrix[*batch, in, out]``."""
         back = sorted(range(len(self.shape)), key=lambda i: self._order[i])
         weight = matrix.reshape([self.shape[i] for i in self._order]).transpose(back)
         weight = weight.astype(self.leaf.dtype)

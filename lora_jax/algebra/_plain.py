@@ -11,7 +11,7 @@ from lora_jax._weights.paths import PyTree
 
 
 def to_plain(lora_params: LoraParams, initial: LoraParams, params: PyTree) -> LoraParams:
-    """Turn an adapter whose initializer changed the base into plain LoRA on the original base.
+    """Convert an adapter of PiSSA or OLoRA, which change the base, to plain LoRA on the original.
 
     PiSSA and similar initializers start from ``W - s a0 b0`` and ``a0, b0``. So, at twice the
     rank::

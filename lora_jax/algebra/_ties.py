@@ -34,7 +34,7 @@ def ties(
     niter: int | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Errors]:
-    """Combine updates without entries that contradict the others: trim, elect signs, merge.
+    """Combine updates by TIES: trim small entries, elect a sign, average those that agree.
 
     Each update ``dW_k`` of a weight keeps its ``density * size`` entries of largest magnitude.
     Then, entry by entry::

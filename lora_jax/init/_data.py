@@ -20,7 +20,7 @@ Moments = Mapping[str, jax.Array]
 
 
 def eva(moments: Moments) -> Initializer:
-    """Let ``a`` read the directions in which the inputs vary most; ``b = 0``.
+    """Let ``a`` read the directions in which the inputs vary most; ``b = 0`` (EVA).
 
     ``a`` holds the first ``rank`` eigenvectors of ``sum x x^T``: the principal components of the
     inputs, without centering.
@@ -43,7 +43,7 @@ def eva(moments: Moments) -> Initializer:
 
 
 def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, int]:
-    """Distribute a budget of ``rank`` per weight to the weights with the most variance.
+    """Choose a rank per weight by the variance of its inputs; the mean is ``rank`` (EVA).
 
     The candidates are the leading ``rho * rank`` components of each weight's inputs. Those with the
     largest share of their weight's variance are chosen: ``rank`` times the number of weights.
@@ -79,7 +79,7 @@ def eva_ranks(moments: Moments, rank: int = 8, rho: float = 2.0) -> dict[str, in
 def corda(
     moments: Moments, mode: Literal["ipm", "kpm"] = "ipm", damping: float = 0.01
 ) -> Initializer:
-    """Split ``W`` into parts by their effect on the inputs, and train some of them.
+    """Split ``W`` by an SVD weighted with input moments, and train one part (CorDA).
 
     ``"ipm"`` (instruction previewed) trains the ``rank`` largest parts, ``"kpm"`` (knowledge
     preserved) the smallest::
@@ -119,7 +119,7 @@ def corda(
 
 
 def lora_ga(grads: PyTree, gamma: float = 16.0) -> Initializer:
-    """Bring the first step of LoRA as near as possible to that of full fine-tuning.
+    """Start from a gradient, so that the first step is near full fine-tuning's (LoRA-GA).
 
     The factors come from one gradient ``G`` of the weight::
 

@@ -26,7 +26,7 @@ def kaiming_uniform(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Arra
 
 
 def orthogonal(key: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
-    """Draw nonzero factors whose product is zero: they meet in orthogonal subspaces.
+    """Draw nonzero ``a`` and ``b`` with ``a b = 0``, so that both train from the first step.
 
     The rows of a random orthogonal ``Q[rank, rank]`` alternate between the factors:
     ``a = N(0, 1/100) Q[0::2]`` and ``b = Q[1::2]^T N(0, 1/100)``.

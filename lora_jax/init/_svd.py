@@ -36,7 +36,7 @@ def take_out(w: jax.Array, scale: float, a: jax.Array, b: jax.Array) -> tuple[ja
 
 
 def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:
-    """Make ``b`` orthonormal, from a QR decomposition of the weight.
+    """Take ``a`` and an orthonormal ``b`` from a QR decomposition of ``W``, and train them (OLoRA).
 
     ``W^T = Q R,  a = R[:rank]^T,  b = Q[:, :rank]^T,  base = W - scale * a b``.
 

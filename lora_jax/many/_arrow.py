@@ -9,7 +9,7 @@ from lora_jax._adapter.params import Adapter, LoraParams
 
 
 def arrow(stacked: LoraParams | Adapter) -> dict[str, jax.Array]:
-    """Return the directions by which :func:`lora_routed` routes, for each weight and member.
+    """Compute a routing vector per weight and member for :func:`lora_routed` (Arrow).
 
     A direction is the input that the update amplifies most, its first left singular vector::
 

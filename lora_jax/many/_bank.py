@@ -217,7 +217,7 @@ class AdapterBank:
 
     @property
     def lora_params(self) -> LoraParams:
-        """The base with the stack of the slots: a value, which no load changes.
+        """The base and the stack of the slots: a snapshot that later loads do not change.
 
         With ``donate`` the next load deletes it: read it anew at each step.
         """
@@ -232,7 +232,7 @@ class AdapterBank:
 
     @property
     def stats(self) -> Stats:
-        """The numbers of hits, misses, evictions and dropped adapters so far."""
+        """The numbers so far of hits, misses, evictions, and adapters dropped from a full host."""
         with self._lock:
             return self._names.stats
 

@@ -19,7 +19,7 @@ from lora_jax._weights.numbers import is_int
 def lora_routed(
     fn: Callable[..., Any], *, top_k: int = 2, temperature: float = 1.0
 ) -> Callable[..., Any]:
-    """Return ``fn`` over a stack of adapters, mixed anew for every token at every weight.
+    """Transform ``fn`` to mix a stack's adapters for each token and weight, by routing vectors.
 
     The returned function takes the arguments of ``fn``, with a LoraParams whose adapter is a stack,
     and ``lora_router``, a direction ``v[n]`` per adapter, as :func:`arrow` finds them. Where ``x``

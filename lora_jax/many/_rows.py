@@ -25,7 +25,7 @@ def lora_rows(
     out_axes: Any = 0,
     on_materialize: OnMaterialize = "error",
 ) -> Callable[..., Any]:
-    """Return ``fn`` over a stack of adapters, from which each batch row picks its own.
+    """Transform ``fn`` so that each batch row uses its own adapter of a stack.
 
     The returned function takes the arguments of ``fn``, with a LoraParams whose adapter is a stack,
     and ``lora_ids``, the number of a member per batch row. For row ``n`` it computes::

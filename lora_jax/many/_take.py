@@ -83,7 +83,7 @@ def replace_at(stacked: Stack, i: Any, adapter: LoraParams | Adapter) -> Stack:
 
 
 def take(tree: PyTree, indices: Any) -> PyTree:
-    """Return some members of a stack, and of trees that go with it, such as moments.
+    """Select members of a stack by index, and the same members of its optimizer state.
 
     It is ``x[indices]`` of every leaf, except for the bases of LoraParams, which have no axis of
     members. So ``trainable, frozen, opt_state = take((trainable, frozen, opt_state), best)`` is

@@ -17,7 +17,7 @@ Stack = TypeVar("Stack", LoraParams, Adapter)
 
 
 def unstack(stacked: Stack, *, trim: bool = True) -> list[Stack]:
-    """Take a stack apart: the inverse of :func:`stack`, up to what was filled in.
+    """Split a stack into its adapters, and trim zeros: the inverse of :func:`stack`.
 
     ``trim`` removes the last entries of a rank, down to rank 1, where both ``a`` and ``b`` are
     zero, and targets whose factors and scale are zero. A fresh adapter, with only ``b`` zero, stays

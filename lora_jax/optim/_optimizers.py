@@ -60,7 +60,7 @@ def lora_plus(tx: optax.GradientTransformation, ratio: float = 16.0) -> Any:
 def lora_fa(
     tx: optax.GradientTransformation, lora_params: LoraParams, damping: float = 1e-8
 ) -> Any:
-    """Replace the gradient of ``b`` by the one that moves ``W`` most while ``a`` is frozen.
+    """Replace the gradient of ``b`` by the best one for ``W`` while ``a`` is frozen (LoRA-FA).
 
     ``a`` never trains, so its inputs need not be kept for the backward pass. Among the updates of
     ``W`` that ``a`` allows, the one nearest to the gradient of ``W`` has::

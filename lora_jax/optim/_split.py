@@ -136,7 +136,7 @@ def split(lora_params: LoraParams) -> tuple[Adapter, LoraParams]:
         >>> jax.tree.map(jnp.shape, trainable.factors["query/kernel"])
         Factors(a=(3, 1), b=(1, 2), scale=None, layout='io')
         >>> lora_jax.combine(trainable, frozen)
-        LoraParams(1 adapted weights, 0 trained whole; trainable params: 5 || all params: 11 || trainable%: 45.5)
+        LoraParams(1 adapted weights, 0 full leaves; trainable params: 5 || all params: 11 || trainable%: 45.5)
     """  # noqa: E501
     _check_lora(lora_params, "split")
     base, adapter = lora_params

@@ -21,7 +21,7 @@ CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    r"""The names and axes that the parameters of a kind of model have in Hugging Face's files.
+    r"""The map from the paths of a kind of model to tensor names in Hugging Face's files.
 
     Attributes:
         names: the name of a module there, by the path of it here: patterns to templates, such as

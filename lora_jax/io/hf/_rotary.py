@@ -28,10 +28,10 @@ from lora_jax.io._torch import module_path
 def rotary_halves(
     params: PyTree, targets: str, head_dim: int, *, layout: Mapping[str, str] | None = None
 ) -> PyTree:
-    """Reorder queries and keys of a model that turns neighbours for one that turns halves.
+    """Reorder query and key weights from interleaved rotary pairs to half-split rotary.
 
     The pairs ``(0, 1), (2, 3), ...`` of every head become ``(0, d/2), (1, d/2 + 1), ...``. Use it,
-    for example, before :func:`save` of a Flax model that turns neighbours.
+    for example, before :func:`save` of a Flax model with interleaved pairs.
 
     Args:
         params: parameters, or a LoraParams, whose factors are reordered as well.
@@ -59,7 +59,7 @@ def rotary_halves(
 def rotary_pairs(
     params: PyTree, targets: str, head_dim: int, *, layout: Mapping[str, str] | None = None
 ) -> PyTree:
-    """Reverse :func:`rotary_halves`, for example after :func:`load`."""
+    """Reorder query and key weights from half-split rotary to interleaved pairs."""
     return _reordered(params, targets, head_dim, (2, -1), layout)
 
 

@@ -18,7 +18,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\
 
 @dataclass(frozen=True)
 class Source:
-    """Hold a model in files: its tensors and its configuration.
+    """A model on disk: its configuration, and its tensors, which are read one at a time.
 
     Attributes:
         where: the path.
@@ -31,7 +31,7 @@ class Source:
     config: dict[str, Any] | None
 
     def small(self) -> dict[str, Path | str]:
-        """Find the files beside the weights, of the model and its tokenizer: paths, or texts.
+        """Return the other files of the model and its tokenizer: a path, or the text to write.
 
         Raises:
             UserWarning: a GGUF file has a tokenizer of an unknown kind.
@@ -50,7 +50,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a folder, or a GGUF file.
+    """Open a model's folder or GGUF file as a :class:`Source`; no tensor is read yet.
 
     Raises:
         OSError: there is none.

@@ -16,7 +16,7 @@ from lora_jax.io.orbax._parts import Shardings, absolute, checkpointables, conte
 
 
 class Restored(NamedTuple):
-    """Hold what :meth:`Checkpointer.load` returns.
+    """A restored step: the result of :meth:`Checkpointer.load`.
 
     Attributes:
         step: the number of the step.
@@ -32,7 +32,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Write checkpoints while training goes on, one directory per step.
+    """A writer of checkpoints in the background of training, one directory per step.
 
     A process killed at any point leaves all complete steps. One process, or one group of JAX
     processes, writes to a directory; any process may read it.
@@ -90,7 +90,7 @@ class Checkpointer:
     def save(
         self, step: int, lora_params: Adapter | LoraParams, opt_state: Any = None, extra: Any = None
     ) -> bool:
-        """Save a step, if it is due, while training goes on.
+        """Save a step in the background, if the interval of the policy has passed.
 
         The arrays are copied before the call returns, so that the next step may donate them, and
         are written afterwards: call :meth:`wait`, or leave the ``with`` block, before you rely on

@@ -238,7 +238,7 @@ class Deberta(nn.Module):
 
 
 class Predictions(nn.Module):
-    """The transform, the product with the table of words, and a bias."""
+    """The masked-word head: a transform, the product with the word embeddings, and a bias."""
 
     config: Config
 
@@ -252,7 +252,7 @@ class Predictions(nn.Module):
 
 
 class Head(nn.Module):
-    """A wrapper that adds a name before that of the predictions, as in files."""
+    """A wrapper that adds one level to the paths of the predictions, as checkpoints have it."""
 
     config: Config
 
@@ -290,7 +290,7 @@ class SequenceClassifier(nn.Module):
 
 
 def rows_of_distances(length: int, config: Config) -> np.ndarray:
-    """Return the table row for the distance from each key to each query: ``[q, k]``.
+    """Return the row of the distance table for each query and key: ``[q, k]``.
 
     Near distances have a table row each; farther ones share a row per bucket of their logarithm.
     NumPy computes the rows: ``length`` is static, and no device's logarithm may move a boundary.

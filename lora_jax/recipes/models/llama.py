@@ -95,7 +95,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """A block as ``nn.scan`` takes it: from the residual stream to itself, and its cache."""
+    """A decoder block for ``nn.scan``: the carry is the hidden states, the output its cache."""
 
     model: "Llama"
 
@@ -145,7 +145,7 @@ class Llama(nn.Module):
     activations: NamedSharding | None = None
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """Shard activations as ``activations`` requires."""
+        """Constrain an activation to the sharding in the field ``activations``."""
         if self.activations is None:
             return x
         move = jax.sharding.reshard if self.explicit else jax.lax.with_sharding_constraint
@@ -240,7 +240,7 @@ def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array)
 
 
 def rotated(x: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
-    """Rotate ``x[batch, length, heads, head_dim]`` by positions, the first half to the second."""
+    """Apply rotary positions to ``x[batch, length, heads, head_dim]``, in the half-split layout."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]

@@ -225,7 +225,7 @@ class T5(nn.Module):
 
 
 def buckets(distances: np.ndarray, config: Config, bidirectional: bool) -> np.ndarray:
-    """Return the table rows for distances from queries to keys.
+    """Return the row of the bias table for each distance from a query to a key.
 
     Half of the rows stand for one distance each, the other half for equal steps of the logarithm.
     NumPy computes the rows: lengths are static, and no device's logarithm may move a boundary.
