@@ -163,9 +163,9 @@ def test_extract_refuses(refused, here, capsys):
     refused(
         *words, "none.*|n.*", match="'none.*|n.*' selects nothing. It matches only n: no weight of"
     )
-    for name, x in (("i", np.ones((2, 2), np.int8)), ("e", np.ones((0, 2))), ("v", np.ones(2))):
+    for name, x in (("i", np.ones((2, 2), bool)), ("e", np.ones((0, 2))), ("v", np.ones(2))):
         library.save_file({f"{name}.weight": x}, f"params/{name}")
-        message = {"i": "dtype int8", "e": "empty", "v": "1-D"}[name]
+        message = {"i": "dtype bool", "e": "empty", "v": "1-D"}[name]
         words = ("extract", f"params/{name}", f"params/{name}", "out", "--rank", "1", "--targets")
         refused(*words, ".*", match=f"{name}.weight: {message}")
     words = ("extract", "params/one", "params/two", "out", "--rank", "1", "--rest", "full")

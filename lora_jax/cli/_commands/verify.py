@@ -28,6 +28,7 @@ from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import TensorNames
+from lora_jax.io.hf._source import UnknownModelError
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._read import read
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
     options = {"names": names, "kinds": kinds}
     try:
         reason, fits = _seen(found, model, options), True
-    except UnknownBaseError:
+    except (UnknownBaseError, UnknownModelError):
         raise
     except ValueError as error:
         reason, fits = " ".join(str(error).split()), False

@@ -16,6 +16,10 @@ CONFIG = "config.json"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\.index\.json")
 
 
+class UnknownModelError(ValueError):
+    """The files of a model do not tell what its numbers mean."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Hold a model in files: its tensors and its configuration.

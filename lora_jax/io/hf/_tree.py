@@ -17,6 +17,7 @@ from lora_jax._weights.conventions import is_embedding
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
 from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
+from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import forms_in, own_others, own_parts
@@ -55,8 +56,10 @@ class TorchTree:
                 experts. Without one, tables are known by their names.
 
         Raises:
-            ValueError: the adapter's factors of experts do not tell which axis is read.
+            ValueError: the model is quantized; or the adapter's factors of experts do not tell
+                which axis is read.
         """
+        check_plain(source)
         names = {as_path(name): name for name in source.tensors}
         leaves = {path: source.tensors[name] for path, name in names.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
