@@ -13,8 +13,8 @@ from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._folder import Folder
 
 SHAPES = {
-    "h.0.attn.c_attn.weight": (4, 12),
-    "h.0.attn.c_attn.bias": (12,),
+    "h.0.attn.c_attn.weight": (4, 4),
+    "h.0.attn.c_attn.bias": (4,),
     "h.0.mlp.fc.weight": (8, 4),
     "wte.weight": (9, 4),
     "model.embed_tokens.weight": (9, 4),
