@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.conventions import is_embedding
+from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
 from lora_jax.io.hf._families import CONV1D, ties_of
@@ -163,6 +163,8 @@ def _is_table(path: str) -> bool:
     """Whether a weight is a lookup table by its name."""
     parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
     last = parts[-1].lower() if parts else ""
+    if is_head(last) or last.endswith(("_proj", "_projection", "_dense", "_linear")):
+        return False
     return is_embedding(f"{last}/weight") or last == "shared" or last.startswith("embed_")
 
 
