@@ -18,7 +18,8 @@ VECTORS = frozenset("bias scale b beta gamma offset mean var".split())
 _EMBEDDING = re.compile(r"(.*_)?(embed|embedding|embeddings|embedder|emb|wte|wpe)")
 
 _HEAD = frozenset(
-    "lm_head head classifier score logits logits_dense output_layer unembed unembedding".split()
+    "lm_head head classifier score logits logits_dense output_layer unembed unembedding "
+    "embed_out".split()
 )
 
 

@@ -103,6 +103,29 @@ def test_extract_of_other_layers(cli, here):
     assert main(["extract", "before", "after", "no", "--rank", "1"]) == 2
 
 
+DENSE = [f"layers.0.mlp.{x}" for x in ("shared_expert.up_proj", "shared_expert_gate", "shared.fc")]
+HEADS = ["embed_out", "lm_head"]
+TABLES = ["embed_in", "shared", "encoder.embed_tokens", "wte"]
+
+
+def test_extract_tells_dense_layers_from_heads_and_tables(cli, here):
+    before = {f"{x}.weight": np.asarray(floats(6, 4)) for x in (*DENSE, *HEADS, *TABLES)}
+    after = {name: x + np.asarray(floats(*x.shape)) for name, x in before.items()}
+    for folder, found in (("before", before), ("after", after)):
+        (here / folder).mkdir()
+        library.save_file(found, here / folder / "model.safetensors")
+        (here / folder / "config.json").write_text('{"model_type": "gpt_neox"}')
+    words = ("extract", "before", "after")
+    found = cli(*words, "dense", "--rank", "4", "--rest", "ignore", "--json")
+    assert sorted(row["path"] for row in found["entries"]) == sorted(f"{x}.weight" for x in DENSE)
+    cli(*words, "all", "--rank", "4", "--targets", ".*weight")
+    kinds = {row["path"]: row["kind"] for row in cli("inspect", "all", "--json")["entries"]}
+    assert kinds == dict.fromkeys(DENSE + HEADS, "Linear") | dict.fromkeys(TABLES, "Embedding")
+    cli("merge", "before", "all", "merged")
+    for name, x in tensors_of("merged").items():
+        assert_close(x, after[name])
+
+
 def test_extract_refuses(refused, here, capsys):
     words = ("extract", "model", "tuned", "out")
     refused(*words, match="one of the arguments --rank --energy is required")
@@ -163,9 +186,9 @@ def test_extract_refuses(refused, here, capsys):
     refused(
         *words, "none.*|n.*", match="'none.*|n.*' selects nothing. It matches only n: no weight of"
     )
-    for name, x in (("i", np.ones((2, 2), np.int8)), ("e", np.ones((0, 2))), ("v", np.ones(2))):
+    for name, x in (("i", np.ones((2, 2), bool)), ("e", np.ones((0, 2))), ("v", np.ones(2))):
         library.save_file({f"{name}.weight": x}, f"params/{name}")
-        message = {"i": "dtype int8", "e": "empty", "v": "1-D"}[name]
+        message = {"i": "dtype bool", "e": "empty", "v": "1-D"}[name]
         words = ("extract", f"params/{name}", f"params/{name}", "out", "--rank", "1", "--targets")
         refused(*words, ".*", match=f"{name}.weight: {message}")
     words = ("extract", "params/one", "params/two", "out", "--rank", "1", "--rest", "full")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -347,3 +348,18 @@ def test_gguf_files_are_models(cli, here, capsys):
     assert "19 of 21 entries" in cli("diff", "m.gguf", "out", status=1)
     cli("extract", "m.gguf", "out", "again", "--rank", "2")
     cli("diff", "again", "of_gguf", *EQUAL)
+
+
+def test_a_model_beside_what_an_adapter_left(cli, here):
+    """Trainers leave an adapter's configuration beside merged models; some keep its tensors."""
+    expected = cli("inspect", "tuned")
+    shutil.copy("adapter/adapter_config.json", "tuned")
+    assert cli("inspect", "tuned").partition(",")[0] == expected.partition(",")[0]
+    cli("merge", "tuned", "adapter", "out")
+    assert not Path("out/adapter_config.json").exists()
+    cli("extract", "model", "tuned", "found", "--rank", "2")
+    cli("diff", "found", "adapter", *EQUAL)
+    shutil.copy("adapter/adapter_model.safetensors", "tuned")
+    assert "PEFT adapter" in cli("inspect", "tuned")  # as transformers takes it
+    cli("verify", "tuned", "tuned")  # each as what it is asked for
+    cli("extract", "model", "tuned", "again", "--rank", "2")

@@ -621,3 +621,41 @@ def test_an_export_killed_at_any_moment_leaves_a_whole_model(kills, tmp_path):
         assert len(tensors) == 6
         (k,) = {float(f(x)) for x in tensors.values() for f in (np.min, np.max)}
         assert k in (count - 1, count)
+
+
+KEPT = """config.json generation_config.json tokenizer.json tokenizer_config.json vocab.json
+vocab.txt merges.txt special_tokens_map.json added_tokens.json tokenizer.model spiece.model
+source.spm sentencepiece.bpe.model qwen.tiktoken tekken.json chat_template.jinja chat_template.json
+preprocessor_config.json processor_config.json video_preprocessor_config.json normalizer.json
+vocab-src.json bpe.codes dict.txt entity_vocab.json LICENSE LICENSE.txt NOTICE modules.json
+sentence_bert_config.json vocab.bpe USE_POLICY.md""".split()
+
+LEFT = """adapter_config.json README.md training_args.bin optimizer.pt scheduler.pt rng_state.pth
+rng_state_0.pth trainer_state.json trainer_log.jsonl tokens_state.json axolotl_config.yaml
+all_results.json train_results.json debug.log latest zero_to_fp32.py loss.png args.json Modelfile
+pytorch_model.bin model.onnx tf_model.h5 flax_model.msgpack consolidated.safetensors
+adapter_model.safetensors other.safetensors.index.json .gitattributes hf_quant_config.json
+quantize_config.json""".split()
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_what_a_model_needs_is_copied_and_nothing_else(code, model, tmp_path):
+    for name in {*KEPT, *LEFT, "modeling_mine.py"} - {"config.json"}:
+        (model / name).write_text("{}")
+    (model / "optimizer").mkdir()
+    if code:
+        (model / "config.json").write_text('{"model_type": "llama", "auto_map": {}}')
+    params = hf.load(model, LIKE, **OPTIONS)
+    hf.merge(model, {}, tmp_path / "merged")
+    hf.save(tmp_path / "saved", params, source=model, **OPTIONS)
+    own = {"modeling_mine.py", "zero_to_fp32.py"} if code else set()
+    for out in ("merged", "saved"):
+        found = {p.name for p in (tmp_path / out).iterdir()}
+        assert found == {*KEPT, "tokenizer.json", "model.safetensors"} | own
+
+
+def test_code_of_a_tokenizer_is_copied(model, tmp_path):
+    (model / "tokenizer_config.json").write_text('{"auto_map": {}}')
+    (model / "tokenization_mine.py").write_text("")
+    hf.merge(model, {}, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenization_mine.py").exists()

@@ -147,3 +147,28 @@ def test_a_folder_comes_in_and_goes_out_merged(name, tmp_path):
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert_close(outputs(again.eval()), expected, **DEEP)
+
+
+@pytest.mark.parametrize("targets", [["c_proj", "query"], ["query", "c_attn", "c_fc", "q_attn"]])
+def test_a_transposed_decoder_inside_another_model(targets, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes = GPT2 | {"add_cross_attention": True}
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(transformers.ViTConfig(**IMAGE)),
+        decoder=transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)),
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets)
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    merged = adapted.merge_and_unload().state_dict()
+    there = transformers.VisionEncoderDecoderModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, x in merged.items():
+        assert_close(there[name].numpy(), x.numpy())

@@ -13,8 +13,8 @@ from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._folder import Folder
 
 SHAPES = {
-    "h.0.attn.c_attn.weight": (4, 12),
-    "h.0.attn.c_attn.bias": (12,),
+    "h.0.attn.c_attn.weight": (4, 4),
+    "h.0.attn.c_attn.bias": (4,),
     "h.0.mlp.fc.weight": (8, 4),
     "wte.weight": (9, 4),
     "model.embed_tokens.weight": (9, 4),
@@ -32,7 +32,7 @@ SHAPES = {
 
 def source(model_type=None, **config):
     """A model of these tensors, of which nothing can be read."""
-    dtypes = {"codes.weight": jnp.int8}
+    dtypes = {"codes.weight": bool}
     tensors = {
         name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.float32))
         for name, shape in SHAPES.items()
@@ -74,7 +74,7 @@ def test_what_takes_no_lora_and_why():
         "h/0/attn/c_attn/bias": "no weight of a module by its name",
         "experts/up": "no weight of a module by its name",
         "embed_norm/weight": "1-D",
-        "codes/weight": "dtype int8",
+        "codes/weight": "dtype bool",
         "empty/weight": "empty",
     }
 

@@ -218,12 +218,9 @@ def _tree_of(base: Checkpoint) -> TorchTree:
     Raises:
         ValueError: some layers may be stored transposed, and no configuration tells.
     """
-    tree = TorchTree.of(source_of(base))
-    if tree.doubtful:
-        raise ValueError(
-            f"{base.path} holds no config.json, whose model_type tells whether "
-            f"{min(tree.doubtful)!r} is stored transposed, as GPT-2's is"
-        )
+    source = source_of(base)
+    tree = TorchTree.of(source)
+    tree.check_axes(source, tree.doubtful)
     return tree
 
 

@@ -24,10 +24,11 @@ from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Map
+from lora_jax.io._torch import Map, as_path
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import TensorNames
+from lora_jax.io.hf._source import UnknownModelError
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._read import read
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
     options = {"names": names, "kinds": kinds}
     try:
         reason, fits = _seen(found, model, options), True
-    except UnknownBaseError:
+    except (UnknownBaseError, UnknownModelError):
         raise
     except ValueError as error:
         reason, fits = " ".join(str(error).split()), False
@@ -123,6 +124,9 @@ def _leaves_in(
     given = {name: x for name, x in options.items() if x is not None}
     names = TensorNames(wanted, dataclasses.replace(known, **given), source, None)
     leaves = {path: names.leaf(path) for path in wanted}
+    if "kinds" not in given:
+        adapted = {as_path(n) for p in wanted if p in adapter.factors for _, n in names.parts(p)}
+        TorchTree.of(source).check_axes(source, adapted)
     if record["base"] is not None:
         names.left_over(name for path in wanted for _, name in names.parts(path))
     return leaves

@@ -14,6 +14,7 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import as_path
+from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
 
 
@@ -49,9 +50,14 @@ def leaves_like(path: str) -> dict[str, Any]:
 
 
 def leaves_of(model: Checkpoint) -> dict[str, Any]:
-    """Return the tensors of a model by paths."""
+    """Return the tensors of a model by paths.
+
+    Raises:
+        ValueError: the model is quantized.
+    """
     if model.format == "orbax":
         return dict(model.tensors)
+    check_plain(source_of(model))
     return {as_path(name): tensor for name, tensor in model.tensors.items()}
 
 

@@ -30,10 +30,12 @@ def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
         return _file(path)
-    if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
+    if any((path / name).exists() for name in (TENSORS, "adapter_model.bin")):
         return open_peft(path)
-    if (path / shards.SINGLE).exists() or (path / shards.INDEX).exists():
+    if _has_model(path):  # PEFT and Trainer leave an adapter's configuration beside merged models
         return Checkpoint(path, "huggingface", shards.tensors_in(path))
+    if (path / CONFIG).exists():
+        return open_peft(path)
     if (path / "_CHECKPOINT_METADATA").exists() or (path / "config").is_dir():
         return _orbax(path)
     steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir())
@@ -70,10 +72,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         ValueError: there is an adapter.
     """
+    if _has_model(Path(path)):  # there may be an adapter beside it
+        return Checkpoint(Path(path), "huggingface", shards.tensors_in(path))
     found = open_path(path)
     if not isinstance(found, Checkpoint):
         raise ValueError(f"{path} is an adapter, expected a model")
     return found
+
+
+def _has_model(path: Path) -> bool:
+    return (path / shards.SINGLE).exists() or (path / shards.INDEX).exists()
 
 
 def _file(path: Path) -> AdapterFile | Checkpoint:

@@ -16,7 +16,7 @@ BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\
 
 # The dense layers that are stored [in, out], by path, and the models that have such layers.
 CONV1D = r".*/(c_attn|c_proj|c_fc|q_attn)/\w+"
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,8 +57,8 @@ def load(
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is damaged; the family is unknown; tensors are missing, left over, or of
-            another shape.
+        ValueError: a file is damaged; the model is quantized, or its family unknown; tensors are
+            missing, left over, or of another shape.
 
     Example:
         >>> import jax.numpy as jnp, tempfile

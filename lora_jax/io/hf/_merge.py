@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
+from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
@@ -45,7 +46,8 @@ def merge(
             float32, or ``dtype``.
         adapters: the folder of an adapter, or several with a weight each; ``{}`` writes the model
             as it is, such as that of a GGUF file.
-        folder: the folder to write, in one that exists.
+        folder: the folder to write, in one that exists. The configurations, tokenizer, license and
+            own code of the model are copied; no other files are.
         dtype: the dtype of the floating tensors; None leaves each as it is.
         shard_size: the largest size of a file, in bytes.
         config: changes of ``config.json``.
@@ -54,8 +56,8 @@ def merge(
 
     Raises:
         OSError: a file is missing, or cannot be read or written.
-        ValueError: an adapter is of another model, or cannot be merged exactly; or finite numbers
-            would be infinite in ``dtype``.
+        ValueError: the model is quantized; an adapter is of another model, or cannot be merged
+            exactly; or finite numbers would be infinite in ``dtype``.
     """
     opened = open_source(source)
     tensors = opened.tensors
@@ -86,6 +88,11 @@ def merge(
     written = {}
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, dtype)
+        if is_narrow(wanted) and any(change.changes(name) for change in changes):
+            raise ValueError(
+                f"{source}: {name!r} is {tensor.dtype}, and {wanted} would round most of an update "
+                "away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
+            )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     write_model(Output(folder, config, dtype, shard_size, overwrite, progress), written, opened)
 

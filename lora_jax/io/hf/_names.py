@@ -12,6 +12,7 @@ from lora_jax._weights.paths import nearest
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Map, Place, from_torch, to_torch, torch_shape
 from lora_jax.io.hf._families import BUFFERS, Family, ties_in
+from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source
 
 
@@ -27,6 +28,8 @@ class TensorNames:
     def __init__(
         self, leaves: Mapping[str, Any], family: Family, source: Source | None, new: str | None
     ):
+        if source is not None:
+            check_plain(source)
         self.places = Map(leaves, family.names, family.kinds, family.layout)
         self.tensors: Mapping[str, Tensor] = source.tensors if source else {}
         self.where = source.where if source else ""

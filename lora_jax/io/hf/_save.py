@@ -51,7 +51,7 @@ def save(
         family: as in :func:`load`. Without a source and without names, the paths with dots are the
             names.
         source: the folder or the GGUF file that the parameters came from. Its configuration,
-            tokenizer and other small files are copied; its tensors must be those written; what
+            tokenizer, license and own code are copied; its tensors must be those written; what
             :func:`load` left over is kept.
         names: as in :func:`load`.
         kinds: as in :func:`load`.
@@ -69,8 +69,8 @@ def save(
 
     Raises:
         OSError: the model cannot be written; FileExistsError without ``overwrite``.
-        ValueError: a leaf has no name; tensors of ``source`` are missing or have other shapes; or
-            finite numbers would be infinite in ``dtype``.
+        ValueError: a leaf has no name; ``source`` is quantized; its tensors are missing or have
+            other shapes; or finite numbers would be infinite in ``dtype``.
     """
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
     leaves = check(lora_params).leaves

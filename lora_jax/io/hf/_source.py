@@ -13,7 +13,24 @@ from lora_jax.io._tensor import Tensor
 from lora_jax.io.hf import _shards as shards
 
 CONFIG = "config.json"
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ot)|.*\.index\.json")
+
+# What a model needs beside its weights: its configurations, those of what prepares its inputs, the
+# words of its tokenizer, and its license; not what training or PEFT left there, nor a model card.
+_NEEDED = re.compile(
+    r"((generation|tokenizer|preprocessor|processor|video_preprocessor|image_processor"
+    r"|feature_extractor|sentence_bert|model)_)?config\.json|config_sentence_transformers\.json"
+    r"|modules\.json|params\.json|chat_template\.(json|jinja)|emoji\.json|encoder\.json"
+    r"|(special_tokens_map|added_tokens|normalizer)\.json|tekken\.json|tokenizer_checklist\.chk"
+    r"|(.*[_.-])?(tokenizer|vocab|merges|dict|spiece|sentencepiece|spm|spm_char|bpe)([_.-].*)?"
+    r"\.(json|jsonl|txt|model|bpe|codes|spm|chk)|.*\.(model|spm|tiktoken|jinja)|vocab|bpe\.codes"
+    r"|(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)([._-].*)?",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r".*\.py")
+
+
+class UnknownModelError(ValueError):
+    """The files of a model do not tell what its numbers mean."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,10 @@ class Source:
     config: dict[str, Any] | None
 
     def small(self) -> dict[str, Path | str]:
-        """Return the other files of the model and its tokenizer: a path, or the text to write.
+        """Return the other files that the model needs, by name: a path, or the text to write.
+
+        Those are configurations, the tokenizer's files, licenses, and code that a configuration
+        names.
 
         Raises:
             UserWarning: a GGUF file has a tokenizer of an unknown kind.
@@ -45,8 +65,13 @@ class Source:
             except ValueError as error:
                 warnings.warn(f"no tokenizer is written: {error}", stacklevel=4)
                 return {}
-        files = (p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith("."))
-        return {p.name: p for p in files if not _WEIGHTS.fullmatch(p.name)}
+        found = {p.name: p for p in sorted(path.iterdir()) if p.is_file()}
+        has_code = "auto_map" in (self.config or {}) or _has_code(path / "tokenizer_config.json")
+        return {
+            name: p
+            for name, p in found.items()
+            if _NEEDED.fullmatch(name) or (has_code and _CODE.fullmatch(name))
+        }
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -66,6 +91,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG} holds {type(config).__name__}, expected an object")
     return Source(str(path), tensors, config)
+
+
+def _has_code(path: Path) -> bool:
+    """Whether a configuration names code of its own."""
+    return path.is_file() and "auto_map" in read_json(path)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -5,7 +5,7 @@ whether it is another tensor as well, and whether its numbers are the weight.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.conventions import is_embedding
+from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
-from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
-from lora_jax.io.hf._source import Source
+from lora_jax.io.hf._families import CONV1D, ties_of
+from lora_jax.io.hf._quantized import check_plain
+from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
+from lora_jax.io.hf._transposed import transposed
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import forms_in, own_others, own_parts
 
@@ -35,7 +37,7 @@ class TorchTree:
         kinds: the kinds that a layout does not tell, those of transposed layers, by pattern.
         names: the names of the tensors, by path.
         ties: the tensors that share their numbers with another: the other's name by the name.
-        doubtful: the paths of layers that some models store transposed, if the model is not known.
+        doubtful: the paths of dense layers that may be stored transposed or not.
     """
 
     leaves: Mapping[str, Any]
@@ -55,20 +57,25 @@ class TorchTree:
                 experts. Without one, tables are known by their names.
 
         Raises:
-            ValueError: the adapter's factors of experts do not tell which axis is read.
+            ValueError: the model is quantized; or nothing tells which axis of an adapted weight
+                is read.
         """
+        check_plain(source)
         names = {as_path(name): name for name in source.tensors}
         leaves = {path: source.tensors[name] for path, name in names.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
-        conv1d = [path for path in matrices if re.fullmatch(CONV1D, path)]
-        kind = (source.config or {}).get("model_type")
-        forms: _Forms = {path: ("io", "Conv1D") for path in conv1d if kind in CONV1D_MODELS}
+        turned = transposed(leaves, source.config, adapter)
+        forms: _Forms = {path: ("io", "Conv1D") for path, known in turned.items() if known}
         if adapter is not None:
             forms |= forms_in(adapter, leaves)
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
-        doubtful = () if source.config is not None else tuple(conv1d)
-        return _tree(leaves, forms, names=names, ties=ties_of(source.config), doubtful=doubtful)
+        doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
+        more = {"names": names, "ties": ties_of(source.config), "doubtful": doubtful}
+        tree = _tree(leaves, forms, **more)
+        if adapter is not None:
+            tree.check_axes(source, (as_path(f"{name}.weight") for name in adapter.modules))
+        return tree
 
     @classmethod
     def own(cls, adapter: Folder) -> "TorchTree":
@@ -87,6 +94,27 @@ class TorchTree:
         letters = {path: f.layout for path, f in adapter.factors.items()}
         forms: _Forms = {path: (own, _kind_of(path, own)) for path, own in letters.items()}
         return _tree(leaves, forms)
+
+    def check_axes(self, source: Source, paths: Iterable[str]) -> None:
+        """Raise if nothing tells whether one of these weights is stored transposed.
+
+        Raises:
+            UnknownModelError: nothing does.
+        """
+        path = min(set(paths) & set(self.doubtful), default=None)
+        if path is None:
+            return
+        if source.config is None:
+            raise UnknownModelError(
+                f"{source.where} holds no {CONFIG}, whose model_type tells whether {path!r} is "
+                "stored transposed, as GPT-2's is: put it there"
+            )
+        raise UnknownModelError(
+            f"{source.where}: {self.names[path]!r} is square, and the adapter's fan_in_fan_out is "
+            "true: whether it is stored transposed is not known. If it is not, set fan_in_fan_out "
+            "to false in adapter_config.json; if it is, load the adapter into parameters by "
+            "peft.load with kinds={...: 'Conv1D'}, and write them by hf.save with the same kinds"
+        )
 
     def options(self, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the kinds and the layout, as loading and saving take them; those given win."""
@@ -135,6 +163,8 @@ def _is_table(path: str) -> bool:
     """Whether a weight is a lookup table by its name."""
     parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
     last = parts[-1].lower() if parts else ""
+    if is_head(last) or last.endswith(("_proj", "_projection", "_dense", "_linear")):
+        return False
     return is_embedding(f"{last}/weight") or last == "shared" or last.startswith("embed_")
 
 

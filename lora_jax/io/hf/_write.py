@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.io._files import write_json, written_aside
 from lora_jax.io._tensor import Progress, Tensor, counted
 from lora_jax.io.hf import _shards as shards
+from lora_jax.io.hf._quantized import without_quantization
 from lora_jax.io.hf._source import CONFIG, Source
 
 
@@ -87,5 +88,5 @@ def write_model(output: Output, tensors: Mapping[str, Tensor], source: Source | 
             else:
                 (aside / name).write_text(file, encoding="utf-8")
         if changes or (before and CONFIG not in small):
-            write_json(aside / CONFIG, before | changes)
+            write_json(aside / CONFIG, without_quantization(before | changes))
         shards.write(aside, tensors, shard_size=shard_size, metadata={"format": "pt"})
