@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.conventions import is_embedding
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
+from lora_jax.io._fit import fitted
+from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
 from lora_jax.io.hf._source import Source
 from lora_jax.io.peft._folder import Folder
@@ -36,6 +37,7 @@ class TorchTree:
         names: the names of the tensors, by path.
         ties: the tensors that share their numbers with another: the other's name by the name.
         doubtful: the paths of layers that some models store transposed, if the model is not known.
+        modules: the names of the modules in the adapter, by their paths; None if they are the same.
     """
 
     leaves: Mapping[str, Any]
@@ -44,31 +46,40 @@ class TorchTree:
     names: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     doubtful: tuple[str, ...] = ()
+    modules: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, source: Source, adapter: Folder | None = None) -> "TorchTree":
+    def of(cls, source: Source, adapter: Folder | None = None, names: Names = None) -> "TorchTree":
         """Make the tree of a model.
 
         Args:
             source: the model.
             adapter: an adapter of it: its files tell which tensors are tables, and the axes of
                 experts. Without one, tables are known by their names.
+            names: the names of modules in the adapter, by their paths in the model; those that it
+                does not name are the same, but for prefixes and what transformers renamed.
 
         Raises:
-            ValueError: the adapter's factors of experts do not tell which axis is read.
+            ValueError: the adapter's factors of experts do not tell which axis is read, or its
+                modules may be several of the model's.
         """
-        names = {as_path(name): name for name in source.tensors}
-        leaves = {path: source.tensors[name] for path, name in names.items()}
+        stored = {as_path(name): name for name in source.tensors}
+        leaves = {path: source.tensors[name] for path, name in stored.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
         conv1d = [path for path in matrices if re.fullmatch(CONV1D, path)]
         kind = (source.config or {}).get("model_type")
         forms: _Forms = {path: ("io", "Conv1D") for path in conv1d if kind in CONV1D_MODELS}
+        modules = None
         if adapter is not None:
-            forms |= forms_in(adapter, leaves)
+            own = {as_name(m): m for m in (module_path(path, leaves)[0] for path in leaves)}
+            found = fitted(adapter.named, own, source.where, names)
+            modules = {own[name]: new for name, new in found.items()}
+            forms |= forms_in(adapter, leaves, modules)
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
         doubtful = () if source.config is not None else tuple(conv1d)
-        return _tree(leaves, forms, names=names, ties=ties_of(source.config), doubtful=doubtful)
+        more = {"doubtful": doubtful, "modules": modules}
+        return _tree(leaves, forms, names=stored, ties=ties_of(source.config), **more)
 
     @classmethod
     def own(cls, adapter: Folder) -> "TorchTree":
@@ -94,7 +105,8 @@ class TorchTree:
 
     def places(self, names: Names = None, kinds: Mapping[str, str] | None = None) -> Map:
         """Return the places of the leaves."""
-        return Map(self.leaves, names, **self.options(kinds))
+        named = names if self.modules is None else self.modules.__getitem__
+        return Map(self.leaves, named, **self.options(kinds))
 
 
 def is_torch(adapter: Adapter) -> bool:
