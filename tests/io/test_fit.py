@@ -72,7 +72,9 @@ def test_of_two_that_would_do_none_is_chosen():
     message = "'h.0.q' may be any of ['text_model.h.0.q', 'vision_model.h.0.q']: pass the one"
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         fitted(["h.0.q"], modules, "m")
-    remedy = eval(re.search("names=({.*?})", str(error.value))[1])
+    offered = re.search("names=({.*?})", str(error.value))
+    assert offered is not None
+    remedy = eval(offered[1])
     assert fitted(["h.0.q"], modules, "m", remedy)["text_model.h.0.q"] == "h.0.q"
     both = {r"(text|vision)_model/(.+)": r"\1.\2"}
     assert fitted(["vision.h.0.q"], modules, "m", both)["vision_model.h.0.q"] == "vision.h.0.q"
