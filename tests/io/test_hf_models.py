@@ -172,3 +172,80 @@ def test_a_transposed_decoder_inside_another_model(targets, tmp_path):
     there = transformers.VisionEncoderDecoderModel.from_pretrained(tmp_path / "out").state_dict()
     for name, x in merged.items():
         assert_close(there[name].numpy(), x.numpy())
+
+
+OPT = {"vocab_size": 40, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24}
+OPT |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+VISION = {"depth": 2, "embed_dim": 16, "num_heads": 4, "hidden_size": 16, "patch_size": 4}
+# The family, the model and its sizes, what to adapt, and the part that is saved bare.
+BARE = {
+    "BERT": ("Bert", "ForSequenceClassification", WORDS, ["query", "dense"], "bert"),
+    "RoBERTa": ("Roberta", "ForTokenClassification", WORDS, ["query", "dense"], "roberta"),
+    "GPT-2": ("GPT2", "LMHeadModel", GPT2, ["c_attn", "c_proj"], "transformer"),
+    "OPT": ("OPT", "ForCausalLM", OPT, ["q_proj", "fc1"], "model"),
+    "Llama": ("Llama", "ForCausalLM", GROUPED, ["q_proj", "down_proj"], "model"),
+    "ViT": ("ViT", "ForImageClassification", IMAGE, ["query"], "vit"),
+}
+
+
+def adapter_of(peft, torch, model, targets, folder):
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+def assert_state(found, expected, base):
+    """Compare two states; the one that is expected is not that of the base."""
+    assert any((base[name] != x).any() for name, x in expected.items())
+    for name, x in expected.items():
+        assert_close(found[name].numpy(), x.numpy())
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+@pytest.mark.parametrize("name", BARE)
+def test_bare_models_and_adapters_of_models_with_heads(name, is_bare, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    family, kind, sizes, targets, part = BARE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, family + kind)(config)
+    inner = getattr(model, part)
+    (inner if is_bare else model).save_pretrained(tmp_path / "model")
+    base = {name: x.clone() for name, x in inner.state_dict().items()}
+    merged = adapter_of(peft, torch, model if is_bare else inner, targets, tmp_path / "adapter")
+    hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    expected = (getattr(merged, part) if is_bare else merged).state_dict()
+    again = type(inner).from_pretrained(tmp_path / "out")
+    assert_state(again.state_dict(), expected, base)
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2VL", "Gemma3"])
+def test_models_of_pictures_and_text(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    text, image, more = GROUPED | {"head_dim": 4}, IMAGE, {}
+    if name == "Llava":
+        text, image = text | {"model_type": "llama"}, image | {"model_type": "clip_vision_model"}
+        more = {"image_token_index": 39}
+    elif name == "Qwen2VL":
+        text, image = GROUPED | MROPE, VISION | {"mlp_ratio": 2}
+    else:
+        more = {"mm_tokens_per_image": 4}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=image, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    model.save_pretrained(tmp_path / "model")
+    base = {name: x.clone() for name, x in model.state_dict().items()}
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    targets = sorted({"q_proj", "fc1", "qkv", "linear_1"} & set(names))
+    merged = adapter_of(peft, torch, model, targets, tmp_path / "adapter")
+    hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert_state(again.state_dict(), merged.state_dict(), base)

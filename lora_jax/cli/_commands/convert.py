@@ -15,6 +15,7 @@ from lora_jax.cli._options import DTYPES, FORMATS, add_names, names_and_kinds, w
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
+    fitted_leaves,
     leaves_like,
     recorded_leaves,
     source_like,
@@ -106,6 +107,8 @@ def to_peft(
     assert found.native is not None
     adapter = found.native[0]
     leaves = leaves_like(like) if like else recorded_leaves(found)
+    if leaves and like and source_like(like):
+        leaves = fitted_leaves(leaves, adapter, like)
     named = names
     if leaves is None:
         leaves, rest = adapted_leaves(adapter), "(leaves that are not known)"
@@ -178,7 +181,7 @@ def _places(folder: Folder, args: argparse.Namespace) -> Map:
     if args.like is None:
         return _own_tree(folder).places(names, kinds)
     if source := source_like(args.like):
-        return TorchTree.of(source, folder).places(names, kinds)
+        return TorchTree.of(source, folder, names).places(kinds=kinds)
     return Map(leaves_like(args.like), names, kinds)
 
 

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
         )
     if len({os.path.realpath(path) for path in args.adapters}) < len(args.adapters):
         raise ValueError("an adapter is there twice: add up its weights")
-    names, kinds = names_and_kinds(args)
+    given, kinds = names_and_kinds(args)
+    names = given
     source = open_source(args.model)
     family = FAMILIES.get((source.config or {}).get("model_type", ""))
     if names is None and family is not None:
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
             args.model,
             dict(zip(paths, weights, strict=True)),
             out,
+            names=given,
             dtype=args.dtype,
             shard_size=args.shard_size,
             overwrite=args.overwrite,

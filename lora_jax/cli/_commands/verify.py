@@ -15,6 +15,7 @@ from lora_jax.cli._options import add_names, names_and_kinds
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
+    fitted_leaves,
     leaves_of,
     recorded_leaves,
     source_of,
@@ -73,12 +74,15 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> 
         if model.format == "orbax":
             read(found.folder, Map(leaves_of(model), **options))
         else:
-            Change(found.folder, source_of(model), 1.0)
+            Change(found.folder, source_of(model), 1.0, options.get("names"))
         entries = len(found.updates) + len(found.full)
         return f"each of its {entries} entries has its place, of the right shape"
     assert found.native is not None
-    if model.format == "orbax" or (not found.native[1]["base"] and is_torch(found.native[0])):
+    if model.format == "orbax":
         return _native(found, leaves_of(model), model)
+    if not found.native[1]["base"] and is_torch(found.native[0]):
+        leaves = fitted_leaves(leaves_of(model), found.native[0], str(model.path))
+        return _native(found, leaves, model)
     return _native(found, _leaves_in(found, model, options), model)
 
 

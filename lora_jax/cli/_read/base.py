@@ -12,8 +12,9 @@ from lora_jax._adapter.params import Adapter
 from lora_jax._weights.ranges import split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
+from lora_jax.io._fit import fitted
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import as_path
+from lora_jax.io._torch import as_name, as_path, module_path
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
 
@@ -59,6 +60,18 @@ def leaves_of(model: Checkpoint) -> dict[str, Any]:
         return dict(model.tensors)
     check_plain(source_of(model))
     return {as_path(name): tensor for name, tensor in model.tensors.items()}
+
+
+def fitted_leaves(leaves: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, Any]:
+    """Name the leaves of a model's files as an adapter does, which may have another prefix."""
+    keys = [split_range(key)[0] for key in (*adapter.factors, *adapter.full)]
+    modules = {path: module_path(path, leaves)[0] for path in leaves}
+    wanted = [as_name(module_path(key)[0]) for key in keys]
+    names = fitted(wanted, [as_name(module) for module in modules.values()], where)
+    return {
+        as_path(names[as_name(module)]) + path.removeprefix(module): leaves[path]
+        for path, module in modules.items()
+    }
 
 
 def source_of(model: Checkpoint) -> Source:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
+from lora_jax.io._torch import Names
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._tree import TorchTree
@@ -27,6 +28,7 @@ def merge(
     adapters: str | os.PathLike[str] | Mapping[str | os.PathLike[str], float],
     folder: str | os.PathLike[str],
     *,
+    names: Names = None,
     dtype: Any = None,
     shard_size: int = 5 * 10**9,
     config: Mapping[str, Any] | None = None,
@@ -48,6 +50,10 @@ def merge(
             as it is, such as that of a GGUF file.
         folder: the folder to write, in one that exists. The configurations, tokenizer, license and
             own code of the model are copied; no other files are.
+        names: the names of modules in the adapters, by their paths in the model's files
+            (``encoder/layer/0/output/dense``), as in :func:`lora_jax.io.peft.save`. Those that it
+            does not name are the same but for a prefix (``bert.``, ``_orig_mod.``) that one of the
+            two lacks, or for what transformers 4.52 renamed.
         dtype: the dtype of the floating tensors; None leaves each as it is.
         shard_size: the largest size of a file, in bytes.
         config: changes of ``config.json``.
@@ -67,7 +73,7 @@ def merge(
             "transposed, as GPT-2's are"
         )
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    changes = [Change(Folder.open(path), opened, weight) for path, weight in weights.items()]
+    changes = [Change(Folder.open(path), opened, weight, names) for path, weight in weights.items()]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
             change.check_adds()
@@ -116,9 +122,9 @@ class Change:
         updates: the factors that are added to a tensor.
     """
 
-    def __init__(self, adapter: Folder, source: Source, weight: float):
+    def __init__(self, adapter: Folder, source: Source, weight: float, names: Names):
         self.where, self.weight = adapter.where, weight
-        tree = TorchTree.of(source, adapter)
+        tree = TorchTree.of(source, adapter, names)
         contents = read(adapter, tree.places())
         if contents.redone:
             raise adapter.error(

@@ -15,7 +15,10 @@ from lora_jax.io.peft._folder import Folder
 
 
 def transposed(
-    leaves: Mapping[str, Any], config: Mapping[str, Any] | None, adapter: Folder | None
+    leaves: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    adapter: Folder | None,
+    modules: Mapping[str, str] | None = None,
 ) -> dict[str, bool | None]:
     """Tell which dense weights are stored transposed, by path; None if that is not known.
 
@@ -23,9 +26,17 @@ def transposed(
         leaves: the tensors of the model by path.
         config: the configuration of the model, or None.
         adapter: an adapter of it, or None.
+        modules: the adapter's names of the modules by their paths; None: the paths with dots.
     """
     dense = {p: x.shape for p, x in leaves.items() if p.endswith("/weight") and len(x.shape) == 2}
-    shown = {path: _shown(path, shape, leaves, adapter) for path, shape in dense.items()}
+    factors = {
+        path: adapter.modules.get((modules or {}).get(module, as_name(module)), {})
+        for path, module in ((path, path.removesuffix("/weight")) for path in dense)
+        if adapter is not None
+    }
+    shown = {
+        path: _shown(path, shape, leaves, factors.get(path, {})) for path, shape in dense.items()
+    }
     known: dict[tuple[str, bool], set[bool]] = {}  # of each stack, those of the usual names apart
     for path, value in shown.items():
         if value is not None:
@@ -47,7 +58,7 @@ def transposed(
 
 
 def _shown(
-    path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], adapter: Folder | None
+    path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], factors: Mapping[str, Any]
 ) -> bool | None:
     """Tell by the bias or the factors whether a weight is transposed; None if neither does."""
     if shape[0] == shape[1]:
@@ -56,8 +67,7 @@ def _shown(
     bias = leaves.get(f"{module}/bias")
     if bias is not None and len(bias.shape) == 1 and bias.shape[0] in shape:
         return bias.shape[0] == shape[1]
-    tensors = adapter.modules.get(as_name(module), {}) if adapter is not None else {}
-    a, b = (tensors[role].shape if role in tensors else () for role in LINEAR)
+    a, b = (factors[role].shape if role in factors else () for role in LINEAR)
     sizes = (*a[1:], *b[:1])
     return sizes == shape if sizes in (shape, shape[::-1]) else None
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
+from lora_jax.io._fit import fitted
+from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._families import CONV1D, ties_of
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
@@ -38,6 +39,7 @@ class TorchTree:
         names: the names of the tensors, by path.
         ties: the tensors that share their numbers with another: the other's name by the name.
         doubtful: the paths of dense layers that may be stored transposed or not.
+        modules: the names of the modules in the adapter, by their paths; None if they are the same.
     """
 
     leaves: Mapping[str, Any]
@@ -46,35 +48,40 @@ class TorchTree:
     names: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     doubtful: tuple[str, ...] = ()
+    modules: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, source: Source, adapter: Folder | None = None) -> "TorchTree":
+    def of(cls, source: Source, adapter: Folder | None = None, names: Names = None) -> "TorchTree":
         """Make the tree of a model.
 
         Args:
             source: the model.
             adapter: an adapter of it: its files tell which tensors are tables, and the axes of
                 experts. Without one, tables are known by their names.
+            names: the names of modules in the adapter, by their paths in the model; those that it
+                does not name are the same, but for prefixes and what transformers renamed.
 
         Raises:
-            ValueError: the model is quantized; or nothing tells which axis of an adapted weight
-                is read.
+            ValueError: the model is quantized; nothing tells which axis of an adapted weight is
+                read; or the adapter's modules may be several of the model's.
         """
         check_plain(source)
-        names = {as_path(name): name for name in source.tensors}
-        leaves = {path: source.tensors[name] for path, name in names.items()}
+        stored = {as_path(name): name for name in source.tensors}
+        leaves = {path: source.tensors[name] for path, name in stored.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
-        turned = transposed(leaves, source.config, adapter)
+        modules = None if adapter is None else _fitted(leaves, adapter, source.where, names)
+        turned = transposed(leaves, source.config, adapter, modules)
         forms: _Forms = {path: ("io", "Conv1D") for path, known in turned.items() if known}
-        if adapter is not None:
-            forms |= forms_in(adapter, leaves)
+        if adapter is not None and modules is not None:
+            forms |= forms_in(adapter, leaves, modules)
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
         doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
-        more = {"names": names, "ties": ties_of(source.config), "doubtful": doubtful}
-        tree = _tree(leaves, forms, **more)
-        if adapter is not None:
-            tree.check_axes(source, (as_path(f"{name}.weight") for name in adapter.modules))
+        more = {"names": stored, "ties": ties_of(source.config), "doubtful": doubtful}
+        tree = _tree(leaves, forms, modules=modules, **more)
+        if adapter is not None and modules is not None:
+            adapted = [path for path, name in modules.items() if name in adapter.modules]
+            tree.check_axes(source, (f"{path}/weight" for path in adapted))
         return tree
 
     @classmethod
@@ -122,7 +129,8 @@ class TorchTree:
 
     def places(self, names: Names = None, kinds: Mapping[str, str] | None = None) -> Map:
         """Return the places of the leaves."""
-        return Map(self.leaves, names, **self.options(kinds))
+        named = names if self.modules is None else self.modules.__getitem__
+        return Map(self.leaves, named, **self.options(kinds))
 
 
 def is_torch(adapter: Adapter) -> bool:
@@ -131,6 +139,13 @@ def is_torch(adapter: Adapter) -> bool:
         path.endswith("/weight") and re.fullmatch("oi{1,4}", f.layout)
         for path, f in adapter.factors.items()
     )
+
+
+def _fitted(leaves: Mapping[str, Any], adapter: Folder, where: str, names: Names) -> dict[str, str]:
+    """Name the modules of a model as an adapter does, by their paths."""
+    own = {as_name(m): m for m in (module_path(path, leaves)[0] for path in leaves)}
+    found = fitted(adapter.named, own, where, names)
+    return {own[name]: new for name, new in found.items()}
 
 
 def _tree(leaves: Mapping[str, Any], forms: _Forms, **more: Any) -> TorchTree:

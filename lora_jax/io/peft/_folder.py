@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_jax.io.peft._axes import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PREFIX, R
 from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
 
+_WRAPPERS = r"(\.(base_layer|original_module|modules_to_save|token_adapter))+$"
 _ROLES = (*LINEAR, *EMBEDDING, BIAS, MAGNITUDE, ROWS)
 
 
@@ -65,6 +67,12 @@ class Folder:
         """The other tensors by name: biases, modules to save, and copies of the base's."""
         marks = tuple(f".{role}" for role in _ROLES)
         return {name: x for name, x in self.tensors.items() if not name.endswith(marks)}
+
+    @functools.cached_property
+    def named(self) -> list[str]:
+        """The names of all modules that it has tensors of."""
+        names = [*self.modules, *(name.rpartition(".")[0] for name in self.others)]
+        return list(dict.fromkeys(re.sub(_WRAPPERS, "", name) for name in names))
 
     def array(self, name: str) -> np.ndarray:
         """Return a tensor that must be there, in float32 at least."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.io._torch import Kind, Place, as_name, as_path, module_path
+from lora_jax.io._torch import Kind, Place, as_path, module_path
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,
@@ -93,9 +93,14 @@ def own_others(folder: Folder) -> dict[str, np.ndarray]:
     return found
 
 
-def forms_in(folder: Folder, leaves: Mapping[str, Any]) -> dict[str, tuple[str, Kind]]:
-    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path."""
-    modules = {path: as_name(module_path(path)[0]) for path in leaves}
+def forms_in(
+    folder: Folder, leaves: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, tuple[str, Kind]]:
+    """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path.
+
+    ``names`` are those of the modules in the adapter, by their paths.
+    """
+    modules = {path: names[module_path(path, leaves)[0]] for path in leaves}
     parameters = configs.target_parameters(folder.config, modules.values())
     nested = wrappers(parameters, PARAMETER_ORDER)
     found: dict[str, tuple[str, Kind]] = {}
