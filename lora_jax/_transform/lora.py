@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _jax
+from lora_jax._adapter.factors import Rows
 from lora_jax._adapter.params import Adapter
 from lora_jax._transform import rules as rules  # they enter the table
 from lora_jax._transform.call import Call, enter
@@ -221,7 +222,10 @@ def _misread(record: Record, owner: int, adapter: Adapter, leaves: Mapping[str, 
         uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.has_roles]
         if not (uses and inputs and outputs) or any(use.why for use in uses):
             continue  # which axes are read is not known, or makes no difference
-        if not any((big & use.contracted) - batch == inputs for use in uses):
+        # An output head writes the rows that train; a table reads them.
+        heads = [use for use in uses if isinstance(f, Rows) and use.primitive == "dot_general"]
+        read = [(use, inputs) for use in uses] + [(use, outputs) for use in heads]
+        if not any((big & use.contracted) - batch == axes for use, axes in read):
             use = uses[0]
             seen = "".join(
                 letter if i not in big else use.role(i) for i, letter in enumerate(f.layout)

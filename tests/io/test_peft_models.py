@@ -289,6 +289,12 @@ CASES = {
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3]}},
         {},
     ),
+    "Llama, rows of the head": (
+        "Llama",
+        {"target_modules": ["q_proj"]}
+        | {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [2, 39]}},
+        {},
+    ),
     "Llama, the head adapted": ("Llama", {"target_modules": ["q_proj", "lm_head"]}, {}),
     "RoBERTa, a head of two layers": (
         "RoBERTa",

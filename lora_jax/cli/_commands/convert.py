@@ -31,6 +31,8 @@ from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+from lora_jax.io.peft._save import write as write_peft
+from lora_jax.io.peft._uniform import uniform_files
 
 EXAMPLE = "adapter adapter.safetensors --to safetensors"
 
@@ -44,6 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
     add("--like", metavar="PATH", help="model or adapter with the tree of paths")
     add("--base-model", metavar="NAME", help="for PEFT's configuration")
+    add("--uniform", action="store_true", help="one rank and one scale, for llama.cpp and SGLang")
     add("--for-vllm", action="store_true", help="refuse what vLLM would")
     add("--dtype", choices=DTYPES, help="of a model's floating tensors")
     add("--overwrite", action="store_true", help="replace what is there")
@@ -57,7 +60,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
     _check_options(found, args)
     names, kinds = names_and_kinds(args)
     with writing(args.out, overwrite=args.overwrite) as out:
-        if args.to == "peft":
+        if args.to == "peft" and found.folder is not None:
+            _made_uniform(found.folder, out, args)
+        elif args.to == "peft":
             to_peft(
                 found,
                 out,
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 names=names,
                 kinds=kinds,
                 base_model=args.base_model,
+                uniform=args.uniform,
                 for_vllm=args.for_vllm,
                 overwrite=args.overwrite,
             )
@@ -82,10 +88,12 @@ def _check_options(found: AdapterFile, args: argparse.Namespace) -> None:
     if args.to == "hf" or args.dtype:
         option = "--dtype" if args.dtype else "--to hf"
         raise ValueError(f"{option} is for models, and {args.path} is an adapter: merge it")
-    if args.to == found.format:
+    if args.to == found.format and not args.uniform:
         raise ValueError(f"{args.path} is in the format {args.to} already")
-    if args.to != "peft" and (args.for_vllm or args.base_model):
-        option = "--for-vllm" if args.for_vllm else "--base-model"
+    of_peft = {"--uniform": args.uniform, "--for-vllm": args.for_vllm}
+    of_peft |= {"--base-model": args.base_model}
+    if args.to != "peft" and any(of_peft.values()):
+        option = next(name for name, given in of_peft.items() if given)
         raise ValueError(f"{option} goes with --to peft, and this is --to {args.to}")
     if found.native is None and args.names and not args.like:
         raise ValueError(
@@ -141,6 +149,14 @@ def _from_native(found: AdapterFile, out: Path, to: str, show: Show, *, overwrit
     if about := safetensors.about(found.path):
         show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
     write_adapter(out, *found.native)
+
+
+def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:
+    """Write an adapter of PEFT's with one rank and one scale, and all else as it is."""
+    tensors, config = uniform_files(folder)
+    if args.base_model:
+        config["base_model_name_or_path"] = args.base_model
+    write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
 
 
 def _from_peft(found: AdapterFile, out: Path, args: argparse.Namespace) -> None:

@@ -96,6 +96,12 @@ def write(
     }
 
 
+def one_scale(rank: int) -> dict[str, Any]:
+    """Write the keys of an adapter whose modules all have this rank, and scale 1."""
+    patterns = {"rank_pattern": {}, "alpha_pattern": {}}
+    return {"r": rank, "lora_alpha": rank, "use_rslora": False, **patterns}
+
+
 def _alpha(rank: int, scale: np.float32, rslora: bool) -> float | int:
     """Find the roundest alpha that gives the very scale."""
     divisor = math.sqrt(rank) if rslora else rank
@@ -156,13 +162,13 @@ def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[s
     refused = []
     if config["bias"] != "none":
         refused.append(f"bias={config['bias']!r}: it has no trained biases")
-    if config["use_dora"]:
+    if config.get("use_dora"):
         refused.append("DoRA: merge instead, or train without")
     if more := sorted(
-        {n.rpartition(".")[2] for n in config["modules_to_save"] or ()} - _VLLM_SAVES
+        {n.rpartition(".")[2] for n in config.get("modules_to_save") or ()} - _VLLM_SAVES
     ):
         refused.append(f"fully trained modules, {more}: only {sorted(_VLLM_SAVES)}")
-    if config["trainable_token_indices"]:
+    if config.get("trainable_token_indices"):
         refused.append("rows of an embedding that train on their own")
     if (rank := max([config["r"], *config["rank_pattern"].values()])) > _VLLM_RANK:
         refused.append(f"rank {rank}: at most {_VLLM_RANK}")

@@ -99,19 +99,26 @@ def stacked(path: str, parts: Sequence[Part], leaf: Any) -> Iterator[tuple[str, 
 
 def _factors(parts: Sequence[Part], batch: tuple[int, ...], layout: str) -> Factors:
     """Stack factors along ``batch``, with one rank and one scale."""
-    rank, scale = max(part.rank for part in parts), _common_scale(parts)
-    inner = layout.count("b") - len(batch)
-    a, b = [], []
-    for part in parts:
-        more = rank - part.rank
-        a.append(np.pad(part.a, [(0, 0)] * (part.a.ndim - 1) + [(0, more)]))
-        width = [(0, more) if k == inner else (0, 0) for k in range(part.b.ndim)]
-        b.append(np.pad(part.b * _ratio(part.scale, scale), width))
+    parts = alike(parts, scale := _common_scale(parts))
 
     def together(arrays):
         x = np.stack(arrays)
         return jnp.asarray(x.reshape(*batch, *x.shape[1:]))
 
+    a, b = together([part.a for part in parts]), together([part.b for part in parts])
     has_magnitude = parts[0].magnitude is not None
     magnitude = together([part.magnitude for part in parts]) if has_magnitude else None
-    return Factors(together(a), together(b), jnp.asarray(scale), layout, magnitude)
+    return Factors(a, b, jnp.asarray(scale), layout, magnitude)
+
+
+def alike(parts: Sequence[Part], scale: np.float32) -> list[Part]:
+    """Give factors this scale, and the largest rank of theirs, by zeros."""
+    rank = max(part.rank for part in parts)
+    found = []
+    for part in parts:
+        more, axis = rank - part.rank, part.letters.count("b")
+        a = np.pad(part.a, [(0, 0)] * (part.a.ndim - 1) + [(0, more)])
+        width = [(0, more) if k == axis else (0, 0) for k in range(part.b.ndim)]
+        b = np.pad(part.b * _ratio(part.scale, scale), width)
+        found.append(replace(part, a=a, b=b, scale=scale))
+    return found

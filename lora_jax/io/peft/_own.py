@@ -24,7 +24,7 @@ from lora_jax.io.peft._folder import Folder
 
 def own_parts(folder: Folder) -> dict[str, Part]:
     """Find the factors of every module, in the dtypes of the file, by the name of the module."""
-    parameters = _parameters(folder)
+    parameters = parameters_in(folder)
     found = {}
     for module, tensors in folder.modules.items():
         pairs = [pair for pair in (LINEAR, EMBEDDING) if pair[0] in tensors]
@@ -43,7 +43,7 @@ def own_parts(folder: Folder) -> dict[str, Part]:
     return found
 
 
-def _parameters(folder: Folder) -> dict[str, str]:
+def parameters_in(folder: Folder) -> dict[str, str]:
     """Find the parameters that are adapted, by the name of their wrapper, as the tensors tell."""
     with_factors = (name for name, tensors in folder.modules.items() if LINEAR[0] in tensors)
     modules = {re.sub(r"(\.base_layer)*$", "", name) for name in with_factors}

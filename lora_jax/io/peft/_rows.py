@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import Rows
-from lora_jax._weights.quantized import plain_array
-from lora_jax.io._torch import Map
+from lora_jax._weights.axes import role_shape
+from lora_jax.io._torch import Map, Place
 from lora_jax.io.peft._axes import ROWS
 from lora_jax.io.peft._folder import Folder
 
@@ -22,7 +22,8 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
     found = {}
     for module in modules:
         place = places.find(module)
-        if place is None or place.index or len(place.shape) != 2:
+        letters = _tokens_read(places, place) if place else ""
+        if place is None or place.index or letters.count("i") != 1:
             raise folder.error(f"rows of {module!r} train, and there is no such table here")
         listed: Any = indices
         if isinstance(indices, dict):
@@ -39,15 +40,30 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
         order = sorted(range(len(ids)), key=lambda k: ids[k])
         ids = [ids[k] for k in order]
         change = (new[order] - table[ids]).astype(np.float32)
-        letters = places.letters(place.path)
-        b = jnp.asarray(change)
+        b = jnp.asarray(change.reshape(len(ids), *role_shape(letters, place.shape, "o")))
         found[place.path] = Rows(b, jnp.ones(()), letters, tuple(ids), len(table))
     return found
+
+
+def _tokens_read(places: Map, place: Place) -> str:
+    """Return the letters by which the tokens are the input: an output head's are its outputs.
+
+    PyTorch has the tokens in front in both, and :class:`Rows` have them where ``i`` is.
+    """
+    letters, kind = places.form(place)
+    return letters.translate(str.maketrans("io", "oi")) if kind == "Linear" else letters
 
 
 def written_rows(f: Rows, path: str, places: Map) -> tuple[str, np.ndarray]:
     """Return the module of a table, and its new rows, which PEFT writes instead of updates."""
     (place,) = places.of(path)
-    table, index = plain_array(places.leaves[path]), jnp.asarray(f.ids)
-    rows = np.asarray(table[index] if f.layout == "io" else table[:, index].T)  # [rows, out]
-    return place.module, rows.astype(np.float32) + np.float32(f.scale) * np.asarray(f.b, np.float32)
+    if f.layout != (letters := _tokens_read(places, place)):
+        raise ValueError(
+            f"peft.save: the rows of {path!r} are of its axis {f.layout.index('i')}, and PEFT has "
+            f"rows of tokens, which are its axis {letters.index('i')}: choose them by "
+            f"lorafy(..., rows=..., layout={{{path!r}: {letters!r}}}), a layout for lorafy alone. "
+            f"If it is a table, pass kinds={{{path!r}: 'Embedding'}}"
+        )
+    rows = places.tensor(place)[list(f.ids)]
+    b = np.asarray(f.b, np.float32).reshape(rows.shape)
+    return place.module, rows + np.float32(f.scale) * b

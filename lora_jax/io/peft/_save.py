@@ -24,6 +24,7 @@ from lora_jax.io.peft._factors import written_factors
 from lora_jax.io.peft._full import written_full
 from lora_jax.io.peft._join import joined
 from lora_jax.io.peft._rows import written_rows
+from lora_jax.io.peft._uniform import uniform as made_uniform
 
 _OURS = (TENSORS, CONFIG, "README.md")
 
@@ -41,6 +42,7 @@ def save(
     task_type: str | None = None,
     rslora: bool = False,
     parameter_order: tuple[str, ...] = PARAMETER_ORDER,
+    uniform: bool = False,
     for_vllm: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -70,6 +72,9 @@ def save(
         rslora: whether the configuration sets ``use_rslora``; the function is the same.
         parameter_order: the order in which modules there register their parameters, for modules
             of which several are adapted.
+        uniform: whether all modules get one rank, the largest, by zeros, and scale 1, their own
+            being in B. llama.cpp and SGLang read one rank and one scale for all modules: other
+            adapters load there, and are scaled wrong.
         for_vllm: whether to refuse what vLLM would.
         overwrite: whether an existing adapter may be replaced.
 
@@ -85,6 +90,12 @@ def save(
         raise TypeError(f"peft.save: expected a LoraParams, got {type(lora_params).__name__}")
     if (initial is None) != (params is None):
         raise ValueError("peft.save: initial and params go together: one of them is None")
+    if uniform and rslora:
+        raise ValueError(
+            "peft.save: uniform=True has one scale, which readers that know one take for "
+            "alpha / rank, and rslora=True divides by its root: leave out one of the two. The "
+            "function is the same"
+        )
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
     places = Map(check(lora_params).leaves, names, kinds, layout)
@@ -92,10 +103,23 @@ def save(
         lora_params.adapter,
         places,
         parameter_order,
+        uniform=uniform,
         rslora=rslora,
         base_model_name_or_path=base_model and os.fspath(base_model),
         task_type=task_type,
     )
+    write(path, tensors, config, for_vllm=for_vllm, overwrite=overwrite)
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    for_vllm: bool,
+    overwrite: bool,
+) -> None:
+    """Write the files of an adapter: all of them, or none."""
     if for_vllm and (refused := refused_by_vllm(config, tensors)):
         raise ValueError("peft.save: vLLM would refuse this adapter: " + "; ".join(refused))
     with files.written_aside(path, overwrite=overwrite, owns=_OURS) as partial:
@@ -107,7 +131,7 @@ def save(
 
 
 def _files(
-    adapter: Adapter, places: Map, order: tuple[str, ...], **more: Any
+    adapter: Adapter, places: Map, order: tuple[str, ...], *, uniform: bool, **more: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Write the tensors by name, and the configuration; ``more`` is for that."""
     modules, rows = _modules(adapter, places)
@@ -116,6 +140,7 @@ def _files(
             "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
             "parameters themselves"
         )
+    modules = made_uniform(modules) if uniform else modules
     parameters = [name for name, part in modules.items() if part.kind == "Parameter"]
     wrapper = wrappers(parameters, order)
     tensors = {f"{module}.{ROWS}": new for module, (_, new) in rows.items()}
