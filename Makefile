@@ -51,7 +51,7 @@ peft: ## PEFT itself, on the same weights; its PyTorch for the CPU wants Python 
 	$(PEFT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peft.txt
 	$(PEFT)/bin/python -m pytest -m peer \
 		tests/test_peft.py tests/algebra/test_arithmetic_peft.py \
-		tests/io/test_peft_models.py tests/io/test_hf_models.py \
+		tests/io/test_peft_models.py tests/io/test_hf_models.py tests/io/test_hf_ties.py \
 		tests/io/test_gguf.py tests/recipes/test_models.py tests/examples/test_real_models.py $(ARGS)
 
 tpu: ## what TPUs would run, by their compiler; needs none

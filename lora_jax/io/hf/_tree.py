@@ -16,8 +16,9 @@ from lora_jax._adapter.params import Adapter
 from lora_jax._weights.conventions import is_embedding
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._torch import Kind, Map, Names, as_path, module_path
-from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS, ties_of
+from lora_jax.io.hf._families import CONV1D, CONV1D_MODELS
 from lora_jax.io.hf._source import Source
+from lora_jax.io.hf._ties import Ties
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import forms_in, own_others, own_parts
 
@@ -34,7 +35,8 @@ class TorchTree:
         layout: the layout of every tensor of two axes or more; and why others take no LoRA.
         kinds: the kinds that a layout does not tell, those of transposed layers, by pattern.
         names: the names of the tensors, by path.
-        ties: the tensors that share their numbers with another: the other's name by the name.
+        ties: the tensors that have several names. Those left out of the files are leaves, too, if
+            there is an adapter: it may change one name alone.
         doubtful: the paths of layers that some models store transposed, if the model is not known.
     """
 
@@ -42,7 +44,7 @@ class TorchTree:
     layout: Layouts
     kinds: Mapping[str, Kind]
     names: Mapping[str, str] = field(default_factory=dict)
-    ties: Mapping[str, str] = field(default_factory=dict)
+    ties: Ties = field(default_factory=Ties)
     doubtful: tuple[str, ...] = ()
 
     @classmethod
@@ -57,8 +59,10 @@ class TorchTree:
         Raises:
             ValueError: the adapter's factors of experts do not tell which axis is read.
         """
-        names = {as_path(name): name for name in source.tensors}
-        leaves = {path: source.tensors[name] for path, name in names.items()}
+        ties = Ties.of(source)
+        tensors = dict(source.tensors) | (ties.missing(source.tensors) if adapter else {})
+        names = {as_path(name): name for name in tensors}
+        leaves = {path: tensors[name] for path, name in names.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
         conv1d = [path for path in matrices if re.fullmatch(CONV1D, path)]
         kind = (source.config or {}).get("model_type")
@@ -68,7 +72,7 @@ class TorchTree:
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
         doubtful = () if source.config is not None else tuple(conv1d)
-        return _tree(leaves, forms, names=names, ties=ties_of(source.config), doubtful=doubtful)
+        return _tree(leaves, forms, names=names, ties=ties, doubtful=doubtful)
 
     @classmethod
     def own(cls, adapter: Folder) -> "TorchTree":
