@@ -15,7 +15,7 @@ from lora_jax.cli._read.path import open_adapter
 from lora_jax.cli._show import Show, size
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES
-from lora_jax.io.hf._merge import Change, write_merged
+from lora_jax.io.hf._merge import write_merged
 from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import is_torch
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
         tempfile.TemporaryDirectory() as temporary,
         show.progress("merging", stays=True) as progress,
     ):
-        paths, changes = [], []
+        paths, adapters = [], []
         for k, (found, weight) in enumerate(zip(opened, weights, strict=True)):
             is_shared = found.format != "peft" and not _has_head(found, names, source)
             if found.format != "peft":
@@ -70,10 +70,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 to_peft(found, folder, like=like, names=names, kinds=kinds)
                 found = open_adapter(folder)
             paths.append(found.path)
-            adapter = Folder.open(found.path)
-            changes.append(Change(adapter, source, weight, is_shared=is_shared))
+            adapters.append((Folder.open(found.path), weight, is_shared))
         output = Output(out, None, args.dtype, args.shard_size, args.overwrite, progress)
-        write_merged(source, changes, output)
+        write_merged(source, adapters, output)
         changed = set().union(*(_changed(open_adapter(path)) for path in paths))
     written = sorted(out.glob("*.safetensors"))
     total = len(source.tensors)

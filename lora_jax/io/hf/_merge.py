@@ -1,7 +1,7 @@
 """Merge adapters of PEFT into the files of a model, a tensor at a time."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -60,22 +60,32 @@ def merge(
             would be infinite in ``dtype``.
     """
     opened = open_source(source)
-    if opened.config is None:
-        raise ValueError(
-            f"{source} holds no {CONFIG}, whose model_type tells whether dense layers are stored "
-            "transposed, as GPT-2's are"
-        )
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    changes = [Change(Folder.open(path), opened, weight) for path, weight in weights.items()]
-    write_merged(opened, changes, Output(folder, config, dtype, shard_size, overwrite, progress))
+    opened_adapters = [(Folder.open(path), weight, False) for path, weight in weights.items()]
+    output = Output(folder, config, dtype, shard_size, overwrite, progress)
+    write_merged(opened, opened_adapters, output)
 
 
-def write_merged(source: Source, changes: list["Change"], output: Output) -> None:
-    """Write a model with changes of its tensors.
+def write_merged(
+    source: Source, adapters: Iterable[tuple[Folder, float, bool]], output: Output
+) -> None:
+    """Write a model with adapters merged.
+
+    Args:
+        source: the model.
+        adapters: each with its weight, and whether it is of parameters that have a table and its
+            head as one.
+        output: the folder to write.
 
     Raises:
-        ValueError: they cannot be summed, or the model cannot have tied tensors apart.
+        ValueError: adapters cannot be summed, or the model cannot have tied tensors apart.
     """
+    if source.config is None:
+        raise ValueError(
+            f"{source.where} holds no {CONFIG}, whose model_type tells whether dense layers are "
+            "stored transposed, as GPT-2's are"
+        )
+    changes = [Change(folder, source, weight, is_shared=one) for folder, weight, one in adapters]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
             change.check_adds()
@@ -118,9 +128,7 @@ class Change:
         updates: the factors that are added to a tensor.
     """
 
-    def __init__(
-        self, adapter: Folder, source: Source, weight: float, *, is_shared: bool = False
-    ):
+    def __init__(self, adapter: Folder, source: Source, weight: float, *, is_shared: bool = False):
         self.where, self.weight = adapter.where, weight
         adapter = with_heads(adapter, Ties.of(source).tables, always=is_shared)
         tree = TorchTree.of(source, adapter)
