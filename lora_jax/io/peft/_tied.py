@@ -52,12 +52,8 @@ def with_own_heads(folder: Folder, places: Map) -> Folder:
     here = {head: table for head, table in tables.items() if places.find(head)}
     gone = tuple(f"{head}." for head in tables.keys() - here.keys())
     tensors = {k: x for k, x in folder.tensors.items() if not (gone and k.startswith(gone))}
-    return with_heads(replace(folder, tensors=tensors), here)
-
-
-def is_shared(folder: Folder, module: str) -> bool:
-    """Whether the files hold the same adapter of a head: the table is one parameter with it."""
-    return configs.ties_adapters(folder.config, module) and bool(_twins(folder, module))
+    found = with_heads(replace(folder, tensors=tensors), here)
+    return replace(found, config={**found.config, "ensure_weight_tying": bool(gone)})
 
 
 def _tables(folder: Folder) -> list[str]:
