@@ -35,7 +35,7 @@ def cli(here, capsys):
     def run(*words, status=0):
         code = _main([str(word) for word in words])
         out, err = capsys.readouterr()
-        assert (code, err) == (status, "")
+        assert (code, err) == (status, ""), err
         return json.loads(out) if "--json" in words else out
 
     return run

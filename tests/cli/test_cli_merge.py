@@ -12,7 +12,7 @@ from helpers import assert_close
 
 import lora_jax
 from lora_jax.cli._read.match import canonical
-from lora_jax.io import _files, hf
+from lora_jax.io import _files, hf, safetensors
 from lora_jax.io.hf import _shards
 
 
@@ -43,6 +43,28 @@ def test_merge_of_what_was_peft_s(cli):
     cli("merge", "model", "more_native", "three", "--like", "params")
     cli("merge", "model", "more", "four")
     assert cli("diff", "one", "two") == cli("diff", "three", "four", *EQUAL) == "equal\n"
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_an_adapter_of_ours_of_a_tied_table(has_head, cli):
+    """It is of the head as well, unless the parameters have one beside."""
+    table = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
+    params = {"model": {"embed_tokens": {"embedding": table}}}
+    params |= {"lm_head": {"kernel": table.T}} if has_head else {}
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    hf.save("tied", params, "llama", config=config)
+    lora_params = lora_jax.lorafy(params, 2, targets=".*embedding")
+    (key,) = lora_params.adapter.factors
+    f = lora_params.adapter.factors[key]
+    own = lora_jax.Adapter({key: f.map(lambda name, x: x + 0.5 if name == "b" else x)})
+    safetensors.save("own", lora_jax.LoraParams(params, own))
+    merged = lora_jax.merge(lora_jax.LoraParams(params, own))["model"]["embed_tokens"]["embedding"]
+    cli("merge", "tied", "own", "out")
+    found = tensors_of("out")
+    assert_close(found["model.embed_tokens.weight"], merged)
+    assert ("lm_head.weight" in found) == has_head
+    if has_head:
+        assert np.array_equal(found["lm_head.weight"], table)
 
 
 def test_merge_weighs_and_shards(cli):

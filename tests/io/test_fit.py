@@ -108,7 +108,8 @@ def written(folder, prefix) -> tuple[lora_jax.LoraParams, dict[str, Any]]:
     (folder / "model").mkdir()
     there = {prefix + name: x for name, x in tensors.items()}
     safetensors.numpy.save_file(there, folder / "model" / "model.safetensors")
-    (folder / "model" / "config.json").write_text('{"model_type": "bert"}')
+    config = {"model_type": "bert", "architectures": ["BertModel"]}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
     params = {name.replace(".", "/"): jnp.asarray(x) for name, x in tensors.items()}
     layout = {".*embeddings.*": "io", ".*query/weight": "oi"}
     options = {"targets": [".*query/weight", ".*embeddings.*"], "layout": layout, "init": drawn}

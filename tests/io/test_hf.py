@@ -336,14 +336,23 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     assert np.array_equal(head, table)
 
     peft.save(tmp_path / "adapter", lora_params, names=hf.FAMILIES["llama"].names)
-    hf.merge(tmp_path / "once", tmp_path / "adapter", tmp_path / "merged")
-    with pytest.raises(
-        ValueError, match=r"both are stored, .* changes 'model\.embed_tokens\.weight'"
-    ):
-        hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "no")
-    edited(tmp_path / "twice", **{"lm_head.weight": floats(7, 6)})
+    for stored in ("once", "twice"):  # in PEFT it is of the lookups alone
+        hf.merge(tmp_path / stored, tmp_path / "adapter", tmp_path / f"merged {stored}")
+        found = tensors_of(tmp_path / f"merged {stored}")
+        assert_close(found["model.embed_tokens.weight"], merged)
+        assert np.array_equal(found["lm_head.weight"], params["model"]["embed_tokens"]["embedding"])
+        config = json.loads((tmp_path / f"merged {stored}" / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+    own = floats(7, 6)
+    edited(tmp_path / "twice", **{"lm_head.weight": own})
     with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied to .*, and they differ"):
         hf.load(tmp_path / "twice", params)
+    with pytest.raises(ValueError, match=r"is tied to .*, both are stored, .* pass config="):
+        hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    both = {"tie_word_embeddings": False}
+    hf.merge(tmp_path / "twice", tmp_path / "adapter", tmp_path / "both", config=both)
+    assert np.array_equal(tensors_of(tmp_path / "both")["lm_head.weight"], own)
     (tmp_path / "once" / "config.json").write_text('{"model_type": "llama"}')
     assert_close(hf.load(tmp_path / "once", params), params)
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from lora_jax.io._tensor import Tensor
 from lora_jax.io.hf._source import Source
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._folder import Folder
@@ -79,23 +80,45 @@ def test_what_takes_no_lora_and_why():
     }
 
 
+HEAD = "lm_head.weight"
+
+
 @pytest.mark.parametrize(
-    ("config", "ties"),
+    ("kind", "config", "stored", "ties"),
     [
-        (("gpt2", {}), {"lm_head.weight": "transformer.wte.weight"}),
-        (("gpt2", {"tie_word_embeddings": False}), {}),
-        (("llama", {}), {}),
-        (("llama", {"tie_word_embeddings": True}), {"lm_head.weight": "model.embed_tokens.weight"}),
+        ("gpt2", {}, ["transformer.wte.weight"], {HEAD: "transformer.wte.weight"}),
+        ("gpt2", {}, ["wte.weight"], {HEAD: "wte.weight"}),  # saved without the head's prefix
+        ("gpt2", {"tie_word_embeddings": False}, ["transformer.wte.weight"], {}),
+        ("gpt2", {"architectures": ["GPT2ForSequenceClassification"]}, ["wte.weight"], {}),
+        ("llama", {}, ["model.embed_tokens.weight"], {}),
         (
-            ("t5", {"tie_word_embeddings": False}),
+            "llama",
+            {"tie_word_embeddings": True},
+            ["model.embed_tokens.weight"],
+            {HEAD: "model.embed_tokens.weight"},
+        ),
+        (
+            "llama",
+            {"tie_word_embeddings": True},
+            [HEAD, "model.norm.weight"],
+            {"model.embed_tokens.weight": HEAD},
+        ),
+        ("opt", {}, ["x"], {}),
+        (
+            "t5",
+            {"tie_word_embeddings": False},
+            ["shared.weight"],
             {f"{x}.embed_tokens.weight": "shared.weight" for x in ("encoder", "decoder")},
         ),
-        (("unheard of", {}), {}),
-        ((None, {}), {}),
+        ("unheard of", {}, ["wte.weight", HEAD], {HEAD: "wte.weight"}),  # equal numbers
+        ("unheard of", {"tie_word_embeddings": False}, ["wte.weight", HEAD], {}),
+        (None, {}, ["wte.weight"], {}),
     ],
 )
-def test_ties_are_those_of_the_family_and_the_configuration(config, ties):
-    assert TorchTree.of(source(config[0], **config[1])).ties == ties
+def test_ties_are_those_of_the_configuration_the_class_and_the_numbers(kind, config, stored, ties):
+    x = Tensor((9, 4), np.dtype(np.float32), lambda: np.ones((9, 4), np.float32))
+    own = None if kind is None else {"model_type": kind} | config
+    assert TorchTree.of(Source("m", dict.fromkeys(stored, x), own)).ties.names == ties
 
 
 def folder(tensors, **config):

@@ -4,17 +4,23 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lora_jax.cli._commands.convert import to_peft
 from lora_jax.cli._options import DTYPES, add_names, byte_count, names_and_kinds, writing
+from lora_jax.cli._read.base import recorded_leaves
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_adapter
 from lora_jax.cli._show import Show, size
-from lora_jax.io import hf
+from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES
-from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._merge import write_merged
+from lora_jax.io.hf._source import Source, open_source
+from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import is_torch
+from lora_jax.io.hf._write import Output
+from lora_jax.io.peft._folder import Folder
 
 EXAMPLE = "model adapter merged --dtype bfloat16"
 
@@ -54,8 +60,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
         tempfile.TemporaryDirectory() as temporary,
         show.progress("merging", stays=True) as progress,
     ):
-        paths = []
-        for k, found in enumerate(opened):
+        paths, adapters = [], []
+        for k, (found, weight) in enumerate(zip(opened, weights, strict=True)):
+            is_shared = found.format != "peft" and not _has_head(found, names, source)
             if found.format != "peft":
                 folder = Path(temporary) / str(k)
                 like = args.like
@@ -64,16 +71,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 to_peft(found, folder, like=like, names=names, kinds=kinds)
                 found = open_adapter(folder)
             paths.append(found.path)
-        hf.merge(
-            args.model,
-            dict(zip(paths, weights, strict=True)),
-            out,
-            names=given,
-            dtype=args.dtype,
-            shard_size=args.shard_size,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+            adapters.append((Folder.open(found.path), weight, is_shared))
+        output = Output(out, None, args.dtype, args.shard_size, args.overwrite, progress)
+        write_merged(source, adapters, output, given)
         changed = set().union(*(_changed(open_adapter(path)) for path in paths))
     written = sorted(out.glob("*.safetensors"))
     total = len(source.tensors)
@@ -95,6 +95,12 @@ def run(args: argparse.Namespace, show: Show) -> int:
         }
     )
     return 0
+
+
+def _has_head(found: AdapterFile, names: Any, source: Source) -> bool:
+    """Whether the parameters of an adapter of ours had a head beside the table."""
+    places = Map(recorded_leaves(found) or {}, names)
+    return any(places.find(head) for head in Ties.of(source).tables)
 
 
 def _changed(found: AdapterFile) -> set[str]:

@@ -18,6 +18,8 @@ BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\
 CONV1D = r".*/(c_attn|c_proj|c_fc|q_attn)/\w+"
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
 
+FLAG = "tie_word_embeddings"  # of a configuration: whether the head is the table
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -33,6 +35,8 @@ class Family:
             They may be missing; if they are there, they must be equal to the other.
         tied_head: the same for an output head, if the configuration sets ``tie_word_embeddings``.
         ties_head: the default of ``tie_word_embeddings``.
+        parts: whether that flag alone parts the head and the table: T5 scales what a tied head
+            reads.
         ignore: a regular expression of tensors that may be left over, as buffers always may.
         layout: the layouts of our weights, as in ``lorafy``, if their names do not tell.
     """
@@ -43,6 +47,7 @@ class Family:
     tied: Mapping[str, str] | None = None
     tied_head: Mapping[str, str] | None = None
     ties_head: bool = True
+    parts: bool = True
     ignore: str | None = None
     layout: Mapping[str, str] | None = None
 
@@ -64,19 +69,36 @@ def _encoder(root: str, beside: str, heads: str, tied: str = "") -> Family:
     """Make the family of BERT or a descendant, whose head ``tied`` may decode by the table."""
     names = _numbered(root, "encoder/layer") | _beside(root, beside)
     names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
-    head = {
-        f"{tied}.decoder.weight": f"{root}.embeddings.word_embeddings.weight",
-        f"{tied}.decoder.bias": f"{tied}.bias",
-    }
-    return Family(names, prefix=f"{root}.", tied_head=head if tied else None)
+    if not tied:
+        return Family(names, prefix=f"{root}.")
+    return dataclasses.replace(_masked(root, f"{tied}.decoder", f"{tied}.bias"), names=names)
 
 
 def _decoder(*, ties_head: bool) -> Family:
     """Make the family of Llama or a descendant."""
     names = _numbered("model", "layers") | _beside("model", "embed_tokens|norm")
     names |= {"lm_head|score": r"\g<0>"}
-    head = {"lm_head.weight": "model.embed_tokens.weight"}
-    return Family(names, prefix="model.", tied_head=head, ties_head=ties_head)
+    return dataclasses.replace(_causal("model", "embed_tokens", ties_head=ties_head), names=names)
+
+
+def _causal(root: str, table: str, head: str = "lm_head", *, ties_head: bool = True) -> Family:
+    """Make a family of which only the ties are known: those of a decoder."""
+    tied = {f"{head}.weight": f"{root}.{table}.weight"}
+    return Family(prefix=f"{root}.", tied_head=tied, ties_head=ties_head)
+
+
+def _masked(root: str, head: str, bias: str = "") -> Family:
+    """Make a family of which only the ties are known: those of an encoder."""
+    tied = {f"{head}.weight": f"{root}.embeddings.word_embeddings.weight"}
+    also = {f"{head}.bias": bias} if bias else None
+    return Family(prefix=f"{root}.", tied=also, tied_head=tied)
+
+
+def _bart(prefix: str = "model.") -> Family:
+    """Make a family of which only the ties are known: those of BART or a descendant."""
+    names = f"{prefix}encoder.embed_tokens", f"{prefix}decoder.embed_tokens", "lm_head"
+    tied = {f"{name}.weight": f"{prefix}shared.weight" for name in names}
+    return Family(prefix=prefix, tied_head=tied)
 
 
 _BERT = _encoder("bert", "embeddings|pooler", "cls|classifier|qa_outputs", "cls.predictions")
@@ -101,6 +123,7 @@ _T5 = Family(
         "decoder.embed_tokens.weight": "shared.weight",
     },
     tied_head={"lm_head.weight": "shared.weight"},
+    parts=False,
     ignore=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 
@@ -138,6 +161,34 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": _ROBERTA,
 }
 
+# The same, of models whose ties alone are known: these are no families to load by name.
+_TIED: dict[str, Family] = {
+    "albert": _masked("albert", "predictions.decoder", "predictions.bias"),
+    "bart": _bart(),
+    "bloom": _causal("transformer", "word_embeddings"),
+    "camembert": _ROBERTA,
+    "cohere": _causal("model", "embed_tokens"),
+    "deberta": _DEBERTA,
+    "distilbert": _masked("distilbert", "vocab_projector"),
+    "electra": _masked("electra", "generator_lm_head"),
+    "gemma2": _decoder(ties_head=True),
+    "gemma3_text": _decoder(ties_head=True),
+    "gpt_bigcode": _causal("transformer", "wte"),
+    "gpt_neo": _causal("transformer", "wte"),
+    "gpt_neox": _causal("gpt_neox", "embed_in", "embed_out", ties_head=False),
+    "gpt_oss": _decoder(ties_head=False),
+    "gptj": _causal("transformer", "wte", ties_head=False),
+    "mbart": _bart(),
+    "mixtral": _decoder(ties_head=False),
+    "mt5": dataclasses.replace(_T5, ties_head=False),
+    "opt": _causal("model", "decoder.embed_tokens"),
+    "phi": _decoder(ties_head=False),
+    "phi3": _decoder(ties_head=False),
+    "qwen2_moe": _decoder(ties_head=False),
+    "qwen3_moe": _decoder(ties_head=False),
+    "smollm3": _decoder(ties_head=True),
+}
+
 
 def family_of(
     config: Mapping[str, Any] | None, where: str, family: str | Family | None, **changes: Any
@@ -163,7 +214,8 @@ def family_of(
             raise ValueError(f"family={family!r}: {known}. For another pass {yours}")
         family = FAMILIES[family]
     elif family is None:
-        family = FAMILIES.get(kind, Family() if changes.get("names") is not None else None)
+        usual = _TIED.get(kind, Family()) if changes.get("names") is not None else None
+        family = FAMILIES.get(kind, usual)
     if family is None and config is None:
         raise ValueError(
             f"{where} holds no config.json, whose model_type tells how tensors are named: pass "
@@ -180,7 +232,8 @@ def family_of(
 
 def _for_config(family: Family, config: Mapping[str, Any] | None) -> Family:
     """Return the family of one model: without the head's ties if it has none."""
-    is_tied = (config or {}).get("tie_word_embeddings", family.ties_head)
+    text = (config or {}).get("text_config") or config or {}  # of a model of text and images
+    is_tied = text.get(FLAG, family.ties_head)
     return family if is_tied else dataclasses.replace(family, tied_head=None)
 
 
@@ -189,7 +242,8 @@ def ties_in(family: Family) -> dict[str, str]:
     return {**(family.tied_head or {}), **(family.tied or {})}
 
 
-def ties_of(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the ties of the model of a configuration; none if its family is not known."""
-    family = FAMILIES.get(str((config or {}).get("model_type")), Family())
-    return ties_in(_for_config(family, config))
+def ties_family(config: Mapping[str, Any] | None) -> Family | None:
+    """Return the family that knows the ties of a model; None if nothing is known of them."""
+    kind = str((config or {}).get("model_type"))
+    family = FAMILIES.get(kind) or _TIED.get(kind)
+    return None if family is None else _for_config(family, config)

@@ -1,7 +1,7 @@
 """Merge adapters of PEFT into the files of a model, a tensor at a time."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -14,11 +14,13 @@ from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Names
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
+from lora_jax.io.hf._ties import Ties, are_apart, untied
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import Part
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+from lora_jax.io.peft._tied import with_heads
 
 _CHUNK = 2**22  # entries of a weight that are in float32 at a time
 
@@ -66,18 +68,43 @@ def merge(
             exactly; or finite numbers would be infinite in ``dtype``.
     """
     opened = open_source(source)
-    tensors = opened.tensors
-    if opened.config is None:
-        raise ValueError(
-            f"{source} holds no {CONFIG}, whose model_type tells whether dense layers are stored "
-            "transposed, as GPT-2's are"
-        )
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    changes = [Change(Folder.open(path), opened, weight, names) for path, weight in weights.items()]
+    opened_adapters = [(Folder.open(path), weight, False) for path, weight in weights.items()]
+    output = Output(folder, config, dtype, shard_size, overwrite, progress)
+    write_merged(opened, opened_adapters, output, names)
+
+
+def write_merged(
+    source: Source,
+    adapters: Iterable[tuple[Folder, float, bool]],
+    output: Output,
+    names: Names = None,
+) -> None:
+    """Write a model with adapters merged.
+
+    Args:
+        source: the model.
+        adapters: each with its weight, and whether it is of parameters that have a table and its
+            head as one.
+        output: the folder to write.
+        names: as in :func:`merge`.
+
+    Raises:
+        ValueError: adapters cannot be summed, or the model cannot have tied tensors apart.
+    """
+    if source.config is None:
+        raise ValueError(
+            f"{source.where} holds no {CONFIG}, whose model_type tells whether dense layers are "
+            "stored transposed, as GPT-2's are"
+        )
+    changes = [
+        Change(folder, source, weight, names, is_shared=one) for folder, weight, one in adapters
+    ]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
             change.check_adds()
-    _check_ties(opened, changes)
+    ties = TorchTree.of(source).ties
+    tensors = dict(source.tensors) | ties.missing(source.tensors)
 
     def merged(name: str, wanted: np.dtype) -> np.ndarray:
         w = tensors[name].read()
@@ -93,37 +120,44 @@ def merge(
 
     written = {}
     for name, tensor in tensors.items():
-        wanted = dtype_of(tensor.dtype, dtype)
+        wanted = dtype_of(tensor.dtype, output.dtype)
         if is_narrow(wanted) and any(change.changes(name) for change in changes):
             raise ValueError(
-                f"{source}: {name!r} is {tensor.dtype}, and {wanted} would round most of an update "
-                "away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
+                f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
+                "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
-    write_model(Output(folder, config, dtype, shard_size, overwrite, progress), written, opened)
-
-
-def _check_ties(source: Source, changes: list["Change"]) -> None:
-    """Raise if only one of two tensors that share their numbers would change."""
-    for name, other in TorchTree.of(source).ties.items():
-        changed = {n for n in (name, other) if any(change.changes(n) for change in changes)}
-        if len(changed) == 1 and {name, other} <= source.tensors.keys():
-            raise ValueError(
-                f"{source.where}: {name!r} is {other!r} as well, both are stored, and of these the "
-                f"adapter changes {changed.pop()!r} only: which of the two counts is not known"
-            )
+    changed = {name for name in tensors if any(change.changes(name) for change in changes)}
+    if are_apart(source, changed, written, output.config):
+        apart = {name: x for name, x in written.items() if name not in ties.always - ties.stored}
+        written = {ties.outside(name): x for name, x in apart.items()}
+        output = output._replace(config=untied(source.config or {}, output.config))
+    else:
+        written = {name: written[name] for name in source.tensors}
+    write_model(output, written, source)
 
 
 class Change:
     """The changes that an adapter makes to the tensors of a model, by their names.
+
+    ``is_shared``: the adapter is of parameters that have a table and its head as one.
 
     Attributes:
         weight: what its updates are multiplied by.
         updates: the factors that are added to a tensor.
     """
 
-    def __init__(self, adapter: Folder, source: Source, weight: float, names: Names):
+    def __init__(
+        self,
+        adapter: Folder,
+        source: Source,
+        weight: float,
+        names: Names = None,
+        *,
+        is_shared: bool = False,
+    ):
         self.where, self.weight = adapter.where, weight
+        adapter = with_heads(adapter, Ties.of(source).tables, always=is_shared)
         tree = TorchTree.of(source, adapter, names)
         contents = read(adapter, tree.places())
         if contents.redone:
@@ -138,6 +172,10 @@ class Change:
         }
         self._full = {tree.names[path]: np.asarray(x) for path, x in contents.full.items()}
         self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
+        for group in tree.ties.groups:
+            own = next((self._full[name] for name in group if name in self._full), None)
+            if own is not None and group[0].endswith(".bias"):  # a head has one, with two names
+                self._full |= dict.fromkeys(group, own)
 
     def check_adds(self) -> None:
         """Raise unless all it does is to add to weights."""

@@ -17,9 +17,10 @@ from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._fit import fitted
 from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
-from lora_jax.io.hf._families import CONV1D, ties_of
+from lora_jax.io.hf._families import CONV1D
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
+from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._transposed import transposed
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import forms_in, own_others, own_parts
@@ -37,7 +38,8 @@ class TorchTree:
         layout: the layout of every tensor of two axes or more; and why others take no LoRA.
         kinds: the kinds that a layout does not tell, those of transposed layers, by pattern.
         names: the names of the tensors, by path.
-        ties: the tensors that share their numbers with another: the other's name by the name.
+        ties: the tensors that have several names. Those left out of the files are leaves, too, if
+            there is an adapter: it may change one name alone.
         doubtful: the paths of dense layers that may be stored transposed or not.
         modules: the names of the modules in the adapter, by their paths; None if they are the same.
     """
@@ -46,7 +48,7 @@ class TorchTree:
     layout: Layouts
     kinds: Mapping[str, Kind]
     names: Mapping[str, str] = field(default_factory=dict)
-    ties: Mapping[str, str] = field(default_factory=dict)
+    ties: Ties = field(default_factory=Ties)
     doubtful: tuple[str, ...] = ()
     modules: Mapping[str, str] | None = None
 
@@ -66,8 +68,10 @@ class TorchTree:
                 read; or the adapter's modules may be several of the model's.
         """
         check_plain(source)
-        stored = {as_path(name): name for name in source.tensors}
-        leaves = {path: source.tensors[name] for path, name in stored.items()}
+        ties = Ties.of(source)
+        tensors = dict(source.tensors) | (ties.missing(source.tensors) if adapter else {})
+        stored = {as_path(name): name for name in tensors}
+        leaves = {path: tensors[name] for path, name in stored.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
         modules = None if adapter is None else _fitted(leaves, adapter, source.where, names)
         turned = transposed(leaves, source.config, adapter, modules)
@@ -77,7 +81,7 @@ class TorchTree:
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
         doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
-        more = {"names": stored, "ties": ties_of(source.config), "doubtful": doubtful}
+        more = {"names": stored, "ties": ties, "doubtful": doubtful}
         tree = _tree(leaves, forms, modules=modules, **more)
         if adapter is not None and modules is not None:
             adapted = [path for path, name in modules.items() if name in adapter.modules]

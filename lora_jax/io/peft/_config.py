@@ -32,6 +32,7 @@ _KNOWN: dict[str, type | tuple[type, ...]] = {
     "layers_to_transform": (int, list),
     "layers_pattern": (str, list),
     "trainable_token_indices": (dict, list),
+    "ensure_weight_tying": bool,
     "init_lora_weights": (bool, str),
     "peft_type": str,
     "peft_version": str,
@@ -293,6 +294,11 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
         found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", name)]
     first = next(filter(None, found), None)
     return first is not None and int(first["layer"]) in layers
+
+
+def ties_adapters(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT gives the adapter of a table to the head that is tied to it, too."""
+    return bool(config.get("ensure_weight_tying")) and module.rpartition(".")[2] == "embed_tokens"
 
 
 def target_parameters(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:

@@ -14,6 +14,7 @@ from lora_jax.io._torch import Map, Names
 from lora_jax.io.peft._axes import PARAMETER_ORDER
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+from lora_jax.io.peft._tied import with_own_heads
 
 
 def load(
@@ -56,7 +57,7 @@ def load(
         )
     folder = Folder.open(path, finite=finite)
     places = Map(flatten(params)[0], names, kinds, layout)
-    contents = read(folder, places, parameter_order)
+    contents = read(with_own_heads(folder, places), places, parameter_order)
     lora_params = LoraParams(params, contents.adapter(places.leaves))
     check(lora_params)
     if contents.redone:

@@ -1,0 +1,203 @@
+"""The tensors of a model's files that are one in the model: a head that is the table as well."""
+
+import re
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_jax.io._tensor import Tensor
+from lora_jax.io.hf._families import FLAG, ties_family
+from lora_jax.io.hf._source import Source
+
+_HEADED = re.compile(
+    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM).*"
+)
+
+# Heads and tables by their names, in models that are not known.
+HEAD = r"(.*\.)?(lm_head|embed_out|output|output_projection|decoder|vocab_projector)\.weight"
+TABLE = r"(.*\.)?(shared|wte|embed_\w+|\w*embeddings?|tok_embeddings)\.weight"
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Hold the tied tensors of a model: what its configuration, its class and its files tell.
+
+    Attributes:
+        groups: the names of each tensor that has several, the table's first.
+        stored: the names that are in the files.
+        always: the names that share their numbers whatever the configuration sets.
+        why: why the names cannot get numbers of their own; None if they can.
+        prefix: the prefix that names in the files lack, and need beside a head.
+        is_set: whether the configuration ties a head, so that PEFT does.
+        known: whether the configuration tells which tensors are tied.
+    """
+
+    groups: tuple[tuple[str, ...], ...] = ()
+    stored: frozenset[str] = frozenset()
+    always: frozenset[str] = frozenset()
+    why: str | None = None
+    prefix: str = ""
+    is_set: bool = True
+    known: bool = True
+
+    @classmethod
+    def of(cls, source: Source) -> "Ties":
+        """Find the ties of a model."""
+        family = ties_family(source.config)
+        kinds = (source.config or {}).get("architectures") or []
+        has_head = not kinds or any(_HEADED.fullmatch(str(kind)) for kind in kinds)
+        if family is None:
+            flag = (source.config or {}).get(FLAG)
+            groups = () if flag is False else tuple(_alike(source.tensors))
+            is_known = flag is False or bool(groups) or not has_head
+            return cls(groups, frozenset(source.tensors), known=is_known)
+        prefix = family.prefix
+        is_bare = bool(prefix) and not any(name.startswith(prefix) for name in source.tensors)
+        by_root: dict[str, list[str]] = {}
+        for name, other in {**(family.tied_head or {}), **(family.tied or {})}.items():
+            if has_head or name.startswith(prefix) or name in (family.tied or {}):
+                by_root.setdefault(other, []).append(name)
+        groups = []
+        for root, names in by_root.items():
+            own = [name.removeprefix(prefix) if is_bare else name for name in [root, *names]]
+            if source.tensors.keys() & own:
+                groups.append(tuple(own))
+        why = None if family.parts else "its model scales what a tied head reads, and no other"
+        always = frozenset(family.tied or ())
+        is_set = family.tied_head is not None
+        stored = frozenset(source.tensors)
+        return cls(tuple(groups), stored, always, why, prefix if is_bare else "", is_set)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The other names of tensors that are stored, by these names."""
+        firsts = [(next(filter(self.stored.__contains__, group)), group) for group in self.groups]
+        return {name: first for first, group in firsts for name in group if name != first}
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The module of the table, by that of each head that PEFT ties to it."""
+        end = ".weight"
+        return {
+            name.removesuffix(end): table.removesuffix(end)
+            for table, *names in self.groups
+            for name in names
+            if self.is_set and name.endswith(end)
+        }
+
+    def missing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that the files leave out, as they are stored under another name."""
+        return {name: tensors[to] for name, to in self.names.items() if name not in tensors}
+
+    def outside(self, name: str) -> str:
+        """Return the name to write a tensor under, beside a head of its own."""
+        heads = {name for _, *names in self.groups for name in names}
+        is_head = name in heads and not re.fullmatch(TABLE, name)
+        return name if is_head else self.prefix + name
+
+
+def _alike(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Find tables and heads, by their names, with equal numbers."""
+    for table, head in _pairs(tensors):
+        if np.array_equal(tensors[table].read(), tensors[head].read()):
+            yield table, head
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Pair tables with heads of the same shape."""
+    for table in filter(re.compile(TABLE).fullmatch, tensors):
+        for head in filter(re.compile(HEAD).fullmatch, tensors):
+            if tensors[table].shape == tensors[head].shape:
+                yield table, head
+
+
+def has_own_head(tensors: Mapping[str, Tensor], table: str) -> bool:
+    """Whether a head of a table's shape is stored beside it."""
+    return table in (own for own, _ in _pairs(tensors))
+
+
+def are_apart(
+    source: Source,
+    changed: Set[str],
+    written: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+) -> bool:
+    """Whether tied tensors must be written each for itself, as they are changed or set to be.
+
+    Args:
+        source: the model.
+        changed: the names of the tensors that change.
+        written: the tensors as they will be, under all their names.
+        config: changes of the configuration.
+
+    Raises:
+        ValueError: it is not known what is tied, or the model cannot have the tensors apart.
+    """
+    ties, flag = Ties.of(source), (config or {}).get(FLAG)
+    tables = [name for name in changed if re.fullmatch(TABLE, name)]
+    if not ties.known and flag is None:
+        for table in tables:
+            _check_head(source, table)
+    groups = [group for group in ties.groups if not ties.always.issuperset(group[1:])]
+    if flag is False and groups:
+        _check_apart(source, ties, groups[0], groups[0][1])
+        return True
+    for group in ties.groups:
+        if not changed & set(group):
+            continue
+        first, *others = [name for name in group if name in ties.stored]
+        for name in others:
+            if not _are_equal(source.tensors[first], source.tensors[name]):
+                raise ValueError(
+                    f"{source.where}: {name!r} is tied to {first!r}, both are stored, and they "
+                    "differ: which of the two counts is not known. If both do, pass "
+                    f"config={{{FLAG!r}: False}}, or set that in config.json"
+                )
+        other = [name for name in group[1:] if not _are_equal(written[group[0]], written[name])]
+        if other:
+            _check_apart(source, ties, group, other[-1])
+            if flag is not None:
+                raise ValueError(
+                    f"config={config!r}: {other[0]!r} is tied to {group[0]!r}, and the adapter "
+                    f"changes them apart: leave {FLAG} out"
+                )
+            return True
+    return False
+
+
+def _are_equal(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and np.array_equal(one.read(), two.read())
+
+
+def _check_apart(source: Source, ties: Ties, group: tuple[str, ...], name: str) -> None:
+    """Raise unless the tensors of a group can be written each for itself."""
+    why = ties.why or (f"{name!r} has none of its own in any file" if name in ties.always else None)
+    if why is not None:
+        raise ValueError(
+            f"{source.where}: {name!r} is tied to {group[0]!r}, and the two would be different "
+            f"tensors, which this model cannot have: {why}. PEFT runs the adapter beside the "
+            "model; to merge, train one of other modules, or rows of the table "
+            "(trainable_token_indices), which change both"
+        )
+
+
+def _check_head(source: Source, table: str) -> None:
+    """Raise unless a model that is not known stores a head of its own beside a changed table."""
+    config = source.config or {}
+    if config.get(FLAG) or not has_own_head(source.tensors, table):
+        kind = config.get("model_type")
+        raise ValueError(
+            f"{source.where}: the adapter changes {table!r}, and an output head may be tied to it: "
+            f"of model_type {kind!r} that is not known. If none is, pass "
+            f"config={{{FLAG!r}: False}}, or set that in config.json; if one is, make it known: "
+            f"hf.FAMILIES[{kind!r}] = hf.Family(tied_head={{'lm_head.weight': {table!r}}})"
+        )
+
+
+def untied(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return changes of a configuration, and that nothing in it is tied."""
+    text = config.get("text_config")
+    inner = {"text_config": {**text, FLAG: False}} if isinstance(text, Mapping) else {}
+    return {**inner, **(changes or {}), FLAG: False}

@@ -1,0 +1,188 @@
+"""Tied models of transformers: adapters of the table and the head are merged as PEFT runs them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_jax.io import hf
+from lora_jax.io.hf._families import FLAG, ties_family
+from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._ties import Ties
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+
+WORDS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 1,
+}
+GROUPED = WORDS | {"num_key_value_heads": 2}
+WIDE = GROUPED | {"head_dim": 8}
+GPT = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+BOTH = {"d_model": 16, "vocab_size": 40, "max_position_embeddings": 32}
+BOTH |= {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+BOTH |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+BOTH |= {f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")}
+OPT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 24}
+OPT |= {"vocab_size": 40, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+NEO = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+NEO |= {"attention_types": [[["global"], 1]], "max_position_embeddings": 32}
+T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+BLOOM = {"vocab_size": 40, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+DISTIL = {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+NARROW = WORDS | {"embedding_size": 12}
+
+# The class and its sizes; the table, the head, and a layer.
+CAUSAL = ("embed_tokens", "lm_head", "q_proj")
+MASKED = ("word_embeddings", "decoder", "query")
+MODELS = {
+    "albert": ("AlbertForMaskedLM", NARROW, MASKED),
+    "bart": ("BartForConditionalGeneration", BOTH, ("shared", "lm_head", "q_proj")),
+    "bert": ("BertForMaskedLM", WORDS, MASKED),
+    "bloom": ("BloomForCausalLM", BLOOM, ("word_embeddings", "lm_head", "dense")),
+    "deberta": ("DebertaForMaskedLM", WORDS, ("word_embeddings", "decoder", "in_proj")),
+    "deberta-v2": ("DebertaV2ForMaskedLM", WORDS, ("word_embeddings", "decoder", "query_proj")),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        DISTIL,
+        ("word_embeddings", "vocab_projector", "q_lin"),
+    ),
+    "electra": ("ElectraForMaskedLM", NARROW, ("word_embeddings", "generator_lm_head", "query")),
+    "gemma": ("GemmaForCausalLM", WIDE, CAUSAL),
+    "gemma2": ("Gemma2ForCausalLM", WIDE, CAUSAL),
+    "gemma3_text": ("Gemma3ForCausalLM", WIDE, CAUSAL),
+    "gpt2": ("GPT2LMHeadModel", GPT, ("wte", "lm_head", "c_attn")),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT, ("wte", "lm_head", "c_attn")),
+    "gpt_neo": ("GPTNeoForCausalLM", NEO, ("wte", "lm_head", "q_proj")),
+    "gpt_neox": ("GPTNeoXForCausalLM", WORDS, ("embed_in", "embed_out", "query_key_value")),
+    "gptj": ("GPTJForCausalLM", GPT | {"rotary_dim": 4}, ("wte", "lm_head", "q_proj")),
+    "llama": ("LlamaForCausalLM", GROUPED, CAUSAL),
+    "mixtral": ("MixtralForCausalLM", GROUPED | {"num_local_experts": 2}, CAUSAL),
+    "opt": ("OPTForCausalLM", OPT, CAUSAL),
+    "phi3": ("Phi3ForCausalLM", GROUPED, ("embed_tokens", "lm_head", "qkv_proj")),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED, CAUSAL),
+    "qwen3": ("Qwen3ForCausalLM", WIDE, CAUSAL),
+    "roberta": ("RobertaForMaskedLM", WORDS, MASKED),
+    "t5": ("T5ForConditionalGeneration", T5, ("shared", "lm_head", "q")),
+}
+OWN = ("albert", "mt5", "mbart", "cohere", "smollm3", "qwen2_moe", "camembert", "xlm-roberta")
+
+
+def adapters(table, head, layer):
+    """The configurations of adapters of the table, of the head and of both, by name."""
+    rows = {"target_modules": [layer]}
+    found = {
+        "table": {"target_modules": [table]},
+        "head": {"target_modules": [head]},
+        "both, biases": {"target_modules": [table, head], "bias": "all"},
+        "DoRA": {"target_modules": [table], "use_dora": True},
+        "tied": {"target_modules": [table], "ensure_weight_tying": True},
+        "tied regex": {"target_modules": f".*{table}", "ensure_weight_tying": True},
+        "full tied": rows | {"modules_to_save": [table], "ensure_weight_tying": True},
+    }
+    for name, modules in (("table", [table]), ("head", [head]), ("both", [table, head])):
+        found[f"full {name}"] = rows | {"modules_to_save": modules}
+        found[f"rows of {name}"] = rows | {
+            "trainable_token_indices": {key: [3, 1] for key in modules}
+        }
+    found["other rows"] = rows | {"trainable_token_indices": {table: [1, 3], head: [2]}}
+    return found
+
+
+def made(name, folder, **options):
+    """A model with random weights, saved."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    cls = getattr(transformers, MODELS[name][0])
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**(MODELS[name][1] | options))).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model
+
+
+def stored_twice(model, folder):
+    """Store every name of every tensor."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = {name: x.clone() for name, x in model.state_dict().items()}
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def logits(model, name):
+    torch = pytest.importorskip("torch")
+    inputs = {"input_ids": torch.arange(1, 10)[None]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if name in ("bart", "t5") else {}
+    return model.eval()(**inputs).logits.detach().numpy()
+
+
+@pytest.mark.parametrize("form", ["tied", "twice", "untied"])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_tied_tensors_are_merged_as_peft_runs_them(name, form, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    if (name, form) == ("bart", "untied"):
+        pytest.skip("transformers saves such a model without its encoder's table")
+    wrong = []
+    for k, (case, options) in enumerate(adapters(*MODELS[name][2]).items()):
+        base, adapter, out = (tmp_path / f"{k} {x}" for x in ("base", "adapter", "out"))
+        model = made(name, base, tie_word_embeddings=form != "untied")
+        if form == "twice":
+            stored_twice(model, base)
+        torch.manual_seed(1)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape))
+        adapted.save_pretrained(adapter)
+        again = peft.PeftModel.from_pretrained(type(model).from_pretrained(base), adapter)
+        if "rows" in case and name in BIASED:  # PEFT leaves out the head's bias beside rows
+            for module in again.modules():
+                if isinstance(module, torch.nn.Linear) and module.out_features == 40:
+                    module.bias.data.zero_()
+        if name == "t5" and case not in KEPT[form]:
+            with pytest.raises(ValueError, match=r"is tied to 'shared\.weight', and the two"):
+                hf.merge(base, adapter, out)
+            assert not out.exists()
+            continue
+        hf.merge(base, adapter, out)
+        merged, info = type(model).from_pretrained(out, output_loading_info=True)
+        if "rows" in case and name in BIASED:
+            for module in merged.modules():
+                if isinstance(module, torch.nn.Linear) and module.out_features == 40:
+                    module.bias.data.zero_()
+        error = np.abs(logits(again, name) - logits(merged, name)).max()
+        if error > 1e-5 or info["missing_keys"] or info["unexpected_keys"]:
+            wrong.append((case, float(error), info))
+    assert not wrong
+
+
+KEPT = {"untied": ("head", "full head", "rows of head")}  # of T5, whose stacks share the table
+KEPT |= dict.fromkeys(("tied", "twice"), ("rows of table", "rows of both"))
+BIASED = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "gptj", "roberta")
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OWN])
+def test_the_default_of_the_flag_is_that_of_the_class(name):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CONFIG_MAPPING[name]()
+    known = ties_family({"model_type": name})
+    assert (known.tied_head is not None) == config.tie_word_embeddings
+    assert ties_family({"model_type": name, FLAG: True}).tied_head
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ties_are_those_of_the_class(name, tmp_path):
+    model = made(name, tmp_path, tie_word_embeddings=True)
+    pointers = {}
+    for key, x in model.state_dict().items():
+        pointers.setdefault(x.data_ptr(), []).append(key)
+    expected = {tuple(sorted(keys)) for keys in pointers.values() if len(keys) > 1}
+    ties = Ties.of(open_source(tmp_path))
+    assert {tuple(sorted(group)) for group in ties.groups} == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {FLAG: False}))
+    assert not Ties.of(open_source(tmp_path)).tables

@@ -1,0 +1,126 @@
+"""Tied tables and heads in small files: what is written, what is refused, and the ways out."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lora_jax
+from lora_jax.io import hf, peft
+
+PRE = "base_model.model."
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(7, 4)).astype("float32")
+
+
+def model(folder, tensors, **config):
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def adapter(folder, tensors, **config):
+    """An adapter of PEFT's files, of rank 1 and scale 1."""
+    folder.mkdir()
+    tensors = {PRE + name: x for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def of_table(folder, module, **config):
+    a, b = (np.ones(shape, "float32") for shape in ((1, 7), (4, 1)))
+    tensors = {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+    return adapter(folder, tensors, target_modules=[module], **config)
+
+
+def of_head(folder, module):
+    a, b = (np.ones(shape, "float32") for shape in ((1, 4), (7, 1)))
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    return adapter(folder, tensors, target_modules=[module])
+
+
+def written(folder):
+    config = json.loads((folder / "config.json").read_text())
+    return safetensors.numpy.load_file(folder / "model.safetensors"), config
+
+
+def test_a_head_is_written_beside_names_with_their_prefix(tmp_path):
+    base = model(tmp_path / "m", {"wte.weight": TABLE}, model_type="gpt2")
+    hf.merge(base, of_head(tmp_path / "a", "lm_head"), tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert found.keys() == {"transformer.wte.weight", "lm_head.weight"}
+    assert np.array_equal(found["transformer.wte.weight"], TABLE)
+    assert np.allclose(found["lm_head.weight"], TABLE + 1)
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_configuration_that_unties_gets_the_head(tmp_path):
+    base = model(tmp_path / "m", {"transformer.wte.weight": TABLE}, model_type="gpt2")
+    hf.merge(base, {}, tmp_path / "out", config={"tie_word_embeddings": False})
+    assert np.array_equal(written(tmp_path / "out")[0]["lm_head.weight"], TABLE)
+    ours = of_head(tmp_path / "a", "lm_head")
+    with pytest.raises(ValueError, match=r"is tied to .*, and the adapter changes them apart"):
+        hf.merge(base, ours, tmp_path / "no", config={"tie_word_embeddings": True})
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_model_that_cannot_have_them_apart_is_refused(tmp_path):
+    base = model(tmp_path / "m", {"shared.weight": TABLE}, model_type="t5")
+    for name, own in (("head", of_head(tmp_path / "a", "lm_head")), ("table", None)):
+        own = own or of_table(tmp_path / "b", "shared")
+        with pytest.raises(ValueError, match=r"is tied to 'shared\.weight', and the two would"):
+            hf.merge(base, own, tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_model_that_is_not_known(tmp_path):
+    """Its table may be a head: both ways out work."""
+    tensors, ours = {"emb.wte.weight": TABLE}, of_table(tmp_path / "a", "emb.wte")
+    base = model(tmp_path / "m", tensors, model_type="mine", architectures=["MineForCausalLM"])
+    with pytest.raises(ValueError, match=r"may be tied .* 'mine' .* pass config=.*hf\.FAMILIES"):
+        hf.merge(base, ours, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hf.merge(base, ours, tmp_path / "one", config={"tie_word_embeddings": False})
+    assert written(tmp_path / "one")[0].keys() == tensors.keys()
+    hf.FAMILIES["mine"] = hf.Family(tied_head={"lm_head.weight": "emb.wte.weight"})
+    try:
+        hf.merge(base, ours, tmp_path / "two")
+    finally:
+        del hf.FAMILIES["mine"]
+    found, _ = written(tmp_path / "two")
+    assert np.array_equal(found["lm_head.weight"], TABLE)
+    assert np.allclose(found["emb.wte.weight"], TABLE + 1)
+    bare = model(tmp_path / "bare", tensors, model_type="mine", architectures=["MineModel"])
+    hf.merge(bare, ours, tmp_path / "three")
+
+
+def test_an_adapter_that_is_tied_fits_one_table_and_two_leaves(tmp_path):
+    """``ensure_weight_tying``: PEFT writes the head's factors, too, and does not list the head."""
+    module = "embed_tokens"
+    a, b = RNG.normal(size=(1, 7)).astype("float32"), RNG.normal(size=(4, 1)).astype("float32")
+    tensors = {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+    head = {"lm_head.lora_A.weight": b.T, "lm_head.lora_B.weight": a.T}
+    head = {name: np.ascontiguousarray(x) for name, x in head.items()}
+    config = {"target_modules": [module], "ensure_weight_tying": True}
+    ours = adapter(tmp_path / "a", tensors | head, **config)
+    alone = adapter(tmp_path / "alone", tensors, **config)
+    one = {module: {"embedding": jnp.asarray(TABLE)}}
+    two = one | {"lm_head": {"kernel": jnp.asarray(TABLE.T)}}
+    expected = TABLE + (b @ a).T
+
+    def fn(p, ids):
+        return p[module]["embedding"][ids] @ p[module]["embedding"].T
+
+    layout = lora_jax.layout_of(fn, one, jnp.arange(3))
+    merged = lora_jax.merge(peft.load(ours, one, layout=layout))
+    assert np.allclose(merged[module]["embedding"], expected)
+    merged = lora_jax.merge(peft.load(ours, two))
+    assert np.allclose(merged[module]["embedding"], expected)
+    assert np.allclose(merged["lm_head"]["kernel"], expected.T)
+    with pytest.raises(ValueError, match="is an output head as well"):
+        peft.load(alone, one, layout=layout)  # the model there was not tied
