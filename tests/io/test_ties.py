@@ -124,3 +124,15 @@ def test_an_adapter_that_is_tied_fits_one_table_and_two_leaves(tmp_path):
     assert np.allclose(merged["lm_head"]["kernel"], expected.T)
     with pytest.raises(ValueError, match="is an output head as well"):
         peft.load(alone, one, layout=layout)  # the model there was not tied
+
+
+def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
+    """Without a layout, too; a layout that knows the function tells that it is none."""
+    ours = of_table(tmp_path / "a", "embed", task_type="CAUSAL_LM")
+    one = {"embed": {"embedding": jnp.asarray(TABLE)}, "q": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match=r"'embed/embedding' is an output head .* layout="):
+        peft.load(ours, one)
+    layout = lora_jax.layout_of(lambda p, ids: p["embed"]["embedding"][ids], one, jnp.arange(3))
+    peft.load(ours, one, layout=layout)
+    peft.load(ours, one | {"lm_head": {"kernel": jnp.ones((4, 7))}})
+    peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
