@@ -136,3 +136,22 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     peft.load(ours, one, layout=layout)
     peft.load(ours, one | {"lm_head": {"kernel": jnp.ones((4, 7))}})
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
+
+
+def test_a_head_that_the_model_has_not_is_written(tmp_path):
+    layer = {"model.layers.0.q_proj.weight": np.ones((4, 4), "float16")}
+    base = model(tmp_path / "m", layer, model_type="llama")
+    a, b = np.ones((1, 4), "float32"), np.ones((4, 1), "float32")
+    tensors = {f"model.layers.0.q_proj.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    score = RNG.normal(size=(3, 4)).astype("float32")
+    ours = adapter(tmp_path / "a", tensors | {"score.weight": score}, **config)
+    hf.merge(base, ours, tmp_path / "out", config={"num_labels": 3})
+    found, _ = written(tmp_path / "out")
+    assert found.keys() == {*layer, "score.weight"}
+    assert np.array_equal(found["score.weight"], score.astype("float16"))
+    other = {"other.weight": score}
+    config["modules_to_save"] = ["other"]
+    strange = adapter(tmp_path / "b", tensors | other, **config)
+    with pytest.raises(ValueError, match=r"'base_model\.model\.other\.weight' has no place"):
+        hf.merge(base, strange, tmp_path / "no")
