@@ -132,7 +132,12 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     one = {"embed": {"embedding": jnp.asarray(TABLE)}, "q": {"kernel": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match=r"'embed/embedding' is an output head .* layout="):
         peft.load(ours, one)
+    lora_params = lora_jax.lorafy(one, 1, targets="embed.*")
+    with pytest.raises(ValueError, match=r"peft\.save: the table 'embed/embedding' is .* layout="):
+        peft.save(tmp_path / "no", lora_params, task_type="CAUSAL_LM")
+    assert not (tmp_path / "no").exists()
     layout = lora_jax.layout_of(lambda p, ids: p["embed"]["embedding"][ids], one, jnp.arange(3))
+    peft.save(tmp_path / "yes", lora_params, task_type="CAUSAL_LM", layout=layout)
     peft.load(ours, one, layout=layout)
     peft.load(ours, one | {"lm_head": {"kernel": jnp.ones((4, 7))}})
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
