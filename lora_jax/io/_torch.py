@@ -133,14 +133,21 @@ class Map:
         own = module_path(path, self.leaves)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
-    def is_tied(self, path: str) -> bool:
-        """Whether a table enters a matrix product as well, as far as the layout knows."""
+    def is_tied(self, path: str, task: str | None = None) -> bool:
+        """Whether a table enters a matrix product as well, as far as the layout knows.
+
+        If the layout knows no uses, the table is the head where a language model (by its ``task``
+        in PEFT) has no other leaf with an axis of that size.
+        """
         known = getattr(self._layout, "weights", {}).get(path)
-        return (
-            known is not None
-            and known.kind == "embedding"
-            and any(use.startswith("dot_general") for use in known.uses)
-        )
+        if known is not None:
+            uses = known.uses if known.kind == "embedding" else ()
+            return any(use.startswith("dot_general") for use in uses)
+        shape = self.leaves[path].shape
+        if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or not is_table(path, self._layout):
+            return False
+        count = shape[self.letters(path).index("i")] if len(shape) == 2 else 0
+        return not any(count in x.shape for other, x in self.leaves.items() if other != path)
 
     @property
     def all_named(self) -> bool:

@@ -78,15 +78,16 @@ def test_extract_of_other_layers(cli, here):
     def save(folder, **tensors):
         Path(folder).mkdir()
         library.save_file(tensors, Path(folder) / "model.safetensors")
-        (Path(folder) / "config.json").write_text('{"model_type": "gpt2"}')
+        config = {"model_type": "gpt2", "architectures": ["GPT2Model"]}
+        (Path(folder) / "config.json").write_text(json.dumps(config))
 
     before = {
         "h.0.attn.c_attn.weight": np.asarray(floats(6, 9)),
         "wte.weight": np.asarray(floats(11, 6)),
         "conv.weight": np.asarray(floats(5, 4, 3)),
         "ln.weight": np.asarray(floats(6)),
-        "top.bias": np.asarray(floats(6)),
-        "top.weight": np.asarray(floats(6, 6)),
+        "head.bias": np.asarray(floats(6)),
+        "head.weight": np.asarray(floats(6, 6)),
     }
     after = {name: x + np.asarray(floats(*x.shape)) for name, x in before.items()}
     save("before", **before)
@@ -94,7 +95,7 @@ def test_extract_of_other_layers(cli, here):
     words = ("extract", "before", "after", "out", "--targets", r"(h\.|wte|conv).*weight")
     found = cli(*words, "--rank", "99", "--rest", "full", "--json")
     assert len(found["entries"]) == 3
-    assert sorted(found["full"]) == ["ln/weight", "top/bias", "top/weight"]
+    assert sorted(found["full"]) == ["head/bias", "head/weight", "ln/weight"]
     cli("merge", "before", "out", "merged")
     merged = tensors_of("merged")
     for name, x in after.items():

@@ -124,3 +124,39 @@ def test_an_adapter_that_is_tied_fits_one_table_and_two_leaves(tmp_path):
     assert np.allclose(merged["lm_head"]["kernel"], expected.T)
     with pytest.raises(ValueError, match="is an output head as well"):
         peft.load(alone, one, layout=layout)  # the model there was not tied
+
+
+def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
+    """Without a layout, too; a layout that knows the function tells that it is none."""
+    ours = of_table(tmp_path / "a", "embed", task_type="CAUSAL_LM")
+    one = {"embed": {"embedding": jnp.asarray(TABLE)}, "q": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match=r"'embed/embedding' is an output head .* layout="):
+        peft.load(ours, one)
+    lora_params = lora_jax.lorafy(one, 1, targets="embed.*")
+    with pytest.raises(ValueError, match=r"peft\.save: the table 'embed/embedding' is .* layout="):
+        peft.save(tmp_path / "no", lora_params, task_type="CAUSAL_LM")
+    assert not (tmp_path / "no").exists()
+    layout = lora_jax.layout_of(lambda p, ids: p["embed"]["embedding"][ids], one, jnp.arange(3))
+    peft.save(tmp_path / "yes", lora_params, task_type="CAUSAL_LM", layout=layout)
+    peft.load(ours, one, layout=layout)
+    peft.load(ours, one | {"lm_head": {"kernel": jnp.ones((4, 7))}})
+    peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
+
+
+def test_a_head_that_the_model_has_not_is_written(tmp_path):
+    layer = {"model.layers.0.q_proj.weight": np.ones((4, 4), "float16")}
+    base = model(tmp_path / "m", layer, model_type="llama")
+    a, b = np.ones((1, 4), "float32"), np.ones((4, 1), "float32")
+    tensors = {f"model.layers.0.q_proj.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    score = RNG.normal(size=(3, 4)).astype("float32")
+    ours = adapter(tmp_path / "a", tensors | {"score.weight": score}, **config)
+    hf.merge(base, ours, tmp_path / "out", config={"num_labels": 3})
+    found, _ = written(tmp_path / "out")
+    assert found.keys() == {*layer, "score.weight"}
+    assert np.array_equal(found["score.weight"], score.astype("float16"))
+    other = {"other.weight": score}
+    config["modules_to_save"] = ["other"]
+    strange = adapter(tmp_path / "b", tensors | other, **config)
+    with pytest.raises(ValueError, match=r"'base_model\.model\.other\.weight' has no place"):
+        hf.merge(base, strange, tmp_path / "no")

@@ -104,7 +104,8 @@ def write_merged(
         for change in changes:
             change.check_adds()
     ties = TorchTree.of(source).ties
-    tensors = dict(source.tensors) | ties.missing(source.tensors)
+    new = {name: x for change in changes for name, x in change.new.items()}
+    tensors = dict(source.tensors) | ties.missing(source.tensors) | new
 
     def merged(name: str, wanted: np.dtype) -> np.ndarray:
         w = tensors[name].read()
@@ -133,7 +134,7 @@ def write_merged(
         written = {ties.outside(name): x for name, x in apart.items()}
         output = output._replace(config=untied(source.config or {}, output.config))
     else:
-        written = {name: written[name] for name in source.tensors}
+        written = {name: written[name] for name in (*source.tensors, *new)}
     write_model(output, written, source)
 
 
@@ -145,6 +146,7 @@ class Change:
     Attributes:
         weight: what its updates are multiplied by.
         updates: the factors that are added to a tensor.
+        new: the tensors of a head that the model has not.
     """
 
     def __init__(
@@ -166,6 +168,10 @@ class Change:
                 "LoRA first, by path_initial_model_for_weight_conversion in PEFT, or by peft.load "
                 "and peft.save here"
             )
+        known = source.tensors.keys() | Ties.of(source).missing(source.tensors).keys()
+        self.new = {
+            name: tree.leaves[path] for path, name in tree.names.items() if name not in known
+        }
         self.updates = {
             tree.names[path]: replace(part, scale=np.float32(weight) * part.scale)
             for path, (part,) in contents.factors.items()

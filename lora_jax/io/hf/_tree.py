@@ -16,6 +16,7 @@ from lora_jax._adapter.params import Adapter
 from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._fit import fitted
+from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._families import CONV1D
 from lora_jax.io.hf._quantized import check_plain
@@ -23,7 +24,7 @@ from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
 from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._transposed import transposed
 from lora_jax.io.peft._folder import Folder
-from lora_jax.io.peft._own import forms_in, own_others, own_parts
+from lora_jax.io.peft._own import forms_in, own_heads, own_others, own_parts
 
 _Forms: TypeAlias = dict[str, tuple[str, Kind]]  # letters and kinds by path
 _USES: dict[Kind, str] = {"Conv": "conv", "Embedding": "embedding", "Parameter": "ragged"}
@@ -69,7 +70,9 @@ class TorchTree:
         """
         check_plain(source)
         ties = Ties.of(source)
-        tensors = dict(source.tensors) | (ties.missing(source.tensors) if adapter else {})
+        tensors = dict(source.tensors)
+        if adapter is not None:
+            tensors |= ties.missing(tensors) | _new_heads(source, adapter)
         stored = {as_path(name): name for name in tensors}
         leaves = {path: tensors[name] for path, name in stored.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
@@ -135,6 +138,15 @@ class TorchTree:
         """Return the places of the leaves."""
         named = names if self.modules is None else self.modules.__getitem__
         return Map(self.leaves, named, **self.options(kinds))
+
+
+def _new_heads(source: Source, adapter: Folder) -> dict[str, Tensor]:
+    """Return the tensors of a head that an adapter brings, in the model's dtype."""
+    floats = [x.dtype for x in source.tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+    return {
+        name: Tensor(x.shape, floats[0], lambda x=x: x.astype(floats[0]))
+        for name, x in own_heads(adapter, source.tensors.keys()).items()
+    }
 
 
 def is_torch(adapter: Adapter) -> bool:

@@ -35,7 +35,8 @@ PARAMETER_ORDER = ("gate_up_proj", "down_proj")  # in which experts register the
 
 TIED = (
     "peft.{verb}: the table {path!r} is an output head as well, and in PEFT an adapter or a new "
-    "table is of the lookups alone. Merge there, or adapt other weights"
+    "table is of the lookups alone. Merge there, or adapt other weights; if it is no head, pass "
+    "layout=lora_jax.layout_of(...), which tells"
 )
 
 

@@ -74,7 +74,8 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
             f"has factors for {own!r}, which its configuration does not adapt, so that PEFT "
             f"would drop them: target_modules={config.get('target_modules')!r}"
         )
-    if places.is_tied(place.path) and not configs.ties_adapters(config, own):
+    is_tied = places.is_tied(place.path, config.get("task_type"))
+    if is_tied and not configs.ties_adapters(config, own):
         raise folder.error(TIED.format(verb="load", path=place.path))
     return part
 

@@ -37,7 +37,8 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
-        if places.is_tied(place.path) and not configs.ties_adapters(config, place.module):
+        is_tied = places.is_tied(place.path, config.get("task_type"))
+        if is_tied and not configs.ties_adapters(config, place.module):
             raise folder.error(TIED.format(verb="load", path=place.path))
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.index] = own

@@ -1,7 +1,7 @@
 """What an adapter's files tell of its model: names, shapes and axes as PyTorch has them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,3 +128,18 @@ def _letters_of_experts(name: str, shape: tuple[int, ...], tensors: Mapping[str,
             "which of its axes is read cannot be told. Load the adapter with peft.load and layout="
         )
     return fits[0]
+
+
+_HEAD = re.compile(r"(score|classifier|qa_outputs|classification_head|pre_classifier)(\..+)?")
+
+
+def own_heads(folder: Folder, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Find the tensors of a saved head, by its name, which a model of these names lacks."""
+    saved = folder.config.get("modules_to_save") or ()
+    return {
+        name: x
+        for name, x in folder.others.items()
+        if name not in names
+        and _HEAD.fullmatch(module := name.rpartition(".")[0])
+        and configs.is_saved(saved, module)
+    }

@@ -18,7 +18,7 @@ from lora_jax.algebra._plain import to_plain
 from lora_jax.io import _files as files
 from lora_jax.io._torch import Map, Names
 from lora_jax.io.peft import _config as configs
-from lora_jax.io.peft._axes import PARAMETER_ORDER, PREFIX, ROWS, Part, to_peft, wrappers
+from lora_jax.io.peft._axes import PARAMETER_ORDER, PREFIX, ROWS, TIED, Part, to_peft, wrappers
 from lora_jax.io.peft._config import CONFIG, TENSORS, refused_by_vllm
 from lora_jax.io.peft._factors import written_factors
 from lora_jax.io.peft._full import written_full
@@ -99,6 +99,9 @@ def save(
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
     places = Map(check(lora_params).leaves, names, kinds, layout)
+    for leaf in _tables(lora_params.adapter, places):
+        if places.is_tied(leaf, task_type):
+            raise ValueError(TIED.format(verb="save", path=leaf))
     tensors, config = _files(
         lora_params.adapter,
         places,
@@ -128,6 +131,16 @@ def write(
         files.write_json(partial / CONFIG, config)
         if (card := Path(path) / "README.md").exists():
             shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced
+
+
+def _tables(adapter: Adapter, places: Map) -> list[str]:
+    """List the leaves that are adapted, but for rows, which PEFT ties to the head."""
+    found = [
+        part_of(k, places.leaves).path
+        for k, f in adapter.factors.items()
+        if not isinstance(f, Rows)
+    ]
+    return [*found, *adapter.full]
 
 
 def _files(
