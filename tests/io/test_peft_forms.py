@@ -160,3 +160,14 @@ def test_an_adapter_of_mlx_is_named_and_made_peft_s(here):
     assert main(["inspect", "adapter"]) == 2
     adapter(here, FACTORS, lora_alpha=40)  # the remedy
     assert_close(merged()["q.weight"], MODEL["q.weight"] + 20 * UPDATE)
+
+
+def test_multi_head_attention_is_named(here):
+    names = {"lora_A.weight": A, "lora_B.weight": B}
+    tensors = {
+        f"{m}.{n}": x for m in ("attn", "attn.base_layer.out_proj") for n, x in names.items()
+    }
+    adapter(here, tensors, target_modules=["attn"])
+    with pytest.raises(ValueError, match=r"adapts 'attn', an nn\.MultiheadAttention, .* in PEFT"):
+        merged()
+    assert not (here / "out").exists()
