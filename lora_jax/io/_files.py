@@ -9,13 +9,16 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 LARGEST_JSON = 64 * 2**20  # bytes, far more than any configuration or index has
+_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
@@ -169,6 +172,11 @@ class ArrayFile(Mapping[str, np.ndarray]):
         if name not in self.shapes:
             raise KeyError(name)
         with reading(self.path):
+            kind = self._file.get_slice(name).get_dtype()
+            if kind in _FLOAT8:  # which the library knows in frameworks other than NumPy only
+                return _read_float8(self.path, name, self.shapes[name], _FLOAT8[kind])
+            if kind.startswith(("F4", "F6", "F8")):
+                raise ValueError(f"{self.path}: {name!r} is of type {kind}, which NumPy has not")
             return self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -176,6 +184,14 @@ class ArrayFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _read_float8(path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        start, _ = json.loads(raw.read(length))[name]["data_offsets"]
+        raw.seek(8 + length + start)
+        return np.frombuffer(raw.read(prod(shape)), dtype).reshape(shape).copy()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,12 @@ def read_factors(folder: Folder, places: Map, order: tuple[str, ...]) -> dict[st
 def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[str, str]) -> Part:
     """Read the factors that a module has, for itself or for its parameter ``own``."""
     config, place = folder.config, places.find(own)
+    attention = own.removesuffix(".base_layer.out_proj")
+    if place is None and f"{attention}.base_layer.out_proj" in folder.modules:
+        raise folder.error(
+            f"adapts {attention!r}, an nn.MultiheadAttention, whose factors are of several weights "
+            "and cannot be read here. Merge them in PEFT: model.merge_and_unload()"
+        )
     if place is None:
         raise folder.error(
             f"adapts a module {own!r}, which the parameters have not. Nearest: "

@@ -19,6 +19,8 @@ from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
 
 _WRAPPERS = r"(\.(base_layer|original_module|modules_to_save|token_adapter))+$"
+COUNT = "num_batches_tracked"  # of BatchNorm, an integer
+_ONLY_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses its inputs by; outputs are LoRA's
 _ROLES = (*LINEAR, *EMBEDDING, BIAS, MAGNITUDE, ROWS)
 
 
@@ -47,10 +49,17 @@ class Folder:
         where = Path(path)
         config = check_config(files.read_json(_config_in(where)), str(where / CONFIG))
         with files.open_tensors(where / TENSORS) as file:
-            tensors = dict(file)
+            tensors = {name: _widened(x) for name, x in file.items()}
         for name, x in tensors.items():
             _check_tensor(name, x, where, finite=finite)
-        return cls(str(where), config, {n.removeprefix(PREFIX): x for n, x in tensors.items()})
+        found: dict[str, np.ndarray] = {}
+        for name, x in tensors.items():
+            own = _known_as(name.removeprefix(PREFIX))
+            if own in found:
+                raise ValueError(f"{where} has {own!r} twice, once with .weight behind it")
+            if not (config.get("velora_config") and own.endswith(_ONLY_TRAINING)):
+                found[own] = x
+        return cls(str(where), config, found)
 
     @functools.cached_property
     def modules(self) -> dict[str, dict[str, np.ndarray]]:
@@ -94,8 +103,25 @@ class Folder:
         )
 
 
+def _known_as(name: str) -> str:
+    """Return the name that PEFT gives a tensor now: older versions wrote magnitudes as modules."""
+    return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    """Return numbers of 8 bits in float32, as PEFT loads them."""
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1
+    return x.astype(np.float32) if is_narrow else x
+
+
 def _check_tensor(name: str, x: np.ndarray, where: Path, *, finite: bool) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if 0 in x.shape:
+        raise ValueError(
+            f"{where}: {name!r} is empty, shape {x.shape}: DeepSpeed's ZeRO-3 leaves tensors so "
+            "that were not gathered before they were saved. Save the adapter again with "
+            "stage3_gather_16bit_weights_on_model_save"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating) and not name.endswith(f".{COUNT}"):
         raise ValueError(f"{where}: {name!r} is of type {x.dtype}, expected floating numbers")
     if finite and not np.isfinite(x.astype(np.float32)).all():
         raise ValueError(
@@ -119,6 +145,19 @@ def _config_in(folder: Path) -> Path:
                 f"{folder} holds adapter_model.bin, a pickle, which could run anything when it is "
                 "read. In PEFT: PeftModel.from_pretrained(...).save_pretrained(folder) writes "
                 f"{TENSORS}"
+            )
+        if parts := sorted(p.name for p in folder.glob("adapter_model-*-of-*.safetensors")):
+            raise ValueError(
+                f"{folder} holds an adapter in several files, {', '.join(parts[:2])}, ..., which "
+                f"PEFT does not read: join them into one, {TENSORS}, by load_file and save_file of "
+                "safetensors"
+            )
+        if (folder / "adapters.safetensors").exists():
+            raise ValueError(
+                f"{folder} holds adapters.safetensors, an adapter of MLX: its lora_a and lora_b "
+                "are PEFT's lora_A.weight and lora_B.weight transposed, under names that begin "
+                f"with {PREFIX!r}. Write them so to {TENSORS}, and a configuration with lora_alpha "
+                "scale * rank"
             )
         inside = [p.parent.name for p in folder.glob(f"*/{CONFIG}")] if folder.is_dir() else []
         hint = (

@@ -10,7 +10,9 @@ from lora_jax._adapter.factors import wide
 from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, TIED, Part
-from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._folder import COUNT, Folder
+
+STATISTICS = ("running_mean", "running_var")
 
 
 def _trained(
@@ -26,7 +28,8 @@ def _trained(
             suffixes, inner = ("bias",), ".base_layer" if module in adapted else ""
         for suffix in suffixes:
             if place := places.find(module, suffix):
-                found[f"{module}{inner}.{suffix}"] = place
+                is_bare = not places.is_module(place.path)  # a parameter or a statistic of one
+                found[module if is_bare else f"{module}{inner}.{suffix}"] = place
     return found
 
 
@@ -65,7 +68,7 @@ def _copies(folder: Folder) -> set[str]:
 
 def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
     x, expected = folder.array(name), torch_shape(place.shape, *places.form(place))
-    if x.shape != expected:
+    if x.shape != expected and (place.shape or x.size != 1):
         raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
     return x
 
@@ -75,6 +78,13 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
     module, _, suffix = name.rpartition(".")
     owner = module.removesuffix(".base_layer")
     if (place := places.find(owner, suffix)) is None:
+        if suffix == COUNT:
+            return  # which changes nothing here
+        if suffix in STATISTICS:
+            raise folder.error(
+                f"{name!r} is a statistic of BatchNorm, which the parameters do not have: put the "
+                f"statistics beside them in the tree, and name them in names=, as {name!r}"
+            )
         raise folder.left_over(name, places)
     is_table = owner in adapted and owner != module and suffix == "weight"
     theirs = folder.array(name) if is_table else _array(folder, places, name, place)

@@ -1,0 +1,173 @@
+"""Forms of PEFT's adapters that few files have: read as what they are, or named as such."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import assert_close
+
+from lora_jax.cli import main
+from lora_jax.io import hf, peft
+
+RNG = np.random.default_rng(0)
+PRE = "base_model.model."
+MODEL = {
+    "q.weight": RNG.normal(size=(6, 4)).astype("f"),
+    "bn.weight": np.ones(6, "f"),
+    "bn.bias": np.zeros(6, "f"),
+    "bn.running_mean": np.zeros(6, "f"),
+    "bn.running_var": np.ones(6, "f"),
+    "bn.num_batches_tracked": np.asarray(3),
+    "probe.latent": np.zeros((2, 3), "f"),
+}
+A, B = RNG.normal(size=(2, 4)).astype("f"), RNG.normal(size=(6, 2)).astype("f")
+FACTORS = {"q.lora_A.weight": A, "q.lora_B.weight": B}
+UPDATE = B @ A  # with alpha equal to the rank
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    safetensors.numpy.save_file(MODEL, "model/model.safetensors")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mine"}')
+    return tmp_path
+
+
+def adapter(here, tensors, **config):
+    """Write an adapter, and merge it: what the model then is."""
+    shutil.rmtree(here / "adapter", ignore_errors=True)
+    (here / "adapter").mkdir()
+    found = {PRE + name: x for name, x in tensors.items()}
+    safetensors.numpy.save_file(found, here / "adapter" / "adapter_model.safetensors")
+    own = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]} | config
+    (here / "adapter" / "adapter_config.json").write_text(json.dumps(own))
+
+
+def merged():
+    hf.merge("model", "adapter", "out", overwrite=True)
+    return safetensors.numpy.load_file("out/model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_adapters_in_float8_are_read(dtype, here, capsys):
+    """Shorter than numbers are aligned, among others, so that the offset counts."""
+    tensors = {name: x.astype(dtype) for name, x in FACTORS.items()}
+    adapter(here, tensors)
+    a, b = (tensors[name].astype("f") for name in FACTORS)
+    assert_close(merged()["q.weight"], MODEL["q.weight"] + b @ a)
+    like = {"q": {"kernel": jnp.zeros((4, 6))}}
+    factors = peft.load("adapter", like).adapter.factors["q/kernel"]
+    assert factors.a.dtype == jnp.float32
+    assert np.array_equal(factors.a, a.T)
+    for words in (("inspect", "adapter"), ("convert", "adapter", "own", "--to", "safetensors")):
+        assert main(list(words)) == 0
+
+
+def test_types_that_numpy_has_not_are_named(here):
+    adapter(here, FACTORS)
+    path = here / "adapter" / "adapter_model.safetensors"
+    header = {PRE + "q.lora_A.weight": {"dtype": "F8_E8M0", "shape": [2], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"12")
+    with pytest.raises(ValueError, match="is of type F8_E8M0, which NumPy has not"):
+        peft.load("adapter", {"q": {"kernel": jnp.zeros((4, 6))}})
+
+
+def test_magnitudes_of_either_name(here):
+    norms = np.full(6, 2, "f")
+    adapter(here, FACTORS | {"q.lora_magnitude_vector": norms}, use_dora=True)
+    expected = merged()
+    adapter(here, FACTORS | {"q.lora_magnitude_vector.weight": norms}, use_dora=True)
+    assert np.array_equal(merged()["q.weight"], expected["q.weight"])
+    both = {"q.lora_magnitude_vector": norms, "q.lora_magnitude_vector.weight": norms}
+    adapter(here, FACTORS | both, use_dora=True)
+    with pytest.raises(ValueError, match=r"'q\.lora_magnitude_vector' twice"):
+        merged()
+
+
+def test_velora_is_lora_once_trained(here):
+    config = {"velora_config": {"num_groups": 64, "scale": 1.0}}
+    adapter(here, FACTORS | {"q.lora_velora_embed": np.ones(1, "f")}, **config)
+    assert_close(merged()["q.weight"], MODEL["q.weight"] + UPDATE)
+    adapter(here, FACTORS | {"q.lora_velora_embed": np.ones(1, "f")})
+    with pytest.raises(ValueError, match="lora_velora_embed' has no place here"):
+        merged()
+
+
+STATS = {"bn.weight": np.full(6, 2, "f"), "bn.bias": np.ones(6, "f")}
+STATS |= {"bn.running_mean": np.full(6, 3, "f"), "bn.running_var": np.full(6, 4, "f")}
+STATS |= {"bn.num_batches_tracked": np.asarray(7)}
+
+
+def test_batch_norm_that_is_saved_has_its_statistics(here):
+    adapter(here, FACTORS | STATS, modules_to_save=["bn"])
+    found = merged()
+    for name, x in STATS.items():
+        assert found[name].dtype == x.dtype
+        assert np.array_equal(found[name], x)
+    like = {"q": {"kernel": jnp.zeros((4, 6))}}
+    like["bn"] = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+    with pytest.raises(ValueError, match=r"'bn\.running_mean' is a statistic .* names="):
+        peft.load("adapter", like)
+    like["bn"] |= {"mean": jnp.zeros(6), "var": jnp.ones(6)}  # the remedy
+    names = {"bn/(mean|var)": r"bn.running_\1", "(q|bn)": r"\1"}
+    full = peft.load("adapter", like, names=names).adapter.full
+    assert np.array_equal(full["bn/mean"], STATS["bn.running_mean"])
+    assert np.array_equal(full["bn/scale"], STATS["bn.weight"])
+
+
+def test_bare_parameters_of_a_saved_module(here):
+    adapter(here, FACTORS | {"probe.latent": np.ones((2, 3), "f")}, modules_to_save=["probe"])
+    assert np.array_equal(merged()["probe.latent"], np.ones((2, 3)))
+
+
+def test_tensors_that_zero_left_empty_are_named(here):
+    adapter(here, FACTORS | {"q.lora_A.weight": np.zeros((0,), "f")})
+    with pytest.raises(ValueError, match=r"'base_model.model.q.lora_A.weight' is empty, .* ZeRO-3"):
+        merged()
+
+
+def test_an_adapter_in_several_files_is_named_and_joined(here):
+    adapter(here, FACTORS)
+    folder = here / "adapter"
+    found = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    for k, (name, x) in enumerate(found.items()):
+        file = folder / f"adapter_model-{k + 1:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file({name: x}, file)
+    with pytest.raises(ValueError, match=r"several files, .*-00001-of-00002.*: join them"):
+        merged()
+    assert main(["inspect", "adapter"]) == 2
+    parts = sorted(folder.glob("adapter_model-*.safetensors"))
+    joined = {n: x for part in parts for n, x in safetensors.numpy.load_file(part).items()}
+    safetensors.numpy.save_file(joined, folder / "adapter_model.safetensors")  # the remedy
+    assert_close(merged()["q.weight"], MODEL["q.weight"] + UPDATE)
+
+
+def test_an_adapter_of_mlx_is_named_and_made_peft_s(here):
+    (here / "adapter").mkdir()
+    own = {"q.lora_a": A.T.copy(), "q.lora_b": B.T.copy()}
+    safetensors.numpy.save_file(own, "adapter/adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}}
+    (here / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"an adapter of MLX: .* lora_alpha scale \* rank"):
+        merged()
+    assert main(["inspect", "adapter"]) == 2
+    adapter(here, FACTORS, lora_alpha=40)  # the remedy
+    assert_close(merged()["q.weight"], MODEL["q.weight"] + 20 * UPDATE)
+
+
+def test_multi_head_attention_is_named(here):
+    names = {"lora_A.weight": A, "lora_B.weight": B}
+    tensors = {
+        f"{m}.{n}": x for m in ("attn", "attn.base_layer.out_proj") for n, x in names.items()
+    }
+    adapter(here, tensors, target_modules=["attn"])
+    with pytest.raises(ValueError, match=r"adapts 'attn', an nn\.MultiheadAttention, .* in PEFT"):
+        merged()
+    assert not (here / "out").exists()
