@@ -92,9 +92,12 @@ class Map:
             ValueError: it has no name there.
         """
         if (places := self.places[path]) is None:
+            module = module_path(path, self.leaves)[0]
+            known = self._names.values() if isinstance(self._names, Mapping) else ()
             raise ValueError(
-                f"names has no pattern for {module_path(path)[0]!r}: add one, such as "
-                f"{{{module_path(path)[0]!r}: 'the.name.of.its.module'}}"
+                f"names has no pattern for {module!r}: add one, such as "
+                f"{{{module!r}: 'the.name.of.its.module'}}. Nearest names: "
+                f"{nearest(as_name(module), dict.fromkeys(known))}"
             )
         return places
 

@@ -1,5 +1,6 @@
 """Extracting an adapter from two models, by the command line."""
 
+import json
 from pathlib import Path
 
 import numpy as np

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,9 @@ PATHS = {
     },
     "gpt2": {"h_1/attn/c_attn": "transformer.h.1.attn.c_attn", "wte": "transformer.wte"},
     "t5": {
-        "decoder/block_1/layer_2/mlp/wi_0": "decoder.block.1.layer.2.mlp.wi_0",
+        "decoder/block_1/layer_2/DenseReluDense/wi_0": (
+            "decoder.block.1.layer.2.DenseReluDense.wi_0"
+        ),
         "encoder/final_layer_norm": "encoder.final_layer_norm",
     },
     "vit": {"vit/embeddings/cls_token": "vit.embeddings.cls_token", "classifier": "classifier"},
@@ -253,6 +256,50 @@ def test_families_name_modules(family):
         )
     with pytest.raises(ValueError, match="names has no pattern for 'other/part'"):
         Map({"other/part/kernel": ones((2, 3))}, hf.FAMILIES[family].names).of("other/part/kernel")
+
+
+def test_families_are_closed(tmp_path):
+    """PEFT drops factors of a module that the model does not have without a word."""
+    params = {"model": {"layers": {"0": {"attn": {"q_proj": {"kernel": ones((4, 4))}}}}}}
+    lora_params = adapted(params)
+    family = hf.FAMILIES["llama"]
+    message = (
+        r"no pattern for 'model/layers/0/attn/q_proj': add one, such as "
+        r"(\{'model/layers/0/attn/q_proj': .*\})\. "
+        r"Nearest names: model\.layers\.\\1\.self_attn\.q_proj"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        peft.save(tmp_path / "adapter", lora_params, names=family.names)
+    assert not list(tmp_path.iterdir())
+    offered = re.search(message, str(error.value))
+    assert offered is not None
+    added = eval(offered[1])
+    peft.save(tmp_path / "adapter", lora_params, names=family.names | added)
+    own = {r"model/layers/(\d+)/attn/(.+)": r"model.layers.\1.self_attn.\2"}
+    peft.save(tmp_path / "mine", lora_params, names=family.names | own)
+    targets = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["q_proj"]
+
+
+def test_files_may_have_modules_that_their_family_has_not(tmp_path):
+    params = {"model": {"layers": {"0": {"mixer": {"kernel": jnp.asarray(floats(4, 3))}}}}}
+    hf.save(tmp_path / "model", params, hf.Family(), config={"model_type": "llama"})
+    assert_close(hf.load(tmp_path / "model", params), params)
+    hf.save(tmp_path / "again", params, source=tmp_path / "model")
+    assert tensors_of(tmp_path / "again").keys() == {"model.layers.0.mixer.weight"}
+    with pytest.raises(ValueError, match=r"no pattern for 'model/layers/0/mixer'"):
+        hf.save(tmp_path / "out", params, "llama")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_names_of_a_family_name_themselves(family):
+    """So that a family can be given for files, which have these names."""
+    names = hf.FAMILIES[family].names
+    for template in names.values():
+        name = template.replace(r"\1", "0").replace(r"\2", "1")
+        if "{layer}" not in name:
+            assert Map({}, names).named(name.replace(".", "/")) == name
 
 
 def test_a_model_without_its_head_gets_a_new_one(tmp_path):

@@ -1,5 +1,8 @@
 """Folders of transformers in, through Flax, and out again merged."""
 
+import importlib
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from helpers import assert_close
 import lora_jax
 from lora_jax.io import hf
 from lora_jax.io import peft as our_peft
+from lora_jax.io._torch import Map, module_path
 from lora_jax.recipes.models import llama
 
 pytestmark = [
@@ -172,6 +176,31 @@ def test_a_transposed_decoder_inside_another_model(targets, tmp_path):
     there = transformers.VisionEncoderDecoderModel.from_pretrained(tmp_path / "out").state_dict()
     for name, x in merged.items():
         assert_close(there[name].numpy(), x.numpy())
+
+
+# Their modules are below another root, which no Flax model has.
+ROOTS = ("LlamaForQuestion", "Qwen2ForQuestion", "Qwen3ForQuestion", "T5ForSequence", "T5ForToken")
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_families_have_all_modules_of_their_models(family):
+    """Of every model that transformers makes of this type, whatever its head."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    tables = [table for name, table in vars(auto).items() if re.match("MODEL_.*_NAMES", name)]
+    kinds = {kind for table in tables for kind in [table.get(family)] if isinstance(kind, str)}
+    kinds = {kind for kind in kinds if not kind.startswith(ROOTS)}
+    names = Map({}, hf.FAMILIES[family].names)
+    assert kinds
+    for kind in sorted(kinds):
+        there = getattr(transformers, kind)
+        with torch.device("meta"):
+            model = there(transformers.AutoConfig.for_model(family))
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            module = module_path(name.replace(".", "/"))[0]
+            found, own = names.named(module), module.replace("/", ".")
+            assert found in (own, f"{there.base_model_prefix}.{own}"), (kind, name)
 
 
 OPT = {"vocab_size": 40, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24}

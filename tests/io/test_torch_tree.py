@@ -155,6 +155,26 @@ def test_an_adapter_tells_tables_and_the_axes_of_experts():
         TorchTree.of(source("gpt2"), broken)
 
 
+@pytest.mark.parametrize("letters", ["bio", "boi"])
+def test_square_experts_are_read_as_those_beside_them(letters):
+    shapes = {"moe.gate_up_proj": (3, 4, 10), "moe.down_proj": (3, 4, 4)}  # as gpt-oss
+    tensors = {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shapes.items()}
+    model = Source("m", tensors, {"model_type": "gpt_oss"})
+    inputs, outputs = (4, 10) if letters == "bio" else (10, 4)
+    names = {
+        "moe.base_layer.lora_A.weight": (6, inputs),
+        "moe.base_layer.lora_B.weight": (outputs, 6),
+        "moe.lora_A.weight": (6, 4),
+        "moe.lora_B.weight": (4, 6),
+    }
+    own = folder(names, target_parameters=["moe.gate_up_proj", "moe.down_proj"])
+    assert forms(TorchTree.of(model, own)) == dict.fromkeys(shapes, (letters, "Parameter"))
+    alone = {name: x for name, x in names.items() if "base_layer" not in name}
+    own = folder(alone, target_parameters=["moe.down_proj"])
+    with pytest.raises(ValueError, match=r"'moe\.down_proj' .* is square"):
+        TorchTree.of(model, own)
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_the_tree_that_an_adapter_itself_tells_of(is_transposed):
     more = {"score.weight": (3, 4), "norm.bias": (4,), "h.0.mlp.fc.base_layer.bias": (8,)}

@@ -9,7 +9,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.io._torch import LAYER, Names
+from lora_jax.io._torch import Names, as_name
+from lora_jax.io.hf._modules import (
+    CLIP_BESIDE,
+    CLIP_LAYER,
+    DECODER,
+    ENCODERS,
+    GPT2,
+    T5_LAYER,
+    alone,
+    beside,
+    expanded,
+    numbered,
+)
 
 # The tensors that files of many models hold beside their weights, and that code makes anew.
 BUFFERS = r"(.*\.)?position_ids|(.*\.)?rotary_emb\.inv_freq|(.*\.)?h\.\d+\.attn\.(masked_)?bias"
@@ -52,23 +64,15 @@ class Family:
     layout: Mapping[str, str] | None = None
 
 
-def _numbered(root: str, stack: str) -> dict[str, str]:
-    """Name the modules of a stack of layers below a root, which paths here may lack."""
-    return {
-        rf"(?:{root}/)?{stack}[/_](\d+)/(.+)": rf"{root}.{stack}.\1.\2",
-        rf"(?:{root}/)?{stack}/(\D.*)": rf"{root}.{stack}.{LAYER}.\1",
-    }
+def _named(root: str, stack: str, modules: tuple[str, str, str]) -> dict[str, str]:
+    """Name the modules of a layer, those beside the layers, and those beside the root."""
+    layer, others, heads = modules
+    return numbered(root, stack, layer) | beside(root, others) | alone(heads)
 
 
-def _beside(root: str, modules: str) -> dict[str, str]:
-    """Name the other modules below a root."""
-    return {rf"(?:{root}/)?((?:{modules})(?:/.+)?)": rf"{root}.\1"}
-
-
-def _encoder(root: str, beside: str, heads: str, tied: str = "") -> Family:
+def _encoder(root: str, tied: str = "") -> Family:
     """Make the family of BERT or a descendant, whose head ``tied`` may decode by the table."""
-    names = _numbered(root, "encoder/layer") | _beside(root, beside)
-    names |= {f"(?:{heads})(?:/.+)?": r"\g<0>"}
+    names = _named(root, "encoder/layer", ENCODERS[root])
     if not tied:
         return Family(names, prefix=f"{root}.")
     return dataclasses.replace(_masked(root, f"{tied}.decoder", f"{tied}.bias"), names=names)
@@ -76,8 +80,7 @@ def _encoder(root: str, beside: str, heads: str, tied: str = "") -> Family:
 
 def _decoder(*, ties_head: bool) -> Family:
     """Make the family of Llama or a descendant."""
-    names = _numbered("model", "layers") | _beside("model", "embed_tokens|norm")
-    names |= {"lm_head|score": r"\g<0>"}
+    names = _named("model", "layers", DECODER)
     return dataclasses.replace(_causal("model", "embed_tokens", ties_head=ties_head), names=names)
 
 
@@ -101,23 +104,24 @@ def _bart(prefix: str = "model.") -> Family:
     return Family(prefix=prefix, tied_head=tied)
 
 
-_BERT = _encoder("bert", "embeddings|pooler", "cls|classifier|qa_outputs", "cls.predictions")
+_BERT = _encoder("bert", "cls.predictions")
 
-_ROBERTA = _encoder("roberta", "embeddings|pooler", "lm_head|classifier|qa_outputs", "lm_head")
+_ROBERTA = _encoder("roberta", "lm_head")
 
-_DEBERTA = _encoder(
-    "deberta",
-    "embeddings|encoder/(?:rel_embeddings|LayerNorm|conv)",
-    "cls|lm_predictions|classifier|qa_outputs|pooler",
-    "cls.predictions",
-)
+_DEBERTA = _encoder("deberta", "cls.predictions")
 
 _T5 = Family(
     {
-        r"(encoder|decoder)/block[/_](\d+)/layer[/_](\d+)/(.+)": r"\1.block.\2.layer.\3.\4",
-        r"(encoder|decoder)/(final_layer_norm|embed_tokens)": r"\1.\2",
-        "shared|lm_head": r"\g<0>",
-    },
+        rf"{side}/block[/_](\d+)/layer[/_](\d+)/{module}": (
+            rf"{side}.block.\1.layer.\2.{as_name(module)}"
+        )
+        for side in ("encoder", "decoder")
+        for module in expanded(T5_LAYER)
+    }
+    | alone(
+        "{encoder,decoder}/{final_layer_norm,embed_tokens} shared lm_head classifier qa_outputs"
+    )
+    | alone("classification_head/{dense,out_proj}"),
     tied={
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
@@ -128,19 +132,16 @@ _T5 = Family(
 )
 
 _GPT2 = Family(
-    _numbered("transformer", "h") | _beside("transformer", "wte|wpe|ln_f") | {"lm_head": "lm_head"},
+    _named("transformer", "h", GPT2),
     kinds={CONV1D: "Conv1D"},
     prefix="transformer.",
     tied_head={"lm_head.weight": "transformer.wte.weight"},
 )
 
 _CLIP = Family(
-    {
-        r"(text_model|vision_model)/encoder/layers[/_](\d+)/(.+)": r"\1.encoder.layers.\2.\3",
-        r"(text_model|vision_model)/encoder/layers/(\D.*)": rf"\1.encoder.layers.{LAYER}.\2",
-        r"(text_model|vision_model)/((?!encoder).+)": r"\1.\2",
-        "text_projection|visual_projection|logit_scale|classifier": r"\g<0>",
-    }
+    numbered("", "text_model/encoder/layers", CLIP_LAYER)
+    | numbered("", "vision_model/encoder/layers", CLIP_LAYER)
+    | alone(CLIP_BESIDE)
 )
 
 #: By the ``model_type`` of ``config.json``. Yours: ``hf.FAMILIES["mine"] = hf.Family({...})``.
@@ -148,7 +149,7 @@ FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "clip": _CLIP,
     "deberta-v2": _DEBERTA,
-    "dinov2": _encoder("dinov2", "embeddings|layernorm", "classifier"),
+    "dinov2": _encoder("dinov2"),
     "gemma": _decoder(ties_head=True),
     "gpt2": _GPT2,
     "llama": _decoder(ties_head=False),
@@ -157,7 +158,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _decoder(ties_head=False),
     "roberta": _ROBERTA,
     "t5": _T5,
-    "vit": _encoder("vit", "embeddings|layernorm|pooler", "classifier"),
+    "vit": _encoder("vit"),
     "xlm-roberta": _ROBERTA,
 }
 

@@ -10,7 +10,16 @@ import numpy as np
 
 from lora_jax._weights.paths import nearest
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Map, Place, from_torch, to_torch, torch_shape
+from lora_jax.io._torch import (
+    Map,
+    Place,
+    as_name,
+    as_path,
+    from_torch,
+    module_path,
+    to_torch,
+    torch_shape,
+)
 from lora_jax.io.hf._families import BUFFERS, Family, ties_in
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source
@@ -30,8 +39,11 @@ class TensorNames:
     ):
         if source is not None:
             check_plain(source)
-        self.places = Map(leaves, family.names, family.kinds, family.layout)
         self.tensors: Mapping[str, Tensor] = source.tensors if source else {}
+        names = family.names
+        if isinstance(names, Mapping):
+            names = {**names, **_others(leaves, names, self.tensors)}
+        self.places = Map(leaves, names, family.kinds, family.layout)
         self.where = source.where if source else ""
         self._family = family
         self._tied = ties_in(family)
@@ -163,3 +175,13 @@ class TensorNames:
                 f"{left[:5]}. If the model does without, pass ignore=, a pattern of their names"
             )
         return twins
+
+
+def _others(
+    leaves: Mapping[str, Any], names: Mapping[str, str], tensors: Iterable[str]
+) -> dict[str, str]:
+    """Name the modules that a family does not have, and the files have by their very paths."""
+    own = Map({}, names)
+    stored = {module_path(as_path(name))[0] for name in tensors}
+    modules = {module_path(path, leaves)[0] for path in leaves} & stored
+    return {re.escape(m): as_name(m) for m in sorted(modules) if own.named(m) is None}

@@ -104,30 +104,38 @@ def forms_in(
     parameters = configs.target_parameters(folder.config, modules.values())
     nested = wrappers(parameters, PARAMETER_ORDER)
     found: dict[str, tuple[str, Kind]] = {}
+    experts: dict[str, dict[str, list[str]]] = {}
     for path, leaf in leaves.items():
         name = modules[path]
         if folder.modules.get(name, {}).keys() & {EMBEDDING[0], ROWS}:
             found[path] = "io", "Embedding"
         elif name in nested and len(leaf.shape) == 3:
-            tensors = folder.modules.get(nested[name], {})
-            found[path] = _letters_of_experts(name, leaf.shape, tensors), "Parameter"
+            experts.setdefault(name.rpartition(".")[0], {})[path] = _letters_of_experts(
+                leaf.shape, folder.modules.get(nested[name], {})
+            )
+    for beside in experts.values():
+        told = {fits[0] for fits in beside.values() if len(fits) == 1}
+        for path, fits in beside.items():
+            # One module's parameters are all read along one axis: those that are not square tell.
+            left = fits if len(fits) == 1 else [x for x in fits if told == {x}]
+            if len(left) != 1:
+                raise ValueError(
+                    f"the parameter {modules[path]!r} of shape {leaves[path].shape} is square, or "
+                    "its factors do not fit it: which of its axes is read cannot be told. Load the "
+                    "adapter with peft.load and layout="
+                )
+            found[path] = left[0], "Parameter"
     return found
 
 
-def _letters_of_experts(name: str, shape: tuple[int, ...], tensors: Mapping[str, Any]) -> str:
-    """Tell which of the two axes is read: that which ``lora_A`` has."""
+def _letters_of_experts(shape: tuple[int, ...], tensors: Mapping[str, Any]) -> list[str]:
+    """List which of the two axes may be read: that which ``lora_A`` has, or both of a square."""
     of_a, of_b = (tensors[role].shape if role in tensors else () for role in LINEAR)
-    fits = [
+    return [
         letters
         for letters, (inputs, outputs) in (("boi", shape[:0:-1]), ("bio", shape[1:]))
         if (of_a[1:], of_b[:1]) == ((inputs,), (outputs,))
     ]
-    if len(fits) != 1:
-        raise ValueError(
-            f"the parameter {name!r} of shape {shape} is square, or its factors do not fit it: "
-            "which of its axes is read cannot be told. Load the adapter with peft.load and layout="
-        )
-    return fits[0]
 
 
 _HEAD = re.compile(r"(score|classifier|qa_outputs|classification_head|pre_classifier)(\..+)?")
