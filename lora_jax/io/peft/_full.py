@@ -37,7 +37,7 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
-        if places.is_tied(place.path):
+        if places.is_tied(place.path) and not config.get("ensure_weight_tying"):
             raise folder.error(TIED.format(verb="load", path=place.path))
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.index] = own
