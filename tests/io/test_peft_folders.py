@@ -813,6 +813,14 @@ def test_a_table_that_is_not_the_bases_is_refused(broken):
         ValueError, match="brings a weight of 'table' that is not the one in params"
     ):
         broken("plain", tensors=with_table(params["table"]["embedding"] + 1))
+    table = params["table"]["embedding"]
+    for dtype in ("bfloat16", "float16"):  # float32 files, trained in another dtype
+        broken("plain", tensors=with_table(table.astype(dtype)))
+        broken("plain", tensors=with_table(table.astype(dtype).astype("float32")))
+        with pytest.raises(ValueError, match="that is not the one in params, nor that rounded"):
+            broken("plain", tensors=with_table((1.02 * table).astype(dtype)))
+    moved = params | {"table": {"embedding": table + 1}}
+    broken("plain", tensors=with_table(table + 1), params=moved)  # as the message says
 
 
 def test_an_existing_folder_is_kept(tmp_path):
