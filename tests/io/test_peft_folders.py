@@ -582,7 +582,7 @@ def broken(tmp_path):
         if tensors is not None:
             found = safetensors.numpy.load_file(folder / peft.TENSORS)
             safetensors.numpy.save_file(tensors(found), tmp_path / "a" / peft.TENSORS)
-        return peft.load(tmp_path / "a", params, **options | more)
+        return peft.load(tmp_path / "a", more.pop("params", params), **options | more)
 
     return load
 
@@ -616,7 +616,6 @@ def broken(tmp_path):
         ("plain", {"target_modules": [1]}, r"target_modules is \[1\], expected a list of names"),
         ("plain", {"target_modules": "(first"}, "is not a regular expression"),
         ("plain", {"target_modules": ["first"]}, "has factors for 'conv', which its configuration"),
-        ("plain", {"target_modules": ["first", "table", "conv", "last", "q"]}, r"modules \['q'\]"),
         ("plain", {"exclude_modules": ["conv"]}, "factors for 'conv', which its configuration"),
         ("plain", {"bias": "some"}, "bias='some'"),
         ("plain", {"use_dora": True}, "lora_magnitude_vector' is missing"),
@@ -624,7 +623,8 @@ def broken(tmp_path):
         ("plain", {"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
         ("plain", {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conver"),
         ("plain", {"use_qalora": True}, "use_qalora=True is a variant"),
-        ("plain", {"some_new_thing": 3}, "some_new_thing=3 is a variant"),
+        ("plain", {"some_new_thing": 3}, "some_new_thing=3: PEFT .* has no such key"),
+        ("plain", {"layer_replication": [[0, 2]]}, "layer_replication=.* is a variant"),
         ("saved", {"modules_to_save": None}, "'base_model.model.last.weight' has no place"),
         ("saved", {"bias": "none"}, "has no place here"),
         ("rows", {"trainable_token_indices": {"table": [7, 99]}}, "has shape .2, 12., for a table"),
@@ -709,6 +709,84 @@ def test_square_parameters_of_an_older_peft_are_not_guessed(tmp_path):
         peft.load(tmp_path / "a", params, layout={".*": "bio"})
 
 
+def test_keys_that_are_not_known_can_be_deleted_and_those_that_change_nothing_are_read(broken):
+    with pytest.raises(ValueError, match=r"If it does not, delete it from adapter_config\.json"):
+        broken("plain", {"trained_by": "someone"})
+    plain = broken("plain", {"trained_by": "absent"})
+    tying = broken("plain", {"ensure_weight_tying": True, "task_type": "X", "merge_weights": False})
+    for one, other in zip(*(jax.tree.leaves(x.adapter) for x in (plain, tying)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_what_peft_lists_and_did_not_adapt(broken):
+    plain = broken("plain")
+    listed = ["first", "table", "conv", "last"]
+    more = ["query_key_value", "gone"]
+
+    def same(lora_params):
+        return all(map(np.array_equal, *(jax.tree.leaves(x.adapter) for x in (lora_params, plain))))
+
+    assert same(broken("plain", {"target_modules": [*listed, *more]}))
+    _, params, *_ = golden("plain")
+    beside = params | {"extra": {"kernel": ones((3, 3))}}
+    config, names = {"target_modules": [*listed, "gone"]}, {"(table|first|conv|last)": r"\1"}
+    with pytest.raises(ValueError, match=r"the modules \['gone'\]; .* since 'extra/kernel' and"):
+        broken("plain", config, params=beside, names=names)
+    assert same(broken("plain", config, params=beside, names=names | {"extra": "extra"}))
+    assert same(broken("plain", {"target_modules": listed}, params=beside, names=names))
+
+    def without_conv(found):
+        return {k: x for k, x in found.items() if "conv" not in k}
+
+    left_out = broken("plain", {"exclude_modules": ["conv"]}, without_conv)
+    assert "conv/kernel" not in left_out.adapter.factors
+    with pytest.raises(ValueError, match="adapts 'conv', and the tensors of its factors are miss"):
+        broken("plain", {}, without_conv)
+
+
+@pytest.mark.parametrize("form", ["adapted", "adapted, by a pattern", "saved"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tied_adapters_are_read_once_or_twice(is_tied, form, tmp_path):
+    """As PEFT writes a tied model with ensure_weight_tying: the table's, and its copy."""
+    params = {"embed_tokens": {"embedding": normal(0, (7, 4))}, "q": {"kernel": normal(1, (4, 4))}}
+    params |= {} if is_tied else {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    q, a, b = (np.asarray(normal(k, s)) for k, s in ((2, (4, 2)), (3, (2, 7)), (4, (4, 2))))
+    tensors = {"q.lora_A.weight": q.T.copy(), "q.lora_B.weight": q}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "ensure_weight_tying": True}
+    table = np.asarray(params["embed_tokens"]["embedding"])
+    if form == "saved":
+        expected = table + 1
+        tensors |= {"embed_tokens.weight": expected, "lm_head.weight": expected}
+        config |= {"target_modules": ["q"], "modules_to_save": ["embed_tokens"]}
+    else:
+        expected = table + (b @ a).T
+        tensors |= {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
+        tensors |= {"lm_head.lora_A.weight": b.T.copy(), "lm_head.lora_B.weight": a.T.copy()}
+        tensors |= {"embed_tokens.base_layer.weight": table, "lm_head.base_layer.weight": table}
+        config |= {
+            "target_modules": ["q", "embed_tokens"] if form == "adapted" else "q|embed_tokens"
+        }
+    (tmp_path / peft.CONFIG).write_text(json.dumps(config))
+    safetensors.numpy.save_file(
+        {PRE + name: x for name, x in tensors.items()}, tmp_path / peft.TENSORS
+    )
+
+    def fn(p, ids):
+        head = p["embed_tokens"]["embedding"].T if is_tied else p["lm_head"]["kernel"]
+        return p["embed_tokens"]["embedding"][ids] @ p["q"]["kernel"] @ head
+
+    layout = lora_jax.layout_of(fn, params, jnp.arange(3))
+    merged = lora_jax.merge(peft.load(tmp_path, params, layout=layout))
+    assert_close(merged["embed_tokens"]["embedding"], expected)
+    if not is_tied:
+        assert_close(merged["lm_head"]["kernel"], expected.T)
+    own = "lm_head.weight" if form == "saved" else "lm_head.lora_A.weight"
+    tensors = {PRE + name: x for name, x in (tensors | {own: 2 * tensors[own]}).items()}
+    safetensors.numpy.save_file(tensors, tmp_path / peft.TENSORS)
+    with pytest.raises(ValueError, match=r"lm_head|is an output head as well"):  # no copy
+        peft.load(tmp_path, params, layout=layout)
+
+
 def test_folders_without_their_files_are_refused(tmp_path):
     _, params, *_ = golden("plain")
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
@@ -737,6 +815,14 @@ def test_a_table_that_is_not_the_bases_is_refused(broken):
         ValueError, match="brings a weight of 'table' that is not the one in params"
     ):
         broken("plain", tensors=with_table(params["table"]["embedding"] + 1))
+    table = params["table"]["embedding"]
+    for dtype in ("bfloat16", "float16"):  # float32 files, trained in another dtype
+        broken("plain", tensors=with_table(table.astype(dtype)))
+        broken("plain", tensors=with_table(table.astype(dtype).astype("float32")))
+        with pytest.raises(ValueError, match="that is not the one in params, nor that rounded"):
+            broken("plain", tensors=with_table((1.02 * table).astype(dtype)))
+    moved = params | {"table": {"embedding": table + 1}}
+    broken("plain", tensors=with_table(table + 1), params=moved)  # as the message says
 
 
 def test_an_existing_folder_is_kept(tmp_path):

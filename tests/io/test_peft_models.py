@@ -19,9 +19,10 @@ from jax import lax
 
 import lora_jax
 from lora_jax._weights.paths import flatten
+from lora_jax.io import hf, safetensors
 from lora_jax.io import peft as our_peft
-from lora_jax.io import safetensors
 from lora_jax.io._torch import Map
+from lora_jax.io.peft import _config
 
 pytestmark = [
     pytest.mark.peer,
@@ -296,6 +297,21 @@ CASES = {
         {},
     ),
     "Llama, the head adapted": ("Llama", {"target_modules": ["q_proj", "lm_head"]}, {}),
+    "Llama, all-linear but some": (
+        "Llama",
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.1.mlp.up_proj"]},
+        {},
+    ),
+    "Llama, names of other models as well": (
+        "Llama",
+        {"target_modules": ["q_proj", "query_key_value", "c_attn"], "ensure_weight_tying": True},
+        {},
+    ),
+    "RoBERTa, all-linear": (
+        "RoBERTa",
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+        {},
+    ),
     "RoBERTa, a head of two layers": (
         "RoBERTa",
         {"target_modules": ["query"], "task_type": "SEQ_CLS"},
@@ -420,6 +436,32 @@ def test_adapters_go_to_peft_and_back(name, tmp_path):
                 assert_close(places.tensor(place), merged[own].detach().numpy(), **sums)
                 compared += 1
     assert compared > len(places.places) - 3
+
+
+@pytest.mark.parametrize("form", ["adapted", "saved"])
+def test_an_adapter_that_peft_ties_is_the_table_s(form, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "files")
+    targets = ["q_proj"] + ["embed_tokens"] * (form == "adapted")
+    more = {"modules_to_save": ["embed_tokens"]} if form == "saved" else {}
+    config = peft.LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True, **more)
+    theirs = moved(peft.get_peft_model(model, config)).eval()
+    expected = theirs(torch.tensor(IDS)).logits.detach().numpy()
+    theirs.save_pretrained(tmp_path / "theirs")
+    hf.merge(tmp_path / "files", tmp_path / "theirs", tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_close(again(torch.tensor(IDS)).logits.detach().numpy(), expected, **DEEP)
+
+
+def test_every_key_of_peft_is_known():
+    peft = pytest.importorskip("peft")
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields <= {*_config._KNOWN, *_config._HARMLESS, *_config._VARIANTS}
 
 
 def test_the_adapter_of_the_demo_gives_the_same_labels_in_peft(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose format this is
 
 # Initializers: those that leave the base as it is, and those that PEFT repeats on the base.
@@ -43,6 +44,12 @@ _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path revision task_type inference_mode lora_dropout "
     "megatron_core megatron_config eva_config corda_config loftq_config lora_ga_config "
     "qalora_group_size runtime_config velora_config".split()
+)
+
+# The keys by which an adapter is no plain LoRA.
+_VARIANTS = frozenset(
+    "alora_invocation_tokens arrow_config enable_lora kasa_config layer_replication "
+    "monteclora_config use_bdlora use_qalora".split()
 )
 
 _LARGEST = 2**31  # of ranks and alphas: beyond that, the file is damaged
@@ -202,11 +209,18 @@ def check(config: Any, where: str) -> dict[str, Any]:
         if value is not None and (is_bool or not isinstance(value, kind)):
             raise ValueError(f"{where}: {name} is {value!r}, expected {_words(kind)}")
     for name, value in config.items():
-        if name not in _KNOWN and name not in _HARMLESS and value not in (None, False, {}, []):
+        if name in _KNOWN or name in _HARMLESS or value in (None, False, {}, []):
+            continue
+        if name in _VARIANTS:
             raise ValueError(
-                f"{where}: {name}={value!r} is a variant of LoRA that cannot be read here. Let "
+                f"{where}: {name}={value!r:.60} is a variant of LoRA that cannot be read here. Let "
                 "PEFT merge it into the model, or extract a plain adapter from that"
             )
+        raise ValueError(
+            f"{where}: {name}={value!r:.60}: PEFT {VERSION} has no such key and would pass over "
+            "it; whether it changes what the adapter computes is not known. If it does not, delete "
+            f"it from {CONFIG}"
+        )
     defaults = {"r": 8, "lora_alpha": 8, "bias": "none", "init_lora_weights": True}
     empty = {"rank_pattern": {}, "alpha_pattern": {}, "peft_version": ""}
     config = defaults | empty | {k: v for k, v in config.items() if v is not None}
@@ -304,6 +318,3 @@ def ties_adapters(config: Mapping[str, Any], module: str) -> bool:
 def target_parameters(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
     """Find the parameters that PEFT would adapt, among these names."""
     return {name for name in names if matches(config.get("target_parameters") or [], name)}
-
-
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

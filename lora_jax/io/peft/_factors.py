@@ -24,6 +24,7 @@ from lora_jax.io.peft._axes import (
     from_peft,
     wrappers,
 )
+from lora_jax.io.peft._config import CONFIG
 from lora_jax.io.peft._folder import Folder
 
 
@@ -138,10 +139,15 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
             raise folder.error(
                 f"its configuration adapts {name!r}, and the tensors of its factors are missing"
             )
-    listed = targets if isinstance(targets, list) else []
-    if unmet := [t for t in listed if not any(configs.matches([t], x) for x in adapted)]:
+    if places.all_named or not isinstance(targets, list):
+        return  # a name of no module here is of none there
+    known = [*places.modules(), *adapted]
+    if unmet := [t for t in targets if not any(configs.matches([t], x) for x in known)]:
+        unnamed = next(path for path, found in places.places.items() if found is None)
         raise folder.error(
-            f"adapts the modules {unmet}; it has no tensors of them, nor are they here. "
+            f"adapts the modules {unmet}; it has no tensors of them, and whether they are here is "
+            f"not known, since {unnamed!r} and others have no name there: name all by names=. If "
+            f"the model has no such modules, remove these from target_modules in {CONFIG}. "
             f"Nearest: {nearest(unmet[0], places.modules())}"
         )
 

@@ -88,15 +88,22 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
         raise folder.left_over(name, places)
     is_table = owner in adapted and owner != module and suffix == "weight"
     theirs = folder.array(name) if is_table else _array(folder, places, name, place)
-    rounded = theirs.astype(places.leaves[place.path].dtype).astype(np.float32)
-    if np.array_equal(rounded, places.tensor(place)):
+    if _is_copy(theirs, places.tensor(place), places.leaves[place.path].dtype):
         return
     if is_table:
         raise folder.error(
-            f"brings a weight of {owner!r} that is not the one in params: its rows were added to "
-            "or trained. Put it into params first"
+            f"brings a weight of {owner!r} that is not the one in params, nor that rounded: rows "
+            "were added to it or trained, or it is another model's. Put it into params first"
         )
     raise folder.left_over(name, places)
+
+
+def _is_copy(theirs: np.ndarray, own: np.ndarray, dtype: Any) -> bool:
+    """Whether a tensor is the base's: one of the two may be rounded, where the base was so."""
+    with np.errstate(over="ignore"):  # no float16, then
+        rounded = [own.astype(x).astype(np.float32) for x in (dtype, jnp.bfloat16, jnp.float16)]
+        there = theirs.astype(dtype).astype(np.float32)
+    return np.array_equal(there, own) or any(np.array_equal(theirs, x) for x in rounded)
 
 
 def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.ndarray]]:
