@@ -38,7 +38,7 @@ def parameters():
 PARAMS = parameters()
 PLAIN = {"targets": [".*q_proj/kernel", ".*v_proj/kernel"]}
 DORA = PLAIN | {"dora": True, "full": "score.*"}
-EQUAL = ("--tolerance", f"{tolerance():g}")  # of rounding
+EQUAL = ("--tolerance", f"{tolerance():g}")  # the rounding of float32
 MORE = PLAIN | {"rows": {".*embed.*": [3, 5]}, "bias": "lora_only"}
 
 
