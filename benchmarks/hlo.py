@@ -77,7 +77,7 @@ def collectives(hlo: str) -> list[Collective]:
                 kind = "reduce-scatter"  # its name in programs for TPUs
             inputs = sum(_bytes(program[name][operand].type) for operand in x.operands)
             outputs = _bytes(x.type)
-            if x.op.endswith("-start"):  # a tuple of inputs, outputs and semaphores
+            if x.op.endswith("-start"):  # a tuple of inputs, outputs and contexts
                 outputs -= inputs + 4 * x.type.count("u32[]")
             found.append(Collective(kind, max(inputs, outputs), times, x.type))
     return found

@@ -1,9 +1,11 @@
-"""Adapters of every layout, and their updates in float64."""
+"""Make adapters of every layout, and compute their updates in float64."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import drawn
+from helpers import array, drawn, normal, randomize_b
 
 import lora_jax
 from lora_jax import Adapter, LoraParams
@@ -21,11 +23,27 @@ LAYOUT = {name: letters for name, (_, letters) in SHAPES.items()}
 BASE = {
     name: jax.device_put(np.random.default_rng(i).normal(size=shape).astype(np.float32))
     for i, (name, (shape, _)) in enumerate(SHAPES.items())
-} | {"bias": jnp.arange(4.0), "norm": jnp.ones(3, jnp.bfloat16)}
+} | {"bias": array(np.arange(4)), "norm": array(np.ones(3), jnp.bfloat16)}
+
+
+def lorafy(params, rank=2, **options):
+    """Make LoraParams with ``b = 0`` by an initializer that compiles nothing."""
+    return lora_jax.lorafy(params, rank, **{"init": drawn, **options})
+
+
+def adapted(params, rank=2, **options):
+    """Make LoraParams with random ``a`` and ``b``."""
+    return randomize_b(lorafy(params, rank, **options))
+
+
+def adapted_weight(shape, layout, dtype=jnp.float32, rank=2, **options):
+    """Make LoraParams with random ``a`` and ``b`` of one random weight ``w``."""
+    options = {"targets": "w", "layout": {"w": layout}, **options}
+    return adapted({"w": normal(0, shape, dtype)}, rank, **options)
 
 
 def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
-    """LoraParams with everything that trains drawn at random."""
+    """Make LoraParams whose trained arrays are all random."""
     options = {"targets": list(targets), "layout": LAYOUT, "init": drawn, **options}
     lora_params = lora_jax.lorafy(base, rank, key=jax.random.key(seed), **options)
     rng = np.random.default_rng(seed)
@@ -41,8 +59,19 @@ def split(seed, rank=2, base=BASE, targets=tuple(SHAPES), **options):
     return LoraParams(base, Adapter(factors, full))
 
 
+@functools.cache
+def jit_rows(fn):
+    """Compile ``lora_rows(fn)`` once for all tests of a file."""
+    return jax.jit(lora_jax.many.lora_rows(fn))
+
+
+def rows_like(x, count=5):
+    """Make a random input of ``count`` batch rows."""
+    return normal(9, (count, *x.shape[1:]), x.dtype)
+
+
 def dense(x):
-    """The updates in float64, in the weights' axes, from the definition."""
+    """Compute the updates from the definition, in float64 and in the axes of the weights."""
     adapter = x.adapter if isinstance(x, LoraParams) else x
     found = {}
     for key, f in adapter.factors.items():

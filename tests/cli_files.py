@@ -1,4 +1,4 @@
-"""A tiny model and adapters of it, as files of all kinds; what the tests of the commands share."""
+"""Write a tiny model and its adapters in all formats, for the tests of the commands."""
 
 import subprocess
 import sys
@@ -38,12 +38,12 @@ def parameters():
 PARAMS = parameters()
 PLAIN = {"targets": [".*q_proj/kernel", ".*v_proj/kernel"]}
 DORA = PLAIN | {"dora": True, "full": "score.*"}
-EQUAL = ("--tolerance", f"{tolerance():g}")  # to rounding
+EQUAL = ("--tolerance", f"{tolerance():g}")  # the rounding of float32
 MORE = PLAIN | {"rows": {".*embed.*": [3, 5]}, "bias": "lora_only"}
 
 
 def write_all(folder):
-    """Write the model and its adapters in all formats, under the names of the help's examples."""
+    """Write the model and its adapters in all formats, with the names in the help texts."""
     hf.save(folder / "model", PARAMS, hf.Family())
     (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
     orbax.save_params(folder / "params", PARAMS)
@@ -75,7 +75,7 @@ def adapted(options, rank, seed=1):
 
 
 def updates(lora_params):
-    """Every update, built, in float64."""
+    """Compute every update in float64."""
     return {
         path: float(f.scale) * np.asarray(f.a, np.float64) @ np.asarray(f.b, np.float64)
         for path, f in lora_params.adapter.factors.items()
@@ -103,7 +103,7 @@ def assert_same(one, other):
         assert np.array_equal(x, other[name]), name
 
 
-def damaged(path, change):
+def damage(path, change):
     found = tensors(path)
     change(found)
     library.save_file(found, Path(path) / peft.TENSORS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""The fixtures of the commands: files to work on, and commands to run. A plugin of conftest."""
+"""Define fixtures for the tests of the commands; conftest registers this module as a plugin."""
 
 import json
 import os
@@ -10,27 +10,27 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """The files, written once."""
+def written_files(tmp_path_factory):
+    """Write all files once, and return their folder."""
     import cli_files
 
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("written")
     with jax.numpy_dtype_promotion("strict"):
         cli_files.write_all(folder)
     return folder
 
 
 @pytest.fixture
-def here(made, tmp_path, monkeypatch):
-    """A copy of them to work in."""
-    shutil.copytree(made, tmp_path / "work")
+def here(written_files, tmp_path, monkeypatch):
+    """Copy the files to a temporary folder, and change into it."""
+    shutil.copytree(written_files, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
 
 
 @pytest.fixture
 def cli(here, capsys):
-    """Run a command: its status and stdout; nothing may be on stderr."""
+    """Run a command, check its status and its empty stderr, and return its stdout."""
 
     def run(*words, status=0):
         code = _main([str(word) for word in words])
@@ -43,7 +43,7 @@ def cli(here, capsys):
 
 @pytest.fixture
 def refused(here, capsys):
-    """Run a command that must fail with one line, and leave nothing behind."""
+    """Run a command that must fail with one line and write no file."""
 
     def run(*words, match):
         before = sorted(p.name for p in here.iterdir())
@@ -60,9 +60,9 @@ def refused(here, capsys):
 
 @pytest.fixture
 def screen():
-    """A terminal of so many columns that remembers what it showed."""
+    """Make terminals of a given width that record their output."""
     console = pytest.importorskip(
-        "rich.console", reason="rich, which comes with Flax, is not there"
+        "rich.console", reason="rich, a dependency of Flax, is not installed"
     )
     with open(os.devnull, "w") as nowhere:
         options = {"record": True, "file": nowhere, "force_terminal": True, "highlight": False}

@@ -1,4 +1,4 @@
-"""Count what each test compiles: the plugin behind ``--compile-report``."""
+"""Define the plugin of ``--compile-report``, which counts the programs that each test compiles."""
 
 import time
 
@@ -10,27 +10,27 @@ LONGEST = 40
 
 
 class CompileReport:
-    """Print the longest tests, with the programs that XLA compiled for them.
+    """Print the longest tests and the programs that XLA compiled for them.
 
-    JAX reports every compilation through ``jax.monitoring``. The numbers of a test travel with its
-    report, so that the table is the same in one process and under pytest-xdist. What a fixture
-    compiles belongs to the first test that uses it; child processes are not counted.
+    JAX reports every compilation through ``jax.monitoring``. The numbers of a test are in its
+    report, so the table is the same in one process and under pytest-xdist. Programs of a fixture
+    count for the first test that uses it; child processes are not counted.
     """
 
     def __init__(self):
-        self.count, self.seconds = 0, 0.0  # of the test that runs now
+        self.count, self.seconds = 0, 0.0  # of the current test
         self.rows = []  # (seconds, programs, seconds compiling, name)
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
     def listen(self, event, seconds, **kwargs):
-        """Add one compilation to the test that runs now."""
+        """Add one compilation to the current test."""
         if event == COMPILED:
             self.count += 1
             self.seconds += seconds
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        """Start counting for one test."""
+        """Start counting for a test."""
         self.count, self.seconds, self.start = 0, 0.0, time.perf_counter()
         return (yield)
 
@@ -44,14 +44,14 @@ class CompileReport:
         return report
 
     def pytest_runtest_logreport(self, report):
-        """Collect the numbers of a test, whichever process ran it."""
+        """Collect the numbers of a test from any process."""
         for name, row in report.user_properties:
             if name == "compiled":
                 self.rows.append((*row, report.nodeid))
 
     def pytest_terminal_summary(self, terminalreporter):
         """Print the table and the totals."""
-        terminalreporter.section("what the tests compile")
+        terminalreporter.section("programs compiled by tests")
         totals = tuple(sum(row[i] for row in self.rows) for i in range(3))
         longest = sorted(self.rows, reverse=True)[:LONGEST]
         for *numbers, name in [*longest, (*totals, f"{len(self.rows)} tests in all")]:

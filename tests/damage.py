@@ -1,4 +1,4 @@
-"""What happens to files: bits flip, bytes go missing, processes are killed while they write."""
+"""Damage files, and kill processes while they write."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import textwrap
 import hypothesis
 from hypothesis import strategies as st
 
-NIGHTLY = os.environ.get("LORA_JAX_MUTATIONS")  # how many files to damage
+NIGHTLY = os.environ.get("LORA_JAX_MUTATIONS")  # the number of files to damage
 EXAMPLES = int(NIGHTLY or 200)
 
 EDITS = st.lists(
@@ -31,7 +31,7 @@ fuzz = hypothesis.settings(
 
 
 def damaged(data, edits):
-    """A file with bits flipped, bytes lost, repeated, overwritten, or its header's size changed."""
+    """Return a file with bits flipped, bytes lost, repeated or overwritten, or a changed header."""
     data = bytearray(data)
     for kind, place, size, new in edits:
         start = place % max(1, len(data))
@@ -51,25 +51,25 @@ def damaged(data, edits):
     return bytes(data)
 
 
-def ran(script, *args):
-    """What a program of its own prints."""
+def run_script(script, *args):
+    """Run a script in a process, and return what it prints."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
 
-def killed_while_saving(program, folder, kills):
-    """Kill a program at random moments, each time in a folder ``folder/i`` of its own.
+def kill_while_saving(program, folder, kills):
+    """Kill a program at random moments, each time in a new folder ``folder/i``.
 
     Args:
         program: defines ``save(path, k)``, which writes numbers that are all ``k`` to ``path``.
-        folder: that exists.
-        kills: how many.
+        folder: an existing folder.
+        kills: the number of kills.
 
     Returns:
-        How many saves were done in each of the folders, before the one that was killed; at least
-        one. What was written is ``folder/i/a``.
+        The number of complete saves in each folder before the killed one; at least one. The file
+        is ``folder/i/a``.
     """
     harness = """
 import os, random, signal, sys, time, warnings
@@ -83,7 +83,7 @@ for i in range(int(sys.argv[2])):
     folder = os.path.join(sys.argv[1], str(i))
     os.mkdir(folder)
     reading, report = os.pipe()
-    if (child := os.fork()) == 0:  # nothing of JAX runs in the parent
+    if (child := os.fork()) == 0:  # JAX does not run in the parent
         for k in range(10**6):
             save(os.path.join(folder, "a"), k)
             os.write(report, b".")
@@ -97,8 +97,8 @@ for i in range(int(sys.argv[2])):
     os.close(reading)
     print(done, flush=True)
 """
-    counts = list(map(int, ran(harness, folder, kills).split()))
+    counts = list(map(int, run_script(harness, folder, kills).split()))
     assert len(counts) == kills
     partial = (p for i in range(kills) for p in (folder / str(i)).glob(".*.partial"))
-    assert any(partial), "all kills fell between the saves"
+    assert any(partial), "all kills happened between saves"
     return counts

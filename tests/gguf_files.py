@@ -1,4 +1,4 @@
-"""Small GGUF models, as their library writes them."""
+"""Write small GGUF models with the gguf library."""
 
 import gguf
 import numpy as np
@@ -8,7 +8,7 @@ RNG = np.random.default_rng(0)
 HIDDEN, INNER, HEADS, KEYS, LAYERS, VOCAB = 32, 64, 4, 2, 2, 40
 HEAD = HIDDEN // HEADS
 
-# A layer's tensors: the name there, the name here, the shape.
+# The tensors of a layer: their names in GGUF, their names in PyTorch, their shapes.
 LAYER = {
     "attn_norm.weight": ("input_layernorm.weight", (HIDDEN,)),
     "attn_q.weight": ("self_attn.q_proj.weight", (HIDDEN, HIDDEN)),
@@ -42,7 +42,7 @@ def floats(*shape):
 
 
 def places(arch):
-    """The name there, the name here, the shape."""
+    """Return all tensors: their names in GGUF, their names in PyTorch, their shapes."""
     layers = {
         f"blk.{k}.{there}": (f"model.layers.{k}.{here}", shape)
         for k in range(LAYERS)
@@ -69,7 +69,7 @@ def keys_of(arch):
 
 
 def write(path, tensors, keys, arch="llama"):
-    """A file by gguf's own writer; tensors are floats, or pairs of blocks and their type."""
+    """Write a file with gguf's writer; tensors are floats, or pairs of blocks and their type."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in keys.items():
         if isinstance(value, list):
@@ -87,8 +87,8 @@ def write(path, tensors, keys, arch="llama"):
     return path
 
 
-def written(path, arch="llama", tensors=None, **changes):
-    """A model of an architecture, with keys changed or, for None, left out."""
+def write_model(path, arch="llama", tensors=None, **changes):
+    """Write a model of an architecture, with keys changed or, for None, removed."""
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     keys = keys_of(arch) | {
         key if key.startswith(("tokenizer", "general", "split")) else f"{arch}.{key}": value

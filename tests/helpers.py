@@ -1,4 +1,4 @@
-"""Models, random adapters, and the oracle: the adapted function against the merged one."""
+"""Share models, random adapters, tolerances, and the oracle: adapted against merged functions."""
 
 import contextlib
 import dataclasses
@@ -18,21 +18,19 @@ import lora_jax
 
 
 def tolerance(dtype: Any = jnp.float32, *, length: int = 256, depth: int = 8) -> float:
-    """Bound what rounding may change, relative to the largest entry of a result.
+    """Bound the rounding error of a result, relative to its largest entry.
 
-    ``4 u sqrt(depth * length)``: ``u`` is half the epsilon of the dtype, what one rounding is off
-    by. A sum of ``length`` terms is ``length`` roundings, at random up and down, and ``depth``
-    such sums follow each other. The factor is for the largest of many entries, and for norms and
-    softmaxes, which magnify. Two programs, two machines and two orders of one sum stay within
-    it; a wrong scale, a missing factor or a lost update does not.
+    The bound is ``4 u sqrt(depth * length)``. ``u`` is half the epsilon of the dtype, the error of
+    one rounding. A sum of ``length`` terms has ``length`` roundings of random sign, and ``depth``
+    sums follow each other. The factor 4 covers the largest of many entries, and norms and
+    softmaxes, which magnify errors. Two programs, two machines and two orders of a sum stay within
+    the bound; a wrong scale, a missing factor or a lost update does not.
 
     Args:
-        dtype: of the result. Sums of 16 bits or fewer are summed in float32, so that ``length``
-            does not count there. In float64 it is 1e-9 for all: far above rounding, far below
-            anything else.
-        length: of the longest sum; the models below have none above 256, gradients included.
-        depth: how many sums the result passes through, one after another; a gradient passes
-            through those of the function and back.
+        dtype: the dtype of the result. XLA sums 16 bits or fewer in float32, so ``length`` does not
+            count there. The bound for float64 is always 1e-9: far above rounding, far below errors.
+        length: the length of the longest sum; at most 256 in the models below, with gradients.
+        depth: the number of successive sums; a gradient passes through those of the function twice.
     """
     info = jnp.finfo(dtype)
     if info.bits == 64:
@@ -41,8 +39,8 @@ def tolerance(dtype: Any = jnp.float32, *, length: int = 256, depth: int = 8) ->
 
 
 def randomize_b(lora_params, seed=1, std=0.1):
-    """B ~ N(0, std²): with B = 0 nearly every bug passes."""
-    rng = np.random.default_rng(seed)  # a draw of NumPy compiles nothing
+    """Draw B ~ N(0, std²): with B = 0 nearly every bug passes."""
+    rng = np.random.default_rng(seed)  # a draw with NumPy compiles nothing
     factors = {
         path: dataclasses.replace(f, b=array(std * rng.standard_normal(f.b.shape), f.b.dtype))
         for path, f in lora_params.adapter.factors.items()
@@ -52,9 +50,9 @@ def randomize_b(lora_params, seed=1, std=0.1):
 
 
 def drawn(key, target):
-    """Draw ``a ~ N(0, 1/in)`` by NumPy, with ``b = 0``: an initializer that compiles nothing.
+    """Draw ``a ~ N(0, 1/in)`` with NumPy, and ``b = 0``: an initializer that compiles nothing.
 
-    The seed is the key, or the path where the key is traced.
+    The seed is the key, or the path if the key is traced.
     """
     traced = isinstance(key, jax.core.Tracer)
     path = zlib.crc32(target.path.encode())
@@ -65,33 +63,41 @@ def drawn(key, target):
 
 
 def array(x, dtype=jnp.float32):
-    """An array on the device; ``jnp.asarray`` of another dtype compiles a cast for every shape."""
+    """Put an array on the device; ``jnp.asarray`` to another dtype compiles a cast per shape."""
     return jax.device_put(np.asarray(x).astype(dtype))
 
 
 def normal(seed, shape, dtype=jnp.float32, std=1.0):
-    """Draw from N(0, std²) by NumPy: a draw of JAX compiles a program for every new shape."""
+    """Draw from N(0, std²) with NumPy: a draw with JAX compiles a program per shape."""
     return array(std * np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def by_numpy(adapters):
-    """A stack of adapters of the same targets; ``stack`` would compile programs for each shape."""
+def from_torch(tensor):
+    """Convert a PyTorch tensor."""
+    return jnp.asarray(tensor.detach().numpy())
 
-    def padded(*xs):
-        rows = np.zeros((len(xs), *np.max([np.shape(x) for x in xs], axis=0)), xs[0].dtype)
-        for row, x in enumerate(xs):
-            rows[(row, *map(slice, np.shape(x)))] = x
-        return jax.device_put(rows)
 
-    return lora_jax.LoraParams(
-        adapters[0].base, jax.tree.map(padded, *(p.adapter for p in adapters))
-    )
+def ones(*shape):
+    """Make an array of ones."""
+    return array(np.ones(shape))
+
+
+def stack_by_numpy(adapters):
+    """Stack adapters of the same targets; ``stack`` would compile programs for each shape."""
+
+    def pad(*xs):
+        stacked = np.zeros((len(xs), *np.max([np.shape(x) for x in xs], axis=0)), xs[0].dtype)
+        for n, x in enumerate(xs):
+            stacked[(n, *map(slice, np.shape(x)))] = x
+        return jax.device_put(stacked)
+
+    return lora_jax.LoraParams(adapters[0].base, jax.tree.map(pad, *(p.adapter for p in adapters)))
 
 
 def error(actual, expected) -> float:
-    """The largest error over all leaves, relative to each expected leaf's largest entry.
+    """Return the largest error over all leaves, relative to each expected leaf's largest entry.
 
-    A leaf of NumPy in float64 is an oracle for a result of any dtype.
+    An expected NumPy leaf in float64 is an oracle for a result of any dtype.
     """
     worst = 0.0
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -107,15 +113,14 @@ def error(actual, expected) -> float:
 
 
 def is_oracle(x) -> bool:
-    """Whether an expected value was computed by NumPy in float64."""
+    """Return whether an expected value is from NumPy in float64."""
     return isinstance(x, np.ndarray | np.float64) and x.dtype == np.float64
 
 
 def assert_close(actual, expected, **sums):
-    """Equal to rounding: ``sums`` are the ``length`` and ``depth`` of :func:`tolerance`.
+    """Check equality to rounding: ``sums`` are ``length`` and ``depth`` of :func:`tolerance`.
 
-    The dtype is the coarsest of the actual leaves, unless ``dtype=`` says what was rounded on the
-    way.
+    The dtype is the coarsest of the actual leaves, unless ``dtype=`` gives that of a coarser step.
     """
     dtypes = [x.dtype for x in jax.tree.leaves(actual) if jnp.issubdtype(x.dtype, jnp.inexact)]
     if dtypes:
@@ -125,7 +130,7 @@ def assert_close(actual, expected, **sums):
 
 
 def loss_of(fn: Callable[..., Any]):
-    """A scalar that depends on every output, by fixed random weights."""
+    """Make a scalar loss that depends on every output, with fixed random weights."""
     return lambda params, *args: _loss(fn(params, *args))
 
 
@@ -138,17 +143,17 @@ def _loss(outputs):
 
 
 def assert_oracle(fn, lora_params, *args, sums=None, **options):
-    """``lora(fn)(p) == fn(merge(p))``, values and gradients, to rounding.
+    """Check ``lora(fn)(p) == fn(merge(p))`` to rounding, values and gradients.
 
     Args:
         fn: a function of parameters and ``args``.
-        lora_params: with B random.
+        lora_params: LoraParams with random B.
         *args: further arguments of ``fn``.
         sums: ``length``, ``depth`` and ``dtype`` of :func:`tolerance`.
-        **options: of :func:`lora_jax.lora`.
+        **options: options of :func:`lora_jax.lora`.
     """
 
-    def both(f, p, *args):
+    def value_and_grad(f, p, *args):
         def loss(p, *args):
             outputs = f(p, *args)
             return _loss(outputs), outputs
@@ -156,22 +161,22 @@ def assert_oracle(fn, lora_params, *args, sums=None, **options):
         (_, outputs), grads = lora_jax.value_and_grad(loss, has_aux=True)(p, *args)
         return outputs, grads
 
-    adapted = functools.partial(both, lora_jax.lora(fn, **options))
-    merged = functools.partial(both, lambda p, *args: fn(lora_jax.merge(p), *args))
-    # One program of both: what compiles once costs half.
+    adapted = functools.partial(value_and_grad, lora_jax.lora(fn, **options))
+    merged = functools.partial(value_and_grad, lambda p, *args: fn(lora_jax.merge(p), *args))
+    # One program for both compiles in half the time.
     actual, expected = jax.jit(lambda *args: (adapted(*args), merged(*args)))(lora_params, *args)
     assert_close(actual, expected, **(sums or {}))
 
 
-def used_as(layout, w):
-    """A dense use of ``w`` by its layout: for the check where the use under test tells nothing."""
+def use_as(layout, w):
+    """Use ``w`` by its layout in a product: for checks whose own use does not show the layout."""
     axes = [i for i, letter in enumerate(layout) if letter == "i"]
     ones = jnp.ones([w.shape[i] for i in axes], w.dtype)
     return jnp.tensordot(ones, w, (list(range(len(axes))), axes))
 
 
 def all_eqns(jaxpr):
-    """Every equation of a jaxpr and of those inside it."""
+    """Yield every equation of a jaxpr and of the jaxprs inside it."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield eqn
         for value in eqn.params.values():
@@ -181,7 +186,7 @@ def all_eqns(jaxpr):
 
 
 def products_of_shape(fn, shape, *args):
-    """The contractions of ``fn`` whose result has ``shape``, axes in any order."""
+    """Return the contractions of ``fn`` whose result has ``shape``, axes in any order."""
     wanted = sorted(shape)
     return [
         eqn
@@ -193,7 +198,7 @@ def products_of_shape(fn, shape, *args):
 
 
 class Block(nn.Module):
-    """A pre-norm block of Linen's own layers."""
+    """A pre-norm block of Linen layers."""
 
     heads: int = 4
     dtype: Any = None
@@ -208,7 +213,7 @@ class Block(nn.Module):
 
 
 class ScanTransformer(nn.Module):
-    """Linen: scan over remat over blocks."""
+    """A Linen model: scan over remat over blocks."""
 
     layers: int = 3
     dtype: Any = None
@@ -227,7 +232,7 @@ class ScanTransformer(nn.Module):
 
 
 class Einsum(nnx.Module):
-    """A kernel of any axes under one einsum."""
+    """A kernel of any shape in one einsum."""
 
     def __init__(self, equation, shape, rngs, dtype):
         self.equation = equation
@@ -238,7 +243,7 @@ class Einsum(nnx.Module):
 
 
 class EinsumTransformer(nnx.Module):
-    """NNX: einsum kernels [d, n, h], RMS norms, a gated MLP, layers unrolled."""
+    """An NNX model: einsum kernels [d, n, h], RMS norms, a gated MLP, unrolled layers."""
 
     def __init__(self, rngs, dim=24, heads=3, layers=2, dtype=jnp.float32):
         self.blocks = nnx.List([EinsumBlock(rngs, dim, heads, dtype) for _ in range(layers)])
@@ -269,7 +274,7 @@ class EinsumBlock(nnx.Module):
 
 
 class NormedNet(nnx.Module):
-    """NNX: dropout and batch norm, whose state changes at every call."""
+    """An NNX model with dropout and batch norm, whose state changes in every call."""
 
     def __init__(self, rngs, dtype=jnp.float32):
         kind = {"rngs": rngs, "dtype": dtype, "param_dtype": dtype}
@@ -284,7 +289,7 @@ class NormedNet(nnx.Module):
 
 @dataclasses.dataclass
 class Case:
-    """A model as a pure function, with parameters, an input, and its targets."""
+    """A model as a pure function, its parameters, an input, and its targets."""
 
     fn: Callable[..., Any]
     params: Any
@@ -292,13 +297,13 @@ class Case:
     targets: Any = "all-linear"
 
     def lorafy(self, rank=4, **options):
-        """An adapter for it, with A and B random."""
+        """Make LoraParams with random A and B."""
         options = {"targets": self.targets, "init": drawn, **options}
         return randomize_b(lora_jax.lorafy(self.params, rank, **options))
 
 
 def nnx_case(make, dtype, only, call):
-    """A case of an NNX model, initialized in one program."""
+    """Make a case of an NNX model, initialized in one program."""
     graph, *_ = nnx.split(nnx.eval_shape(make), only, ...)
     state = jax.jit(lambda: nnx.state(make(), only))()
     return Case(functools.partial(call, graph), state, normal(1, (6, 24), dtype))
@@ -355,7 +360,7 @@ CASES = {
 
 @contextlib.contextmanager
 def compilations():
-    """What XLA compiles meanwhile, on any thread."""
+    """Collect the names of the programs that XLA compiles inside the block, on any thread."""
     seen = []
 
     def listen(event, seconds, **kwargs):
@@ -370,12 +375,12 @@ def compilations():
 
 
 def bits(tree):
-    """The bytes of every leaf."""
+    """Return the bytes of every leaf."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def assert_same(actual, expected):
-    """The same containers, statics, dtypes, shapes and bits."""
+    """Check equality of containers, static fields, dtypes, shapes and bits."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     forms = [
         [(x.dtype, x.shape) for x in map(np.asarray, jax.tree.leaves(t))]

@@ -1,4 +1,4 @@
-"""Skip by name what needs something that is not here: a package of an extra, or float16."""
+"""Skip tests that need a missing package of an extra, or missing support for float16."""
 
 import functools
 import re
@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-OPTIONAL = "gguf", "matplotlib", "qwix", "shtab", "tokenizers"  # packages of our extras
+OPTIONAL = "gguf", "matplotlib", "qwix", "shtab", "tokenizers"  # packages of the extras
 
 
 class Missing:
-    """A plugin, since the hooks of a conftest hold for its own folder only."""
+    """A plugin: hooks in a conftest apply only to its folder."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
-        """Skip a file that imports what is not installed, if an extra would install it."""
+        """Skip a file that imports a missing package, if an extra installs it."""
         report = yield
         missing = re.search(r"No module named '(\w+)'", str(report.longrepr))
         if report.failed and missing and missing[1] in OPTIONAL:
@@ -25,7 +25,7 @@ class Missing:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self):
-        """Skip where a package of an extra is missing, as the library itself says, or float16."""
+        """Skip if the library reports a missing package of an extra, or if float16 is missing."""
         try:
             return (yield)
         except ImportError as error:
@@ -40,7 +40,7 @@ class Missing:
 
 @functools.cache
 def has_float16():
-    """Whether XLA compiles float16 at all."""
+    """Return whether XLA compiles float16."""
     try:
         jax.jit(lambda x: x.astype("float16"))(np.ones(1, np.float32))
     except jax.errors.JaxRuntimeError:

@@ -1,4 +1,4 @@
-"""Fail a run whose skips were not foreseen: the plugin behind ``--skips FILE``."""
+"""Define the plugin of ``--skips FILE``, which fails a run with unexpected skips."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 
 
 class Skips:
-    """Fail the run where a test is skipped that no line of a file foresees.
+    """Fail the run if a test is skipped that no line of a file matches.
 
-    A test that is skipped everywhere tests nothing, and nobody notices. Each line of the file is a
-    regular expression for ``node id: reason``, matched in full; lines with ``#`` are comments.
+    Otherwise nobody notices a test that is skipped everywhere. Each line of the file is a regular
+    expression for the full text ``node id: reason``; lines that begin with ``#`` are comments.
     """
 
     def __init__(self, path):
@@ -20,7 +20,7 @@ class Skips:
         self.unforeseen = []
 
     def pytest_runtest_logreport(self, report):
-        """Note a skipped test that is not in the file."""
+        """Record a skipped test that is not in the file."""
         if not report.skipped or hasattr(report, "wasxfail"):
             return
         reason = report.longrepr[2].removeprefix("Skipped: ")
@@ -32,12 +32,12 @@ class Skips:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session):
-        """Turn a green run into a failed one."""
+        """Fail a run that passed."""
         if self.unforeseen and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):
-        """Name the skipped tests, and the file to add them to."""
+        """Print the skipped tests, and the file to add them to."""
         if self.unforeseen:
             terminalreporter.section(f"skipped, and not in {self.path}")
             for line in self.unforeseen:

@@ -7,17 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import adapted_weight
 from flax import nnx
 from helpers import CASES, assert_close, drawn, error, normal, randomize_b, tolerance
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
 from lora_jax._merge import _jitted
-
-
-def adapted(shape, layout, dtype=jnp.float32, rank=2):
-    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape, dtype)}, rank, **options))
 
 
 def expected(lora_params, path="w"):
@@ -46,7 +42,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
 def test_merge_is_w_plus_scaled_product(shape, layout):
-    lora_params = adapted(shape, layout)
+    lora_params = adapted_weight(shape, layout)
     merged = lora_jax.merge(lora_params)["w"]
     assert_close(merged, expected(lora_params))
     assert np.abs(np.asarray(merged) - np.asarray(lora_params.base["w"])).max() > 0.01
@@ -71,7 +67,7 @@ def test_merge_of_any_layout():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_the_sum_is_wide_and_rounded_once(dtype):
-    lora_params = adapted((64, 48), "io", dtype)
+    lora_params = adapted_weight((64, 48), "io", dtype)
     merged = lora_jax.merge(lora_params)["w"]
     assert merged.dtype == dtype
     exact = expected(lora_params)
@@ -96,7 +92,7 @@ def test_full_leaves_and_untouched_ones():
 
 
 def test_merge_under_jit_and_grad():
-    lora_params = adapted((3, 6, 8), "bio")
+    lora_params = adapted_weight((3, 6, 8), "bio")
     jitted = jax.jit(lora_jax.merge)(lora_params)["w"]
     assert_close(jitted, expected(lora_params))
     step = lora_jax.value_and_grad(lambda p: lora_jax.merge(p)["w"].sum())
@@ -120,7 +116,7 @@ def test_nnx_state_merges_into_a_state_that_runs():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_memory_of_a_stack_is_one_layer(dtype, donate):
     layer = 128 * 128 * 4  # one product in float32
-    lora_params = adapted((16, 128, 128), "bio", dtype)
+    lora_params = adapted_weight((16, 128, 128), "bio", dtype)
     w, f = lora_params.base["w"], lora_params.adapter.factors["w"]
     analysis = _jitted(None, donate).lower(w, [f], static=((True, ()),)).compile().memory_analysis()
     # Before jax 0.11, XLA for CPUs copies a bfloat16 loop state once, in bfloat16.
@@ -130,7 +126,7 @@ def test_the_memory_of_a_stack_is_one_layer(dtype, donate):
 
 
 def test_donation_takes_the_adapted_arrays_and_no_others():
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     other = jnp.ones(3)
     lora_params.base["other"] = other
     want = expected(lora_params)
@@ -141,7 +137,7 @@ def test_donation_takes_the_adapted_arrays_and_no_others():
 
 
 def test_donation_spares_an_array_that_stands_at_two_places():
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     lora_params.base["tied"] = lora_params.base["w"]
     merged = lora_jax.merge(lora_params, donate=True)
     assert not merged["tied"].is_deleted()
@@ -162,7 +158,7 @@ def test_sharded_stays_sharded(shape, layout, spec, axis_types):
     kinds = (getattr(jax.sharding.AxisType, axis_types),) * 2
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    lora_params = adapted(shape, layout)
+    lora_params = adapted_weight(shape, layout)
     want = expected(lora_params)
     base = {"w": jax.device_put(lora_params.base["w"], sharding)}
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -176,7 +172,7 @@ def test_sharded_stays_sharded(shape, layout, spec, axis_types):
 @pytest.mark.devices(8)
 def test_sharded_by_the_old_mesh_too():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
-    lora_params = adapted((8, 16), "io")
+    lora_params = adapted_weight((8, 16), "io")
     sharding = NamedSharding(mesh, PartitionSpec("x"))
     base = {"w": jax.device_put(lora_params.base["w"], sharding)}
     merged = lora_jax.merge(lora_jax.LoraParams(base, lora_params.adapter))["w"]
@@ -185,7 +181,7 @@ def test_sharded_by_the_old_mesh_too():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_unmerge_is_within_one_rounding(dtype):
-    lora_params = adapted((3, 64, 48), "bio", dtype)
+    lora_params = adapted_weight((3, 64, 48), "bio", dtype)
     merged = lora_jax.merge(lora_params)
     back = lora_jax.unmerge(merged, lora_params.adapter)["w"]
     assert back.dtype == dtype
@@ -201,13 +197,13 @@ def test_unmerge_is_within_one_rounding(dtype):
 
 
 def test_merging_twice_raises():
-    merged = lora_jax.merge(adapted((6, 8), "io"))
+    merged = lora_jax.merge(adapted_weight((6, 8), "io"))
     with pytest.raises(TypeError, match=r"expected a LoraParams, got dict.*merged already"):
         lora_jax.merge(merged)
 
 
 def test_unmerge_of_wrong_things_raises():
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     with pytest.raises(TypeError, match="nothing is merged"):
         lora_jax.unmerge(lora_params, lora_params.adapter)
     with pytest.raises(TypeError, match="expected an Adapter"):
@@ -224,7 +220,7 @@ def replaced(lora_params, **changes):
 
 @pytest.mark.parametrize("use", [lora_jax.merge, lora_jax.lora(lambda p: jnp.ones(6) @ p["w"])])
 def test_an_adapter_that_does_not_fit_raises(use):
-    good = adapted((6, 8), "io")
+    good = adapted_weight((6, 8), "io")
     w, f = good.base["w"], good.adapter.factors["w"]
     with pytest.raises(ValueError, match=r"factors of 'w' do not fit.*a \(6, 2\) and b \(2, 8\)"):
         use(replaced(good, b=jnp.ones((2, 7))))

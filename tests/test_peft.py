@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, from_torch
 from jax import lax
 
 import lora_jax
@@ -50,10 +50,6 @@ def fn(p, ids):
     return jnp.tanh(x + p["conv_bias"]) @ p["last"]
 
 
-def ours(tensor):
-    return jnp.asarray(tensor.detach().numpy())
-
-
 def weights(model):
     """The base's weights of a torch model, adapted or not, in JAX's axes."""
     base = {name: getattr(model, name) for name in LAYOUT}
@@ -62,7 +58,7 @@ def weights(model):
     kernels |= {name: base[name].weight.T for name in LINEAR}
     kernels |= {"conv": base["conv"].weight.permute(2, 1, 0)}
     biases = {f"{name}_bias": base[name].bias for name in ("first", "conv")}
-    return {name: ours(x) for name, x in (kernels | biases).items()}
+    return {name: from_torch(x) for name, x in (kernels | biases).items()}
 
 
 def factors_of(model, f, name):
@@ -77,8 +73,8 @@ def factors_of(model, f, name):
         a, b = layer.lora_A["default"].weight.T, layer.lora_B["default"].weight.T
     magnitude = f.magnitude
     if magnitude is not None:
-        magnitude = ours(layer.lora_magnitude_vector["default"].weight).reshape(-1)
-    return dataclasses.replace(f, a=ours(a), b=ours(b), magnitude=magnitude)
+        magnitude = from_torch(layer.lora_magnitude_vector["default"].weight).reshape(-1)
+    return dataclasses.replace(f, a=from_torch(a), b=from_torch(b), magnitude=magnitude)
 
 
 def train_theirs(model):
@@ -89,7 +85,7 @@ def train_theirs(model):
     outputs = []
     for step in range(STEPS + 1):
         y = model(torch.tensor(IDS))
-        outputs.append(ours(y))
+        outputs.append(from_torch(y))
         if step < STEPS:
             tx.zero_grad()
             ((y - torch.tensor(TARGET)) ** 2).mean().backward()

@@ -1,7 +1,7 @@
-"""Published model architectures of other packages, unmodified, with small random weights.
+"""Build model architectures of other packages, unmodified, with small random weights.
 
 Every builder imports its package when it is called, and returns ``(fn, params, args)``:
-``fn(params, *args)`` is a pure function of the tree that the package keeps its weights in.
+``fn(params, *args)`` is a pure function of the package's tree of weights.
 """
 
 import functools
@@ -24,22 +24,22 @@ ZOO = {}
 
 
 def register(build):
-    """Enter a builder into ``ZOO``; it builds once, and no weight of it is constant."""
+    """Add a builder to ``ZOO``; it builds once, and adds noise to constant weights."""
 
     @functools.cache
-    def built():
+    def build_once():
         fn, params, args = build()
         return fn, _jitter(params), args
 
-    ZOO[build.__name__] = built
-    return built
+    ZOO[build.__name__] = build_once
+    return build_once
 
 
 def _jitter(params):
-    """Add noise to constant weights: zero biases and unit scales hide what they do."""
+    """Add noise to constant weights: zero biases and unit scales hide errors."""
     rng = np.random.default_rng(7)
 
-    def noisy(x):
+    def add_noise(x):
         if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         x = np.asarray(x)
@@ -47,7 +47,7 @@ def _jitter(params):
             x = x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)
         return jnp.asarray(x)
 
-    return jax.tree.map(noisy, params)
+    return jax.tree.map(add_noise, params)
 
 
 def _ids(shape, seed=0):
@@ -59,7 +59,7 @@ def _floats(*shape):
 
 
 def _mask(batch, length):
-    """Of ones, but for the last four tokens of the second sequence."""
+    """Return a mask of ones, with zeros for the last four tokens of the second sequence."""
     mask = np.ones((batch, length), "int32")
     mask[1, length - 4 :] = 0
     return mask
@@ -125,7 +125,7 @@ def gpt2():
 
 @register
 def gpt2_generate():
-    """GPT-2's greedy decoding by the package: a while loop over a key-value cache."""
+    """GPT-2 with the package's greedy decoding: a while loop over a key-value cache."""
     from transformers import FlaxGPT2LMHeadModel, GPT2Config
 
     model = FlaxGPT2LMHeadModel(GPT2Config(**_GPT2))
@@ -256,7 +256,7 @@ def diffusers_vae():
 
 
 def _tunix(family, class_name, **options):
-    """Build a model from its module, without the package's ``__init__`` and the trainer in it."""
+    """Build a model from its module, without the package's ``__init__``, which has the trainer."""
     if "tunix" not in sys.modules:
         package = types.ModuleType("tunix")
         package.__spec__ = importlib.util.find_spec("tunix")

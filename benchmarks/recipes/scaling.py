@@ -49,7 +49,7 @@ TINY = LLAMA_8B | {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-OPTIONS = ("--dtype", "bfloat16", "--remat", "--targets", "all-linear")  # of train_lm.py
+OPTIONS = ("--dtype", "bfloat16", "--remat", "--targets", "all-linear")  # flags of train_lm.py
 
 
 def random_base(like: Any) -> Any:

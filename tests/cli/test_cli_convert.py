@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_files import PARAMS, PLAIN, assert_same, damaged, tensors
+from cli_files import PARAMS, PLAIN, assert_same, damage, tensors
 
 import lora_jax
 from lora_jax.cli import main
@@ -21,7 +21,7 @@ def test_peft_there_and_back_is_the_same_bit_for_bit(to, dtype, cli):
         found |= {name: x.astype(dtype) for name, x in found.items()}
 
     for name in ("adapter", "other"):
-        damaged(name, narrow)
+        damage(name, narrow)
         cli("convert", name, f"{name}_there", "--to", to)
         assert cli("diff", name, f"{name}_there") == "equal\n"
         cli("convert", f"{name}_there", f"{name}_back", "--to", "peft")

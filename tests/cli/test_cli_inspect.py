@@ -17,7 +17,7 @@ from cli_files import (
     PLAIN,
     adapted,
     assert_same,
-    damaged,
+    damage,
     floats,
     rank_of,
     run,
@@ -267,7 +267,7 @@ def test_damaged_adapters_are_refused(refused, here):
         (narrow, "which do not fit each other or rank 2"),
     ):
         shutil.copytree("adapter", "params/bad")
-        damaged("params/bad", change)
+        damage("params/bad", change)
         refused("inspect", "params/bad", match=match)
         refused("convert", "params/bad", "out", "--to", "safetensors", match=match)
         refused("merge", "model", "params/bad", "out", match=match)
@@ -319,7 +319,7 @@ def test_experts_with_wrong_factors_are_refused(here, refused):
         name = next(n for n in found if "lora_A" in n)
         found[name] = found[name][:5]
 
-    damaged("params/experts", narrow)
+    damage("params/experts", narrow)
     refused("inspect", "params/experts", match="do not fit each other or rank 2")
 
 
@@ -331,9 +331,9 @@ def test_models_with_numbers_that_are_not(cli):
 
 def test_gguf_files_are_models(cli, here, capsys):
     pytest.importorskip("gguf", reason="gguf, which writes the file, is not installed")
-    from gguf_files import written
+    from gguf_files import write_model
 
-    written(here / "m.gguf")
+    write_model(here / "m.gguf")
     found = cli("inspect", "m.gguf", "--json")
     assert found["format"] == "gguf"
     q = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32)}

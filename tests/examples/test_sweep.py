@@ -52,16 +52,6 @@ STEPS, BATCH, LENGTH, SEEDS = 8, 6, 5, (0, 7)
 # --- as separate runs ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def in_float64():
-    """Where Adam's division by small moments does not hide what is wrong among roundings.
-
-    In float32 it would: a gradient that is nearly zero gives a step of either sign.
-    """
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.cache
 def model():
     """``(apply, params)`` of a tiny classifier in float64, its parameters random."""

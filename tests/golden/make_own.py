@@ -1,8 +1,8 @@
-"""Files as this library writes them, for ``tests/io/test_golden.py``: small, and kept.
+"""Write the golden files of this library for ``tests/io/test_golden.py``.
 
-Run ``python tests/golden/make_own.py FOLDER`` to see what today's version writes. What
-``tests/golden/own`` holds is never written again; a new version of a record gets another folder.
-No value depends on a machine: all are made of whole numbers, and the sums of a merge are exact.
+``python tests/golden/make_own.py FOLDER`` writes the files of the current version. The files in
+``tests/golden/own`` are never overwritten; a new version of a record gets a new folder. Values do
+not depend on the machine: all are small integers, and the sums of a merge are exact.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ WORDS = "a golden file"
 STEP, SEEN = 7, {"seen": 224, "name": "reviews"}
 
 
-def whole(seed, *shape, dtype=np.float32):
-    """Whole numbers from -4 to 4, whose products and sums are exact."""
+def integers(seed, *shape, dtype=np.float32):
+    """Make integers from -4 to 4, whose products and sums are exact."""
     numbers = (np.arange(np.prod(shape)) * 7919 + 31 * seed) % 101 % 9 - 4
     return numbers.reshape(shape).astype(dtype)
 
 
 def model():
-    """A table, two dense layers and a stack; nothing in a column is zero throughout."""
+    """Make a table, two dense layers and a stack; no column is zero."""
     return {
-        "table": {"embedding": jnp.asarray(whole(0, 9, 6))},
-        "query": {"kernel": jnp.asarray(whole(1, 6, 8)), "bias": jnp.asarray(whole(2, 8))},
-        "out": {"kernel": jnp.asarray(whole(3, 8, 5, dtype=ml_dtypes.bfloat16))},
-        "layers": {"w": jnp.asarray(whole(4, 3, 6, 6))},
+        "table": {"embedding": jnp.asarray(integers(0, 9, 6))},
+        "query": {"kernel": jnp.asarray(integers(1, 6, 8)), "bias": jnp.asarray(integers(2, 8))},
+        "out": {"kernel": jnp.asarray(integers(3, 8, 5, dtype=ml_dtypes.bfloat16))},
+        "layers": {"w": jnp.asarray(integers(4, 3, 6, 6))},
     }
 
 
@@ -52,48 +52,48 @@ KINDS = {
 
 
 def trained(adapter):
-    """The adapter with other numbers in all that trains."""
+    """Replace all trained numbers of an adapter."""
 
-    def new(name, x):
+    def replace(name, x):
         if name not in f.trainable:
             return x
-        return jnp.asarray(whole(len(spelled) + len(name), *x.shape) / 8, x.dtype)
+        return jnp.asarray(integers(len(spelled) + len(name), *x.shape) / 8, x.dtype)
 
     factors = {}
     for key, f in adapter.factors.items():
         spelled = f"{key}[{list(f.ids)}]" if isinstance(f, lora_jax.Rows) else key
-        factors[key] = f.map(new)
-    full = {path: jnp.asarray(whole(6, *x.shape), x.dtype) for path, x in adapter.full.items()}
+        factors[key] = f.map(replace)
+    full = {path: jnp.asarray(integers(6, *x.shape), x.dtype) for path, x in adapter.full.items()}
     return lora_jax.Adapter(factors, full)
 
 
 def kind(name):
-    """An adapter of a kind, on its base."""
+    """Make LoraParams of a kind."""
     options = {"rank": 2, "layout": {"layers/w": "bio", ".*": "io"}, **KINDS[name]}
-    made = lora_jax.lorafy(model(), **options)
-    # What PiSSA leaves of the base is a matter of rounding: the base as it was stands in.
-    return dataclasses.replace(made, base=model(), adapter=trained(made.adapter))
+    lora_params = lora_jax.lorafy(model(), **options)
+    # The base that PiSSA leaves depends on rounding: keep the original base.
+    return dataclasses.replace(lora_params, base=model(), adapter=trained(lora_params.adapter))
 
 
 def training():
-    """An adapter, and a state of its optimizer with other numbers than it begins with."""
+    """Make LoraParams, and a state of the optimizer with new numbers."""
     lora_params = kind("plain")
     state = lora_jax.optimizer(optax.sgd(0.5, momentum=0.5)).init(lora_params)
-    return lora_params, jax.tree.map(lambda x: jnp.asarray(whole(5, *x.shape), x.dtype), state)
+    return lora_params, jax.tree.map(lambda x: jnp.asarray(integers(5, *x.shape), x.dtype), state)
 
 
 def tensors():
-    """The tensors of a small Llama, by PyTorch's names."""
+    """Make the tensors of a small Llama, with PyTorch's names."""
     shapes = {"model.embed_tokens": (9, 6), "lm_head": (9, 6)}
     for layer in range(2):
         at = f"model.layers.{layer}"
         shapes |= {f"{at}.self_attn.{x}_proj": (6, 6) for x in "qkvo"}
         shapes |= {f"{at}.mlp.gate_proj": (8, 6), f"{at}.mlp.down_proj": (6, 8)}
-    return {f"{name}.weight": whole(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+    return {f"{name}.weight": integers(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
 
 
 def tree():
-    """The same as a tree, [out, in]."""
+    """Make the same tensors as a tree of ``[out, in]`` weights."""
     found = {}
     for name, x in tensors().items():
         *path, last = name.split(".")
@@ -114,10 +114,10 @@ PEFT = {
 
 
 def llama(name):
-    """An adapter of that Llama."""
+    """Make LoraParams of that Llama."""
     options = {"targets": ".*(q_proj|v_proj|gate_proj)/weight", "layout": LLAMA, **PEFT[name]}
-    made = lora_jax.lorafy(tree(), 2, alpha=4.0, **options)
-    return dataclasses.replace(made, adapter=trained(made.adapter))
+    lora_params = lora_jax.lorafy(tree(), 2, alpha=4.0, **options)
+    return dataclasses.replace(lora_params, adapter=trained(lora_params.adapter))
 
 
 def write(folder):
@@ -129,7 +129,7 @@ def write(folder):
     orbax.save_params(folder / "orbax_params", model())
     with orbax.Checkpointer(folder / "orbax_training") as checkpointer:
         checkpointer.save(STEP, *training(), SEEN)
-    for path in folder.rglob("commit_success.txt"):  # Orbax looks whether it is there
+    for path in folder.rglob("commit_success.txt"):  # Orbax only checks that it exists
         path.write_text("committed\n")
     for name in PEFT:
         peft.save(folder / f"peft_{name}", llama(name), layout=LLAMA)
@@ -137,7 +137,7 @@ def write(folder):
 
 
 def save(path, name):
-    """Write an adapter of a kind, with checksums of its base."""
+    """Write LoraParams of a kind, with checksums of the base."""
     safetensors.save(path, kind(name), content=True, about=WORDS)
 
 

@@ -32,7 +32,7 @@ from gguf_files import (
     model_of,
     places,
     write,
-    written,
+    write_model,
 )
 
 from lora_jax.io.hf._gguf import header as _gguf_header
@@ -44,7 +44,7 @@ from lora_jax.io.hf._gguf.tokenizer import tokenizer_of
 @pytest.mark.parametrize("arch", MORE)
 def test_tensors_have_hugging_faces_names_and_shapes(arch, tmp_path):
     model = model_of(arch)
-    found = _gguf.tensors_in(written(tmp_path / "a.gguf", arch, model))
+    found = _gguf.tensors_in(write_model(tmp_path / "a.gguf", arch, model))
     expected = {here: (model[there], shape) for there, (here, shape) in places(arch).items()}
     assert list(found) == list(expected)
     for name, (x, shape) in expected.items():
@@ -82,7 +82,7 @@ def scores(x, q, k, interleaved):
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_rows_in_halves_give_the_scores_that_pairs_gave(arch, tmp_path):
     model, x = model_of(arch), floats(9, HIDDEN)
-    found = _gguf.tensors_in(written(tmp_path / "a.gguf", arch, model))
+    found = _gguf.tensors_in(write_model(tmp_path / "a.gguf", arch, model))
     theirs = (model[f"blk.1.attn_{name}.weight"] for name in "qk")
     ours = (found[f"model.layers.1.self_attn.{name}_proj.weight"].read() for name in "qk")
     expected = scores(x, *theirs, interleaved=arch == "llama")
@@ -112,7 +112,7 @@ def squares(path, arch, kind, width):
         model[there] = floats(rows) if x.ndim == 1 else blocks(kind, rows, width)
     sizes = {"embedding_length": width, "feed_forward_length": width}
     sizes |= {"attention__head_count": 8, "attention__head_count_kv": 2}
-    return written(path, arch, model, **sizes), model
+    return write_model(path, arch, model, **sizes), model
 
 
 NAMES = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q4_K Q5_K Q6_K".split()
@@ -170,7 +170,7 @@ def test_what_is_said_is_what_ggufs_reader_finds(tmp_path):
 
 
 def test_configurations_say_what_the_classes_want(tmp_path):
-    config = _gguf.config_of(written(tmp_path / "a.gguf", tokenizer__ggml__bos_token_id=3))
+    config = _gguf.config_of(write_model(tmp_path / "a.gguf", tokenizer__ggml__bos_token_id=3))
     assert config == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -195,7 +195,7 @@ def test_configurations_say_what_the_classes_want(tmp_path):
     }
     model = model_of("gemma")
     del model["output.weight"]
-    config = _gguf.config_of(written(tmp_path / "b.gguf", "gemma", model, rope__freq_base=None))
+    config = _gguf.config_of(write_model(tmp_path / "b.gguf", "gemma", model, rope__freq_base=None))
     assert config["tie_word_embeddings"] is True
     assert config["rope_theta"] == 1e4
     assert config["hidden_activation"] == "gelu_pytorch_tanh"
@@ -209,7 +209,7 @@ def test_heads_may_be_of_another_size(tmp_path):
         model[f"blk.{k}.attn_output.weight"] = floats(HIDDEN, 16 * HEADS)
         model |= {f"blk.{k}.attn_{name}_norm.weight": floats(16) for name in "qk"}
     size = {"attention__key_length": 16, "attention__value_length": 16}
-    path = written(tmp_path / "a.gguf", "qwen3", model, **size)
+    path = write_model(tmp_path / "a.gguf", "qwen3", model, **size)
     assert _gguf.config_of(path)["head_dim"] == 16
     assert _gguf.tensors_in(path)["model.layers.0.self_attn.k_proj.weight"].shape == (32, HIDDEN)
 
@@ -230,7 +230,7 @@ def test_scaled_frequencies_are_in_the_configuration(tmp_path):
         model = model_of("llama") | ({} if freqs is None else {"rope_freqs.weight": freqs})
         keys = {f"rope__scaling__{key}": value for key, value in keys.items()}
         keys["rope__freq_base"] = 5e5
-        path = written(tmp_path / "a.gguf", "llama", model, **keys)
+        path = write_model(tmp_path / "a.gguf", "llama", model, **keys)
         assert set(_gguf.tensors_in(path)) == {here for here, _ in places("llama").values()}
         return _gguf.config_of(path).get("rope_scaling")
 
@@ -292,7 +292,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("tensors", "keys", "message"), OTHERS)
 def test_other_models_are_refused(tensors, keys, message, tmp_path):
-    path = written(tmp_path / "a.gguf", tensors=changed(**tensors), **keys)
+    path = write_model(tmp_path / "a.gguf", tensors=changed(**tensors), **keys)
     for read in (_gguf.tensors_in, _gguf.config_of):
         with pytest.raises(ValueError, match=message) as error:
             read(path)
@@ -312,7 +312,7 @@ def test_other_models_are_refused(tensors, keys, message, tmp_path):
     ],
 )
 def test_what_has_no_counterpart_is_refused(keys, message, tmp_path):
-    path = written(tmp_path / "a.gguf", **keys)
+    path = write_model(tmp_path / "a.gguf", **keys)
     assert _gguf.tensors_in(path)
     with pytest.raises(ValueError, match=message):
         _gguf.config_of(path)
@@ -378,7 +378,7 @@ def test_damaged_headers_are_refused(data, message, tmp_path):
 
 
 def test_headers_end_somewhere(tmp_path, monkeypatch):
-    path = written(tmp_path / "a.gguf")
+    path = write_model(tmp_path / "a.gguf")
     monkeypatch.setattr(_gguf_header, "_LARGEST", 256)
     with pytest.raises(ValueError, match="and the header can have 256"):
         _gguf.tensors_in(path)
@@ -392,7 +392,7 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_noticed(tmp_path, monkeypatch):
-    path = written(tmp_path / "a.gguf")
+    path = write_model(tmp_path / "a.gguf")
     tensors = _gguf.tensors_in(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4096])
@@ -410,7 +410,7 @@ def test_damaged_scales_are_noticed(tmp_path):
     data, kind = blocks(KINDS.Q8_0, *model["output.weight"].shape)
     model["output.weight"] = data.copy(), kind
     model["output.weight"][0][3, :2] = 0, 0x7C  # infinity
-    found = _gguf.tensors_in(written(tmp_path / "a.gguf", tensors=model))
+    found = _gguf.tensors_in(write_model(tmp_path / "a.gguf", tensors=model))
     with pytest.raises(ValueError, match=r"a\.gguf: 'output\.weight' has scales that are not fin"):
         found["lm_head.weight"].read()
 
@@ -507,7 +507,7 @@ def words(path, pre, tensors=None, **changes):
         "tokenizer__ggml__padding_token_id": 2,
         "tokenizer__chat_template": "{{ messages }}",
     }
-    return written(path, "llama", tensors, **(keys | changes))
+    return write_model(path, "llama", tensors, **(keys | changes))
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
@@ -676,7 +676,7 @@ def peer(name, tmp_path):
     keys |= {"attention__layer_norm_rms_epsilon": config.rms_norm_eps}
     keys |= {"rope__freq_base": config.rope_theta, "rope__dimension_count": head}
     keys |= {"vocab_size": VOCAB}
-    return model, written(tmp_path / "a.gguf", arch, tensors, **keys)
+    return model, write_model(tmp_path / "a.gguf", arch, tensors, **keys)
 
 
 @pytest.mark.peer

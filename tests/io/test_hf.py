@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from damage import killed_while_saving, ran
-from helpers import assert_close, drawn, randomize_b, tolerance
+from adapters import adapted
+from cli_files import tensors_of
+from damage import kill_while_saving, run_script
+from helpers import assert_close, ones, randomize_b, tolerance
 
 import lora_jax
 from lora_jax.io import _files, hf, peft
@@ -42,10 +44,6 @@ def model(tmp_path):
     return folder
 
 
-def ones(shape):
-    return jnp.asarray(np.ones(shape, np.float32))
-
-
 def zeros(*shape):
     return jnp.asarray(np.zeros(shape, np.float32))
 
@@ -62,14 +60,6 @@ OPTIONS = {
     "layout": {"conv.*": "iio", "h.*": "bio"},
     "kinds": {"conv.*": "Conv"},
 }
-
-
-def adapted(params, **options):
-    return randomize_b(lora_jax.lorafy(params, 2, **{"init": drawn, **options}))
-
-
-def tensors_of(folder):
-    return {name: t.read() for name, t in _shards.tensors_in(folder).items()}
 
 
 def test_weights_come_in_their_own_axes(model):
@@ -183,8 +173,8 @@ def test_tensors_may_be_left_over_if_said(model, tmp_path):
 
 
 def test_the_configuration_says_how_tensors_are_named(tmp_path):
-    params = {"model": {"norm": {"scale": ones(3)}}, "lm_head": {"kernel": ones((3, 2))}}
-    stacked = {"q_proj": {"kernel": ones((2, 3, 4))}}
+    params = {"model": {"norm": {"scale": ones(3)}}, "lm_head": {"kernel": ones(3, 2)}}
+    stacked = {"q_proj": {"kernel": ones(2, 3, 4)}}
     params["model"]["layers"] = {"self_attn": stacked}
     hf.save(tmp_path / "model", params, "llama")
     names = [f"model.layers.{k}.self_attn.q_proj.weight" for k in range(2)]
@@ -247,7 +237,7 @@ PATHS = {
 
 @pytest.mark.parametrize("family", PATHS)
 def test_families_name_modules(family):
-    leaves = {f"{path}/kernel": ones((2, 3, 4)) for path in PATHS[family]}
+    leaves = {f"{path}/kernel": ones(2, 3, 4) for path in PATHS[family]}
     places = Map(leaves, hf.FAMILIES[family].names)
     for path, name in PATHS[family].items():
         found = [place.module for place in places.of(f"{path}/kernel")]
@@ -255,12 +245,12 @@ def test_families_name_modules(family):
             [name.replace("{layer}", str(k)) for k in range(2)] if "{" in name else [name]
         )
     with pytest.raises(ValueError, match="names has no pattern for 'other/part'"):
-        Map({"other/part/kernel": ones((2, 3))}, hf.FAMILIES[family].names).of("other/part/kernel")
+        Map({"other/part/kernel": ones(2, 3)}, hf.FAMILIES[family].names).of("other/part/kernel")
 
 
 def test_families_are_closed(tmp_path):
     """PEFT drops factors of a module that the model does not have without a word."""
-    params = {"model": {"layers": {"0": {"attn": {"q_proj": {"kernel": ones((4, 4))}}}}}}
+    params = {"model": {"layers": {"0": {"attn": {"q_proj": {"kernel": ones(4, 4)}}}}}}
     lora_params = adapted(params)
     family = hf.FAMILIES["llama"]
     message = (
@@ -306,7 +296,7 @@ def test_a_model_without_its_head_gets_a_new_one(tmp_path):
     """Files of the body alone have no prefix; beside a head they need it."""
     body = {"pooler": {"dense": {"kernel": jnp.asarray(floats(3, 3)), "bias": ones(3)}}}
     hf.save(tmp_path / "model", body, names={r"(.*)": r"\1"}, config={"model_type": "bert"})
-    whole = {"bert": body, "classifier": {"kernel": ones((3, 2)), "bias": jnp.zeros(2)}}
+    whole = {"bert": body, "classifier": {"kernel": ones(3, 2), "bias": jnp.zeros(2)}}
     with pytest.raises(ValueError, match=r"no tensor classifier\.bias .* such as a new head, new="):
         hf.load(tmp_path / "model", whole)
     params = hf.load(tmp_path / "model", whole, new="classifier/.*")
@@ -580,7 +570,7 @@ def test_several_adapters_are_added_up_with_weights(model, tmp_path):
 
 
 def test_adapters_of_other_models_are_not_merged(model, tmp_path):
-    params = {"x": {"kernel": ones((6, 4))}}
+    params = {"x": {"kernel": ones(6, 4)}}
     peft.save(tmp_path / "a", adapted(params, targets=".*"))
     with pytest.raises(ValueError, match="adapts a module 'x', which the parameters have not"):
         hf.merge(model, tmp_path / "a", tmp_path / "out")
@@ -632,7 +622,7 @@ def test_merging_takes_the_memory_of_a_tensor_or_two(tmp_path):
         x = _shards.tensors_in(root / "out")["h.7.q.weight"].read()
         assert (x == 3).all()
     """
-    taken = int(ran(script))
+    taken = int(run_script(script))
     assert largest / 2 < taken < 2 * largest + 300 * 2**20, taken
 
 
@@ -641,7 +631,7 @@ def test_a_full_disk_leaves_nothing(model, tmp_path):
     params = hf.load(model, LIKE, **OPTIONS)
     lora_params = adapted(params, targets="h/q/kernel", layout={"h.*": "bio"})
     peft.save(tmp_path / "adapter", lora_params, **OPTIONS)
-    found = ran(
+    found = run_script(
         """
         import os, resource, signal, sys
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -672,7 +662,7 @@ def test_an_export_killed_at_any_moment_leaves_a_whole_model(kills, tmp_path):
             params = {f"layer_{i}": leaf for i in range(6)}
             hf.save(folder, params, shard_size=5_000_000, overwrite=True)
     """
-    for i, count in enumerate(killed_while_saving(program, tmp_path, kills)):
+    for i, count in enumerate(kill_while_saving(program, tmp_path, kills)):
         tensors = tensors_of(tmp_path / str(i) / "a")
         assert len(tensors) == 6
         (k,) = {float(f(x)) for x in tensors.values() for f in (np.min, np.max)}

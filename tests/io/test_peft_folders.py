@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import assert_close, drawn, normal, randomize_b
+from helpers import assert_close, drawn, normal, ones, randomize_b
 from jax import lax
 
 import lora_jax
@@ -55,10 +55,6 @@ def golden(name):
         params[layer] = {"kernel": kernel, "bias": base[f"{layer}.bias"]}
     params = jax.tree.map(jnp.asarray, params)
     return GOLDEN / name, params, jax.jit(net), found["x"], found["y"], NET
-
-
-def ones(shape):
-    return jnp.asarray(np.ones(shape, np.float32))
 
 
 NAMES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and "__" not in p.name)
@@ -207,7 +203,7 @@ def test_experts_of_every_layer(tmp_path):
 
 
 def test_several_parameters_of_a_module_are_nested_in_their_order(tmp_path):
-    params = {"moe": {name: ones((2, 4, 4)) * k for k, name in enumerate("abc", 1)}}
+    params = {"moe": {name: ones(2, 4, 4) * k for k, name in enumerate("abc", 1)}}
     layout = {".*": "bio"}
     lora_params = trained(params, rank=1, targets=["moe/[ac]"], layout=layout)
     with pytest.raises(ValueError, match=r"nests them in the order .* pass parameter_order="):
@@ -232,7 +228,7 @@ def test_layouts_of_a_function_say_the_kinds(tmp_path):
 
 
 def test_tied_tables_are_refused_where_the_function_is_known(tmp_path):
-    params = {"embed": {"embedding": ones((5, 4))}}
+    params = {"embed": {"embedding": ones(5, 4)}}
     table = lambda p: p["embed"]["embedding"]  # noqa: E731
     layout = lora_jax.layout_of(lambda p, ids: table(p)[ids] @ table(p).T, params, jnp.arange(3))
     lora_params = trained(params, rank=1, targets=".*", layout=layout)
@@ -241,7 +237,7 @@ def test_tied_tables_are_refused_where_the_function_is_known(tmp_path):
 
 
 def test_tied_tables_are_refused_in_all_their_forms(tmp_path):
-    params = {"embed": {"embedding": ones((5, 4))}, "q": {"kernel": ones((4, 4))}}
+    params = {"embed": {"embedding": ones(5, 4)}, "q": {"kernel": ones(4, 4)}}
 
     def fn(p, ids):
         table = p["embed"]["embedding"]
@@ -360,7 +356,7 @@ def test_alphas_are_round_numbers_of_the_very_scale(tmp_path):
 
 
 def test_names_that_others_end_with_are_told_apart(tmp_path):
-    weights = {f"{name}/kernel": ones((3, 3)) for name in ("q", "a/q", "b/norm_head", "head")}
+    weights = {f"{name}/kernel": ones(3, 3) for name in ("q", "a/q", "b/norm_head", "head")}
     params: dict = {}
     for path, x in weights.items():
         *outer, last = path.split("/")
@@ -379,7 +375,7 @@ def test_names_that_others_end_with_are_told_apart(tmp_path):
 
 
 def kernel():
-    return {"kernel": ones((3, 3))}
+    return {"kernel": ones(3, 3)}
 
 
 def test_patterns_are_of_one_module_each(tmp_path):
@@ -403,8 +399,8 @@ def test_patterns_are_of_one_module_each(tmp_path):
 
 
 def test_scales_of_any_sign_and_none(tmp_path):
-    params = {"fused": {"kernel": ones((4, 6))}, "x": {"kernel": ones((4, 4))}}
-    params["l"] = {"kernel": ones((2, 4, 4))}
+    params = {"fused": {"kernel": ones(4, 6)}, "x": {"kernel": ones(4, 4)}}
+    params["l"] = {"kernel": ones(2, 4, 4)}
     layout = {"l.*": "bio"}
     targets = ["fused/kernel[:, 0:2]", "fused/kernel[:, 4:6]", "x.*", "l.*"]
     lora_params = trained(params, rank=1, targets=targets, layout=layout)
@@ -423,11 +419,11 @@ def test_scales_of_any_sign_and_none(tmp_path):
 
 def test_names_are_names_of_modules(tmp_path):
     params = {
-        "enc": {"attn": {"q": {"kernel": ones((3, 3))}}},
-        "s": {"kernel": ones((3, 3))},
+        "enc": {"attn": {"q": {"kernel": ones(3, 3)}}},
+        "s": {"kernel": ones(3, 3)},
     }
     params["s"]["scale"] = ones(3)  # beside a kernel, a parameter of its own
-    params["lora_gate"] = {"kernel": ones((3, 3))}
+    params["lora_gate"] = {"kernel": ones(3, 3)}
     lora_params = trained(params, rank=1, targets=".*kernel")
     peft.save(tmp_path / "a", lora_params, names={"(.*)": r"\1"})
     again = peft.load(tmp_path / "a", params)
@@ -536,12 +532,12 @@ def test_what_has_no_form_there_is_refused(options, arguments, message, tmp_path
 def test_more_that_has_no_form_there(tmp_path):
     with pytest.raises(TypeError, match="expected a LoraParams, got dict"):
         peft.save(tmp_path / "a", {})
-    params = {"a": {"kernel": ones((3, 4))}, "token": ones((1, 4))}
+    params = {"a": {"kernel": ones(3, 4)}, "token": ones(1, 4)}
     lora_params = trained(params, rank=1, targets="a/kernel", full="token")
     with pytest.raises(ValueError, match="'token' trains fully, and is no weight or bias"):
         peft.save(tmp_path / "a", lora_params)
     mixed = trained(
-        {"a": {"kernel": ones((3, 4))}, "b": {"kernel": ones((3, 4))}},
+        {"a": {"kernel": ones(3, 4)}, "b": {"kernel": ones(3, 4)}},
         rank=1,
         targets=".*",
         dora=True,
@@ -550,16 +546,16 @@ def test_more_that_has_no_form_there(tmp_path):
     factors["b/kernel"] = dataclasses.replace(factors["b/kernel"], magnitude=None)
     with pytest.raises(ValueError, match="'a' has a DoRA magnitude and 'b' has not"):
         peft.save(tmp_path / "a", lora_jax.LoraParams(mixed.base, lora_jax.Adapter(factors)))
-    stacked = {"a": {"kernel": ones((2, 3, 4))}}
+    stacked = {"a": {"kernel": ones(2, 3, 4)}}
     lora_params = trained(stacked, rank=1, targets=".*", layout={".*": "bio"}, dora=True)
     with pytest.raises(ValueError, match="PEFT has none of parameters"):
         peft.save(tmp_path / "a", lora_params)
     with pytest.raises(ValueError, match=r"has batch axes .* is a Linear: give in names"):
         peft.save(tmp_path / "a", lora_params, kinds={".*": "Linear"})
-    three = trained({"a": {"kernel": ones((2, 3, 4))}}, rank=1, targets=".*", layout={".*": "iio"})
+    three = trained({"a": {"kernel": ones(2, 3, 4)}}, rank=1, targets=".*", layout={".*": "iio"})
     with pytest.raises(ValueError, match="a convolution or a dense kernel of two input axes"):
         peft.save(tmp_path / "a", three)
-    part = trained({"a": {"kernel": ones((4, 4))}}, rank=1, targets="a/kernel[0:2]", dora=True)
+    part = trained({"a": {"kernel": ones(4, 4)}}, rank=1, targets="a/kernel[0:2]", dora=True)
     with pytest.raises(ValueError, match="is a part of its inputs: PEFT has one magnitude"):
         peft.save(tmp_path / "a", part)
 
@@ -700,7 +696,7 @@ def test_values_that_are_not_finite_can_be_asked_for(broken):
 
 
 def test_square_parameters_of_an_older_peft_are_not_guessed(tmp_path):
-    params = {"moe": {"up": ones((2, 4, 4))}}
+    params = {"moe": {"up": ones(2, 4, 4)}}
     lora_params = trained(params, rank=1, targets=".*", layout={".*": "bio"})
     peft.save(tmp_path / "a", lora_params)
     config = tmp_path / "a" / peft.CONFIG
@@ -728,7 +724,7 @@ def test_what_peft_lists_and_did_not_adapt(broken):
 
     assert same(broken("plain", {"target_modules": [*listed, *more]}))
     _, params, *_ = golden("plain")
-    beside = params | {"extra": {"kernel": ones((3, 3))}}
+    beside = params | {"extra": {"kernel": ones(3, 3)}}
     config, names = {"target_modules": [*listed, "gone"]}, {"(table|first|conv|last)": r"\1"}
     with pytest.raises(ValueError, match=r"the modules \['gone'\]; .* since 'extra/kernel' and"):
         broken("plain", config, params=beside, names=names)

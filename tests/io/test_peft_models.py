@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, from_torch
 from jax import lax
 
 import lora_jax
@@ -129,8 +129,8 @@ def small(name):
         params = {
             "layers": {
                 "0": {
-                    "kernel": ours(torch_net.layers[0].weight.permute(axes)),
-                    "bias": ours(torch_net.layers[0].bias),
+                    "kernel": from_torch(torch_net.layers[0].weight.permute(axes)),
+                    "bias": from_torch(torch_net.layers[0].bias),
                 }
             }
         }
@@ -158,7 +158,7 @@ def small(name):
             return jnp.tanh(y)
 
         net = Net(Experts())
-        params = {name: ours(x) for name, x in net.layers[0].named_parameters()}
+        params = {name: from_torch(x) for name, x in net.layers[0].named_parameters()}
         x = rng.normal(size=(5, 6)).astype("float32")
         options = {"layout": {".*_proj": "boi"}}
         return Model(net, {"layers": {"0": params}}, mixture, {"x": x}, options)
@@ -167,8 +167,8 @@ def small(name):
     net = Net(*(nn.Linear(6, 6) for _ in range(4)))
     params = {
         "layers": {
-            "kernel": jnp.stack([ours(layer.weight.T) for layer in net.layers]),
-            "bias": jnp.stack([ours(layer.bias) for layer in net.layers]),
+            "kernel": jnp.stack([from_torch(layer.weight.T) for layer in net.layers]),
+            "bias": jnp.stack([from_torch(layer.bias) for layer in net.layers]),
         }
     }
 
@@ -181,10 +181,6 @@ def small(name):
     x = rng.normal(size=(5, 6)).astype("float32")
     options = {"names": {"layers": "layers.{layer}"}, "layout": {".*kernel": "bio"}}
     return Model(net, params, scanned, {"x": x}, options)
-
-
-def ours(tensor):
-    return jnp.asarray(tensor.detach().numpy())
 
 
 def moved(model, seed=1):

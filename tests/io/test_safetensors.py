@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from damage import EDITS, EXAMPLES, damaged, fuzz, killed_while_saving, ran
+from damage import EDITS, EXAMPLES, damaged, fuzz, kill_while_saving, run_script
 from helpers import drawn, normal, randomize_b
 from hypothesis import strategies as st
 
@@ -396,7 +396,7 @@ def test_a_file_larger_than_allowed_is_an_error_of_the_system(tmp_path):
             except OSError as error:
                 print("refused", error)
     """
-    assert ran(script).count("refused") == 2
+    assert run_script(script).count("refused") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -418,7 +418,7 @@ def test_a_saving_process_killed_at_any_moment_leaves_a_whole_adapter(kills, tmp
             kind.save(path, x, overwrite=True)
     """
     params = {"q": {"kernel": np.ones((2048, 1024), np.float32)}}
-    for i, count in enumerate(killed_while_saving(program, tmp_path, kills)):
+    for i, count in enumerate(kill_while_saving(program, tmp_path, kills)):
         kind = ("safetensors", "peft")[i % 2]
         f = LOADS[kind](tmp_path / str(i) / "a", params).adapter.factors["q/kernel"]
         (k,) = {float(x.min()) for x in (f.a, f.b)} | {float(x.max()) for x in (f.a, f.b)}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import jit_rows, rows_like
 from helpers import (
     assert_close,
     bits,
@@ -61,10 +62,6 @@ def filled():
     return case, adapters, bank
 
 
-def rows(case, count):
-    return normal(9, (count, *case.x.shape[1:]), case.x.dtype)
-
-
 def merged(params, adapter):
     """The weights by path in float64, by the definition; axes in the order batch, in, out."""
     weights = {path: np.asarray(x, np.float64) for path, x in flatten(params)[0].items()}
@@ -89,12 +86,6 @@ def alone(case, adapters, names, x):
     return np.stack(found)
 
 
-@functools.cache
-def by_rows(fn):
-    """The compiled function, which tests share."""
-    return jax.jit(lora_jax.many.lora_rows(fn))
-
-
 def broken(lora_params, key, field, value=np.nan):
     f = lora_params.adapter.factors[key]
     x = np.array(getattr(f, field))
@@ -113,9 +104,9 @@ def test_rows_are_those_of_the_single_adapters():
     bank = AdapterBank(like(case), slots=3)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)
-    apply = by_rows(case.fn)
+    apply = jit_rows(case.fn)
     for names in (["a0", None, "a1", "a0"], ["a2", "a3", "a4", "a4"], ["a1", "a0", None, "a3"]):
-        x = rows(case, 4)
+        x = rows_like(case.x, 4)
         with bank.using(names) as (lora_params, ids):
             assert lora_params.base is case.params
             found = apply(lora_params, x, lora_ids=ids)
@@ -156,8 +147,8 @@ def test_prompts_over_more_adapters_than_slots_compile_nothing(donate, counts):
     room = lora_jax.lorafy(case.params, 4, targets=["all-linear", *subsets[1:]], init=drawn)
     bank = AdapterBank(room, slots=counts["slots"], donate=donate)
     now = {f"a{n}": versions[n] for n in range(counts["adapters"])}
-    prompts = np.asarray(rows(case, count))
-    apply = by_rows(case.fn)
+    prompts = np.asarray(rows_like(case.x, count))
+    apply = jit_rows(case.fn)
     apply(bank.lora_params, prompts[:width], lora_ids=np.full(width, -1, np.int32))
     ready = apply._cache_size()
 
@@ -227,8 +218,8 @@ def test_threads_share_a_bank():
     bank = AdapterBank(like(case), slots=8, donate=True)
     for name, lora_params in adapters.items():
         bank.add(name, lora_params)
-    apply = by_rows(case.fn)
-    x = rows(case, 3)
+    apply = jit_rows(case.fn)
+    x = rows_like(case.x, 3)
     expected = {name: alone(case, adapters, [name] * 3, x) for name in adapters}
     apply(bank.lora_params, x, lora_ids=np.zeros(3, np.int32))
     failures = []
@@ -483,8 +474,8 @@ def test_other_rows_keep_their_bits_whatever_happens(donate):
         bank.add(name, adapters[name])
     slot, other = bank.acquire("a0"), bank.acquire("a1")
     bank.release("a1")
-    x = rows(case, 3)
-    apply = by_rows(case.fn)
+    x = rows_like(case.x, 3)
+    apply = jit_rows(case.fn)
     ids = np.array([slot, -1, other], np.int32)
 
     def run():
@@ -569,7 +560,7 @@ def test_the_host_drops_what_was_used_least_recently():
 
 def served(case, bank, name, x):
     with bank.using([name] * len(x)) as (lora_params, ids):
-        return by_rows(case.fn)(lora_params, x, lora_ids=ids)
+        return jit_rows(case.fn)(lora_params, x, lora_ids=ids)
 
 
 def test_files_of_every_kind_come_in(tmp_path):
@@ -583,9 +574,9 @@ def test_files_of_every_kind_come_in(tmp_path):
     bank.add("a0", peft.load(tmp_path / "p", case.params, **options))
     bank.add("a1", safetensors.load(tmp_path / "s", case.params))
     bank.add("a2", orbax.load(tmp_path / "o", case.params))
-    x = rows(case, 3)
+    x = rows_like(case.x, 3)
     with bank.using(adapters) as (lora_params, ids):
-        found = by_rows(case.fn)(lora_params, x, lora_ids=ids)
+        found = jit_rows(case.fn)(lora_params, x, lora_ids=ids)
     assert_close(found, alone(case, adapters, list(adapters), x))
     bank.add("alone", safetensors.load(tmp_path / "s"))  # without its base
     assert_close(served(case, bank, "alone", x), alone(case, adapters, ["a1"] * 3, x))
@@ -604,7 +595,7 @@ def test_dora_beside_adapters_without_its_targets():
             for key, f in p.adapter.factors.items()
         }
         adapters[name] = LoraParams(case.params, Adapter(factors))
-    x = rows(case, 2)
+    x = rows_like(case.x, 2)
     for keep in (True, False):
         start = like(case, dora=True)
         if not keep:
@@ -663,7 +654,7 @@ def test_residual_adapters_have_a_base_of_their_own():
     bank = AdapterBank(start, slots=2)
     bank.add("a0", trained)
     own = dataclasses.replace(case, params=start.base)
-    x = rows(case, 2)
+    x = rows_like(case.x, 2)
     assert_close(served(own, bank, "a0", x), alone(own, {"a0": trained}, ["a0"] * 2, x))
     with pytest.raises(ValueError, match=r"'plain' and the bank are over different .*to_plain|One"):
         AdapterBank(like(case)).add("plain", start)
@@ -676,7 +667,7 @@ def test_what_is_frozen_in_training_does_not_matter():
     bank = AdapterBank(like(case), slots=1)
     adapters = {"a": made(case, 0, 2, targets=EVERY, freeze=("a",))}
     bank.add("a", adapters["a"])
-    x = rows(case, 2)
+    x = rows_like(case.x, 2)
     assert_close(served(case, bank, "a", x), alone(case, adapters, ["a", "a"], x))
 
 
@@ -702,7 +693,7 @@ def test_a_bank_of_low_precision(dtype):
         assert f.a.dtype == f.b.dtype == jnp.dtype(dtype)
         assert bank[name].adapter.full["b1"].dtype == np.float32  # or the base's would be rounded
         assert f.scale.dtype == np.float32
-    x, dtype = rows(case, 2), jnp.dtype(dtype)
+    x, dtype = rows_like(case.x, 2), jnp.dtype(dtype)
     for name in adapters:
         assert_close(served(case, bank, name, x), alone(case, rounded, [name] * 2, x))
     low = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), adapters["a1"].adapter)
@@ -724,7 +715,7 @@ def test_like_needs_no_memory_of_its_own():
         assert bits(bank.lora_params.adapter) == bits(one.lora_params.adapter)
     bank = AdapterBank(LoraParams(case.params, like(case).adapter))
     bank.add("a0", adapters["a0"])
-    x = rows(case, 2)
+    x = rows_like(case.x, 2)
     assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"] * 2, x))
 
 
@@ -745,9 +736,9 @@ def test_inside_of_jit_it_is_refused_and_as_it_was():
         with pytest.raises(
             RuntimeError, match=rf"AdapterBank\.{verb} was called inside of jax\.jit"
         ):
-            jax.jit(fn)(rows(case, 1))
+            jax.jit(fn)(rows_like(case.x, 1))
     assert bank.slots == (None, None)
-    x = rows(case, 2)
+    x = rows_like(case.x, 2)
     assert_close(served(case, bank, "a1", x), alone(case, adapters, ["a1"] * 2, x))
 
 
@@ -809,7 +800,7 @@ def test_what_it_gives_is_the_callers_to_change():
     bank.add("a0", adapters["a0"])
     bank["a0"].adapter.factors.clear()
     bank.lora_params.adapter.factors.clear()
-    x = rows(case, 1)
+    x = rows_like(case.x, 1)
     assert_close(served(case, bank, "a0", x), alone(case, adapters, ["a0"], x))
 
 
@@ -896,4 +887,6 @@ def test_misuse_is_explained():
         bank.release("one")
     # ids that are no slots are lora_rows' to refuse
     with pytest.raises(IndexError, match=r"lora_ids has 2, expected -1.* to 1"):
-        lora_jax.many.lora_rows(case.fn)(bank.lora_params, rows(case, 1), lora_ids=np.array([2]))
+        lora_jax.many.lora_rows(case.fn)(
+            bank.lora_params, rows_like(case.x, 1), lora_ids=np.array([2])
+        )

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from helpers import (
     assert_close,
-    by_numpy,
     dict_case,
     drawn,
     normal,
     randomize_b,
     scan_case,
+    stack_by_numpy,
     tolerance,
 )
 from jax.test_util import check_grads
@@ -78,7 +78,7 @@ def test_directions_have_the_axes_that_a_weight_reads(equation):
     x_shape = {"ioo": (4, 6), "bio": (2, 4, 6), "iio": (4, 2, 3)}[layout]
     w, x = (normal(k, s) for k, s in enumerate((shape, x_shape)))
     adapters = adapters_of({"w": w}, targets="w", layout={"w": layout})
-    stacked = by_numpy(adapters)
+    stacked = stack_by_numpy(adapters)
     router = jax.tree.map(np.asarray, jax.jit(lora_jax.many.arrow)(stacked))
     inputs = tuple(n for n, letter in zip(shape, layout, strict=True) if letter in "bi")
     assert router["w"].shape == (*inputs, 4)
@@ -101,7 +101,7 @@ def test_experts_that_all_read_one_input_choose_each_for_itself():
     adapters = adapters_of({"w": w}, targets="w", layout={"w": "bio"})
     apply = lora_jax.many.lora_routed(lambda p, x: jnp.einsum("bli,eio->belo", x, p["w"]))
     run = jax.jit(lambda stacked, x: apply(stacked, x, lora_router=lora_jax.many.arrow(stacked)))
-    found = run(by_numpy(adapters), x)
+    found = run(stack_by_numpy(adapters), x)
     w, x = np.asarray(w), np.asarray(x)
     updates = updates_of(adapters, "w", w.shape)
     each = [mixed(x.reshape(8, 6), w[e], updates[e], 2, 1.0).reshape(2, 4, 5) for e in range(3)]
@@ -118,7 +118,7 @@ def test_one_adapter_is_that_adapter_everywhere(standard_promotion):
         found = apply(stacked, x, lora_router=lora_jax.many.arrow(stacked))
         return found, lora_jax.lora(case.fn)(one, x)
 
-    assert_close(*both(by_numpy([one]), one, case.x), depth=26)  # three layers of eight sums
+    assert_close(*both(stack_by_numpy([one]), one, case.x), depth=26)  # three layers of eight sums
 
 
 def test_nothing_goes_to_an_adapter_that_does_nothing_nor_from_it():
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def check_gradients(case):
-    stacked = by_numpy(adapters_of(case.params, 3, targets=case.targets, dtype=jnp.float64))
+    stacked = stack_by_numpy(adapters_of(case.params, 3, targets=case.targets, dtype=jnp.float64))
     router = jax.tree.map(np.float64, jax.jit(lora_jax.many.arrow)(stacked))
 
     def loss(adapter, router):
@@ -214,7 +214,7 @@ def test_a_weight_that_no_input_meets_is_refused(use):
         "whole": lambda p, x: jnp.exp(p["w"]),
     }
     layout = {"w": "iio" if use == "convolution" else "bio"}
-    stacked = by_numpy(adapters_of({"w": w}, 2, ranks=(1, 1), targets="w", layout=layout))
+    stacked = stack_by_numpy(adapters_of({"w": w}, 2, ranks=(1, 1), targets="w", layout=layout))
     router = jax.eval_shape(lora_jax.many.arrow, stacked)
     with pytest.raises(NotImplementedError, match="'w'"):
         jax.eval_shape(

@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import jit_rows, rows_like
 from helpers import (
     CASES,
     all_eqns,
     assert_close,
-    by_numpy,
     dict_case,
     drawn,
     normal,
     randomize_b,
     scan_case,
+    stack_by_numpy,
     tolerance,
 )
 from jax import lax
@@ -38,16 +39,6 @@ def stack_of(case, ranks=(4, 2, 4), **options):
     return made
 
 
-@functools.cache
-def by_rows(fn):
-    """The compiled function, which tests share."""
-    return jax.jit(lora_jax.many.lora_rows(fn))
-
-
-def rows_like(x, count=5):
-    return normal(9, (count, *x.shape[1:]), x.dtype)
-
-
 def alone(fn, adapters, x, ids):
     """Each row by itself, merged: the oracle, inside of jit."""
     weights = [*map(lora_jax.merge, adapters), adapters[0].base]  # the last is that of id -1
@@ -64,7 +55,7 @@ def both_ways(fn, adapters, x, ids, exact=None):
         found = lora_jax.many.lora_rows(fn)(stacked, x, lora_ids=which)
         return found, alone(fn, adapters, x, ids)
 
-    return both(by_numpy(adapters), exact or adapters, x, np.array(ids, np.int32))
+    return both(stack_by_numpy(adapters), exact or adapters, x, np.array(ids, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -103,12 +94,12 @@ def test_it_agrees_with_lora_and_with_the_base_to_the_last_bits():
 def test_other_ids_and_other_adapters_compile_nothing():
     case = scan_case()
     adapters = stack_of(case)
-    apply, x = by_rows(case.fn), rows_like(case.x)
-    apply(by_numpy(adapters), x, lora_ids=np.array(IDS))
+    apply, x = jit_rows(case.fn), rows_like(case.x)
+    apply(stack_by_numpy(adapters), x, lora_ids=np.array(IDS))
     ready = apply._cache_size()
     for ids in ([0, 0, 0, 0, 0], [-1] * 5, [1, 2, 1, 2, 0]):
         others = [adapters[0], adapters[ids[0]], adapters[2]]
-        apply(by_numpy(others), x, lora_ids=np.array(ids))
+        apply(stack_by_numpy(others), x, lora_ids=np.array(ids))
     assert apply._cache_size() == ready
 
 
@@ -135,8 +126,8 @@ def test_rows_meet_the_weight_in_one_product_and_nothing_is_copied_from_the_stac
 
 def test_a_row_comes_to_the_same_bits_whatever_the_others_are():
     case = scan_case()
-    apply = by_rows(case.fn)
-    stacked, x = by_numpy(stack_of(case)), np.array(rows_like(case.x))
+    apply = jit_rows(case.fn)
+    stacked, x = stack_by_numpy(stack_of(case)), np.array(rows_like(case.x))
     first = np.asarray(apply(stacked, x, lora_ids=np.array(IDS)))
 
     def spoilt(x):
@@ -353,9 +344,9 @@ def small(count=3, **options):
 
 def test_ids_of_any_integers():
     fn, made = small()
-    stacked = by_numpy(made * 100)
+    stacked = stack_by_numpy(made * 100)
     apply, x = lora_jax.many.lora_rows(fn), jnp.ones((2, 4))
-    few = by_numpy(made)
+    few = stack_by_numpy(made)
     expected = np.asarray(apply(stacked, x, lora_ids=np.array([100, 2], np.int32)))
 
     allowed = tolerance() * np.abs(expected).max()
@@ -431,7 +422,7 @@ def test_rows_of_no_adapter_are_the_base_whatever_precision_others_train_in():
     full = {path: np.asarray(x).astype(jnp.bfloat16) for path, x in made[0].adapter.full.items()}
     one = LoraParams(made[0].base, dataclasses.replace(made[0].adapter, full=full))
     x = normal(1, (1, 4))
-    found = by_rows(fn)(by_numpy([one]), x, lora_ids=np.array([-1]))
+    found = jit_rows(fn)(stack_by_numpy([one]), x, lora_ids=np.array([-1]))
     assert_close(found, fn(one.base, x))  # and not to the bfloat16 of others
 
 

@@ -306,13 +306,6 @@ N, STEPS = 5, 6
 RATES = np.linspace(1e-3, 2e-2, N)
 
 
-@pytest.fixture
-def in_float64():
-    """Where Adam's division by small moments does not hide what is wrong among roundings."""
-    with jax.enable_x64(True):
-        yield
-
-
 def transformation():
     return optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=0.1)
 

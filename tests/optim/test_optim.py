@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapters import lorafy
 from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import (
@@ -18,10 +19,10 @@ from helpers import (
     assert_close,
     bits,
     dict_case,
-    drawn,
     einsum_case,
     loss_of,
     normal,
+    ones,
     randomize_b,
     scan_case,
     tolerance,
@@ -33,14 +34,6 @@ import lora_jax
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 TX = optax.adamw(1e-2, weight_decay=0.1)
-
-
-def ones(*shape):
-    return jnp.asarray(np.ones(shape, np.float32))
-
-
-def lorafy(params, rank=2, **options):
-    return lora_jax.lorafy(params, rank, **{"init": drawn, **options})
 
 
 def target_loss(case):

@@ -1,13 +1,13 @@
 """Plant faults in copies of the package, one at a time, and count those that the tests catch.
 
-Each fault of ``faults.toml`` replaces one snippet of ``lora_jax``. The tests run that reach the
-changed lines, then those that reach the rest of the function and of the file, until one fails. The
-failure counts if the test fails again alone, and passes without the fault. Run it from the
+Each fault of ``faults.toml`` replaces one snippet of ``lora_jax``. The tests that reach the changed
+lines run first, then those that reach the rest of the function and of the file, until one fails. A
+failure counts if the test fails again alone and passes without the fault. Run the script from the
 repository root::
 
     python tests/planted/run.py [--reach FILE ...] [--jobs N] [--only NAME ...] [--out FILE.json]
 
-This file is also the pytest plugin of these runs, under the name ``planted_plugin``.
+This file is also the pytest plugin ``planted_plugin`` of these runs.
 """
 
 import argparse
@@ -37,12 +37,12 @@ import pytest
 ROOT, CACHE = Path.cwd(), Path.cwd() / ".cache" / "planted"
 REACH, SECONDS = CACHE / "coverage", CACHE / "seconds.json"
 
-# The plugin: it selects and orders tests, and writes a line of JSON for every event
+# The plugin selects and orders tests, and writes a line of JSON per event
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Keep the tests of ``PLANTED_TESTS``, in that order; refuse another package than the copy."""
+    """Keep the tests of ``PLANTED_TESTS``, in that order; reject a package outside the copy."""
     spec = importlib.util.find_spec("lora_jax")
     if spec is None or not Path(str(spec.origin)).is_relative_to(Path.cwd()):
         raise pytest.UsageError(f"lora_jax is imported from {spec and spec.origin}")
@@ -53,17 +53,17 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logstart(nodeid, location):
-    """Record that a test begins: one that kills the process reports nothing else."""
+    """Record that a test begins: a test that kills the process reports nothing else."""
     _log({"test": nodeid})
 
 
 def pytest_runtest_logreport(report):
-    """Record how long a phase of a test took, and whether it failed."""
+    """Record the duration of a phase of a test, and whether it failed."""
     _log({"test": report.nodeid, "failed": report.failed, "seconds": report.duration})
 
 
 def _log(entry: Mapping[str, Any]) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # the controller gets all reports
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the controller receives all reports
         with open(os.environ["PLANTED_LOG"], "a") as log:
             log.write(json.dumps(entry) + "\n")
 
@@ -72,9 +72,9 @@ def _log(entry: Mapping[str, Any]) -> None:
 
 
 class Run(NamedTuple):
-    """What a run of pytest did: ``failed`` is the first test that failed or ended the process."""
+    """A run of pytest: ``failed`` is the first test that failed or ended the process."""
 
-    status: int | None  # None: it ran out of time
+    status: int | None  # None: the time limit was reached
     log: list[Any]
     failed: str | None
     output: str
@@ -83,14 +83,14 @@ class Run(NamedTuple):
 def run_pytest(
     tree: Path, *options: str, tests: Collection[str] = (), limit: float | None = None, **env: str
 ) -> Run:
-    """Run pytest in a copy of the tree, with the copy first on the path of all processes."""
+    """Run pytest in a copy of the tree, which comes first on the path of all processes."""
     log, output, chosen, args = (tree.parent / x for x in ("log", "output", "chosen", "args"))
     log.write_text("")
     chosen.write_text(json.dumps(list(tests)))
     args.write_text("\n".join(dict.fromkeys(name.partition("::")[0] for name in tests)))
     path = os.pathsep.join([str(tree), str(tree.parent), os.environ.get("PYTHONPATH", "")])
     env = {"PYTHONPATH": path.rstrip(os.pathsep), "PLANTED_LOG": str(log)} | env
-    env |= {"PYTHONDONTWRITEBYTECODE": "1"}  # or a stale .pyc hides a fault of the same size
+    env |= {"PYTHONDONTWRITEBYTECODE": "1"}  # a stale .pyc would hide a fault of equal size
     env |= {"PLANTED_TESTS": str(chosen)} if tests else {}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not peer", "-p", "planted_plugin"]
     command += ["-p", "no:cacheprovider", "-p", "no:randomly", *options]
@@ -102,7 +102,7 @@ def run_pytest(
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
-        finally:  # children of tests as well
+        finally:  # kill children of tests as well
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -115,7 +115,7 @@ def run_pytest(
 
 
 def record(tree: Path) -> None:
-    """Record which tests reach which lines, how long they take, and which fail without a fault."""
+    """Record the lines that tests reach, their durations, and failures without a fault."""
     CACHE.mkdir(parents=True, exist_ok=True)
     options = ["--cov=lora_jax", "--cov-context=test", "--cov-report=", "--cov-fail-under=0"]
     if importlib.util.find_spec("xdist"):
@@ -130,7 +130,7 @@ def record(tree: Path) -> None:
 
 
 def copy_tree(folder: Path) -> Path:
-    """Copy the files that git tracks or does not ignore, and this plugin beside them."""
+    """Copy the files that git tracks or does not ignore, and this plugin next to them."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -169,7 +169,7 @@ def read_faults() -> list[dict[str, str]]:
 def lines_of(text: str, old: str, new: str) -> tuple[set[int], set[int]]:
     """Find the lines of the changed statements, and those of the functions around them.
 
-    Statements that run at import have no lines of either kind.
+    Both sets are empty for statements that run at import.
     """
     first, kept = text[: text.index(old)].count("\n") + 1, new.splitlines()
     changed = [k for k, line in enumerate(old.splitlines(), first) if line not in kept]
@@ -182,14 +182,14 @@ def lines_of(text: str, old: str, new: str) -> tuple[set[int], set[int]]:
         if defs:
             functions |= set(range(defs[-1].body[0].lineno, defs[-1].end_lineno + 1))
         if defs and around[-1] is not defs[-1]:
-            body = getattr(around[-1], "body", None)  # of an ``if`` or a loop the header alone
+            body = getattr(around[-1], "body", None)  # only the header of an ``if`` or a loop
             end = body[0].lineno - 1 if body else around[-1].end_lineno
             statements |= set(range(around[-1].lineno, max(end, around[-1].lineno) + 1))
     return statements, functions
 
 
 class Reach:
-    """Which tests reach which lines, by databases of coverage that pytest-cov has recorded."""
+    """The tests that reach each line, from coverage databases that pytest-cov recorded."""
 
     def __init__(self, files: Collection[Path]):
         import coverage
@@ -200,9 +200,9 @@ class Reach:
             if not any("|" in context for context in data.measured_contexts()):
                 raise ValueError(f"{file} has no contexts: record it with --cov-context=test")
 
-    @functools.cache  # noqa: B019  (one for the process)
+    @functools.cache  # noqa: B019  (one instance per process)
     def lines(self, path: str) -> Mapping[int, set[str]]:
-        """The tests by line of a file of the package."""
+        """Return the tests by line of a file of the package."""
         found = defaultdict[int, set[str]](set)
         for data in self._data:
             for file in data.measured_files():
@@ -212,10 +212,10 @@ class Reach:
         return found
 
     def tests(self, fault: Mapping[str, str], seconds: Mapping[str, float]) -> list[list[str]]:
-        """Find the tests to run, those nearest to the fault first, without those that fail anyway.
+        """Find the tests to run, the nearest to the fault first, without tests that always fail.
 
         A test may depend on lines that it does not reach: JAX traces a function once, and child
-        processes have no contexts. So the last tests are those that reach no line at all.
+        processes have no contexts. So the tests that reach no line at all come last.
         """
         text, lines = (ROOT / fault["path"]).read_text(), self.lines(fault["path"])
         near = (*lines_of(text, fault["old"], fault["new"]), set(lines))
@@ -225,22 +225,22 @@ class Reach:
         seen = {x for x, cost in seconds.items() if math.isinf(cost)}
         found = []
         for tier in tiers:
-            found.append(in_turns(tier - seen, seconds))
+            found.append(order_in_turns(tier - seen, seconds))
             seen |= tier
         return [tests for tests in found if tests]
 
 
-def in_turns(tests: Collection[str], seconds: Mapping[str, float]) -> list[str]:
-    """Order tests: the shortest first, and files in turns, each turn twice as long as the last."""
+def order_in_turns(tests: Collection[str], seconds: Mapping[str, float]) -> list[str]:
+    """Order tests: short ones first, files in turns, each turn twice as long as the last."""
     by_file = defaultdict[str, list[str]](list)
     for name in sorted(tests, key=lambda name: (seconds.get(name, 1.0), name)):
         by_file[name.partition("::")[0]].append(name)
     turns = []
-    for own in by_file.values():
+    for names in by_file.values():
         start, size = 0, 1
-        while start < len(own):
-            cost = sum(seconds.get(name, 1.0) for name in own[: start + size])
-            turns.append((cost, own[start : start + size]))
+        while start < len(names):
+            cost = sum(seconds.get(name, 1.0) for name in names[: start + size])
+            turns.append((cost, names[start : start + size]))
             start, size = start + size, 2 * size
     return [name for _, turn in sorted(turns) for name in turn]
 
@@ -248,12 +248,12 @@ def in_turns(tests: Collection[str], seconds: Mapping[str, float]) -> list[str]:
 def judge(
     fault: Mapping[str, str], tiers: list[list[str]], tree: Path, limit: float
 ) -> dict[str, Any]:
-    """Plant a fault in a copy, run the tests tier by tier, and take the fault out again."""
+    """Plant a fault in a copy, run the tests tier by tier, and remove the fault."""
     file, start, done = tree / fault["path"], time.monotonic(), set[str]()
     clean = file.read_text()
     faulty = clean.replace(fault["old"], fault["new"])
     env = {
-        # a folder a job: JAX writes its files in place, and others would read half of one
+        # one folder per job: JAX writes files in place, so another job could read half a file
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax" / tree.parent.name),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -266,7 +266,7 @@ def judge(
         finally:
             file.write_text(clean)
 
-    def ended(result: str, test: str | None = None, cause: str = "") -> dict[str, Any]:
+    def make_row(result: str, test: str | None = None, cause: str = "") -> dict[str, Any]:
         about = {"kind": fault["kind"], "name": fault["name"], "path": fault["path"]}
         counts = {"run": len(done), "tests": sum(map(len, tiers)), "seconds": round(taken, 1)}
         return about | {"result": result, "test": test} | counts | {"cause": cause}
@@ -279,17 +279,17 @@ def judge(
             done |= {entry["test"] for entry in found.log if "seconds" in entry}
             if (name := found.failed) is None:
                 if found.status not in (0, 5, None):
-                    return ended("broken", cause="\n".join(found.output.splitlines()[-15:]))
+                    return make_row("broken", cause="\n".join(found.output.splitlines()[-15:]))
                 break
-            # It may have failed for the order or for JAX's cache, and not for the fault.
+            # The order of tests or JAX's cache may be the cause, and not the fault.
             if run([name], faulty, limit).failed and run([name], clean, limit).status == 0:
-                return ended("caught", name)
+                return make_row("caught", name)
             left = left[left.index(name) + 1 :]
-    return ended("survived", cause="" if tiers else "no test reaches it")
+    return make_row("survived", cause="" if tiers else "no test reaches it")
 
 
 def show(x: Mapping[str, Any]) -> None:
-    """Print the line of a fault."""
+    """Print the result of a fault."""
     what = f"caught by {x['test']}" if x["test"] else x["result"].upper()
     numbers = f"in {x['seconds']:.0f} s, {x['run']} of {x['tests']} tests"
     print(f"{x['kind']}: {x['name']}: {what} {numbers}", flush=True)
@@ -300,11 +300,17 @@ def show(x: Mapping[str, Any]) -> None:
 def main() -> int:
     """Run the command; return 0 if every fault is caught, 1 if not."""
     parser = argparse.ArgumentParser(description="Count the planted faults that the tests catch.")
-    parser.add_argument("--reach", nargs="+", type=Path, help="databases of coverage with contexts")
-    parser.add_argument("--record", action="store_true", help="record what tests reach once more")
+    parser.add_argument("--reach", nargs="+", type=Path, help="coverage databases with contexts")
+    parser.add_argument(
+        "--record", action="store_true", help="record the lines that tests reach again"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="faults of these names or kinds")
-    parser.add_argument("--seconds", type=float, default=300, help="for the tests of one fault")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only faults of these names or kinds"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="limit for the tests of one fault"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     faults = read_faults()
@@ -324,7 +330,7 @@ def main() -> int:
         seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
         tests = {fault["name"]: reach.tests(fault, seconds) for fault in faults}
 
-        def judged(fault: Mapping[str, str]) -> dict[str, Any]:
+        def judge_in_tree(fault: Mapping[str, str]) -> dict[str, Any]:
             tree = trees.get()
             try:
                 return judge(fault, tests[fault["name"]], tree, args.seconds)
@@ -332,7 +338,7 @@ def main() -> int:
                 trees.put(tree)
 
         with ThreadPoolExecutor(len(names)) as pool:
-            for future in as_completed([pool.submit(judged, fault) for fault in faults]):
+            for future in as_completed([pool.submit(judge_in_tree, fault) for fault in faults]):
                 results.append(future.result())
                 show(results[-1])
     every = Counter(x["kind"] for x in results)

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import adapted_weight
 from helpers import (
     assert_close,
     assert_oracle,
-    drawn,
     loss_of,
     normal,
     products_of_shape,
-    randomize_b,
 )
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -31,9 +30,8 @@ SHARDED = {
 }
 
 
-def adapted(shape=(4, 6), layout="io", targets="w", **options):
-    options = {"targets": targets, "layout": {"w": layout}, "init": drawn, **options}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, 2, **options))
+def adapted(shape=(4, 6), layout="io", **options):
+    return adapted_weight(shape, layout, **options)
 
 
 @pytest.mark.parametrize("targets", ["w", "w[1:4, 2:5]"])

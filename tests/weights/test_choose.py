@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_oracle, drawn, normal, randomize_b
+from adapters import lorafy
+from helpers import assert_close, assert_oracle, normal, randomize_b
 
 import lora_jax
 from lora_jax._weights.paths import flatten
@@ -34,10 +35,6 @@ STACKED = {
 
 def keys(params, **options):
     return list(lorafy(params, **options).adapter.factors)
-
-
-def lorafy(params, rank=2, **options):
-    return lora_jax.lorafy(params, rank, **{"init": drawn, **options})
 
 
 def test_rslora_scales_by_the_root_of_the_rank():

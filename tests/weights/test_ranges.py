@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
+from adapters import adapted
+from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape
 
 import lora_jax
 from lora_jax._weights.ranges import Range, overlap, part_of, resolve, spell, split_range
@@ -41,10 +42,6 @@ def setup():
     model, x = Fused(), normal(0, (2, 5, DIM))
     params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     return lambda p, x: model.apply({"params": p}, x), params, x
-
-
-def adapted(params, **options):
-    return randomize_b(lora_jax.lorafy(params, 2, **{"init": drawn, **options}))
 
 
 def test_queries_and_values_of_a_fused_kernel():

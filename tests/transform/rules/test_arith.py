@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from adapters import adapted_weight
 from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
 from jax import lax
 
@@ -87,15 +88,10 @@ MOVES = {
 }
 
 
-def adapted(shape, layout, rank=2):
-    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, rank, **options))
-
-
 @pytest.mark.parametrize("name", MOVES)
 def test_a_weight_under_linear_operations_keeps_its_update(name):
     shape, layout, move = MOVES[name]
-    lora_params = adapted(shape, layout)
+    lora_params = adapted_weight(shape, layout)
     x = normal(1, (7, 6))
 
     def fn(p, x, s):
@@ -118,7 +114,7 @@ def test_a_weight_under_linear_operations_keeps_its_update(name):
     ],
 )
 def test_a_number_read_off_a_weight_is_no_part_of_it(move):
-    lora_params, x = adapted((6, 8), "io"), normal(1, (7, 6))
+    lora_params, x = adapted_weight((6, 8), "io"), normal(1, (7, 6))
     fn = lambda p, x: x @ move(p["w"])  # noqa: E731
     with pytest.raises(NotImplementedError, match="a form that has no low-rank rule"):
         lora_jax.lora(fn)(lora_params, x)
@@ -175,7 +171,7 @@ def test_the_sum_of_two_adapted_weights():
 
 
 def test_a_product_and_a_sum_written_out_are_a_contraction():
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     x = normal(1, (7, 6))
     fn = lambda p, x: jnp.tanh((x[:, :, None] * p["w"][None]).sum(1))  # noqa: E731
     assert_oracle(fn, lora_params, x)
@@ -194,7 +190,7 @@ def test_a_scan_over_weights_stacked_inside_the_function():
 
 
 def test_weights_that_a_scan_puts_out():
-    lora_params = adapted((3, 6, 6), "bio")
+    lora_params = adapted_weight((3, 6, 6), "bio")
     x = normal(1, (7, 6))
 
     def fn(p, x):
@@ -222,14 +218,14 @@ def test_weights_that_a_scan_puts_out():
     ],
 )
 def test_what_is_not_linear_in_the_weight_is_refused(move, primitive):
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     with pytest.raises(NotImplementedError, match=f"reaches '({primitive})'"):
         jax.eval_shape(lora_jax.lora(lambda p: move(p["w"])), lora_params)
     assert_oracle(lambda p: move(p["w"]), lora_params, on_materialize="allow")
 
 
 def test_a_weight_reshaped_across_its_roles_is_refused_with_the_reason():
-    lora_params = adapted((6, 8), "io")
+    lora_params = adapted_weight((6, 8), "io")
     fn = lora_jax.lora(lambda p, x: x @ p["w"].reshape(8, 6))
     with pytest.raises(NotImplementedError, match="reshaped across its input and output axes"):
         jax.eval_shape(fn, lora_params, jnp.ones((2, 8)))

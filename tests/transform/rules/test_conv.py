@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import all_eqns, assert_oracle, drawn, normal, products_of_shape, randomize_b, used_as
+from helpers import all_eqns, assert_oracle, drawn, normal, products_of_shape, randomize_b, use_as
 from jax import lax
 
 import lora_jax
@@ -83,7 +83,7 @@ def test_a_window_axis_may_be_of_either_factor(name, layout):
 
     def fn(p, x):
         y = lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **options)
-        return y, used_as(layout, p["w"])
+        return y, use_as(layout, p["w"])
 
     assert_oracle(fn, lora_params, x)
 
@@ -158,7 +158,7 @@ def test_factors_that_both_read_and_write_are_refused():
 
     def fn(p, x):
         y = lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=NUMBERS[0])
-        return y, used_as("ooii", p["w"])
+        return y, use_as("ooii", p["w"])
 
     with pytest.raises(NotImplementedError, match="'conv_general_dilated' in a form"):
         jax.eval_shape(lora_jax.lora(fn), lora_params, x)

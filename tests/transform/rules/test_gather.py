@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import adapted_weight
 from helpers import assert_close, assert_oracle, drawn, normal, products_of_shape, randomize_b
 from jax import lax
 
@@ -13,8 +14,7 @@ IDS = jnp.array([[0, 3, 8], [-1, 3, 2]])
 
 
 def adapted(shape=(9, 6), layout="io", rank=2):
-    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, rank, **options))
+    return adapted_weight(shape, layout, rank=rank)
 
 
 LOOKUPS = {

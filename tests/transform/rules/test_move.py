@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import adapted_weight
 from helpers import (
     assert_close,
     assert_oracle,
-    drawn,
     normal,
     products_of_shape,
-    randomize_b,
     tolerance,
 )
 from hypothesis import given, settings
@@ -45,9 +44,7 @@ MOVES = {
 
 
 def adapted(shape, layout, rank=None):
-    rank = rank or (1 if 1 in shape else 2)
-    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape)}, rank, **options))
+    return adapted_weight(shape, layout, rank=rank or (1 if 1 in shape else 2))
 
 
 @pytest.mark.parametrize("name", [n for n in MOVES if n != "broadcast"])

@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from adapters import adapted_weight
 from helpers import (
     assert_close,
     assert_oracle,
-    drawn,
     normal,
     products_of_shape,
-    randomize_b,
-    used_as,
+    use_as,
 )
 from jax import lax
 
@@ -20,8 +19,7 @@ SIZES = jnp.array([3, 0, 4])
 
 
 def adapted(shape=(3, 6, 8), layout="bio", rank=2, dtype=jnp.float32):
-    options = {"targets": "w", "layout": {"w": layout}, "init": drawn}
-    return randomize_b(lora_jax.lorafy({"w": normal(0, shape, dtype)}, rank, **options))
+    return adapted_weight(shape, layout, dtype, rank)
 
 
 @pytest.mark.parametrize("layout", ["bio", "iio", "oio"])
@@ -32,7 +30,7 @@ def test_rows_in_groups(layout):
 
     def fn(p, x):
         y = lax.ragged_dot(x, p["w"], SIZES)
-        return y if layout == "bio" else (y, used_as(layout, p["w"]))
+        return y if layout == "bio" else (y, use_as(layout, p["w"]))
 
     assert_oracle(fn, lora_params, x)
     step = lora_jax.value_and_grad(
@@ -121,7 +119,7 @@ def test_factors_that_both_read_and_write_are_refused():
 
     def fn(p, x):
         y = lax.ragged_dot_general(x, p["w"], SIZES, numbers)
-        return y, used_as("bioi", p["w"])
+        return y, use_as("bioi", p["w"])
 
     with pytest.raises(NotImplementedError, match="'ragged_dot_general' in a form"):
         jax.eval_shape(lora_jax.lora(fn), lora_params, jnp.ones((7, 6, 4)))
