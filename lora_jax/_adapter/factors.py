@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from lora_jax._weights.axes import is_array
@@ -155,8 +156,9 @@ class Rows(_Entry):
         if isinstance(self.b, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((*members, *shape), self.b.dtype)
         if isinstance(self.b, Tracer):  # a constant of this size does not belong into a program
-            picked = jnp.arange(self.vocabulary)[:, None] == np.array(self.ids)[None]
-            return jnp.broadcast_to(picked.astype(self.b.dtype), (*members, *shape))
+            picked = lax.broadcasted_iota(np.int32, shape, 0) == np.array([self.ids], np.int32)
+            picked = picked.astype(self.b.dtype)
+            return jnp.broadcast_to(picked, (*members, *shape)) if members else picked
         picked = np.zeros(shape, self.b.dtype)
         picked[list(self.ids), range(self.rank)] = 1
         picked = np.broadcast_to(picked, (*members, *shape))
