@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 from cli_files import DORA, EQUAL, MORE, PARAMS, adapted, tensors_of, updates
-from helpers import assert_close
+from helpers import assert_close, randomize_b
 
 import lora_jax
 from lora_jax.cli._read.match import canonical
 from lora_jax.io import _files, hf, safetensors
 from lora_jax.io.hf import _shards
+
+TIED = {"tie_word_embeddings": True}
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,7 @@ def test_an_adapter_of_ours_of_a_tied_table(has_head, cli):
     table = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
     params = {"model": {"embed_tokens": {"embedding": table}}}
     params |= {"lm_head": {"kernel": table.T}} if has_head else {}
-    config = {"model_type": "llama", "tie_word_embeddings": True}
-    hf.save("tied", params, "llama", config=config)
+    hf.save("tied", params, "llama", config={"model_type": "llama"} | TIED)
     lora_params = lora_jax.lorafy(params, 2, targets=".*embedding")
     (key,) = lora_params.adapter.factors
     f = lora_params.adapter.factors[key]
@@ -65,6 +66,18 @@ def test_an_adapter_of_ours_of_a_tied_table(has_head, cli):
     assert ("lm_head.weight" in found) == has_head
     if has_head:
         assert np.array_equal(found["lm_head.weight"], table)
+
+
+def test_an_adapter_without_a_record_of_a_tied_table_is_refused(cli, refused):
+    table = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
+    params = {"model": {"embed_tokens": {"embedding": table}}}
+    hf.save("tied", params, "llama", config={"model_type": "llama"} | TIED)
+    own = randomize_b(lora_jax.lorafy(params, 2, targets=".*embedding"))
+    safetensors.save("alone", own.adapter)
+    message = "'lm_head' is tied to 'model.embed_tokens' in tied.*save it as a LoraParams"
+    refused("merge", "tied", "alone", "out", match=message)
+    safetensors.save("alone", own, overwrite=True)
+    cli("merge", "tied", "alone", "out")
 
 
 def test_merge_weighs_and_shards(cli):

@@ -59,6 +59,21 @@ def test_a_head_is_written_beside_names_with_their_prefix(tmp_path):
     assert config["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_rows_follow_to_the_head_whatever_the_prefix(prefix, tmp_path):
+    base = model(tmp_path / "m", {prefix + "wte.weight": TABLE}, model_type="gpt2")
+    rows = {"transformer.wte.token_adapter.trainable_tokens_delta": np.ones((2, 4), "float32")}
+    listed = {"wte": [1, 5]}
+    made = adapter(tmp_path / "a", rows, target_modules=[], trainable_token_indices=listed)
+    hf.merge(base, made, tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert found.keys() == {prefix + "wte.weight"}  # the head is still tied
+    expected = TABLE.copy()
+    expected[[1, 5]] = 1
+    assert np.allclose(found[prefix + "wte.weight"], expected)
+    assert "tie_word_embeddings" not in config
+
+
 def test_a_configuration_that_unties_gets_the_head(tmp_path):
     base = model(tmp_path / "m", {"transformer.wte.weight": TABLE}, model_type="gpt2")
     hf.merge(base, {}, tmp_path / "out", config={"tie_word_embeddings": False})

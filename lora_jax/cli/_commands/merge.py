@@ -70,6 +70,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
                     like = args.model  # it is in the model's own names
                 to_peft(found, folder, like=like, names=names, kinds=kinds)
                 found = open_adapter(folder)
+            if is_shared and recorded_leaves(opened[k]) is None:
+                _check_no_table(opened[k], found, source)
             paths.append(found.path)
             adapters.append((Folder.open(found.path), weight, is_shared))
         output = Output(out, None, args.dtype, args.shard_size, args.overwrite, progress)
@@ -101,6 +103,18 @@ def _has_head(found: AdapterFile, names: Any, source: Source) -> bool:
     """Whether the parameters of an adapter of ours had a head beside the table."""
     places = Map(recorded_leaves(found) or {}, names)
     return any(places.find(head) for head in Ties.of(source).tables)
+
+
+def _check_no_table(found: AdapterFile, written: AdapterFile, source: Source) -> None:
+    """Raise if an adapter without a record changes a tied table: alone, or as the head as well."""
+    changed = _changed(written)
+    for head, table in Ties.of(source).tables.items():
+        if table in changed:
+            raise ValueError(
+                f"{found.path}: {head!r} is tied to {table!r} in {source.where}, and without a "
+                "record of its base the adapter does not tell whether it is of both: save it as a "
+                "LoraParams, or merge the folder of PEFT that it came from"
+            )
 
 
 def _changed(found: AdapterFile) -> set[str]:

@@ -159,7 +159,9 @@ class Change:
         is_shared: bool = False,
     ):
         self.where, self.weight = adapter.where, weight
-        adapter = with_heads(adapter, Ties.of(source).tables, always=is_shared)
+        named = TorchTree.of(source, adapter, names).named  # the adapter may have another prefix
+        tables = {named(head): named(table) for head, table in Ties.of(source).tables.items()}
+        adapter = with_heads(adapter, tables, always=is_shared)
         tree = TorchTree.of(source, adapter, names)
         contents = read(adapter, tree.places())
         if contents.redone:

@@ -109,6 +109,10 @@ class TorchTree:
         forms: _Forms = {path: (own, _kind_of(path, own)) for path, own in letters.items()}
         return _tree(leaves, forms)
 
+    def named(self, module: str) -> str:
+        """Return the adapter's name of a module of the files."""
+        return (self.modules or {}).get(as_path(module), module)
+
     def check_axes(self, source: Source, paths: Iterable[str]) -> None:
         """Raise if nothing tells whether one of these weights is stored transposed.
 
