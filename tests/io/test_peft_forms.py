@@ -240,3 +240,20 @@ def test_factors_of_another_vocabulary_are_named_as_such(theirs, here):
     adapter(here, factors, target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match=f"of a vocabulary of {theirs} tokens, and here it has 9"):
         peft.load("adapter", {"embed_tokens": {"embedding": jnp.zeros((9, 4))}})
+
+
+def test_copies_of_a_tied_head_are_the_tables(here):
+    table = TABLES["embed_tokens.weight"]
+    like = {"q": {"kernel": jnp.zeros((4, 6))}, "embed_tokens": {"embedding": jnp.asarray(table)}}
+    adapter(here, FACTORS | {"embed_tokens.weight": table, "lm_head.weight": table})
+    assert list(peft.load("adapter", like).adapter.factors) == ["q/kernel"]
+    adapter(here, FACTORS | {"embed_tokens.weight": table, "lm_head.weight": table + 1})
+    with pytest.raises(ValueError, match=r"'base_model\.model\.lm_head\.weight' has no place"):
+        peft.load("adapter", like)
+    ends = {"trainable_tokens_delta": np.ones((1, 4), "f"), "base_layer.weight": table}
+    modules = ("embed_tokens", "lm_head")
+    rows = {f"{m}.token_adapter.{end}": x for m in modules for end, x in ends.items()}
+    for indices in ([8], {m: [8] for m in modules}):
+        adapter(here, FACTORS | rows, trainable_token_indices=indices)
+        found = peft.load("adapter", like).adapter.factors
+        assert found["embed_tokens/embedding"].ids == (8,)
