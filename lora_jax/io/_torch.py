@@ -152,6 +152,11 @@ class Map:
         count = shape[self.letters(path).index("i")] if len(shape) == 2 else 0
         return not any(count in x.shape for other, x in self.leaves.items() if other != path)
 
+    def is_table(self, path: str) -> bool:
+        """Whether a leaf is a lookup table: by ``kinds``, by its use, or by its name."""
+        given = lookup(self._kinds, path, "kinds")
+        return given == "Embedding" or (given is None and is_table(path, self._layout))
+
     @property
     def all_named(self) -> bool:
         """Whether every leaf has a name there."""

@@ -623,7 +623,7 @@ def broken(tmp_path):
         ("plain", {"layer_replication": [[0, 2]]}, "layer_replication=.* is a variant"),
         ("saved", {"modules_to_save": None}, "'base_model.model.last.weight' has no place"),
         ("saved", {"bias": "none"}, "has no place here"),
-        ("rows", {"trainable_token_indices": {"table": [7, 99]}}, "has shape .2, 12., for a table"),
+        ("rows", {"trainable_token_indices": {"table": [7, 99]}}, "of a vocabulary of 100 tokens"),
         ("rows", {"trainable_token_indices": None}, "trainable_token_indices are None"),
         ("experts", {"peft_version": "absent"}, "does not give peft_version"),
         ("experts", {"target_parameters": ["experts.up"]}, r"the parameters \['experts.up'\]"),
@@ -678,7 +678,11 @@ def changed(part, f):
         ("rows", without("trainable"), "table.token_adapter.trainable_tokens_delta' is missing"),
         ("saved", changed("last.weight", lambda x: x.T), "has shape .8, 5., expected .5, 8."),
         ("saved", changed("original_module", lambda x: x[:2]), None),
-        ("saved", changed("modules_to_save.bias", lambda x: x + 1), "two different biases"),
+        (
+            "saved",
+            changed("modules_to_save.bias", lambda x: x + 1),
+            "two different tensors of 'last.bias'",
+        ),
         ("rows", changed("trainable", lambda x: x[:1]), "has shape .1, 12."),
     ],
 )

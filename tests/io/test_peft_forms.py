@@ -171,3 +171,89 @@ def test_multi_head_attention_is_named(here):
     with pytest.raises(ValueError, match=r"adapts 'attn', an nn\.MultiheadAttention, .* in PEFT"):
         merged()
     assert not (here / "out").exists()
+
+
+HEAD = {"classifier.dense.weight": np.ones((4, 4), "f"), "classifier.dense.bias": np.ones(4, "f")}
+TABLES = {"embed_tokens.weight": RNG.normal(size=(9, 4)).astype("f")}
+TABLES |= {"lm_head.weight": RNG.normal(size=(9, 4)).astype("f")}
+
+
+def more(here, tensors):
+    safetensors.numpy.save_file(MODEL | tensors, here / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("wrapper", ["modules_to_save", "modules_to_save.default"])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_copies_of_a_saved_head_are_none_of_the_models_tensors(has_head, wrapper, here, capsys):
+    more(here, {name: 0 * x for name, x in HEAD.items()} if has_head else {})
+    copies = {f"classifier.{wrapper}.dense.bias": HEAD["classifier.dense.bias"]}
+    copies |= {"classifier.original_module.dense.bias": np.zeros(4, "f")}
+    config = {"modules_to_save": ["classifier"], "bias": "all"}
+    biases = {"bn.bias": np.ones(6, "f")}
+    adapter(here, FACTORS | HEAD | biases | copies, **config)
+    found = merged()
+    assert found.keys() == MODEL.keys() | HEAD.keys()
+    assert all(np.array_equal(found[name], x) for name, x in HEAD.items())
+    assert main(["inspect", "adapter"]) == 0
+    assert wrapper not in capsys.readouterr().out
+    adapter(here, FACTORS | HEAD | biases | {k: x + 1 for k, x in copies.items()}, **config)
+    with pytest.raises(ValueError, match=r"two different tensors of 'classifier\.dense\.bias'"):
+        merged()
+
+
+def test_copies_of_tables_are_the_models(here):
+    more(here, TABLES)
+    table, head = TABLES.values()
+    rows = {"embed_tokens.token_adapter.trainable_tokens_delta": np.ones((1, 4), "f")}
+    config = {"trainable_token_indices": [8]}
+    copies = {"embed_tokens.token_adapter.base_layer.weight": table, "lm_head.weight": head}
+    adapter(here, FACTORS | rows | copies, **config)
+    assert np.array_equal(merged()["embed_tokens.weight"][8], np.ones(4))
+    for name, x in copies.items():
+        adapter(here, FACTORS | rows | copies | {name: x + 1}, **config)
+        with pytest.raises(ValueError, match=r"brings a weight of .*\.unload\(\)"):
+            merged()
+        adapter(here, FACTORS | rows | copies | {name: np.zeros((11, 4), "f")}, **config)
+        with pytest.raises(ValueError, match=r"a vocabulary of 11 tokens, and here it has 9"):
+            merged()
+        adapter(here, FACTORS | rows | copies | {name: np.zeros((11, 5), "f")}, **config)
+        with pytest.raises(ValueError, match=r"is not the one in params|expected"):  # another's
+            merged()
+    adapter(here, FACTORS | rows, trainable_token_indices=[9])
+    with pytest.raises(ValueError, match=r"a vocabulary of 10 tokens, and here it has 9"):
+        merged()
+
+
+@pytest.mark.parametrize("theirs", [7, 11])
+def test_factors_of_another_vocabulary_are_named_as_such(theirs, here):
+    more(here, TABLES)
+    a, b = np.ones((2, 4), "f"), np.ones((theirs, 2), "f")
+    adapter(
+        here, {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}, target_modules=["lm_head"]
+    )
+    with pytest.raises(ValueError, match=f"of a vocabulary of {theirs} tokens, and here it has 9"):
+        merged()
+    factors = {
+        "embed_tokens.lora_embedding_A": b.T.copy(),
+        "embed_tokens.lora_embedding_B": a.T.copy(),
+    }
+    adapter(here, factors, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=f"of a vocabulary of {theirs} tokens, and here it has 9"):
+        peft.load("adapter", {"embed_tokens": {"embedding": jnp.zeros((9, 4))}})
+
+
+def test_copies_of_a_tied_head_are_the_tables(here):
+    table = TABLES["embed_tokens.weight"]
+    like = {"q": {"kernel": jnp.zeros((4, 6))}, "embed_tokens": {"embedding": jnp.asarray(table)}}
+    adapter(here, FACTORS | {"embed_tokens.weight": table, "lm_head.weight": table})
+    assert list(peft.load("adapter", like).adapter.factors) == ["q/kernel"]
+    adapter(here, FACTORS | {"embed_tokens.weight": table, "lm_head.weight": table + 1})
+    with pytest.raises(ValueError, match=r"'base_model\.model\.lm_head\.weight' has no place"):
+        peft.load("adapter", like)
+    ends = {"trainable_tokens_delta": np.ones((1, 4), "f"), "base_layer.weight": table}
+    modules = ("embed_tokens", "lm_head")
+    rows = {f"{m}.token_adapter.{end}": x for m in modules for end, x in ends.items()}
+    for indices in ([8], {m: [8] for m in modules}):
+        adapter(here, FACTORS | rows, trainable_token_indices=indices)
+        found = peft.load("adapter", like).adapter.factors
+        assert found["embed_tokens/embedding"].ids == (8,)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.params import Adapter
-from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._fit import fitted
 from lora_jax.io._tensor import Tensor
@@ -25,6 +24,7 @@ from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._transposed import transposed
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import forms_in, own_heads, own_others, own_parts
+from lora_jax.io.peft._vocabulary import is_named_table
 
 _Forms: TypeAlias = dict[str, tuple[str, Kind]]  # letters and kinds by path
 _USES: dict[Kind, str] = {"Conv": "conv", "Embedding": "embedding", "Parameter": "ragged"}
@@ -82,7 +82,7 @@ class TorchTree:
         if adapter is not None and modules is not None:
             forms |= forms_in(adapter, leaves, modules)
         else:
-            forms |= {path: ("io", "Embedding") for path in matrices if _is_table(path)}
+            forms |= {path: ("io", "Embedding") for path in matrices if is_named_table(path)}
         doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
         more = {"names": stored, "ties": ties, "doubtful": doubtful}
         tree = _tree(leaves, forms, modules=modules, **more)
@@ -192,15 +192,6 @@ def _kind_of(path: str, letters: str) -> Kind:
     if letters == "io" and path.endswith("/weight"):
         return "Conv1D" if re.fullmatch(CONV1D, path) else "Embedding"
     return "Conv" if letters.startswith("oii") else "Linear"
-
-
-def _is_table(path: str) -> bool:
-    """Whether a weight is a lookup table by its name."""
-    parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
-    last = parts[-1].lower() if parts else ""
-    if is_head(last) or last.endswith(("_proj", "_projection", "_dense", "_linear")):
-        return False
-    return is_embedding(f"{last}/weight") or last == "shared" or last.startswith("embed_")
 
 
 def _why_not(path: str, leaf: Any) -> str | None:

@@ -19,6 +19,7 @@ from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
 
 _WRAPPERS = r"(\.(base_layer|original_module|modules_to_save|token_adapter))+$"
+_COPIED = re.compile(r"(.+)\.(original_module|modules_to_save)\.(.+)")
 COUNT = "num_batches_tracked"  # of BatchNorm, an integer
 _ONLY_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses its inputs by; outputs are LoRA's
 _ROLES = (*LINEAR, *EMBEDDING, BIAS, MAGNITUDE, ROWS)
@@ -75,7 +76,26 @@ class Folder:
     def others(self) -> dict[str, np.ndarray]:
         """The other tensors by name: biases, modules to save, and copies of the base's."""
         marks = tuple(f".{role}" for role in _ROLES)
-        return {name: x for name, x in self.tensors.items() if not name.endswith(marks)}
+        found = {name: x for name, x in self.tensors.items() if not name.endswith(marks)}
+        return {name: x for name, x in found.items() if not self._is_copy(name)}
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a tensor is what a wrapper of a saved module holds besides what is loaded.
+
+        PEFT writes these for biases that train (``bias="all"``), and for a resized vocabulary.
+        """
+        if not (match := _COPIED.fullmatch(name)):
+            return False
+        owner, wrapper, inner = match.groups()
+        own = (f"{owner}.{x}" for x in (inner, inner.partition(".")[2]))  # or the adapter's name
+        first = next((x for x in own if x in self.tensors), None)
+        if first is None:
+            return False
+        if wrapper == "modules_to_save" and not np.array_equal(
+            self.tensors[name], self.tensors[first]
+        ):
+            raise self.error(f"has two different tensors of {first!r}: the other is {name!r}")
+        return True
 
     @functools.cached_property
     def named(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Full leaves, as PEFT writes them: modules to save, and biases."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from lora_jax._adapter.factors import wide
 from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
-from lora_jax.io.peft._axes import BIAS, LINEAR, TIED, Part
+from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder
+from lora_jax.io.peft._vocabulary import UNLOADED, tokens_of
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -45,25 +47,12 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
             raise folder.error(TIED.format(verb="load", path=place.path))
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.index] = own
-    for name in sorted(folder.others.keys() - wanted.keys() - _copies(folder)):
+    for name in sorted(folder.others.keys() - wanted.keys()):
         _check_base_s(folder, places, name, adapted)
     if config.get("lora_bias"):
         for place, x in _sums_of_biases(folder, places):
             parts.setdefault(place.path, {})[place.index] = x
     return {path: _filled(places, path, found) for path, found in parts.items()}
-
-
-def _copies(folder: Folder) -> set[str]:
-    """List biases to leave: with ``bias="all"`` PEFT writes those of saved modules three times."""
-    found = set()
-    for name, x in folder.others.items() if folder.config["bias"] == "all" else ():
-        owner, _, wrapper = name.removesuffix(".bias").rpartition(".")
-        first = folder.tensors.get(f"{owner}.bias") if name.endswith(".bias") else None
-        if first is not None and wrapper in ("original_module", "modules_to_save"):
-            found.add(name)
-            if wrapper == "modules_to_save" and (x != first).any():
-                raise folder.error(f"has two different biases for {owner!r}")
-    return found
 
 
 def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
@@ -76,7 +65,7 @@ def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
 def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[str]) -> None:
     """Raise unless a tensor that does not train is the base's own, rounded as that is."""
     module, _, suffix = name.rpartition(".")
-    owner = module.removesuffix(".base_layer")
+    owner = re.sub(r"(\.token_adapter)?\.base_layer$", "", module)
     if (place := places.find(owner, suffix)) is None:
         if suffix == COUNT:
             return  # which changes nothing here
@@ -86,14 +75,16 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
                 f"statistics beside them in the tree, and name them in names=, as {name!r}"
             )
         raise folder.left_over(name, places)
-    is_table = owner in adapted and owner != module and suffix == "weight"
+    has_wrapper = owner != module and (owner in adapted or f"{owner}.{ROWS}" in folder.tensors)
+    is_table = suffix == "weight" and (has_wrapper or tokens_of(places, place) is not None)
     theirs = folder.array(name) if is_table else _array(folder, places, name, place)
     if _is_copy(theirs, places.tensor(place), places.leaves[place.path].dtype):
         return
     if is_table:
         raise folder.error(
             f"brings a weight of {owner!r} that is not the one in params, nor that rounded: rows "
-            "were added to it or trained, or it is another model's. Put it into params first"
+            "were added to it or trained, or it is another model's. Put it into params first, or "
+            f"let PEFT do so: {UNLOADED}"
         )
     raise folder.left_over(name, places)
 

@@ -85,7 +85,7 @@ def own_others(folder: Folder) -> dict[str, np.ndarray]:
     for name, x in folder.others.items():
         owner, _, wrapper = name.rpartition(".")[0].rpartition(".")
         is_base = wrapper == "base_layer" and not name.endswith(".bias")
-        if wrapper not in ("original_module", "modules_to_save") and not is_base:
+        if not is_base:
             found[f"{owner}.bias" if wrapper == "base_layer" else name] = x
     for module, tensors in folder.modules.items():
         found |= {f"{module}.{BIAS}": tensors[BIAS]} if BIAS in tensors else {}

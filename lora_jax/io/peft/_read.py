@@ -14,6 +14,7 @@ from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._full import read_full
 from lora_jax.io.peft._join import stacked
 from lora_jax.io.peft._rows import read_rows
+from lora_jax.io.peft._vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def read(folder: Folder, places: Map, order: tuple[str, ...] = PARAMETER_ORDER) 
     Raises:
         ValueError: a tensor has no place or does not fit it, or is missing.
     """
+    check_vocabulary(folder, places)
     parts = read_factors(folder, places, order)
     full, rows = read_full(folder, places, parts), read_rows(folder, places)
     check_factors(folder, places, parts)

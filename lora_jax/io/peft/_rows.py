@@ -10,6 +10,7 @@ from lora_jax._weights.axes import role_shape
 from lora_jax.io._torch import Map, Place
 from lora_jax.io.peft._axes import ROWS
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._vocabulary import resized
 
 
 def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
@@ -31,7 +32,9 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
         ids = listed if isinstance(listed, list) else []
         name = f"{module}.{ROWS}"
         new, table = folder.array(name), places.tensor(place)
-        are_rows = ids and all(type(k) is int and 0 <= k < len(table) for k in ids)
+        if new.shape == (len(ids), table.shape[1]) and max(ids, default=0) >= len(table):
+            raise resized(folder, name, max(ids) + 1, len(table))
+        are_rows = ids and all(type(k) is int and k >= 0 for k in ids)
         if not are_rows or len(set(ids)) != len(ids) or new.shape != (len(ids), table.shape[1]):
             raise folder.error(
                 f"{name!r} has shape {new.shape}, for a table of shape {table.shape}, and "

@@ -1,7 +1,7 @@
 """The adapters of heads that are tied to a table, where PEFT's files have the table's alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +50,37 @@ def with_own_heads(folder: Folder, places: Map) -> Folder:
     """
     tables = {head: table for table in _tables(folder) for head in _twins(folder, table)}
     here = {head: table for head, table in tables.items() if places.find(head)}
+    folder = _without(folder, list(_shared(folder, places)))
     gone = tuple(f"{head}." for head in tables.keys() - here.keys())
     tensors = {k: x for k, x in folder.tensors.items() if not (gone and k.startswith(gone))}
     found = with_heads(replace(folder, tensors=tensors), here)
     return replace(found, config={**found.config, "ensure_weight_tying": bool(gone)})
+
+
+def _shared(folder: Folder, places: Map) -> Iterator[str]:
+    """Find modules that are not here, and have the tensors of a table that is: a tied head's."""
+    for head in (name for name in folder.named if places.find(name) is None):
+        own = {
+            k.removeprefix(head): x for k, x in folder.tensors.items() if k.startswith(f"{head}.")
+        }
+        for table in folder.named:
+            place = places.find(table)
+            is_table = place is not None and places.is_table(place.path)
+            theirs = (folder.tensors.get(table + end) for end in own)
+            pairs = zip(own.values(), theirs, strict=True)
+            if is_table and all(y is not None and _equal(x, y) for x, y in pairs):
+                yield head
+
+
+def _without(folder: Folder, modules: list[str]) -> Folder:
+    """Leave the tensors and the rows of these modules out."""
+    starts = tuple(f"{module}." for module in modules)
+    tensors = {k: x for k, x in folder.tensors.items() if not (starts and k.startswith(starts))}
+    rows = folder.config.get("trainable_token_indices")
+    if isinstance(rows, dict):
+        rows = {k: x for k, x in rows.items() if not any(m.endswith(k) for m in modules)}
+    config = {**folder.config, "trainable_token_indices": rows}
+    return replace(folder, config=config, tensors=tensors)
 
 
 def _tables(folder: Folder) -> list[str]:
