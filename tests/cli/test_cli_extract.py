@@ -12,7 +12,7 @@ from helpers import assert_close, tolerance
 import lora_jax
 from lora_jax.cli import main
 from lora_jax.cli._read.match import canonical
-from lora_jax.io import safetensors
+from lora_jax.io import hf, safetensors
 
 
 def test_extract_of_folders_finds_what_was_merged(cli):
@@ -73,6 +73,39 @@ def test_extract_to_other_formats(cli, here):
     )
     cli(*words, "--ignore-rest")
     assert len(cli("inspect", "four", "--json")["entries"]) == 1
+
+
+def test_extract_of_a_tied_table_is_of_both_or_refused(cli, refused):
+    """PEFT's adapter of a table leaves the head as it was; ours is of one parameter."""
+    table, kernel = (np.asarray(floats(*shape)) for shape in ((7, 6), (6, 6)))
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    for folder, x in (("before", 0), ("after", 1)):
+        params = {"embed_tokens": {"embedding": table + x}}
+        params |= {"layers": {"0": {"self_attn": {"q_proj": {"kernel": kernel + x}}}}}
+        hf.save(folder, {"model": params}, "llama", config=config)
+    words = ("extract", "before", "after", "out", "--rank", "6", "--rest", "full")
+    refused(*words, match="'model.embed_tokens' changed, and 'lm_head' is tied to it: PEFT would")
+    cli(*words, "--to", "safetensors")
+    cli("merge", "before", "out", "merged")
+    found = tensors_of("merged")
+    assert "lm_head.weight" not in found
+    assert_close(found["model.embed_tokens.weight"], table + 1)
+    cli(*words[:3], "less", "--rank", "6", "--rest", "ignore")
+
+
+def test_extract_of_bare_files_names_modules_as_beside_a_head(cli, here):
+    for folder, x in (("before", 0), ("after", 1)):
+        Path(folder).mkdir()
+        names = {"wte.weight": np.ones((7, 6)), "h.0.attn.c_attn.weight": np.ones((6, 6)) + x}
+        names = {name: y.astype(np.float32) for name, y in names.items()}
+        library.save_file(names, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text('{"model_type": "gpt2"}')
+    cli("extract", "before", "after", "out", "--rank", "1")
+    module = "base_model.model.transformer.h.0.attn.c_attn"
+    found = library.load_file(Path("out") / "adapter_model.safetensors")
+    assert found.keys() == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    cli("merge", "before", "out", "merged")
+    assert_close(tensors_of("merged")["h.0.attn.c_attn.weight"], np.full((6, 6), 2.0), length=6)
 
 
 def test_extract_of_other_layers(cli, here):

@@ -23,7 +23,7 @@ from lora_jax.cli._read.forms import Checkpoint, size_of, update_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Column, Show, number, size
 from lora_jax.io import orbax, peft, safetensors
-from lora_jax.io._torch import as_path
+from lora_jax.io._torch import Names, as_name, as_path
 from lora_jax.io.hf._tree import TorchTree
 
 EXAMPLE = "model tuned extracted --rank 4"
@@ -68,6 +68,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
             tree = _tree_of(base)
             lora_params, rows = _of_folder(tree, base, tuned, args, show)
             more = tree.options(kinds)
+            if to == "peft":
+                _check_ties(tree, lora_params.adapter)
+                names = _full_names(tree) if names is None else names
         if to == "orbax":
             orbax.save(out, lora_params)
         elif to == "safetensors":
@@ -77,6 +80,26 @@ def run(args: argparse.Namespace, show: Show) -> int:
             peft.save(out, lora_params, names=names, **more)
     _report(out, to, rows, lora_params.adapter, show)
     return 0
+
+
+def _check_ties(tree: TorchTree, adapter: Adapter) -> None:
+    """Raise if a table changed that is a head as well: in PEFT its adapter is of lookups alone."""
+    changed = {tree.names[path] for path in (*adapter.factors, *adapter.full)}
+    for head, table in tree.ties.tables.items():
+        if f"{table}.weight" in changed and f"{head}.weight" not in changed:
+            raise ValueError(
+                f"{table!r} changed, and {head!r} is tied to it: PEFT would change the lookups "
+                "alone. Write --to safetensors, which is of both, or leave it out: --rest ignore, "
+                "or --targets without it"
+            )
+
+
+def _full_names(tree: TorchTree) -> Names:
+    """Return the names that modules have beside a head, if the files lack its prefix."""
+    ties, end = tree.ties, ".weight"
+    if not (ties.groups and ties.prefix):
+        return None
+    return lambda path: ties.outside(as_name(path) + end).removesuffix(end)
 
 
 def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -> None:
