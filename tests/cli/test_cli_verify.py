@@ -9,7 +9,7 @@ from cli_files import PARAMS, floats
 
 import lora_jax
 from lora_jax.cli import main
-from lora_jax.io import hf, orbax, safetensors
+from lora_jax.io import hf, orbax, peft, safetensors
 
 
 @pytest.mark.parametrize("base", ["model", "params"])
@@ -90,3 +90,15 @@ def test_verify_refuses(refused):
     refused("verify", "model", "adapter", match="model is a model or a file of tensors")
     refused("verify", "adapter", "other", match="other is an adapter, expected a model")
     refused("verify", "adapter", "nowhere", match="no such file or folder")
+
+
+def test_verify_knows_a_head_that_the_files_leave_out(cli):
+    """The record of an adapter of a tied model lists its head, which is stored as the table."""
+    params = {"embed_tokens": {"embedding": floats(7, 6)}}
+    params |= {"layers": {"0": {"self_attn": {"q_proj": {"kernel": floats(6, 6)}}}}}
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    hf.save("tied", {"model": params}, "llama", config=config)
+    lora_params = lora_jax.lorafy({"model": params}, 2, targets=".*q_proj.*")
+    peft.save("theirs", lora_params, names=hf.FAMILIES["llama"].names)
+    cli("convert", "theirs", "ours", "--to", "safetensors", "--like", "tied")
+    assert cli("verify", "ours", "tied").startswith("yes: ")

@@ -30,6 +30,7 @@ from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import UnknownModelError
+from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._read import read
 
@@ -121,7 +122,8 @@ def _leaves_in(
     source = source_of(model)
     known = FAMILIES.get((source.config or {}).get("model_type", ""), Family())
     if is_torch(adapter):
-        known = Family(**TorchTree.known(wanted, adapter).options())
+        ties = Ties.of(source).names  # the record may list a head that the files leave out
+        known = Family(**TorchTree.known(wanted, adapter).options(), tied=ties)
     else:
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
