@@ -172,6 +172,7 @@ _TIED: dict[str, Family] = {
     "deberta": _DEBERTA,
     "distilbert": _masked("distilbert", "vocab_projector"),
     "electra": _masked("electra", "generator_lm_head"),
+    "falcon": _causal("transformer", "word_embeddings"),
     "gemma2": _decoder(ties_head=True),
     "gemma3_text": _decoder(ties_head=True),
     "gpt_bigcode": _causal("transformer", "wte"),
@@ -188,6 +189,8 @@ _TIED: dict[str, Family] = {
     "qwen2_moe": _decoder(ties_head=False),
     "qwen3_moe": _decoder(ties_head=False),
     "smollm3": _decoder(ties_head=True),
+    "starcoder2": _causal("model", "embed_tokens"),
+    "whisper": _causal("model", "decoder.embed_tokens", "proj_out"),
 }
 
 
