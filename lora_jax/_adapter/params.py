@@ -159,7 +159,7 @@ def adapter_of(x: Any) -> Any:
 
 
 class Checked(NamedTuple):
-    """What :func:`check` found: the base's leaves by path, and the part of each entry by key."""
+    """Hold what :func:`check` found: the base's leaves by path, each entry's part by key."""
 
     leaves: dict[str, Any]
     parts: dict[str, Part]

@@ -22,7 +22,7 @@ Observe = Callable[[Callable[..., jax.Array], jax.Array, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run does at its weights' uses.
+    """Tell a run what it does at its weights' uses.
 
     Attributes:
         on_materialize: what it does where a weight has to be built.

@@ -82,7 +82,7 @@ class Delta(Follower):
         return self.b.sizes[Axis.RANK]
 
     def has(self, label: Any) -> bool:
-        """Whether a factor has this axis."""
+        """Return whether a factor has this axis."""
         return label in self.a.labels or label in self.b.labels
 
     def map(self, f: Callable[[Labelled], Labelled]) -> "Delta":
@@ -106,7 +106,7 @@ class Delta(Follower):
 
     @property
     def is_read(self) -> bool:
-        """Whether a factor has no axis of the weight left for itself.
+        """Return whether a factor has no axis of the weight left for itself.
 
         After a lookup, or a sum over inputs, ``a b`` is an activation, no update of the weight.
         """
@@ -114,12 +114,12 @@ class Delta(Follower):
 
     @property
     def is_lookup(self) -> bool:
-        """Whether a lookup has read it, so that ``a`` has rows of inputs."""
+        """Return whether a lookup has read it, so that ``a`` has rows of inputs."""
         return bool(self.origin.read) and not self.reads
 
     @property
     def reads(self) -> bool:
-        """Whether ``a`` has an axis of the weight left for itself."""
+        """Return whether ``a`` has an axis of the weight left for itself."""
         return self._is_live(self.a, self.b)
 
     def _is_live(self, x: Labelled, other: Labelled) -> bool:

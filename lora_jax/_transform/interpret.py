@@ -87,7 +87,7 @@ def _apply(ctx: Context, rule: Rule | None, eqn: Any, values: list[Any]) -> list
 
 
 def _is_folded(v: Any) -> bool:
-    """Whether axes of different roles are merged."""
+    """Return whether axes of different roles are merged."""
     return isinstance(v, LoraArray) and v.unfolded is not None
 
 

@@ -60,22 +60,22 @@ class LoraArray:
 
     @property
     def has_keys(self) -> bool:
-        """Whether some of what it reads is dropped."""
+        """Return whether some of what it reads is dropped."""
         return any(delta.key is not None for delta in self.updates)
 
     @property
     def has_slots(self) -> bool:
-        """Whether some of its deltas are stacks of which one member is to be picked."""
+        """Return whether some of its deltas are stacks of which one member is to be picked."""
         return any(isinstance(delta.pick, Slot) for delta in self.updates)
 
     @property
     def is_read(self) -> bool:
-        """Whether all of its deltas are read, so that it is an activation."""
+        """Return whether all of its deltas are read, so that it is an activation."""
         return all(delta.is_read for delta in self.deltas)
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it is what a lookup has read: rows of a table, not a choice of kernels."""
+        """Return whether it is what a lookup has read: rows of a table, not a choice of kernels."""
         return bool(self.deltas) and self.is_read and all(delta.is_lookup for delta in self.deltas)
 
     def settled(self) -> "LoraArray":

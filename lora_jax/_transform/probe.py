@@ -86,7 +86,7 @@ class Follower:
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("origin", "ranges"))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe(Follower):
-    """Goes where an update of the weight would go, and shows what the function does with it."""
+    """Stand where an update of the weight would go, and show what the function does with it."""
 
     parts = ()
 
@@ -97,12 +97,12 @@ class Probe(Follower):
 
     @property
     def is_read(self) -> bool:
-        """Whether some of the weight's axes were looked up or summed over."""
+        """Return whether some of the weight's axes were looked up or summed over."""
         return bool(self.origin.read | self.origin.summed)
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it was looked up, and at most one axis has other axes of the weight left."""
+        """Return whether it was looked up, and one axis at most has axes of the weight left."""
         left = sum(not self.origin.read.issuperset(group) for group in self.origin.axes)
         return bool(self.origin.read) and left <= 1
 

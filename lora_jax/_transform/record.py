@@ -11,7 +11,7 @@ Snapshot = tuple[int, dict[Leaf, int], set[Any]]
 
 @dataclass
 class Record:
-    """What a run has seen.
+    """Collect what a run has seen.
 
     Attributes:
         uses: every use so far.

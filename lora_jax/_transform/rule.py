@@ -7,7 +7,7 @@ from lora_jax._transform.context import Context
 
 
 class Rule(NamedTuple):
-    """How a primitive is evaluated if a :class:`LoraArray` is among its operands.
+    """Tell how to evaluate a primitive if a :class:`LoraArray` is among its operands.
 
     Attributes:
         apply: ``(ctx, eqn, values) -> list of outputs``; or NotImplemented: then the weights are

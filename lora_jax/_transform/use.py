@@ -49,7 +49,7 @@ class Use:
 
     @property
     def has_roles(self) -> bool:
-        """Whether it shows which axes the weight reads, and which it writes."""
+        """Return whether it shows which axes the weight reads, and which it writes."""
         return bool(self.contracted) and bool(self.free)
 
     @property

@@ -19,7 +19,7 @@ from lora_jax._weights.axes import factor_shapes
 
 
 class Rule(NamedTuple):
-    """How several updates become one.
+    """Describe how several updates become one.
 
     Attributes:
         density: the share of the entries that stay.

@@ -132,12 +132,12 @@ class Map:
         return letters, self.kind(place.path, letters)
 
     def is_module(self, path: str) -> bool:
-        """Whether a leaf is the weight or the bias of a module, by its name or by ``kinds``."""
+        """Return whether a leaf is the weight or bias of a module, by its name or by ``kinds``."""
         own = module_path(path, self.leaves)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
     def is_tied(self, path: str, task: str | None = None) -> bool:
-        """Whether a table enters a matrix product as well, as far as the layout knows.
+        """Return whether a table enters a matrix product as well, as far as the layout knows.
 
         If the layout knows no uses, the table is the head where a language model (by its ``task``
         in PEFT) has no other leaf with an axis of that size.
@@ -153,13 +153,13 @@ class Map:
         return not any(count in x.shape for other, x in self.leaves.items() if other != path)
 
     def is_table(self, path: str) -> bool:
-        """Whether a leaf is a lookup table: by ``kinds``, by its use, or by its name."""
+        """Return whether a leaf is a lookup table: by ``kinds``, by its use, or by its name."""
         given = lookup(self._kinds, path, "kinds")
         return given == "Embedding" or (given is None and is_table(path, self._layout))
 
     @property
     def all_named(self) -> bool:
-        """Whether every leaf has a name there."""
+        """Return whether every leaf has a name there."""
         return None not in self.places.values()
 
     def all_modules(self) -> list[str]:

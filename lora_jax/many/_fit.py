@@ -24,7 +24,7 @@ _BASE = "Pass LoraParams, which hold the base"
 
 
 class Wanted(NamedTuple):
-    """What every member has at one key.
+    """Describe what every member has at one key.
 
     Attributes:
         owner: the name of the adapter that ``f`` belongs to, for messages.
@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What every member has.
+    """Describe what every member has.
 
     Attributes:
         entries: by key.

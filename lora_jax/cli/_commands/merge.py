@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 
 def _has_head(found: AdapterFile, names: Any, source: Source) -> bool:
-    """Whether the parameters of an adapter of ours had a head beside the table."""
+    """Return whether the parameters of an adapter of ours had a head beside the table."""
     places = Map(recorded_leaves(found) or {}, names)
     return any(places.find(head) for head in Ties.of(source).tables)
 

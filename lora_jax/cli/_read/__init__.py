@@ -1,4 +1,4 @@
-"""What a path holds, by its contents.
+"""Recognize what a path holds, by its contents.
 
 * ``path``: opens one; ``forms``: what it can be: an adapter's file, or a checkpoint.
 * ``peft``: PEFT's files without the model.

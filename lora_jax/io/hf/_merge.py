@@ -195,11 +195,11 @@ class Change:
             )
 
     def changes(self, name: str) -> bool:
-        """Whether any entry of a tensor changes."""
+        """Return whether any entry of a tensor changes."""
         return self.replaces(name) or name in self.updates
 
     def replaces(self, name: str) -> bool:
-        """Whether entries of a tensor are new."""
+        """Return whether entries of a tensor are new."""
         return name in self._full or name in self._rows
 
     def replace(self, name: str, w: np.ndarray) -> None:

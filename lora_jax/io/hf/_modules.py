@@ -17,7 +17,8 @@ _PICTURES = "embeddings/{cls_token,mask_token,position_embeddings,patch_embeddin
 _WORDS = "embeddings/{word_embeddings,position_embeddings,token_type_embeddings,LayerNorm}"
 _CLS = "cls/predictions cls/predictions/{bias,decoder,transform/dense,transform/LayerNorm}"
 
-#: Of one layer, beside the layers, and beside the root: braces are alternatives.
+#: Modules of one layer, those beside the layers, and those beside the root, for each family.
+#: Braces are alternatives.
 ENCODERS = {
     "bert": (_BERT, f"{_WORDS} pooler/dense", f"{_CLS} cls/seq_relationship {_HEADS}"),
     "roberta": (

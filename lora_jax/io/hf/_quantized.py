@@ -64,7 +64,7 @@ def codes_in(tensors: Mapping[str, Any]) -> str | None:
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether numbers are floating and of 8 bits or fewer."""
+    """Return whether numbers are floating and of 8 bits or fewer."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 

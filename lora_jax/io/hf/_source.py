@@ -94,7 +94,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def _has_code(path: Path) -> bool:
-    """Whether a configuration names code of its own."""
+    """Return whether a configuration names code of its own."""
     return path.is_file() and "auto_map" in read_json(path)
 
 

@@ -114,7 +114,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def has_own_head(tensors: Mapping[str, Tensor], table: str) -> bool:
-    """Whether a head of a table's shape is stored beside it."""
+    """Return whether a head of a table's shape is stored beside it."""
     return table in (own for own, _ in _pairs(tensors))
 
 
@@ -124,7 +124,7 @@ def are_apart(
     written: Mapping[str, Tensor],
     config: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether tied tensors must be written each for itself, as they are changed or set to be.
+    """Return whether tied tensors must be written apart: they are changed, or set to be so.
 
     Args:
         source: the model.

@@ -154,7 +154,7 @@ def _new_heads(source: Source, adapter: Folder) -> dict[str, Tensor]:
 
 
 def is_torch(adapter: Adapter) -> bool:
-    """Whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``."""
+    """Return whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``."""
     return any(
         path.endswith("/weight") and re.fullmatch("oi{1,4}", f.layout)
         for path, f in adapter.factors.items()

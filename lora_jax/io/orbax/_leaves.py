@@ -72,12 +72,12 @@ def shape_of(kind: str) -> tuple[int, ...]:
 
 
 def has_entries(kind: str) -> bool:
-    """Whether Orbax writes a leaf: it does not write arrays of size zero."""
+    """Return whether Orbax writes a leaf: it does not write arrays of size zero."""
     return kind not in VALUES and 0 not in shape_of(kind)
 
 
 def is_key(x: Any) -> bool:
-    """Whether an array is one of typed PRNG keys."""
+    """Return whether an array is one of typed PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 

@@ -40,7 +40,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 
 def exists(where: str) -> bool:
-    """Whether there is a file or a directory, on any storage that Orbax knows."""
+    """Return whether there is a file or a directory, on any storage that Orbax knows."""
     return ocp.Context().file.path_class(where).exists()
 
 

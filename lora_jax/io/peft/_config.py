@@ -147,19 +147,19 @@ def _targets(targets: Sequence[str], known: Sequence[str], all_named: bool) -> l
 
 
 def _match(pattern: str, name: str) -> bool:
-    """Whether PEFT takes this pattern of ranks or alphas for a module of this name."""
+    """Return whether PEFT takes this pattern of ranks or alphas for a module of this name."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def is_saved(saved: Iterable[str] | None, module: str) -> bool:
-    """Whether PEFT saves all of a module: its name, or that of one it is in, ends so."""
+    """Return whether PEFT saves all of a module: its name, or that of one it is in, ends so."""
     parts = module.split(".")
     prefixes = [".".join(parts[: k + 1]) for k in range(len(parts))]
     return any(prefix.endswith(name) for name in saved or () for prefix in prefixes)
 
 
 def matches(names: Sequence[str] | str, name: str) -> bool:
-    """Whether PEFT takes a module of this name: by its full or last names, or a regex."""
+    """Return whether PEFT takes a module of this name: by its full or last names, or a regex."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == one or name.endswith(f".{one}") for one in names)
@@ -288,7 +288,7 @@ def _of(patterns: Mapping[str, Any], name: str, usual: Any) -> Any:
 
 
 def is_target(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would adapt a module of this name."""
+    """Return whether PEFT would adapt a module of this name."""
     if config.get("exclude_modules") and matches(config["exclude_modules"], name):
         return False
     saved = config.get("modules_to_save") or ()
@@ -311,7 +311,7 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
 
 
 def ties_adapters(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT gives the adapter of a table to the head that is tied to it, too."""
+    """Return whether PEFT gives the adapter of a table to the head that is tied to it, too."""
     return bool(config.get("ensure_weight_tying")) and module.rpartition(".")[2] == "embed_tokens"
 
 

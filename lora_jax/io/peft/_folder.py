@@ -80,7 +80,7 @@ class Folder:
         return {name: x for name, x in found.items() if not self._is_copy(name)}
 
     def _is_copy(self, name: str) -> bool:
-        """Whether a tensor is what a wrapper of a saved module holds besides what is loaded.
+        """Return whether a tensor is what a wrapper of a saved module holds besides what is loaded.
 
         PEFT writes these for biases that train (``bias="all"``), and for a resized vocabulary.
         """

@@ -90,7 +90,7 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
 
 
 def _is_copy(theirs: np.ndarray, own: np.ndarray, dtype: Any) -> bool:
-    """Whether a tensor is the base's: one of the two may be rounded, where the base was so."""
+    """Return whether a tensor is the base's, although one of the two may be rounded."""
     with np.errstate(over="ignore"):  # no float16, then
         rounded = [own.astype(x).astype(np.float32) for x in (dtype, jnp.bfloat16, jnp.float16)]
         there = theirs.astype(dtype).astype(np.float32)

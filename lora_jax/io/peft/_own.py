@@ -1,4 +1,4 @@
-"""What an adapter's files tell of its model: names, shapes and axes as PyTorch has them."""
+"""Tell an adapter's model from its files: names, shapes and axes as PyTorch has them."""
 
 import re
 from collections.abc import Collection, Mapping

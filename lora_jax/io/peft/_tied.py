@@ -114,7 +114,7 @@ def _equal(one: np.ndarray, two: np.ndarray) -> bool:
 def _have_same_rows(
     config: Mapping[str, Any], tensors: Mapping[str, Any], names: list[str]
 ) -> bool:
-    """Whether no two of these names list other rows, or have other tensors of them."""
+    """Return whether no two of these names list other rows, or have other tensors of them."""
     listed = [ids for name in names if (ids := _rows_of(config, name)) is not None]
     stored = [tensors[key] for name in names if (key := f"{name}.{ROWS}") in tensors]
     return all(ids == listed[0] for ids in listed) and all(_equal(x, stored[0]) for x in stored)

@@ -31,7 +31,7 @@ def tokens_of(places: Map, place: Place) -> int | None:
 
 
 def _is_vocabulary(places: Map, place: Place) -> bool:
-    """Whether a weight is a table of tokens: by its use or its name, which tell other tables."""
+    """Return whether a weight is a table of tokens, by its use or its name."""
     path = as_path(f"{place.module}.weight")
     if re.search("pos|type|wpe", path):
         return False
@@ -63,7 +63,7 @@ def resized(folder: Folder, name: str, theirs: int, own: int) -> ValueError:
 
 
 def is_named_table(path: str) -> bool:
-    """Whether a weight is a lookup table by its name."""
+    """Return whether a weight is a lookup table by its name."""
     parts = [part for part in module_path(path)[0].split("/") if not part.isdecimal()]
     last = parts[-1].lower() if parts else ""
     if is_head(last) or last.endswith(("_proj", "_projection", "_dense", "_linear")):
