@@ -226,7 +226,7 @@ def pad_axis(x: jax.Array, axis: int, start: int, size: int) -> jax.Array:
     """Place ``x`` at ``start`` on an axis of ``size``; the rest is zero."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (start, size - start - x.shape[axis], 0)
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
+    return lax.pad(x, np.zeros((), x.dtype), config)
 
 
 def _library(x: Array) -> Any:

@@ -18,6 +18,7 @@ from lora_jax._transform.dora import delta_of
 from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lazy import Lazy
 from lora_jax._transform.lora_array import LoraArray, frozen
+from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.pick import Router, Slot
 from lora_jax._weights.paths import flatten
@@ -80,7 +81,15 @@ def enter(
 
 def _in_stack(delta: Delta, pick: Slot | Router) -> Delta:
     """Label the first axis of a delta's arrays as that of a stack's members."""
-    delta = delta.map(lambda x: Labelled(x.array, (Axis.MEMBER, *x.labels)))
+
+    def label(x: Labelled) -> Labelled:
+        if not isinstance(x, OneHot):  # all members have the same rows
+            return Labelled(x.array, (Axis.MEMBER, *x.labels))
+        if isinstance(pick, Slot):
+            return x
+        return x.broadcast({Axis.MEMBER: delta.scale.shape[0]})
+
+    delta = delta.map(label)
     scale = pick.scale(delta.scale) if isinstance(pick, Slot) else delta.scale
     return replace(delta, pick=pick, scale=scale)
 

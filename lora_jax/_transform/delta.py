@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._adapter.factors import Factors, wide
+from lora_jax._adapter.factors import Entry, Rows, wide
 from lora_jax._adapter.lowrank import pad_axis
-from lora_jax._transform.labelled import Axis, Labelled, contract, place, times
+from lora_jax._transform.labelled import Axis, Labelled, contract, place, spread_like, times
+from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.origin import Groups, Leaf, Origin
 from lora_jax._transform.pick import Router, Slot
 from lora_jax._transform.probe import Follower, Probe
@@ -52,7 +53,7 @@ class Delta(Follower):
     pick: Slot | Router | None = None
 
     @classmethod
-    def of(cls, factors: Factors, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
+    def of(cls, factors: Entry, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
         """Return the delta of a weight as it enters the function, without its gain."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
         scale = factors.scale
@@ -60,7 +61,10 @@ class Delta(Follower):
             dtype = wide(factors.b.dtype)
             scale = jnp.asarray(scale, jnp.float32)
             scale = lax.stop_gradient(scale if scale.dtype == dtype else scale.astype(dtype))
-        a = Labelled(factors.a, (*batch, *inputs, Axis.RANK))
+        if isinstance(factors, Rows):
+            a: Labelled = OneHot.of(factors, *inputs)
+        else:
+            a = Labelled(factors.a, (*batch, *inputs, Axis.RANK))
         b = Labelled(factors.b, (*batch, Axis.RANK, *outputs))
         return cls(Origin.of(leaf, len(factors.layout), batch), tuple(ranges), a, b, scale)
 
@@ -239,6 +243,16 @@ class Delta(Follower):
         product = contract(a, b, out, precision=lax.Precision.HIGHEST, dtype=dtype)
         return place(product.scaled(one.scale), self.ranges, shape).array
 
+    def added_to(self, total: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """Add :meth:`dense` to ``total``, which is ``W``, perhaps with some axes merged."""
+        one, w = self.picked(), Labelled(total, tuple(range(total.ndim)))
+        if isinstance(one.a, OneHot) and not one.ranges and total.shape == tuple(shape):
+            b = one.b.astype(total.dtype)
+            if (found := one.a.added_to(w, b.scaled(one.scale))) is not None:
+                return found
+        update = jnp.broadcast_to(one.dense(shape, total.dtype), shape).reshape(total.shape)
+        return total + spread_like(update, total)
+
     # Stacks of adapters
 
     def picked(self) -> "Delta":
@@ -251,7 +265,7 @@ class Delta(Follower):
             raise self.misrouted()
         if self.pick is None:
             return self
-        pick = self.pick.picker(self.a.sizes[Axis.MEMBER])
+        pick = self.pick.picker(self.b.sizes[Axis.MEMBER])
         return dataclasses.replace(self.map(pick), pick=None)
 
     def misrouted(self) -> NotImplementedError:

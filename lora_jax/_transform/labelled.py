@@ -82,8 +82,11 @@ class Labelled:
 
     def relabel(self, new: Mapping[Any, Any]) -> "Labelled":
         """Rename every label to ``new[label]``; an :class:`Axis` that is not in ``new`` stays."""
-        labels = (new.get(x, x) if isinstance(x, Axis) else new[x] for x in self.labels)
-        return Labelled(self.array, tuple(labels))
+        return Labelled(self.array, self.relabelled(new))
+
+    def relabelled(self, new: Mapping[Any, Any]) -> Labels:
+        """Return the labels by their new names, as in ``relabel``."""
+        return tuple(new.get(x, x) if isinstance(x, Axis) else new[x] for x in self.labels)
 
     def broadcast(self, sizes: Mapping[Any, int]) -> "Labelled":
         """Add axes in front, constant along each."""
@@ -97,6 +100,14 @@ class Labelled:
         x = self.array.transpose(order) if order != sorted(order) else self.array
         return lax.expand_dims(x, [i for i, lab in enumerate(labels) if lab not in self.labels])
 
+    def met_by(self, x: "Labelled", out: Sequence[Label], dtype: Any) -> "Labelled | None":
+        """Return the product with ``x`` if it has a form without ``dot_general``."""
+        del x, out, dtype
+
+    def added_to(self, result: "Labelled", x: "Labelled") -> "jax.Array | None":
+        """Return ``result`` plus the product with ``x`` if there is a form without the product."""
+        del result, x
+
 
 def contract(
     x: Labelled, y: Labelled, out: Sequence[Label], *, precision: Any, dtype: Any
@@ -105,6 +116,9 @@ def contract(
 
     A label of ``out`` that neither operand has becomes an axis of size 1.
     """
+    for one, other in ((x, y), (y, x)):
+        if (found := one.met_by(other, out, dtype)) is not None:
+            return found
     x = _sum_alone(x, (*y.labels, *out))
     y = _sum_alone(y, (*x.labels, *out))
     shared = [lab for lab in x.labels if lab in y.labels]

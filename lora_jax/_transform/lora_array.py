@@ -92,8 +92,7 @@ class LoraArray:
         total = force(self.w).astype(dtype)
         shape = self.unfolded or self.shape
         for delta in self.updates:
-            update = jnp.broadcast_to(delta.dense(shape, dtype), shape).reshape(self.shape)
-            total += spread_like(update, total)
+            total = delta.added_to(total, shape)
         for gain in self.gains():
             factor = jnp.broadcast_to(gain.aligned(range(len(shape))), shape)
             total *= spread_like(factor.reshape(self.shape), total).astype(dtype)

@@ -42,6 +42,8 @@ class Slot:
         places = {Axis.MEMBER: k, Axis.STEP: self.step}
 
         def pick(x: Labelled) -> Labelled:
+            if not places.keys() & set(x.labels):
+                return x
             at = x.array.at[tuple(places.get(label, slice(None)) for label in x.labels)]
             one = at.get(mode="promise_in_bounds", wrap_negative_indices=False)
             labels = tuple(label for label in x.labels if label not in places)

@@ -24,6 +24,7 @@ from lora_jax._transform.labelled import (
 )
 from lora_jax._transform.lazy import bind, force
 from lora_jax._transform.lora_array import LoraArray, frozen, gains_around
+from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.rule import rule
 from lora_jax._transform.rules.arith import scale_axes
 from lora_jax._transform.rules.slice import take_range
@@ -51,7 +52,7 @@ def compute_dtype(x: Any, result: Any) -> Any:
 def lora_dot(
     ctx: Context, x: Labelled, delta: Delta, result: Labelled, precision: Any
 ) -> jax.Array:
-    """Compute ``scale * (x a) b``, or ``scale * (x b) a`` if ``x`` meets the output axes.
+    """Add ``scale * (x a) b``, or ``scale * (x b) a`` if ``x`` meets the output axes.
 
     The factors are cast to the activations' dtype, both products accumulate in float32, and the
     one small array between them is scaled in float32. ``W``'s shape is never built.
@@ -61,11 +62,11 @@ def lora_dot(
         x: the other operand, an array or an adapted weight. An axis that meets ``W`` has the label
             of ``W``'s.
         delta: the update.
-        result: ``x W``, whose axes, sizes and dtype the update is to have.
+        result: ``x W``, or what has been added to it.
         precision: the precision of both products.
 
     Returns:
-        An array with the axes of ``result``; of size 1 where neither ``x`` nor the update has one.
+        ``result`` with the update added.
     """
     dtype, out = result.array.dtype, result.labels
     compute = compute_dtype(x.array.dtype, dtype)
@@ -85,20 +86,28 @@ def lora_dot(
         dict.fromkeys(lab for lab in (*x.labels, *first.labels) if lab in then.labels or lab in out)
     )
 
-    def read(x_array: Any, factor: jax.Array) -> jax.Array:
-        operands = Labelled(x_array, x.labels), Labelled(factor, first.labels)
-        return _contract(ctx, *operands, middle, precision, wide(compute)).array
+    def read(x_array: Any, factor: Labelled) -> jax.Array:
+        x_ = Labelled(x_array, x.labels)
+        return _contract(ctx, x_, factor, middle, precision, wide(compute)).array
+
+    def read_array(x_array: Any, factor: jax.Array) -> jax.Array:
+        return read(x_array, Labelled(factor, first.labels))
 
     first = first.astype(compute)
     if isinstance(x.array, LoraArray) or (order and ctx.policy.observe):
-        small = read(x.array, first.array)
+        small = read(x.array, first)
+    elif isinstance(first, OneHot):  # table rows are never dropped, nor observed
+        small = read(x.array, first)
     else:
-        small = ctx.through(delta, read, x.array, first.array)
+        small = ctx.through(delta, read_array, x.array, first.array)
     small = delta.weighed(Labelled(small, middle), x)  # [*batch, *rows, rank]
     small, then = small.astype(compute), then.astype(compute)
+    if not delta.ranges and (total := then.added_to(result, small)) is not None:
+        return total
     # in float32, so that its gradient is summed over devices in float32, as the first one's is
     product = contract(small, then, out, precision=precision, dtype=wide(dtype)).astype(dtype)
-    return place(product, delta.ranges, result.sizes).array  # [*out]
+    update = place(product, delta.ranges, result.sizes).array  # of size 1 where it is constant
+    return result.array + spread_like(update, result.array)  # [*out]
 
 
 def _contract(
@@ -113,8 +122,7 @@ def _contract(
     labels = {**dict(enumerate(x.labels)), Axis.RANK: Axis.RANK2}
     for delta in v.updates:
         delta = dataclasses.replace(delta.renamed(labels), key=None)
-        update = lora_dot(ctx, y, delta, result, precision)
-        result = Labelled(result.array + spread_like(update, result.array), out)
+        result = Labelled(lora_dot(ctx, y, delta, result, precision), out)
     return result
 
 
@@ -153,8 +161,7 @@ def dot_general(ctx: Context, eqn, values):
             for delta in v.updates:
                 if isinstance(values[1 - side], LoraArray):
                     delta = dataclasses.replace(delta, key=None)  # a weight is no input to drop
-                update = lora_dot(ctx, x, delta, Labelled(result, out), precision)
-                result += spread_like(update, result)
+                result = lora_dot(ctx, x, delta, Labelled(result, out), precision)
             for gain in after:
                 result = times(Labelled(result, out), gain).array
     return [result]

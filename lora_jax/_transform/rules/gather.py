@@ -12,6 +12,7 @@ from lora_jax._transform.delta import AnyDelta
 from lora_jax._transform.labelled import Labelled
 from lora_jax._transform.lazy import bind, force
 from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.rule import rule
 
 
@@ -115,6 +116,10 @@ def _gather_factor(params: Any, numbers: _Numbers, indices: jax.Array, x: Labell
     if len(columns) != indices.shape[-1]:
         parts = [lax.slice_in_dim(indices, k, k + 1, axis=-1) for k in columns]
         indices = lax.concatenate(parts, dimension=indices.ndim - 1)
+    if isinstance(x, OneHot) and collapsed:
+        found = x.looked_up(indices, params["mode"], tuple(lookup))
+        if found is not None:
+            return found
     labels = (*lookup, *(offset.get(i, i) for i in kept))
     array = lax.gather(
         x.array,
