@@ -166,7 +166,7 @@ class Context:
         """Return a weight that is read already, as a plain array."""
         for delta in v.deltas:
             origin, read = delta.origin, delta.axes_read
-            name = "gather" if origin.read else "reduce_sum"
+            name = "reduce_sum" if origin.summed and not origin.read else "gather"
             self._use(delta, name, read, origin.behind(range(len(origin.axes))) - read)
         for delta in v.updates:
             self.spend(delta, v.w.size * delta.rank)
@@ -187,6 +187,8 @@ class Context:
                 "and there is no input of the adapter's to drop. Call without lora_key, or "
                 f"keep the weight out: lorafy(..., exclude={v.leaves[0].path!r})"
             )
+        if v.is_vector:
+            why = f"may be a table, or vectors of layers: one row of it {why}"
         for leaf in v.leaves:
             nothing: frozenset[int] = frozenset()
             use = Use(leaf, MATERIALIZE, nothing, nothing, tuple(self.eqns), why, form)

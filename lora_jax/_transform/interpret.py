@@ -7,7 +7,7 @@ from lora_jax import _jax
 from lora_jax._transform.context import Context
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray
-from lora_jax._transform.rule import RULES, Rule
+from lora_jax._transform.rule import RULES, Rule, looked_up
 
 
 def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -26,30 +26,24 @@ def evaluate(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom):
-        return _jax.literal(atom) if isinstance(atom, _jax.Literal) else env[atom]
-
     last_use = _last_uses(jaxpr)
     for i, eqn in enumerate(jaxpr.eqns):
-        rule = RULES.get(eqn.primitive.name)
-        _read_lookups(ctx, eqn, range(len(eqn.invars)) if rule is None else rule.reads, env)
         values = [None if isinstance(atom, _jax.Literal) else env[atom] for atom in eqn.invars]
-        if not any(isinstance(v, LoraArray) for v in values):
+        if any(isinstance(v, LoraArray) for v in values):
+            ctx.eqns.append(eqn)
+            with eqn.ctx.manager:
+                outputs = _apply(ctx, eqn, env)
+            ctx.eqns.pop()
+        else:
             outputs = _jax.bind(eqn, values)
             if eqn.primitive.name == "broadcast_in_dim" and values[0] is not None:
                 ctx.broadcasts[eqn.outvars[0]] = values[0], eqn.params
-        else:
-            values = [read(atom) for atom in eqn.invars]
-            ctx.eqns.append(eqn)
-            with eqn.ctx.manager:
-                outputs = _apply(ctx, rule, eqn, values)
-            ctx.eqns.pop()
         env.update(zip(eqn.outvars, outputs, strict=True))
         for atom in eqn.invars:  # run eagerly, what nobody reads again would stay in memory
             if not isinstance(atom, _jax.Literal) and last_use.get(atom) == i:
                 env.pop(atom, None)
                 ctx.broadcasts.pop(atom, None)
-    return [read(atom) for atom in jaxpr.outvars]
+    return _values(jaxpr.outvars, env)
 
 
 def _last_uses(jaxpr: Any) -> dict[Any, int]:
@@ -63,26 +57,38 @@ def _last_uses(jaxpr: Any) -> dict[Any, int]:
     return last_use
 
 
-def _read_lookups(ctx: Context, eqn: Any, operands: Sequence[int], env: dict[Any, Any]) -> None:
-    """Read operands that are rows of a lookup as plain arrays, once for all their uses."""
-    for k in operands:
-        atom = eqn.invars[k]
-        v = None if isinstance(atom, _jax.Literal) else env[atom]
-        if isinstance(v, LoraArray) and v.is_lookup:
-            ctx.eqns.append(eqn)
-            env[atom] = ctx.read(v)
-            ctx.eqns.pop()
+def _values(atoms: Sequence[Any], env: dict[Any, Any]) -> list[Any]:
+    return [_jax.literal(x) if isinstance(x, _jax.Literal) else env[x] for x in atoms]
 
 
-def _apply(ctx: Context, rule: Rule | None, eqn: Any, values: list[Any]) -> list[Any]:
-    """Evaluate an equation by its rule, if it has one for these values, or on built weights."""
-    outputs = NotImplemented
-    if rule is not None and not rule.folds:
-        values = [v.settled() if isinstance(v, LoraArray) else v for v in values]
-    if rule is not None and (rule.folds or not any(map(_is_folded, values))):
-        outputs = rule.apply(ctx, eqn, values)
-    if outputs is not NotImplemented:
-        return outputs
+def _apply(ctx: Context, eqn: Any, env: dict[Any, Any]) -> list[Any]:
+    """Evaluate an equation by its rule, if it has one for these values, or on built weights.
+
+    Rows of a table become plain arrays once, for all equations that read them.
+    """
+
+    def read(operands: Sequence[int]) -> None:
+        for k in operands:
+            env[eqn.invars[k]] = ctx.read(env[eqn.invars[k]])
+
+    def settled() -> list[Any]:
+        values = _values(eqn.invars, env)
+        if rule is None or rule.folds:
+            return values
+        return [v.settled() if isinstance(v, LoraArray) else v for v in values]
+
+    rule = RULES.get(eqn.primitive.name)
+    if rule is not None:
+        read(rule.reads(eqn, settled()))
+        values = settled()
+        if not any(isinstance(v, LoraArray) for v in values):
+            return _jax.bind(eqn, values)
+        if rule.folds or not any(map(_is_folded, values)):
+            outputs = rule.apply(ctx, eqn, values)
+            if outputs is not NotImplemented:
+                return outputs
+    read(looked_up(eqn, _values(eqn.invars, env)))
+    values = _values(eqn.invars, env)
     return bind(eqn, ctx.plain(values, _why(rule, eqn, values)))
 
 

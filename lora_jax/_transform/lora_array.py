@@ -78,6 +78,13 @@ class LoraArray:
         """Return whether it is what a lookup has read: rows of a table, not a choice of kernels."""
         return bool(self.deltas) and self.is_read and all(delta.is_lookup for delta in self.deltas)
 
+    @property
+    def is_vector(self) -> bool:
+        """Return whether it is probed, and may be one row of a table, or the vector of a layer."""
+        return bool(self.deltas) and all(
+            isinstance(delta, Probe) and delta.is_vector for delta in self.deltas
+        )
+
     def settled(self) -> "LoraArray":
         """Let a probed weight's merged axes stay merged; any other weight is returned as it is."""
         if self.unfolded is None or self.updates:

@@ -103,13 +103,20 @@ class Probe(Follower):
     @property
     def is_lookup(self) -> bool:
         """Return whether it was looked up, and one axis at most has axes of the weight left."""
-        left = sum(not self.origin.read.issuperset(group) for group in self.origin.axes)
-        return bool(self.origin.read) and left <= 1
+        return bool(self.origin.read) and self._left(self.origin.read) <= 1
+
+    @property
+    def is_vector(self) -> bool:
+        """Return whether it is one row of a table, a sum of rows, or the vector of one layer."""
+        return bool(self.axes_read) and self._left(self.axes_read) <= 1
+
+    def _left(self, gone: frozenset[int]) -> int:
+        return sum(not gone.issuperset(group) for group in self.origin.axes)
 
     @property
     def axes_read(self) -> frozenset[int]:
-        """The axes of the leaf that were read; one that was picked from may be one of layers."""
-        return self.origin.read | self.origin.summed
+        """The axes of the leaf that were read; those that were picked from if no other was."""
+        return self.origin.read | self.origin.summed or self.origin.picked
 
     def regrouped(self, groups: Groups, old: Sequence[int], new: Sequence[int]) -> "Probe | None":
         """Follow ``W`` through a reshape; None if it merges axes: their roles may differ."""
@@ -129,5 +136,12 @@ class Probe(Follower):
     def _unchanged(self, *_: Any) -> "Probe":
         """Return itself: there are no arrays to change."""
         return self
+
+    def stacked(self) -> "Probe":
+        """Follow ``W`` to the stack of it over a loop's steps; a row from each step is a lookup."""
+        origin = self.origin
+        if self.is_vector and not self.is_read:
+            origin = origin._replace(read=origin.picked, picked=frozenset())
+        return super(Probe, dataclasses.replace(self, origin=origin)).stacked()
 
     map = along = expanded = scaled = times = picked = unscaled = leading = at_step = _unchanged

@@ -12,7 +12,7 @@ from lora_jax._transform.labelled import Labelled
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray, frozen
 from lora_jax._transform.regroup import axis_groups
-from lora_jax._transform.rule import rule
+from lora_jax._transform.rule import first_looked_up, looked_up, rule
 
 
 def exact(w: jax.Array, deltas: Iterable[AnyDelta | None]) -> Any:
@@ -79,7 +79,7 @@ def scale_axes(v: LoraArray, w: jax.Array, x: Labelled, f=lax.mul) -> Any:
     return exact(w, (delta.times(x, w.shape, f) for delta in v.deltas))
 
 
-@rule("add", "sub", "add_any")
+@rule("add", "sub", "add_any", reads=looked_up)
 def add(ctx: Context, eqn, values):
     """Give the sum of two weights the deltas of both.
 
@@ -93,7 +93,7 @@ def add(ctx: Context, eqn, values):
     for i, v in enumerate(values):
         if isinstance(v, LoraArray):
             is_alone = not isinstance(values[1 - i], LoraArray)
-            if is_alone and (not v.deltas or v.is_lookup or not _fills(v, w.shape)):
+            if is_alone and (not v.deltas or not _fills(v, w.shape)):
                 return NotImplemented  # added to activations, it is not a weight any more
             if any(delta.gain is not None for delta in v.updates):
                 return NotImplemented  # the gain is of one summand only
@@ -110,7 +110,7 @@ def _fills(v: LoraArray, shape: Sequence[int]) -> bool:
     return all(d.origin.axes[i] for d in v.deltas for i, size in enumerate(shape) if size != 1)
 
 
-@rule("reduce_sum", reads=(0,))
+@rule("reduce_sum", reads=first_looked_up)
 def reduce_sum(ctx: Context, eqn, values):
     """Sum over an axis of one factor in that factor; an axis of neither multiplies the scale."""
     (v,) = values

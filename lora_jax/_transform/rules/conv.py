@@ -13,11 +13,11 @@ from lora_jax._transform.delta import Delta
 from lora_jax._transform.labelled import Axis, Label, Labelled, contract, times
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray, gains_around
-from lora_jax._transform.rule import rule
+from lora_jax._transform.rule import first_looked_up, rule
 from lora_jax._transform.rules.dot import compute_dtype
 
 
-@rule("conv_general_dilated", reads=(0,))
+@rule("conv_general_dilated", reads=first_looked_up)
 def conv(ctx: Context, eqn, values):
     """Compute ``x * W + scale * (x * a) * b``, where ``*`` is the convolution.
 

@@ -126,7 +126,18 @@ def _contract(
     return result
 
 
-@rule("dot_general")
+def _rows(eqn, values) -> list[int]:
+    """Return the operands that are rows of a table."""
+    contracted = eqn.params["dimension_numbers"][0]
+    pairs = zip(values, contracted, strict=True)
+    return [
+        side
+        for side, (v, axes) in enumerate(pairs)
+        if isinstance(v, LoraArray) and len(axes) and _is_rows(v, tuple(map(int, axes)), side)
+    ]
+
+
+@rule("dot_general", reads=_rows)
 def dot_general(ctx: Context, eqn, values):
     """Compute ``x W + scale * (x a) b``, for any contraction, either side, or both."""
     contracting, batch = (  # NumPy's integers do not compare with other labels
@@ -134,10 +145,6 @@ def dot_general(ctx: Context, eqn, values):
     )
     if not contracting[0]:
         return _multiply(eqn, values, batch)
-    values = [
-        ctx.read(v) if isinstance(v, LoraArray) and _is_rows(v, contracting[side], side) else v
-        for side, v in enumerate(values)
-    ]
     around = _with_gains(values, contracting, batch)
     if around is None:
         for side, v in enumerate(values):
@@ -205,10 +212,12 @@ def _is_rows(v: LoraArray, contracted: Sequence[int], side: int) -> bool:
     Rows are looked up along the axis that the table reads, and then it is their features that are
     summed over. A probe does not know which axis is read: a kernel is the right operand, as a rule.
     """
-    return (
-        v.is_lookup
-        and (side == 0 or bool(v.updates))
-        and all(d.origin.read.isdisjoint(d.origin.behind(contracted)) for d in v.deltas)
+    is_left = side == 0
+    if not ((v.is_lookup and (is_left or v.updates)) or (v.is_vector and is_left)):
+        return False
+    axes = (d.axes_read if v.is_vector else d.origin.read for d in v.deltas)
+    return all(
+        a.isdisjoint(d.origin.behind(contracted)) for a, d in zip(axes, v.deltas, strict=True)
     )
 
 

@@ -86,7 +86,7 @@ def _gather_delta(params: Any, numbers: _Numbers, indices: jax.Array, delta: Any
     if lax.GatherScatterMode.from_any(params["mode"]) == lax.GatherScatterMode.FILL_OR_DROP:
         for i in numbers.indexed:  # a factor must have the axis, to be zero beyond it
             delta = delta.expanded(i, numbers.shape[i])
-    looked = [i for i in numbers.indexed if i in numbers.gone]
+    looked = [i for i in numbers.indexed if numbers.sizes[i] == 1]  # collapsed or not
     made_of = {axis: [i] for i, axis in numbers.offset.items()}
     for k, axis in enumerate(numbers.lookup):
         made_of[axis] = [i for i, index in numbers.batching.items() if index == k] or looked

@@ -13,11 +13,11 @@ from lora_jax._transform.delta import Delta
 from lora_jax._transform.labelled import Axis, Labelled, contract, times
 from lora_jax._transform.lazy import bind
 from lora_jax._transform.lora_array import LoraArray, gains_around
-from lora_jax._transform.rule import rule
+from lora_jax._transform.rule import first_looked_up, rule
 from lora_jax._transform.rules.dot import compute_dtype
 
 
-@rule("ragged_dot_general", reads=(0,))
+@rule("ragged_dot_general", reads=first_looked_up)
 def ragged_dot_general(ctx: Context, eqn, values):
     """Multiply rows of ``x`` by the ``W`` of their group, or by their group's rows of ``W``."""
     x, v, sizes = values[:3]

@@ -18,13 +18,7 @@ def adapted(shape=(9, 6), layout="io", rank=2):
 
 
 LOOKUPS = {
-    "rows": ("io", lambda w, i: w[i]),
-    "rows, clipped": ("io", lambda w, i: jnp.take(w, 3 * i, axis=0, mode="clip")),
-    "rows, filled": ("io", lambda w, i: w.at[3 * i].get(mode="fill", fill_value=7.0)),
     "rows of a slice": ("io", lambda w, i: w[1:8, :4].at[i].get(mode="fill", fill_value=0.0)),
-    "columns of a transposed table": ("oi", lambda w, i: w[:, i % 6]),
-    "one row": ("io", lambda w, i: w[3]),
-    "one row by a traced index": ("io", lambda w, i: w[i[0, 1]]),
     "parts of rows": (
         "io",
         lambda w, i: lax.gather(
