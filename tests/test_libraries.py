@@ -9,8 +9,9 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import assert_oracle, drawn, normal, randomize_b
+from helpers import assert_oracle, assert_same, drawn, normal, randomize_b
 
 import lora_jax
 
@@ -95,6 +96,82 @@ def test_a_model_of_another_library(build, standard_promotion):
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     report = lora_jax.report(fn, lora_params, X)
     assert (report.materialized, report.unused) == ((), ())
+
+
+@pytest.mark.peer
+def test_an_equinox_transformer_with_its_embedding_trains(standard_promotion):
+    eqx = pytest.importorskip("equinox")
+
+    class Block(eqx.Module):
+        attention: eqx.nn.MultiheadAttention
+        up: eqx.nn.Linear
+        down: eqx.nn.Linear
+        norms: list[eqx.nn.LayerNorm]
+
+        def __init__(self, key):
+            keys = jax.random.split(key, 3)
+            self.attention = eqx.nn.MultiheadAttention(2, 8, key=keys[0])
+            self.up = eqx.nn.Linear(8, 16, key=keys[1])
+            self.down = eqx.nn.Linear(16, 8, key=keys[2])
+            self.norms = [eqx.nn.LayerNorm(8), eqx.nn.LayerNorm(8)]
+
+        def __call__(self, x):
+            y = jax.vmap(self.norms[0])(x)
+            x = x + self.attention(y, y, y, mask=jnp.tril(jnp.ones((len(x),) * 2, bool)))
+            y = jax.vmap(self.norms[1])(x)
+            return x + jax.vmap(self.down)(jax.nn.gelu(jax.vmap(self.up)(y)))
+
+    class Transformer(eqx.Module):
+        embedding: eqx.nn.Embedding
+        positions: eqx.nn.Embedding
+        blocks: list[Block]
+        head: eqx.nn.Linear
+
+        def __init__(self, key):
+            keys = jax.random.split(key, 5)
+            self.embedding = eqx.nn.Embedding(11, 8, key=keys[0])
+            self.positions = eqx.nn.Embedding(6, 8, key=keys[1])
+            self.blocks = [Block(keys[2]), Block(keys[3])]
+            self.head = eqx.nn.Linear(8, 11, key=keys[4])
+
+        def __call__(self, ids):
+            x = jax.vmap(self.embedding)(ids)
+            x = x + jax.vmap(self.positions)(jnp.arange(len(ids)))
+            for block in self.blocks:
+                x = block(x)
+            return jax.vmap(self.head)(x)
+
+    params, static = eqx.partition(Transformer(jax.random.key(1)), eqx.is_array)
+
+    def fn(p, ids):
+        return jax.vmap(eqx.combine(p, static))(ids)
+
+    ids = jax.random.randint(jax.random.key(2), (4, 6), 0, 11)
+    layout = lora_jax.layout_of(fn, params, ids)
+    tables = {path for path, w in layout.weights.items() if w.kind == "embedding"}
+    assert tables == {"embedding/weight", "positions/weight"}
+    start = lora_jax.lorafy(params, 4, targets=list(layout), layout=layout)
+    assert len(start.adapter.factors) == 2 + 2 * 6 + 1
+    assert_oracle(fn, randomize_b(start), ids)
+
+    def loss(p):
+        logits = lora_jax.lora(fn)(p, ids[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    optimizer = lora_jax.optimizer(optax.adam(0.03))
+
+    @jax.jit
+    def step(p, state):
+        value, grads = jax.value_and_grad(loss)(p)
+        updates, state = optimizer.update(grads, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    p, state, losses = start, optimizer.init(start), []
+    for _ in range(40):
+        p, state, value = step(p, state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] / 4, losses
+    assert_same(p.base, start.base)
 
 
 def test_plain_jax_with_parameters_in_nested_tuples():
