@@ -2,13 +2,28 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_jax._weights.axes import role_axes
+from lora_jax._weights.axes import is_array, role_axes
 from lora_jax._weights.ranges import Part, Range, spell
 from lora_jax._weights.selector import letters_of
 
 _NUMBERED = re.compile(r"(?:.*_)?(\d+)")
+_LAYER = re.compile(r"(?i)(.*(layer|block)s?|h)_?")  # a name that says what its number counts
+
+
+class _Number(NamedTuple):
+    """The layer number in a path.
+
+    Attributes:
+        value: the number.
+        module: the path up to it.
+        name: the name without the number; the name before it if it is a number alone.
+    """
+
+    value: int
+    module: str
+    name: str
 
 
 def of_layers(
@@ -18,13 +33,24 @@ def of_layers(
     layout: Mapping[str, str],
 ) -> dict[Part, bool | int]:
     """Keep the chosen weights, and the parts of stacked ones, that belong to these layers."""
-    layers, numbers = list(layers), _layer_numbers(leaves)
-    stacks = {
-        path: leaves[path].shape[role_axes(letters, "b")[0]]
-        for path in dict.fromkeys(part.path for part in chosen)
-        if path not in numbers and "b" in (letters := letters_of(path, leaves, layout))
-    }
-    sizes = [1 + max(numbers[path] for path in numbers)] if numbers else []
+    layers, numbers, stacks = list(layers), _layer_numbers(leaves), {}
+    for path in dict.fromkeys(part.path for part in chosen):
+        letters = letters_of(path, leaves, layout)
+        if "b" not in letters:
+            continue
+        axis, number = role_axes(letters, "b")[0], numbers.get(path)
+        stack = _stack_around(path, axis, leaves)
+        if number is not None and not number.module.startswith(stack):
+            continue  # a stack in a layer: of experts
+        if number is not None and _LAYER.fullmatch(number.name):
+            raise ValueError(
+                f"layers={layers!r}: {path!r} of shape {leaves[path].shape} has a number in its "
+                f"path and a stack along axis {axis}, and each may be the layer's. Say which "
+                f"weights by targets=: by name, or by part, as {path + _first(letters)!r}"
+            )
+        stacks[path] = leaves[path].shape[axis]
+        numbers = {p: n for p, n in numbers.items() if not p.startswith(stack)}
+    sizes = [1 + max(number.value for number in numbers.values())] if numbers else []
     count = max([*sizes, *stacks.values()], default=0)
     wanted = sorted({k + count if k < 0 else k for k in layers})
     if not wanted or not all(0 <= k < count for k in wanted):
@@ -36,7 +62,7 @@ def of_layers(
     for part, answer in chosen.items():
         path, ranges = part
         if path in numbers:
-            if numbers[path] in wanted:
+            if numbers[path].value in wanted:
                 kept[part] = answer
         elif path in stacks:
             axis = role_axes(letters_of(path, leaves, layout), "b")[0]
@@ -63,8 +89,27 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _layer_numbers(leaves: Iterable[str]) -> dict[str, int]:
-    """Return the layer number of every path that has one: 3 for ``encoder/layers_3/attn/kernel``.
+def _stack_around(path: str, axis: int, leaves: Mapping[str, Any]) -> str:
+    """Return what the paths of the stack that a leaf is in begin with.
+
+    All leaves of a stack have its axis: those of ``layers/`` beside ``layers/Dense_0/kernel``.
+    """
+    names, size = path.split("/"), leaves[path].shape[axis]
+    for depth in range(len(names)):
+        prefix = "".join(f"{name}/" for name in names[:depth])
+        shapes = [x.shape for p, x in leaves.items() if p.startswith(prefix) and is_array(x)]
+        if all(len(shape) > axis and shape[axis] == size for shape in shapes):
+            return prefix
+    return path
+
+
+def _first(letters: str) -> str:
+    """Return the part of a stack's first layer, as ``[0:1, :, :]``."""
+    return f"[{', '.join('0:1' if letter == 'b' else ':' for letter in letters)}]"
+
+
+def _layer_numbers(leaves: Iterable[str]) -> dict[str, _Number]:
+    """Return the layer number of every path that has one: 3 in ``encoder/layers_3/attn/kernel``.
 
     It is the first number in the path, without its last name, that has siblings:
     ``Dense_0/kernel`` is a layer beside ``Dense_1``; ``Transformer_0`` alone is none.
@@ -81,8 +126,10 @@ def _layer_numbers(leaves: Iterable[str]) -> dict[str, int]:
         found = []
         for depth, name in enumerate(names[:-1]):
             if match := _NUMBERED.fullmatch(name):
-                beside = siblings["/".join(names[:depth]), name[: match.start(1)]]
-                found.append((len(beside) == 1, depth, int(match[1])))
+                stem = name[: match.start(1)]
+                is_alone = len(siblings["/".join(names[:depth]), stem]) == 1
+                module, before = "/".join(names[: depth + 1]), names[depth - 1] if depth else ""
+                found.append((is_alone, depth, _Number(int(match[1]), module, stem or before)))
         if found:
             numbers["/".join(names)] = min(found)[2]
     return numbers

@@ -99,6 +99,40 @@ def test_layers_that_are_not_there_raise(layers):
         keys(UNROLLED, layers=layers)
 
 
+def mlp(*names, stacked=(3,)):
+    return {
+        name: {"kernel": jnp.ones((*stacked, 4, 4)), "bias": jnp.ones((*stacked, 4))}
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("names", [("Dense_0", "Dense_1"), ("fc_1", "fc_2"), ("0", "1")])
+@pytest.mark.parametrize("where", [("layers",), ("decoder", "stack"), ()])
+def test_numbers_of_names_in_a_stack_are_no_layers(names, where):
+    params = {"head": mlp("out", stacked=())} if where else {}
+    inner = mlp(*names)
+    for name in reversed(where):
+        inner = {name: inner}
+    prefix = "".join(f"{name}/" for name in where)
+    if names[0] == "0" and where == ("layers",):  # the number may be a layer's
+        with pytest.raises(ValueError, match="each may be the layer's") as error:
+            keys(params | inner, targets=".*kernel", layers=[1])
+        part = str(error.value).split("'")[-2]
+        assert keys(params | inner, targets=part) == [part]
+        return
+    for layers, part in (([1], "1:2"), ([-1], "2:3"), ([2, 1], "1:3")):
+        wanted = [f"{prefix}{name}/kernel[{part}, :, :]" for name in names]
+        options = {"targets": r".*\d/kernel", "layers": layers}
+        assert sorted(keys(params | inner, **options)) == sorted(wanted)
+
+
+def test_experts_are_stacked_in_layers_that_names_number():
+    layer = {"norm": {"scale": jnp.ones(4)}, "experts": {"wi": jnp.ones((3, 4, 5))}}
+    params = {f"layers_{i}": layer for i in range(4)}
+    options = {"targets": ".*wi", "layout": {".*wi": "bio"}}
+    assert keys(params, layers=[-1], **options) == ["layers_3/experts/wi"]
+
+
 def test_layers_and_ranges_of_one_axis_contradict():
     with pytest.raises(ValueError, match="both choose along axis 0"):
         keys(STACKED, targets="layers/query/kernel[0:2]", layers=[0])
