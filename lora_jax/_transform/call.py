@@ -21,6 +21,7 @@ from lora_jax._transform.lora_array import LoraArray, frozen
 from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.pick import Router, Slot
+from lora_jax._transform.whole import watched
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.quantized import is_quantized
 from lora_jax._weights.target import fold_in_path
@@ -50,7 +51,7 @@ def enter(
     """
     parts = check(lora_params if pick is None else _one_of(lora_params), leaves).parts
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
-    entered = {}
+    entered, freeze = {}, watched  # one scale tells of all
     for path, leaf in leaves.items():
         if path in full:
             new = _picked(full[path], leaf, pick) if isinstance(pick, Slot) else full[path]
@@ -67,7 +68,10 @@ def enter(
         w = leaf.w if isinstance(leaf, LoraArray) else leaf
         if f.frozen:
             f = f.map(lambda n, x, f=f: lax.stop_gradient(x) if n in f.frozen else x)
-        make = functools.partial(delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w)
+        make = functools.partial(
+            delta_of, leaf=Leaf(owner, path), ranges=ranges, w=w, freeze=freeze
+        )
+        freeze = lax.stop_gradient
         if pick is None:
             delta = make(f)
         else:

@@ -53,14 +53,14 @@ class Delta(Follower):
     pick: Slot | Router | None = None
 
     @classmethod
-    def of(cls, factors: Entry, leaf: Leaf, ranges: Sequence[Range] = ()) -> "Delta":
+    def of(
+        cls, factors: Entry, leaf: Leaf, ranges: Sequence[Range], freeze: Any = lax.stop_gradient
+    ) -> "Delta":
         """Return the delta of a weight as it enters the function, without its gain."""
         batch, inputs, outputs = (role_axes(factors.layout, role) for role in "bio")
-        scale = factors.scale
-        if not isinstance(scale, jax.ShapeDtypeStruct):
-            dtype = wide(factors.b.dtype)
-            scale = jnp.asarray(scale, jnp.float32)
-            scale = lax.stop_gradient(scale if scale.dtype == dtype else scale.astype(dtype))
+        if not isinstance(scale := factors.scale, jax.ShapeDtypeStruct):
+            dtype, scale = wide(factors.b.dtype), jnp.asarray(scale, jnp.float32)
+            scale = freeze(scale if scale.dtype == dtype else scale.astype(dtype))
         if isinstance(factors, Rows):
             a: Labelled = OneHot.of(factors, *inputs)
         else:

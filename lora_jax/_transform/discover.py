@@ -117,7 +117,7 @@ def _with_factors(
         shapes = factor_shapes(letters, leaves[path].shape, 2)
         a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
         factors = Factors(a, b, jax.ShapeDtypeStruct((), jnp.float32), letters)
-        entered[path] = LoraArray(leaves[path], (Delta.of(factors, Leaf(owner, path)),))
+        entered[path] = LoraArray(leaves[path], (Delta.of(factors, Leaf(owner, path), ()),))
     return entered
 
 

@@ -67,9 +67,11 @@ def _by_layer(w: Lazy, f: Factors) -> Any:
     return lax.map(one, (w.front(), stacks))
 
 
-def delta_of(f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any) -> Delta:
+def delta_of(
+    f: Factors, leaf: Leaf, ranges: Sequence[Range], w: Any, freeze: Any = lax.stop_gradient
+) -> Delta:
     """Return the delta of a weight as it enters the function, with its gain if it has one."""
-    delta = Delta.of(f, leaf, ranges)
+    delta = Delta.of(f, leaf, ranges, freeze)
     if f.magnitude is None:
         return delta
     labels = (*role_axes(f.layout, "b"), *role_axes(f.layout, "o"))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._adapter.params import Adapter, LoraParams, is_lora
+from lora_jax._transform.whole import told
+from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import PyTree, is_flax
 
 
@@ -19,8 +21,9 @@ def labels(params: PyTree) -> PyTree:
     base, which gets one label for all of it, are ``"frozen"``.
 
     Args:
-        params: from ``lorafy``; a tree with LoraParams inside, whose other leaves train; or the
-            ``nnx.State`` that ``nnx.Optimizer`` makes of a LoraParams of ``nnx.Param``s.
+        params: from ``lorafy``, or the half of it that ``split`` returns first; a tree with such
+            inside, whose other leaves train; or the ``nnx.State`` that ``nnx.Optimizer`` makes of a
+            LoraParams of ``nnx.Param``s.
 
     Returns:
         A tree of strings, a prefix of ``params``.
@@ -35,24 +38,30 @@ def labels(params: PyTree) -> PyTree:
         >>> base, adapter.factors["query/kernel"].a, adapter.factors["query/kernel"].scale
         ('frozen', 'lora', 'frozen')
     """
+    told()
     if is_flax(params, "nnx", "State") and params.keys() == {"base", "adapter"}:
         return _label_state(params)
-    nodes, tree = jax.tree.flatten(params, is_leaf=is_lora)
-    if not any(map(is_lora, nodes)):
+    nodes, tree = jax.tree.flatten(params, is_leaf=_is_split)
+    if not any(map(_is_split, nodes)):
         raise TypeError(
-            f"labels: no LoraParams in {type(params).__name__}: every leaf would train. Pass what "
-            "lora_jax.lorafy returned"
+            f"labels: neither a LoraParams nor an Adapter in {type(params).__name__}: every leaf "
+            "would train. Pass what lora_jax.lorafy returned"
         )
-    return jax.tree.unflatten(tree, [_label(node) if is_lora(node) else "lora" for node in nodes])
+    return jax.tree.unflatten(tree, [_label(node) if _is_split(node) else "lora" for node in nodes])
 
 
-def _label(lora_params: LoraParams) -> LoraParams:
-    adapter = lora_params.adapter
+def _is_split(x: Any) -> bool:
+    return isinstance(x, LoraParams | Adapter)
+
+
+def _label(x: LoraParams | Adapter) -> LoraParams | Adapter:
+    if isinstance(x, LoraParams):
+        return LoraParams("frozen", _label(x.adapter))
     factors = {
         path: f.map(lambda name, _, f=f: "lora" if name in f.trainable else "frozen")
-        for path, f in adapter.factors.items()
+        for path, f in x.factors.items()
     }
-    return LoraParams("frozen", Adapter(factors, dict.fromkeys(adapter.full, "lora")))
+    return Adapter(factors, {path: None if x is None else "lora" for path, x in x.full.items()})
 
 
 def _label_state(state: Any) -> Any:
@@ -76,14 +85,22 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     It is ``optax.multi_transform({"lora": tx, "frozen": freeze}, labels)``. Weight decay, clipping
     and moments of ``tx`` apply to ``a``, ``b``, magnitudes and full leaves only, and its state has
-    their size. The base and ``scale`` keep every bit. Use ``split`` or
-    ``lora_jax.value_and_grad`` instead to keep the base out of the trained state.
+    their size. The base and ``scale`` keep every bit. Its ``update`` takes the gradients of
+    ``jax.grad`` and those of ``lora_jax.value_and_grad``. Train what ``split`` returns first
+    instead, with ``tx`` itself, to keep the base out of the trained state.
 
     Args:
-        tx: any Optax transformation, such as ``optax.adamw(3e-4)``.
+        tx: any Optax transformation, such as ``optax.adamw(3e-4)``; with ``optax.MultiSteps`` and
+            the like inside, so that their state has the adapter's size, too. Arguments of its
+            ``update`` beyond the usual ones, as of ``optax.lbfgs``, are reduced to what trains:
+            trees like the parameters, and functions of them.
 
     Returns:
         An Optax transformation over trees of LoraParams' structure.
+
+    Raises:
+        TypeError: ``tx`` is no Optax transformation. At ``update``: gradients of the adapter alone
+            for parameters whose base has leaves that cannot be added to, such as PRNG keys.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, lora_jax
@@ -103,7 +120,67 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         raise TypeError(
             f"optimizer: expected an Optax transformation such as optax.adamw(3e-4), got {tx!r}"
         )
-    return optax.multi_transform({"lora": tx, "frozen": _freeze()}, labels)
+    told()
+    both = optax.multi_transform({"lora": tx, "frozen": _freeze()}, labels)
+
+    def update(updates, state, params=None, **extra):
+        if params is not None:
+            updates = _lifted(updates, params)
+            extra = {name: _restricted(x, params) for name, x in extra.items()}
+        return both.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(both.init, update)
+
+
+def _lifted(updates: PyTree, params: PyTree) -> PyTree:
+    """Give gradients of adapters alone the structure of ``params``; what is frozen gets zeros."""
+
+    def zeros(x: Any) -> jax.Array:
+        if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                "optimizer: the base has PRNG keys, which no optimizer can add to. Train the "
+                "adapter alone: trainable, frozen = lora_jax.split(lora_params), "
+                "tx.update(grads, state, trainable)"
+            )
+        return jnp.zeros_like(x)
+
+    def lift(x: Any, grads: Any) -> Any:
+        if not isinstance(grads, Adapter):
+            return grads
+        adapter = x.adapter if is_lora(x) else x
+        factors = {
+            path: f.map(
+                lambda name, y, f=f, g=grads.factors[path]: (
+                    getattr(g, name) if name in f.trainable else zeros(y)
+                )
+            )
+            for path, f in adapter.factors.items()
+        }
+        grads = Adapter(factors, grads.full)
+        return LoraParams(jax.tree.map(zeros, x.base), grads) if is_lora(x) else grads
+
+    return jax.tree.map(lift, params, updates, is_leaf=_is_split)
+
+
+def _restricted(x: Any, params: PyTree) -> Any:
+    """Reduce an argument of an optimizer to what trains: a tree like ``params``, or a function."""
+    marks = labels(params)
+    if callable(x):
+        return lambda masked, *args, **kwargs: x(_filled(masked, params), *args, **kwargs)
+    if any(map(_is_split, jax.tree.leaves(x, is_leaf=_is_split))):
+        x = _lifted(x, params)
+    if jax.tree.structure(x) != jax.tree.structure(params):
+        return x
+    return jax.tree.map(lambda mark, y: y if mark == "lora" else optax.MaskedNode(), marks, x)
+
+
+def _filled(masked: PyTree, params: PyTree) -> PyTree:
+    """Put what does not train back into a tree of what does."""
+
+    def is_masked(x):
+        return isinstance(x, optax.MaskedNode)
+
+    return jax.tree.map(lambda x, y: y if is_masked(x) else x, masked, params, is_leaf=is_masked)
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -388,7 +388,7 @@ def test_changing_rank_free_settings_recompiles_nothing():
 def test_wrong_kinds_raise():
     lora_params = lorafy({"query": ones(4, 4)})
     trainable, frozen = lora_jax.split(lora_params)
-    with pytest.raises(TypeError, match="labels: no LoraParams in dict"):
+    with pytest.raises(TypeError, match="neither a LoraParams nor an Adapter in dict"):
         lora_jax.labels(lora_params.base)
     for f in (lora_jax.split, lora_jax.value_and_grad(lambda p: 0.0)):
         with pytest.raises(TypeError, match="expected a LoraParams"):
