@@ -15,7 +15,7 @@ from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._adapter.place import make_sharded
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.choose import Bias
-from lora_jax._weights.paths import PyTree, arrays_in, flatten
+from lora_jax._weights.paths import PyTree, checked_arrays, flatten
 from lora_jax._weights.plan import Plan, make_plan
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector
@@ -117,9 +117,7 @@ def lorafy(
     """  # noqa: E501
     if isinstance(params, LoraParams):
         raise TypeError("lorafy: params is already a LoraParams; pass its .base to start anew")
-    leaves = arrays_in(params)
-    if not leaves:
-        raise ValueError(f"lorafy: params has no arrays (got {type(params).__name__} {params!r})")
+    leaves = checked_arrays(params, "lorafy")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     if isinstance(freeze, str) or not set(freeze) < {*Factors.TRAINABLE}:

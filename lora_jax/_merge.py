@@ -18,7 +18,7 @@ from lora_jax._transform.lora_array import LoraArray
 from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import PyTree, flatten
-from lora_jax._weights.quantized import dequantize_array, is_quantized, requantize
+from lora_jax._weights.quantized import dequantize_array, is_coarse, is_quantized, requantize
 from lora_jax._weights.ranges import Range, index_of, part_of
 
 Update = tuple[Entry, tuple[Range, ...]]
@@ -44,10 +44,10 @@ def merge(
         lora_params: from ``lorafy``.
         donate: whether the merged weights take the memory of the adapted ones. The base's arrays
             are deleted then, except those that stand at several places of it.
-        quantized: what to do with adapted weights that are quantized. ``"refuse"`` raises;
-            ``"dequantize"`` returns plain arrays; ``"requantize"`` quantizes the merged weights as
-            before, and rounds away what is smaller than their steps, which
-            :func:`quantization_error` measures.
+        quantized: what to do with adapted weights that are quantized, or of 8 bits or fewer, such
+            as float8. ``"refuse"`` raises; ``"dequantize"`` returns plain arrays, of float8 in
+            bfloat16; ``"requantize"`` rounds the merged weights as before, so that what is smaller
+            than their steps is lost, which :func:`quantization_error` measures.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of the base.
@@ -55,6 +55,7 @@ def merge(
     Raises:
         TypeError: ``lora_params`` is not a LoraParams; perhaps it is merged already.
         ValueError: the adapter does not fit the base, or an adapted weight is quantized.
+        OverflowError: a merged weight is infinite in the dtype of the base; traced, it is not seen.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax
@@ -83,18 +84,20 @@ def merge(
     for path, leaf in leaves.items():
         if path in adapter.full:
             leaf = adapter.full[path].astype(leaf.dtype)
-        elif path in updates and is_quantized(leaf):
+        elif path in updates and is_coarse(leaf):
             if quantized == "refuse":
+                kind = "quantized" if is_quantized(leaf) else str(leaf.dtype)
                 raise ValueError(
-                    f"merge: {path!r} is quantized, and its merged values do not fit its steps. "
-                    "Pass quantized='dequantize' for plain arrays, or 'requantize' to round them "
-                    "again; lora_jax.quant.quantization_error measures the loss"
+                    f"merge: {path!r} is {kind}, and its merged values do not fit its steps. Pass "
+                    "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
+                    "lora_jax.quant.quantization_error measures the loss"
                 )
             plain = _add(dequantize_array(leaf), updates[path], donate=True)
             leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
         elif path in updates:
-            shared = ids.count(id(leaf)) > 1
-            leaf = _add(leaf, updates[path], donate=donate and not shared)
+            shared = ids.count(id(leaf)) > 1 or leaf.dtype == jnp.float16  # checked below
+            before, leaf = leaf, _add(leaf, updates[path], donate=donate and not shared)
+            _check_finite(path, before, leaf)
         merged.append(leaf)
     return jax.tree.unflatten(flatten(lora_params.base)[1], merged)
 
@@ -218,13 +221,27 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
     return merge(LoraParams(result, Adapter(others)), donate=donate)
 
 
+def _check_finite(path: str, before: Any, merged: Any) -> None:
+    """Raise if float16, which ends at 65504, cannot hold a merged weight."""
+    if merged.dtype != jnp.float16 or not (is_concrete(before) and is_concrete(merged)):
+        return
+    count = int((jnp.isinf(merged) & ~jnp.isinf(before)).sum())
+    if count:
+        raise OverflowError(
+            f"merge: {count} entries of {path!r} are infinite in {merged.dtype}, whose largest "
+            f"number is {jnp.finfo(merged.dtype).max}. Merge into a wider base: "
+            "jax.tree.map(lambda x: x.astype('bfloat16'), base)"
+        )
+
+
 def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
     leaves = flatten(params)[0]
     for path in (part_of(key, leaves).path for key in adapter.factors):
-        if is_quantized(leaves.get(path)):
+        if is_coarse(leaves.get(path)):
             raise ValueError(
-                f"{verb}: {path!r} is quantized, and would be rounded again each time: pass plain "
-                "parameters, lora_jax.quant.dequantize(params), or keep the base and merge from it"
+                f"{verb}: {path!r} is quantized, or of 8 bits, and would be rounded again each "
+                "time: pass plain parameters, lora_jax.quant.dequantize(params), or keep the base "
+                "and merge from it"
             )
 
 

@@ -9,8 +9,9 @@ from lora_jax._weights.axes import role_axes
 from lora_jax._weights.choose import choose
 from lora_jax._weights.paths import PyTree, arrays_in, flatten
 from lora_jax._weights.quantized import (
+    dequantize_array,
+    is_coarse,
     is_quantized,
-    plain_array,
     quantize_array,
     relative_error,
 )
@@ -115,7 +116,7 @@ def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
             ``merge(..., quantized="dequantize")``.
 
     Returns:
-        ``{path: error}`` for the quantized leaves.
+        ``{path: error}`` for the quantized leaves, and those of float8.
 
     Raises:
         ValueError: the two trees differ.
@@ -125,9 +126,11 @@ def quantization_error(params: PyTree, exact: PyTree) -> dict[str, float]:
         raise ValueError(
             f"quantization_error: the trees differ in {sorted(ours.keys() ^ theirs.keys())[:5]}"
         )
-    return {path: relative_error(x, theirs[path]) for path, x in ours.items() if is_quantized(x)}
+    return {path: relative_error(x, theirs[path]) for path, x in ours.items() if is_coarse(x)}
 
 
 def dequantize(params: PyTree) -> PyTree:
-    """Replace quantized arrays by plain ones, in the dtype of their scales."""
-    return jax.tree.map(plain_array, params, is_leaf=is_quantized)
+    """Replace quantized arrays by plain ones, in the dtype of their scales; float8 by bfloat16."""
+    return jax.tree.map(
+        lambda x: dequantize_array(x) if is_coarse(x) else x, params, is_leaf=is_quantized
+    )

@@ -13,6 +13,7 @@ from helpers import CASES, assert_close, drawn, error, normal, randomize_b, tole
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
+from lora_jax import Adapter, LoraParams
 from lora_jax._merge import _jitted
 
 
@@ -240,3 +241,36 @@ def test_an_adapter_that_does_not_fit_raises(use):
         use(lora_jax.LoraParams({"w": w}, lora_jax.Adapter({}, {"w": jnp.ones(3)})))
     with pytest.raises(ValueError, match=r"both in adapter.factors and in adapter.full"):
         use(lora_jax.LoraParams({"w": w}, lora_jax.Adapter({"w": f}, {"w": w})))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+def test_weights_of_few_bits_are_merged_on_request_only(dtype):
+    plain = adapted_weight((16, 12), "io")
+    coarse = dataclasses.replace(plain, base={"w": plain.base["w"].astype(dtype)})
+    with pytest.raises(ValueError, match=f"'w' is {dtype}, and its merged values do not fit"):
+        lora_jax.merge(coarse)
+    with pytest.raises(ValueError, match="quantized, or of 8 bits"):
+        lora_jax.unmerge(coarse.base, coarse.adapter)
+    wide = lora_jax.quant.dequantize(coarse.base)
+    assert wide["w"].dtype == jnp.bfloat16
+    wanted = lora_jax.merge(LoraParams(wide, coarse.adapter))
+    merged = lora_jax.merge(coarse, quantized="dequantize")
+    np.testing.assert_array_equal(np.asarray(merged["w"]), np.asarray(wanted["w"]))
+    again = lora_jax.merge(coarse, quantized="requantize")
+    assert again["w"].dtype == dtype
+    errors = lora_jax.quant.quantization_error(again, merged)
+    assert 0 < errors["w"] < 0.5
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_float16_weight_that_overflows_is_told_and_kept(donate):
+    lora_params = adapted_weight((8, 6), "io", jnp.float16)
+    f = lora_params.adapter.factors["w"]
+    large = dataclasses.replace(f, scale=jnp.float32(1e7))
+    with pytest.raises(OverflowError, match=r"merge: \d+ entries of 'w' are infinite in float16"):
+        lora_jax.merge(LoraParams(lora_params.base, Adapter({"w": large})), donate=donate)
+    base = jax.tree.map(lambda x: x.astype("bfloat16"), lora_params.base)  # not deleted
+    merged = lora_jax.merge(LoraParams(base, Adapter({"w": large})), donate=donate)
+    assert bool(jnp.isfinite(merged["w"]).all())
+    lora_params.base["w"] = lora_params.base["w"].at[0].set(jnp.inf)
+    lora_jax.merge(lora_params)  # what is infinite stays so

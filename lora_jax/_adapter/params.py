@@ -81,6 +81,13 @@ class Adapter(_Arithmetic):
         return found | {(path, "full"): x for path, x in self.full.items()}
 
 
+_NO_PARAMETERS = (
+    "a LoraParams is no tree of parameters, but two, .base and .adapter. A function of parameters "
+    "takes it through lora_jax.lora: lora_jax.lora(model.apply)({'params': lora_params}, x), and "
+    "not model.apply({'params': lora_params}, x)"
+)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "adapter"), meta_fields=())
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraParams(_Arithmetic):
@@ -102,6 +109,12 @@ class LoraParams(_Arithmetic):
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.base, self.adapter))
+
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(f"LoraParams[{key!r}]: {_NO_PARAMETERS}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"LoraParams.{name}: {_NO_PARAMETERS}")
 
     def __repr__(self) -> str:
         if not isinstance(self.adapter, Adapter) or not isinstance(self.adapter.factors, dict):

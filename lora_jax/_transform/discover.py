@@ -18,7 +18,7 @@ from lora_jax._transform.probe import Probe
 from lora_jax._transform.use import Use
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax._weights.paths import arrays_in
+from lora_jax._weights.paths import checked_arrays
 
 _KINDS = {"conv_general_dilated": "conv", "gather": "embedding", "ragged_dot_general": "ragged"}
 
@@ -64,9 +64,7 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     """
     if isinstance(params, LoraParams):
         raise TypeError("layout_of: params is a LoraParams; pass its .base")
-    leaves = arrays_in(params)
-    if not leaves:
-        raise ValueError(f"layout_of: params has no arrays (got {type(params).__name__})")
+    leaves = checked_arrays(params, "layout_of")
     reasons = {path: _why_not(leaf) for path, leaf in leaves.items()}
     wrapped = LoraParams(params, Adapter({}))
 

@@ -18,6 +18,7 @@ from lora_jax._transform.interpret import evaluate
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.record import Record
 from lora_jax._weights.axes import is_array, role_axes
+from lora_jax._weights.paths import is_flax
 from lora_jax._weights.ranges import part_of
 
 
@@ -79,13 +80,24 @@ def lora(
         policy = Policy(on_materialize, dropout)
         return run_lora(policy, fn, args, kwargs, functools.partial(enter, key=key))
 
-    return lora_fn
+    return marked(lora_fn)
+
+
+def marked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark an adapted function, which nothing adapts again."""
+    fn.is_adapted = True  # pyright: ignore[reportFunctionMemberAccess]
+    return fn
 
 
 def check_function(fn: Any, name: str, reserved: str, on_materialize: Any) -> None:
     """Raise unless ``name`` can wrap this function, and add the argument ``reserved``."""
     if not callable(fn):
         raise TypeError(f"{name}: expected a function, got {type(fn).__name__} {fn!r}")
+    if getattr(fn, "is_adapted", False):
+        raise ValueError(
+            f"{name}: the function is adapted already: it takes a LoraParams where the original "
+            f"takes parameters. Pass the original function to {name}"
+        )
     if on_materialize not in get_args(OnMaterialize):
         raise ValueError(
             f"on_materialize={on_materialize!r}: expected one of {get_args(OnMaterialize)}"
@@ -106,7 +118,11 @@ def run_lora(
 ) -> Any:
     """Call the adapted function once; weights enter it by ``enter``, as in ``Call.of``."""
     call = Call.of(args, kwargs, enter)
-    jaxpr, untrimmed, consts, out = call.trace(fn)
+    try:
+        jaxpr, untrimmed, consts, out = call.trace(fn)
+    except Exception as error:
+        _explain(error, call)
+        raise
     values = [*consts, *call.values]
     ctx = Context(policy)
     try:
@@ -126,6 +142,18 @@ def run_lora(
             if wrong:
                 raise ValueError("\n".join(wrong))
     return jax.tree.unflatten(out, results)
+
+
+def _explain(error: Exception, call: Call) -> None:
+    """Add to an error of the function what it may not know of its arguments."""
+    for node in call.lora_params.values():
+        if is_flax(node.base, "nnx", "Module"):
+            error.add_note(
+                f"lora(fn): the function gets the base of a LoraParams as it is, here the NNX "
+                f"module {type(node.base).__name__}, to be called: module(x). A function that "
+                "merges a state, nnx.merge(graphdef, state), wants the state adapted: graphdef, "
+                "state = nnx.split(module); lora_jax.lorafy(state)"
+            )
 
 
 def _parameters(fn: Callable[..., Any]) -> Collection[str]:

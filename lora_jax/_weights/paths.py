@@ -6,6 +6,7 @@ the path.
 """
 
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -71,6 +72,17 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Any]:
 def arrays_in(tree: PyTree) -> dict[str, Any]:
     """Return the arrays of a tree by path, without its other leaves."""
     return {path: x for path, x in flatten(tree)[0].items() if is_array(x)}
+
+
+def checked_arrays(params: PyTree, name: str) -> dict[str, Any]:
+    """Return the arrays of ``params`` by path, or raise; ``name`` begins the message."""
+    leaves = arrays_in(params)
+    if not leaves:
+        raise ValueError(
+            f"{name}: params has no arrays: it is a {type(params).__name__}, "
+            f"{reprlib.repr(params)}. Pass parameters, such as model.init(key, x)['params']"
+        )
+    return leaves
 
 
 def nearest(path: str, paths: Iterable[str], n: int = 5) -> str:

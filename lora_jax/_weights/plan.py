@@ -104,12 +104,13 @@ def _target(
     key, part, answer = weight
     leaf, letters = leaves[part.path], letters_of(part.path, leaves, layout)
     shape = part.shape(leaf.shape)
-    r = check_rank(
-        lookup(rank, part.path, "rank") if answer is True else answer, key, letters, shape
-    )
+    r = lookup(rank, part.path, "rank") if answer is True else answer
+    if r is None:
+        raise _none("rank", rank, key)
+    r = check_rank(r, key, letters, shape)
     wanted = lookup(alpha, part.path, "alpha")
     if wanted is None:
-        raise ValueError(f"alpha: no pattern of the mapping matches {key!r}; end with '.*'")
+        raise _none("alpha", alpha, key)
     why = (
         ", since the update is scaled by alpha / rank; to switch an adapter off, call the function "
         "on lora_params.base"
@@ -179,16 +180,24 @@ def _check_distinct(parts: Mapping[str, Part], leaves: Mapping[str, Any]) -> Non
         seen[id(leaves[path])].append(name)
 
 
+def _none(name: str, value: Any, key: str) -> Exception:
+    """Return the error of a weight that a rank or an alpha says nothing of."""
+    if isinstance(value, Mapping):
+        return ValueError(f"{name}: no pattern of the mapping matches {key!r}; end with '.*'")
+    default = " Leave it out for the default, the rank" if name == "alpha" else ""
+    return TypeError(f"{name}={value!r} for {key!r}: expected a number.{default}")
+
+
 def check_rank(rank: Any, path: str, layout: str, shape: tuple[int, ...]) -> int:
     """Return the rank of one weight as an int, or raise."""
-    if rank is None:
-        raise ValueError(f"rank: no pattern of the mapping matches {path!r}; end with '.*'")
     if not is_int(rank):
         raise TypeError(f"rank={rank!r} for {path!r}: expected an int")
     limit = max_rank(layout, shape)
     if not 1 <= rank <= limit:
         raise ValueError(
             f"rank={rank} for {path!r} of shape {shape} (layout {layout!r}): expected 1 to "
-            f"min(in, out) = {limit}, at which a LoRA can express any update"
+            f"min(in, out) = {limit}, at which a LoRA can express any update. Give it a rank of "
+            f"its own, rank={{{path!r}: {limit}, '.*': {rank}}}; train it fully, full={path!r}; or "
+            f"leave it out, exclude={path!r}"
         )
     return int(rank)

@@ -13,6 +13,14 @@ def is_quantized(x: Any) -> bool:
     return qwix is not None and isinstance(x, qwix.QArray)
 
 
+def is_coarse(x: Any) -> bool:
+    """Return whether sums of small numbers do not fit the steps of ``x``: quantized, float8."""
+    if is_quantized(x):
+        return True
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
+
+
 def import_qwix() -> Any:
     """Import the library of quantized types.
 
@@ -30,7 +38,9 @@ def import_qwix() -> Any:
 
 
 def dequantize_array(x: Any) -> jax.Array:
-    """Return the plain array that a quantized one represents, in the dtype of its scales."""
+    """Return the plain array that a coarse one represents: bfloat16; in the dtype of its scales."""
+    if not is_quantized(x):
+        return x.astype(jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return import_qwix().dequantize(x)
 
@@ -49,7 +59,9 @@ def quantize_array(x: jax.Array, qtype: Any, tiles: dict[int, int]) -> Any:
 
 
 def requantize(x: jax.Array, like: Any) -> Any:
-    """Quantize ``x`` as ``like`` is quantized."""
+    """Round ``x`` as ``like`` is: quantize it if that is quantized."""
+    if not is_quantized(like):
+        return x.astype(like.dtype)
     sizes = zip(like.qvalue.shape, like.scale.shape, strict=True)
     tiles = {axis: n // scales for axis, (n, scales) in enumerate(sizes) if n != scales}
     return quantize_array(x.astype(like.scale.dtype), like.qtype, tiles)

@@ -10,7 +10,7 @@ from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._transform.call import enter
 from lora_jax._transform.context import Policy
 from lora_jax._transform.labelled import Axis, Labelled
-from lora_jax._transform.lora import check_function, run_lora
+from lora_jax._transform.lora import check_function, marked, run_lora
 from lora_jax._transform.pick import Router
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.numbers import is_int
@@ -75,7 +75,7 @@ def lora_routed(
 
         return run_lora(Policy("error"), fn, args, kwargs, routed)
 
-    return routed_fn
+    return marked(routed_fn)
 
 
 def _check(lora_params: LoraParams, router: Any) -> None:

@@ -12,7 +12,7 @@ from lora_jax._adapter.factors import is_concrete
 from lora_jax._adapter.params import Adapter, LoraParams, is_lora
 from lora_jax._transform.call import enter, is_traced
 from lora_jax._transform.context import OnMaterialize, Policy
-from lora_jax._transform.lora import check_function, run_lora
+from lora_jax._transform.lora import check_function, marked, run_lora
 from lora_jax._transform.pick import Slot
 
 _WANTS = "such as lora_jax.many.stack([...]) returns"
@@ -94,7 +94,7 @@ def lora_rows(
         arrays = {i: leaves[i] for i in mapped}
         return jax.vmap(one, in_axes=(0, mapped), out_axes=out_axes)(ids, arrays)
 
-    return rows_fn
+    return marked(rows_fn)
 
 
 def _is_axis(x: Any) -> bool:
