@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lora_jax._adapter.factors import Factors, Rows, master
 from lora_jax._adapter.norms import squared_norm
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, check, without_adapters
 from lora_jax._adapter.place import make_sharded
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.choose import Bias
@@ -115,9 +115,7 @@ def lorafy(
         arXiv:2312.03732. Liu et al., DoRA, arXiv:2402.09353. Zhang et al., LoRA-FA,
         arXiv:2308.03303.
     """  # noqa: E501
-    if isinstance(params, LoraParams):
-        raise TypeError("lorafy: params is already a LoraParams; pass its .base to start anew")
-    leaves = checked_arrays(params, "lorafy")
+    leaves = checked_arrays(without_adapters(params), "lorafy")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype!r}: factors need a real floating type such as float32")
     if isinstance(freeze, str) or not set(freeze) < {*Factors.TRAINABLE}:
@@ -144,10 +142,18 @@ def lorafy(
     new, adapter = make_sharded(made, {path: leaves[path] for path in plan.paths}, key)
     for target in plan.targets:
         check_started(init, target.path, adapter.factors[target.path])
+    if new and isinstance(params, LoraParams):
+        raise ValueError(
+            f"lorafy: this initializer changes the base, and on {next(iter(new))!r} there may be a "
+            "frozen adapter. Merge it first: lora_jax.lorafy(lora_jax.merge(lora_params), ...)"
+        )
     if new:
         every, tree = flatten(params)
         params = jax.tree.unflatten(tree, [new.get(path, x) for path, x in every.items()])
-    return LoraParams(params, adapter)
+    lora_params = LoraParams(params, adapter)
+    if isinstance(params, LoraParams):
+        check(lora_params)
+    return lora_params
 
 
 def _make(

@@ -75,7 +75,10 @@ def merge(
             f"merge: quantized={quantized!r}: expected 'refuse', 'dequantize' or 'requantize'"
         )
     leaves, parts = check(lora_params)
-    adapter = lora_params.adapter
+    base, adapter = lora_params
+    if isinstance(base, LoraParams):
+        plain = merge(base, donate=donate, quantized=quantized)
+        return merge(LoraParams(plain, adapter), donate=donate, quantized=quantized)
     ids = [id(leaf) for leaf in leaves.values()]
     updates: dict[str, list[Update]] = {}
     for key, f in adapter.factors.items():
@@ -99,7 +102,7 @@ def merge(
             before, leaf = leaf, _add(leaf, updates[path], donate=donate and not shared)
             _check_finite(path, before, leaf)
         merged.append(leaf)
-    return jax.tree.unflatten(flatten(lora_params.base)[1], merged)
+    return jax.tree.unflatten(flatten(base)[1], merged)
 
 
 def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree:

@@ -424,9 +424,22 @@ def test_params_without_arrays_raise(params):
         lora_jax.lorafy(params)
 
 
-def test_lorafy_twice_raises(params):
-    with pytest.raises(TypeError, match="already a LoraParams"):
-        lora_jax.lorafy(lora_jax.lorafy(params))
+def test_the_bias_of_a_stacked_projection_shows_the_stack():
+    def layout(kernel, bias):
+        params = {"query": {"kernel": jnp.ones(kernel), "bias": jnp.ones(bias)}}
+        return lora_jax.lorafy(params, 1).adapter.factors["query/kernel"].layout
+
+    assert layout((3, 6, 5), (3, 5)) == "bio"
+    assert layout((6, 3, 5), (3, 5)) == "ioo"
+    assert layout((3, 6, 2, 5), (3, 2, 5)) == "bioo"
+    with pytest.raises(ValueError, match="ambiguous"):
+        layout((3, 3, 5), (3, 5))
+
+
+def test_the_factors_of_another_lora_are_no_targets():
+    state = nnx.state(nnx.Dict(query=nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))))
+    for targets in (None, "all-linear"):
+        assert list(lora_jax.lorafy(state, 1, targets=targets).adapter.factors) == ["query/kernel"]
 
 
 def test_one_array_at_two_targets_raises():

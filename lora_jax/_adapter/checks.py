@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.factors import Entry, Rows, is_concrete
-from lora_jax._adapter.params import Adapter, LoraParams, adapter_of, check, is_lora
+from lora_jax._adapter.params import (
+    Adapter,
+    LoraParams,
+    adapter_of,
+    adapters_under,
+    check,
+    is_lora,
+    without_adapters,
+)
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.ranges import Part, overlap, part_of
@@ -65,10 +73,16 @@ def check_finite(adapter: Adapter, name: str, remedy: str) -> jax.Array | None:
 
 def check_same_base(names: str, one: LoraParams, other: LoraParams) -> None:
     """Raise unless two bases are the same arrays; ``names`` begins the messages."""
-    (leaves, tree), (others, other_tree) = flatten(one.base), flatten(other.base)
+    (leaves, tree), (others, other_tree) = (flatten(without_adapters(x)) for x in (one, other))
     if tree != other_tree:
         where = sorted(leaves.keys() ^ others.keys())[:5] or "their containers"
         raise ValueError(f"{names} are over different bases: they differ in {where}")
+    under = [jax.tree.leaves(adapters_under(p)) for p in (one, other)]
+    if list(map(id, under[0])) != list(map(id, under[1])):
+        raise ValueError(
+            f"{names} are over different frozen adapters. Equal values are not enough: give both "
+            "one base, LoraParams(x.base, y.adapter) in place of y"
+        )
     for path, x in leaves.items():
         pairs = zip(jax.tree.leaves(x), jax.tree.leaves(others[path]), strict=False)
         if all(x is y or (not is_array(x) and x == y) for x, y in pairs):

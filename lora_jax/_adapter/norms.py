@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._adapter.factors import wide
-from lora_jax._adapter.params import LoraParams
+from lora_jax._adapter.params import LoraParams, without_adapters
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import flatten
 from lora_jax._weights.quantized import plain_array
@@ -24,7 +24,7 @@ def squared_norm(w: jax.Array, layout: str) -> jax.Array:
 
 def with_norms(lora_params: LoraParams) -> LoraParams:
     """Fill in the norms of this base's columns wherever there is a magnitude."""
-    leaves, adapter = flatten(lora_params.base)[0], lora_params.adapter
+    leaves, adapter = flatten(without_adapters(lora_params))[0], lora_params.adapter
     factors = dict(adapter.factors)
     for key, f in factors.items():
         if f.magnitude is not None:

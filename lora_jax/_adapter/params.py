@@ -94,7 +94,8 @@ class LoraParams(_Arithmetic):
     """Parameters split into a frozen base and a trainable adapter. Made by ``lorafy``.
 
     It unpacks: ``base, adapter = lora_params``. The base is the given tree, with the same arrays:
-    the original function on it is the model without LoRA.
+    the original function on it is the model without LoRA. It may be a LoraParams itself, which is
+    frozen then: the updates of both add up.
 
     LoraParams of one base add up as their adapters do; full leaves add up by their differences
     from the base.
@@ -147,13 +148,29 @@ class LoraParams(_Arithmetic):
         return "\n".join([text, text.split("\n")[1], count_line(self)])
 
 
+def without_adapters(base: PyTree) -> PyTree:
+    """Return the parameters under a base's frozen adapters, if it has any."""
+    while isinstance(base, LoraParams):
+        base = base.base
+    return base
+
+
+def adapters_under(lora_params: LoraParams) -> list[Adapter]:
+    """Return the frozen adapters of the base, the last one first."""
+    found, base = [], lora_params.base
+    while isinstance(base, LoraParams):
+        found.append(base.adapter)
+        base = base.base
+    return found
+
+
 def count_line(lora_params: LoraParams) -> str:
     """Format ``trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.236``."""
     adapter = lora_params.adapter
     factors = adapter.factors.values()
     trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
     added = sum(x.size for f in factors for name, x in f.arrays().items() if name in f.TRAINABLE)
-    base = flatten(lora_params.base)[0].values()
+    base = flatten(without_adapters(lora_params))[0].values()
     total = added + sum(prod(x.shape) for x in base if is_array(x))
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
@@ -186,7 +203,7 @@ def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> Chec
             f"LoraParams.adapter is {type(adapter).__name__}, expected an Adapter: build it with "
             "lora_jax.lorafy(params, ...)"
         )
-    leaves = flatten(base)[0] if leaves is None else leaves
+    leaves = flatten(without_adapters(base))[0] if leaves is None else leaves
     parts = {key: part_of(key, leaves) for key in adapter.factors}
     by_path: dict[str, list[str]] = {}
     for key in dict.fromkeys((*adapter.factors, *adapter.full)):
@@ -213,7 +230,33 @@ def check(lora_params: LoraParams, leaves: dict[str, Any] | None = None) -> Chec
             )
         if path in by_path:
             raise ValueError(f"{path!r} is both in adapter.factors and in adapter.full: keep one")
+    if isinstance(base, LoraParams):
+        _check_under(adapter, parts, check(base, leaves).parts, base)
     return Checked(leaves, parts)
+
+
+def _check_under(
+    adapter: Adapter, parts: dict[str, Part], under: dict[str, Part], base: LoraParams
+) -> None:
+    """Raise unless the updates of an adapter and of a frozen one under it simply add up."""
+    remedy = "Merge the frozen adapter first: lora_jax.lorafy(lora_jax.merge(lora_params), ...)"
+    for key, f in adapter.factors.items():
+        for other, part in under.items():
+            if part.path != parts[key].path:
+                continue
+            for name, entry in ((key, f), (other, base.adapter.factors[other])):
+                if entry.magnitude is not None or entry.residual:
+                    kind = "DoRA" if entry.magnitude is not None else "an initializer's residual"
+                    raise ValueError(
+                        f"{name!r} is of {kind}, and two adapters of {part.path!r}, one of them "
+                        f"frozen, add up only as plain LoRA. {remedy}"
+                    )
+    changed = {part.path for part in under.values()} | base.adapter.full.keys()
+    if both := sorted(changed & adapter.full.keys()):
+        raise ValueError(
+            f"adapter.full[{both[0]!r}] would replace what the frozen adapter made of that leaf. "
+            f"{remedy}"
+        )
 
 
 def _check_factors(path: str, f: Entry, shape: tuple[int, ...]) -> None:

@@ -90,10 +90,13 @@ def shardings(
         key: _of_entry(key, f, parts[key], leaves, of_adapter, replicated)
         for key, f in lora_params.adapter.factors.items()
     }
-    every, tree = flatten(lora_params.base)
-    base = jax.tree.unflatten(
-        tree, [_of_parts(x, of_base.get(path, replicated)) for path, x in every.items()]
-    )
+    if isinstance(lora_params.base, LoraParams):
+        base = shardings(lora_params.base, base_shardings, replicate=replicate)
+    else:
+        every, tree = flatten(lora_params.base)
+        base = jax.tree.unflatten(
+            tree, [_of_parts(x, of_base.get(path, replicated)) for path, x in every.items()]
+        )
     return LoraParams(base, Adapter(factors, {p: of_adapter[p] for p in lora_params.adapter.full}))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapter.checks import check_parts, check_same_base, check_single
 from lora_jax._adapter.factors import Entry, Factors
-from lora_jax._adapter.params import Adapter, LoraParams, adapter_of
+from lora_jax._adapter.params import Adapter, LoraParams, adapter_of, without_adapters
 from lora_jax._weights.paths import flatten
 
 
@@ -45,14 +45,14 @@ def operands(verb: str, xs: Sequence[Any]) -> list[Adapter]:
         "Extract both from their merged parameters: lora_jax.algebra.extract(base, merged, rank, "
         "rest='full')"
     )
-    base = flatten(xs[0].base)[0] if isinstance(xs[0], LoraParams) else None
+    base = flatten(without_adapters(xs[0]))[0] if isinstance(xs[0], LoraParams) else None
     check_parts(verb, {f"operand {n}": x for n, x in enumerate(adapters)}, base, remedy)
     return adapters
 
 
 def differences(x: Any) -> dict[str, jax.Array]:
     """Return the difference of each full leaf of a LoraParams from its base."""
-    leaves = flatten(x.base)[0] if adapter_of(x).full else {}
+    leaves = flatten(without_adapters(x))[0] if adapter_of(x).full else {}
     return {
         path: leaf - leaves[path].astype(leaf.dtype) for path, leaf in adapter_of(x).full.items()
     }

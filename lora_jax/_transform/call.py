@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax import _jax
 from lora_jax._adapter.factors import Rows
-from lora_jax._adapter.params import LoraParams, check, is_lora
+from lora_jax._adapter.params import LoraParams, check, is_lora, without_adapters
 from lora_jax._transform.delta import Delta
 from lora_jax._transform.dora import delta_of
 from lora_jax._transform.labelled import Axis, Labelled
@@ -52,6 +52,10 @@ def enter(
     parts = check(lora_params if pick is None else _one_of(lora_params), leaves).parts
     factors, full = lora_params.adapter.factors, lora_params.adapter.full
     entered, freeze = {}, watched  # one scale tells of all
+    if isinstance(lora_params.base, LoraParams):
+        under, frozen_adapter = lora_params.base
+        frozen_adapter = jax.tree.map(_frozen, frozen_adapter)
+        leaves = enter(LoraParams(under, frozen_adapter), owner, leaves)
     for path, leaf in leaves.items():
         if path in full:
             new = _picked(full[path], leaf, pick) if isinstance(pick, Slot) else full[path]
@@ -81,6 +85,10 @@ def enter(
             delta = replace(delta, key=fold_in_path(key, f"{owner}/{name}"))
         entered[path] = LoraArray(w, (*deltas, delta))
     return entered
+
+
+def _frozen(x: Any) -> Any:
+    return lax.stop_gradient(x) if isinstance(x, jax.Array) else x
 
 
 def _in_stack(delta: Delta, pick: Slot | Router) -> Delta:
@@ -169,7 +177,7 @@ class Call:
         """
         nodes, structure = jax.tree.flatten((args, kwargs), is_leaf=is_lora)
         lora_params = {i: node for i, node in enumerate(nodes) if is_lora(node)}
-        found = {i: flatten(node.base)[0] for i, node in lora_params.items()}
+        found = {i: flatten(without_adapters(node))[0] for i, node in lora_params.items()}
         call = cls(structure, [], [], lora_params, found)
         if not call.lora_params:
             raise ValueError(
@@ -179,7 +187,7 @@ class Call:
         for i, node in enumerate(nodes):
             leaves, tree = [node], jax.tree.structure(0)
             if i in lora_params:
-                leaves, tree = enter(node, i, found[i]).values(), flatten(node.base)[1]
+                leaves, tree = enter(node, i, found[i]).values(), flatten(without_adapters(node))[1]
             leaves = list(map(_put_off, leaves))
             call.places.append((tree, [None if is_traced(x) else (x,) for x in leaves]))
             call.values += [x for x in leaves if is_traced(x)]

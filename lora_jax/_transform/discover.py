@@ -17,6 +17,7 @@ from lora_jax._transform.origin import Leaf
 from lora_jax._transform.probe import Probe
 from lora_jax._transform.use import Use
 from lora_jax._weights.axes import factor_shapes, not_trainable
+from lora_jax._weights.conventions import why_not
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax._weights.paths import checked_arrays
 
@@ -77,7 +78,7 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
             if letters := _layout(uses[path], leaf.shape):
                 found[path] = letters
             else:
-                reasons[path] = _unused(uses[path])
+                reasons[path] = why_not(path, leaf) or _unused(uses[path])
 
     # With factors of these layouts, what would ``lora`` do?
     adapted = Call.of((wrapped, *args), kwargs, functools.partial(_with_factors, found)).values

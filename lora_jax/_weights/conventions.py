@@ -38,6 +38,8 @@ def why_not(path: str, leaf: Any) -> str | None:
     """Return why this leaf cannot take a LoRA; None if it can."""
     if reason := not_trainable(leaf):
         return reason
+    if path.split("/")[-1] in ("lora_a", "lora_b"):
+        return "a factor of another LoRA, such as nnx.LoRALinear's"
     if path.split("/")[-1] in VECTORS:
         return "a bias, a norm or a statistic: train it fully, with full="
     if len(leaf.shape) < 2:
@@ -56,6 +58,11 @@ def _stacked(path: str, shape: Sequence[int], leaves: Mapping[str, Any]) -> bool
     where scanned modules and others are siblings.
     """
     parts = path.split("/")
+    own = leaves.get("/".join([*parts[:-1], "bias"]))
+    if is_array(own) and READS.intersection(parts):  # [layers, *out] or [*out] of [.., in, *out]
+        in_stack, alone = (*shape[:1], *shape[2:]), tuple(shape[1:])
+        if tuple(own.shape) in (in_stack, alone) and in_stack != alone:
+            return tuple(own.shape) == in_stack
     for depth in range(len(parts) - 1, 0 if len(parts) > 2 else -1, -1):
         prefix = "/".join([*parts[:depth], ""])
         near = {p: x.shape for p, x in leaves.items() if p.startswith(prefix) and is_array(x)}

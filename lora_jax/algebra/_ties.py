@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapter.checks import check_finite, with_adapter
 from lora_jax._adapter.factors import Rows, is_concrete
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, without_adapters
 from lora_jax._adapter.sums import scaled_rows
 from lora_jax._adapter.updates import by_key, differences, operands, plain
 from lora_jax._weights.numbers import is_int
@@ -206,7 +206,7 @@ def _full(xs: list[Any], key: jax.Array, rule: Rule) -> dict[str, jax.Array]:
     for x in xs:
         for path, d in differences(x).items():
             moved.setdefault(path, []).append(d)
-    leaves = flatten(xs[0].base)[0] if moved else {}
+    leaves = flatten(without_adapters(xs[0]))[0] if moved else {}
     return {
         path: leaves[path].astype(ds[0].dtype) + of_arrays(ds, fold_in_path(key, path), rule)
         for path, ds in moved.items()

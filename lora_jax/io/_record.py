@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax._adapter.checks import check_single
 from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.norms import with_norms
-from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._adapter.params import Adapter, LoraParams, adapters_under, check, without_adapters
 from lora_jax._weights.axes import check_layout, factor_shapes
 from lora_jax._weights.paths import PyTree, arrays_in, nearest
 from lora_jax._weights.quantized import plain_array
@@ -103,12 +103,19 @@ def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[s
 
 
 def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> dict[str, Any]:
-    leaves = arrays_in(base)
+    leaves = arrays_in(without_adapters(base))
     shown = [path for path in leaves if content or path in changed]
     return {
         "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
         "content": {path: content_of(leaves[path]) for path in shown},
+        **({"under": under} if (under := _under(base)) else {}),
     }
+
+
+def _under(base: PyTree) -> list[dict[str, str]]:
+    """Return the contents of the frozen adapters on a base, the last one first."""
+    found = adapters_under(LoraParams(base, None))
+    return [{name: checksum(x) for name, x in arrays_of(adapter).items()} for adapter in found]
 
 
 def content_of(x: Any) -> str:
@@ -124,7 +131,12 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
     """
     if record is None:
         return
-    leaves = arrays_in(params)
+    leaves = arrays_in(without_adapters(params))
+    if (known := record.get("under", [])) and known != _under(params):
+        raise ValueError(
+            f"{where} is of an adapter that was trained on top of another, frozen one, which "
+            "params has not. Load that one first: load(path, load(path_of_the_first, params))"
+        )
     wanted = record["leaves"]
     for path, (_, *shape) in wanted.items():
         if path not in leaves:
@@ -197,7 +209,7 @@ def check_record(record: Any, where: str) -> None:
     if not all(isinstance(path, str) for path in record["full"]):
         raise bad("its record of full leaves is no list of paths")
     if (base := record["base"]) is not None:
-        of_base = {"leaves": dict, "content": dict}
+        of_base = {"leaves": dict, "content": dict, **({"under": list} if "under" in base else {})}
         if base.keys() != of_base.keys() or any(
             not isinstance(base[k], kind) for k, kind in of_base.items()
         ):
@@ -303,8 +315,6 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
     """Return the adapter, or a LoraParams of the parameters once they are found to be its base."""
     if params is None:
         return adapter
-    if isinstance(params, LoraParams):
-        raise TypeError(f"{where}: params is a LoraParams, expected its base, the plain parameters")
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)
     check(lora_params)

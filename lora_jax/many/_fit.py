@@ -16,7 +16,7 @@ from jax import lax
 from lora_jax._adapter.checks import check_finite
 from lora_jax._adapter.factors import Entry, Rows, master
 from lora_jax._adapter.norms import with_norms
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, without_adapters
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.paths import PyTree, flatten
 
@@ -72,7 +72,7 @@ def blank(schema: Schema) -> Adapter:
     raises if the base is not known.
     """
     entries = {key: _blank_entry(key, wanted, schema) for key, wanted in schema.entries.items()}
-    leaves = None if schema.base is None else flatten(schema.base)[0]
+    leaves = None if schema.base is None else flatten(without_adapters(schema.base))[0]
     full = {
         path: Blank(tuple(like.shape), like.dtype, partial(_leaf, path, owner, like, leaves))
         for path, (owner, like) in schema.full.items()

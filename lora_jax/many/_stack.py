@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapter.checks import check_parts, check_same_base, check_single, with_adapter
 from lora_jax._adapter.factors import Rows
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, without_adapters
 from lora_jax._weights.axes import is_array
 from lora_jax._weights.numbers import is_int
 from lora_jax._weights.paths import flatten
@@ -89,7 +89,7 @@ def stack(adapters: Sequence[Stack], rank: int | None = None) -> Stack:
             )
     base, leaves = None, None
     if isinstance(first, LoraParams):
-        base, leaves = first.base, flatten(first.base)[0]
+        base, leaves = first.base, flatten(without_adapters(first))[0]
         others: list[Any] = adapters[1:]
         for n, x in enumerate(others, 1):
             check_same_base(f"stack: adapters[0] and adapters[{n}]", first, x)

@@ -75,6 +75,10 @@ def _reordered(
         raise ValueError(f"head_dim={head_dim}: expected an even number")
     order = np.arange(head_dim).reshape(pairs).T.reshape(-1)
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
+    if isinstance(lora_params.base, LoraParams):
+        raise ValueError(
+            "under this adapter is a frozen one: reorder LoraParams(base, adapter) of each of them"
+        )
     leaves, parts = check(lora_params)
     _, tree = flatten(lora_params.base)
     chosen = {path for path in leaves if re.fullmatch(targets, path)}

@@ -73,6 +73,8 @@ def save(
             other shapes; or finite numbers would be infinite in ``dtype``.
     """
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
+    if isinstance(lora_params.base, LoraParams):
+        lora_params = LoraParams(merge_params(lora_params.base), lora_params.adapter)
     leaves = check(lora_params).leaves
     opened = open_source(source) if source is not None else None
     changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}

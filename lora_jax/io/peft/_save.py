@@ -88,6 +88,13 @@ def save(
     """
     if not isinstance(lora_params, LoraParams):
         raise TypeError(f"peft.save: expected a LoraParams, got {type(lora_params).__name__}")
+    if isinstance(lora_params.base, LoraParams):
+        raise ValueError(
+            "peft.save: under this adapter is a frozen one, and PEFT activates both. Save each in "
+            "a folder of its own: peft.save(one, lora_params.base), peft.save(other, "
+            "LoraParams(lora_params.base.base, lora_params.adapter)); or save the model, "
+            "hf.save(folder, lora_params)"
+        )
     if (initial is None) != (params is None):
         raise ValueError("peft.save: initial and params go together: one of them is None")
     if uniform and rslora:
