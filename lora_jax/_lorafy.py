@@ -1,18 +1,17 @@
 """``lorafy``: split a parameter tree into a frozen base and trainable factors."""
 
 import dataclasses
-import functools
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax._adapter.factors import Factors, Rows, master
+from lora_jax._adapter.factors import Entry, Factors, Rows, master
 from lora_jax._adapter.norms import squared_norm
 from lora_jax._adapter.params import Adapter, LoraParams, check, without_adapters
-from lora_jax._adapter.place import make_sharded
+from lora_jax._adapter.place import Made, Recipe, make_sharded
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.choose import Bias
 from lora_jax._weights.paths import PyTree, checked_arrays, flatten
@@ -20,7 +19,7 @@ from lora_jax._weights.plan import Plan, make_plan
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector
 from lora_jax._weights.target import Initializer, Target, fold_in_path
-from lora_jax.init._start import check_started, resolve_init, start
+from lora_jax.init._start import NAMES, check_started, resolve_init, start
 
 
 def lorafy(
@@ -137,9 +136,15 @@ def lorafy(
         rows=rows,
         layout=layout,
     )
-    made = functools.partial(_make, plan, init=init, dora=dora, freeze=freeze, dtype=dtype)
     key = jax.random.key(0) if key is None else key
-    new, adapter = make_sharded(made, {path: leaves[path] for path in plan.paths}, key)
+    options = (init, dora, tuple(sorted(freeze)), jnp.dtype(dtype))
+    recipes = {path: _recipe(path, plan, leaves[path], options) for path in plan.paths}
+    keys: dict[str, list[Any]] = {path: [] for path in recipes}
+    for target in plan.targets:
+        keys[target.part.path].append(fold_in_path(key, target.path))
+    new, adapter = make_sharded(recipes, leaves, keys)
+    order = [*(target.path for target in plan.targets), *plan.tables]
+    adapter = Adapter({name: adapter.factors[name] for name in order}, adapter.full)
     for target in plan.targets:
         check_started(init, target.path, adapter.factors[target.path])
     if new and isinstance(params, LoraParams):
@@ -156,42 +161,68 @@ def lorafy(
     return lora_params
 
 
-def _make(
-    plan: Plan,
-    leaves: dict[str, Any],
-    key: jax.Array,
-    *,
-    init: Initializer,
-    dora: bool,
-    freeze: Collection[str],
-    dtype: DTypeLike,
-) -> tuple[dict[str, Any], Adapter]:
-    """Make the adapter, and the leaves that an initializer changes."""
-    entries: dict[str, Any] = {}
-    new: dict[str, Any] = {}
-    for target in plan.targets:
-        path = target.part.path
-        target = dataclasses.replace(target, leaf=new.get(path, leaves[path]))
-        a, b, rest = start(init, fold_in_path(key, target.path), target, dtype)
-        if rest is not None:
-            new[path] = rest
-        magnitude, norm = _norms(target, new.get(path, target.leaf)) if dora else (None, None)
-        entries[target.path] = Factors(
-            a,
-            b,
-            jnp.asarray(target.scale, jnp.float32),
-            target.layout,
-            magnitude,
-            norm,
-            frozen=tuple(sorted(freeze)),
-            residual=rest is not None,
+class _Settings(NamedTuple):
+    """What is made of one leaf.
+
+    Attributes:
+        targets: the weights in it, without the leaf.
+        rows: its layout, the ids of trained rows, and its number of rows; None without.
+        is_full: whether it trains fully.
+        init, dora, freeze, dtype: as in :func:`lorafy`.
+    """
+
+    targets: tuple[Target, ...]
+    rows: tuple[str, tuple[int, ...], int] | None
+    is_full: bool
+    init: Initializer
+    dora: bool
+    freeze: tuple[str, ...]
+    dtype: Any
+
+
+def _recipe(path: str, plan: Plan, leaf: Any, options: tuple[Any, ...]) -> Recipe:
+    """Return how to make what the plan says of one leaf."""
+    own = [target for target in plan.targets if target.part.path == path]
+    rows = None
+    if path in plan.tables:
+        table = plan.tables[path]
+        (size,) = role_shape(table.layout, leaf.shape, "i")
+        rows = (table.layout, table.ids, size)
+    bare = tuple(dataclasses.replace(target, leaf=None) for target in own)
+    settings, shared = _Settings(bare, rows, path in plan.full, *options), None
+    if settings.init in NAMES.values():  # they read no paths
+        bare = (dataclasses.replace(t, path="", part=t.part._replace(path="")) for t in bare)
+        shared = settings._replace(targets=tuple(bare))
+    names = [target.path for target in own] + [path] * (rows is not None)
+    return Recipe(_make, settings, shared, tuple(names))
+
+
+def _make(settings: _Settings, leaf: Any, keys: list[jax.Array]) -> Made:
+    """Make the entries of one leaf, and the leaf if an initializer changes it."""
+    entries: list[Entry] = []
+    now = leaf
+    for target, key in zip(settings.targets, keys, strict=True):
+        target = dataclasses.replace(target, leaf=now)
+        a, b, rest = start(settings.init, key, target, settings.dtype)
+        now = now if rest is None else rest
+        magnitude, norm = _norms(target, now) if settings.dora else (None, None)
+        entries.append(
+            Factors(
+                a,
+                b,
+                jnp.asarray(target.scale, jnp.float32),
+                target.layout,
+                magnitude,
+                norm,
+                frozen=settings.freeze,
+                residual=rest is not None,
+            )
         )
-    for path, table in plan.tables.items():
-        shape = leaves[path].shape
-        b = jnp.zeros((len(table.ids), *role_shape(table.layout, shape, "o")), dtype)
-        (size,) = role_shape(table.layout, shape, "i")
-        entries[path] = Rows(b, jnp.ones((), jnp.float32), table.layout, table.ids, size)
-    return new, Adapter(entries, {path: master(leaves[path]) for path in plan.full})
+    if settings.rows is not None:
+        layout, ids, size = settings.rows
+        b = jnp.zeros((len(ids), *role_shape(layout, leaf.shape, "o")), settings.dtype)
+        entries.append(Rows(b, jnp.ones((), jnp.float32), layout, ids, size))
+    return Made(None if now is leaf else now, entries, master(leaf) if settings.is_full else None)
 
 
 def _norms(target: Target, base: jax.Array) -> tuple[jax.Array, jax.Array]:

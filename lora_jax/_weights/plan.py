@@ -184,7 +184,7 @@ def _none(name: str, value: Any, key: str) -> Exception:
     """Return the error of a weight that a rank or an alpha says nothing of."""
     if isinstance(value, Mapping):
         return ValueError(f"{name}: no pattern of the mapping matches {key!r}; end with '.*'")
-    default = " Leave it out for the default, the rank" if name == "alpha" else ""
+    default = " Leave it out for the default, 16" if name == "alpha" else ""
     return TypeError(f"{name}={value!r} for {key!r}: expected a number.{default}")
 
 

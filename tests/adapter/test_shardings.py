@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_close, drawn, normal, randomize_b
+from helpers import assert_close, assert_same, compilations, drawn, normal, randomize_b
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,6 +95,27 @@ def test_factors_are_those_of_a_base_on_one_device(kind):
             assert_close(*(jax.tree.map(np.asarray, x) for x in (there.adapter, adapter)))
         merged_there = jax.tree.map(np.asarray, lora_jax.merge(there))
         assert_close(merged_there, jax.tree.map(np.asarray, merged))
+
+
+def test_leaves_of_one_kind_share_a_program_that_later_calls_have():
+    def params(seed):
+        names = ("q", "k", "v")
+        return {
+            f"layer_{i}": {n: placed((8, 4), "x", "y", seed=seed) for n in names} for i in (0, 1)
+        }
+
+    options = {"targets": ".*", "bias": "none"}
+    with compilations() as seen:
+        lora_params = lora_jax.lorafy(params(0), 3, **options)
+    assert len([name for name in seen if "_make" in str(name)]) <= 1, seen
+    with compilations() as seen:
+        again = lora_jax.lorafy(params(1), 3, **options)
+    assert not seen
+    alone = lora_jax.lorafy(jax.tree.map(np.asarray, params(0)), 3, **options)
+    for x in (lora_params, again):
+        assert_same(jax.tree.map(np.asarray, x.adapter), jax.tree.map(np.asarray, alone.adapter))
+    with pytest.raises(ValueError, match=r"rank=3 of 'layer_0/k' is odd"):
+        lora_jax.lorafy(params(0), 3, init="orthogonal", **options)
 
 
 def test_lorafy_makes_factors_where_they_belong_under_jit():
