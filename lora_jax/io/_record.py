@@ -315,6 +315,12 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
     """Return the adapter, or a LoraParams of the parameters once they are found to be its base."""
     if params is None:
         return adapter
+    if isinstance(params, LoraParams) and not (record["base"] or {}).get("under"):
+        raise TypeError(
+            f"{where}: params is a LoraParams, expected its base, the plain parameters, on which "
+            "this adapter was trained. To put it on top of another adapter all the same: "
+            "LoraParams(lora_params, load(path))"
+        )
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)
     check(lora_params)

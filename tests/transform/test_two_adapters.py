@@ -90,6 +90,10 @@ def test_they_are_saved_apart_and_loaded_in_order(tmp_path):
         assert_same(apply(io.load(two, under), IDS), apply(both, IDS))
         with pytest.raises(ValueError, match="trained on top of another, frozen one"):
             io.load(two, PARAMS)
+        with pytest.raises(TypeError, match="params is a LoraParams, expected its base"):
+            io.load(one, both.base)
+        on_top = LoraParams(first(full=None), io.load(two))
+        assert_same(on_top.adapter, both.adapter)
         other = dataclasses.replace(under, adapter=first(full=None).adapter)
         with pytest.raises(ValueError, match="trained on top of another, frozen one"):
             io.load(two, other)
