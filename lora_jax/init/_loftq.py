@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lora_jax._adapter.lowrank import svd
 from lora_jax._weights.quantized import dequantize_array, quantize_array
 from lora_jax._weights.target import Initializer, Target
+from lora_jax.init._svd import take_out
 from lora_jax.quant import tiles_of
 
 
@@ -47,7 +48,8 @@ def loftq(qtype: str = "nf4", steps: int = 1, block: int | None = None) -> Initi
         b = jnp.zeros((*target.batch, r, target.outputs), jnp.float32)
         base: Any = None
         for _ in range(steps):
-            base = quantize_array(target.leaf_with(w - target.scale * (a @ b)), name, tiles)
+            *_, rest = take_out(w, target.scale, a, b)
+            base = quantize_array(target.leaf_with(rest), name, tiles)
             lost = w - target.as_matrix(dequantize_array(base))
             a, b = svd(lost, r).balanced(target.scale)
         return a, b, base

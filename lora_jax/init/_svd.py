@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax._adapter.lowrank import svd
+from lora_jax._adapter.lowrank import matmul, svd
 from lora_jax._weights.target import Target
 
 
@@ -31,8 +31,8 @@ def pissa(key: jax.Array, target: Target, niter: int | None = None) -> tuple[jax
 
 
 def take_out(w: jax.Array, scale: float, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
-    """Return factors and the rest of the weight: ``W - scale * a b``."""
-    return a, b, w - scale * (a @ b)
+    """Return factors and the rest of the weight: ``W - scale * a b``, in full precision."""
+    return a, b, w - scale * matmul(a, b)
 
 
 def olora(key: jax.Array, target: Target) -> tuple[jax.Array, ...]:

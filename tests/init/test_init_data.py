@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, drawn, loss_of, normal, randomize_b
+from helpers import all_eqns, assert_close, drawn, loss_of, normal, randomize_b
 from jax import lax
 from test_init import LAYOUT, PARAMS, X, both, fn, trained
 from test_init import plain as base
 
 import lora_jax
-from lora_jax.init import corda, eva, eva_ranks, lora_ga
+from lora_jax.init import corda, eva, eva_ranks, lora_ga, loftq
 
 BATCH = normal(8, (5, 12))
 
@@ -146,6 +146,22 @@ def test_those_that_take_from_the_weight_change_the_base(name, moments, grads):
     w = {"dense": PARAMS["dense"]}
     left = lora_jax.lorafy(w, 3, targets="dense", init=init).base["dense"]
     assert (left is w["dense"]) == (name == "eva")
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "corda, ipm", "lora_ga", "loftq"])
+def test_what_is_taken_out_of_the_weight_is_multiplied_in_full_precision(name, moments, grads):
+    """Accelerators multiply in fewer bits by default, and the model would not start as the base."""
+    init = {"loftq": loftq(block=6), **initializers(moments, grads)}.get(name, name)
+    adapt = lambda w: lora_jax.lorafy({"dense": w}, 3, targets="dense", init=init)  # noqa: E731
+    jaxpr = jax.make_jaxpr(adapt)(PARAMS["dense"])
+    inputs, outputs = PARAMS["dense"].shape
+    products = [
+        eqn.params["precision"]
+        for eqn in all_eqns(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general"
+        and [x.aval.shape for x in eqn.invars] == [(inputs, 3), (3, outputs)]
+    ]
+    assert set(products) == {(lax.Precision.HIGHEST, lax.Precision.HIGHEST)}
 
 
 def test_eva_reads_the_principal_components(initials):
