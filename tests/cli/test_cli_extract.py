@@ -106,6 +106,9 @@ def test_extract_of_bare_files_names_modules_as_beside_a_head(cli, here):
     assert found.keys() == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
     cli("merge", "before", "out", "merged")
     assert_close(tensors_of("merged")["h.0.attn.c_attn.weight"], np.full((6, 6), 2.0), length=6)
+    cli("convert", "out", "own.safetensors", "--to", "safetensors")
+    cli("convert", "own.safetensors", "back", "--to", "peft")
+    assert json.loads((Path("back") / "adapter_config.json").read_text())["fan_in_fan_out"]
 
 
 def test_extract_of_other_layers(cli, here):

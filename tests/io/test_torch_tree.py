@@ -205,7 +205,9 @@ def test_an_adapter_of_ours_in_the_names_of_pytorch():
     }
     adapter = lora_jax.Adapter(factors)
     assert is_torch(adapter)
-    assert not is_torch(lora_jax.Adapter({"wte/weight": factors["wte/weight"]}))
+    alone = {path: is_torch(lora_jax.Adapter({path: f})) for path, f in factors.items()}
+    told = {"h/0/attn/c_attn/weight", "h/0/mlp/fc/weight", "patch_embedding/weight"}
+    assert {path for path, is_told in alone.items() if is_told} == told
     places = TorchTree.known(leaves, adapter).places(kinds={"shared.*": "Embedding"})
     assert [places.form(places.of(path)[0])[1] for path in letters] == [
         "Conv1D",

@@ -154,9 +154,16 @@ def _new_heads(source: Source, adapter: Folder) -> dict[str, Tensor]:
 
 
 def is_torch(adapter: Adapter) -> bool:
-    """Return whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``."""
+    """Return whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``.
+
+    A table that is stored ``[rows, out]`` does not tell; a layer of GPT-2's, ``[in, out]``, does.
+    """
     return any(
-        path.endswith("/weight") and re.fullmatch("oi{1,4}", f.layout)
+        path.endswith("/weight")
+        and (
+            re.fullmatch("oi{1,4}", f.layout)
+            or (f.layout == "io" and _kind_of(path, f.layout) == "Conv1D")
+        )
         for path, f in adapter.factors.items()
     )
 
