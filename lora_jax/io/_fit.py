@@ -17,7 +17,8 @@ _BESIDE = (
     "vision_tower|vision_model|image_tower|video_tower|multi_modal_projector|image_newline|"
     "vision_embed_tokens|vqmodel"
 )
-# The names of before transformers 4.52 to those of today, and back; the first pattern counts.
+# The names of earlier versions of transformers (before 4.52, and 5) to those of today, and back;
+# the first pattern counts.
 _RENAMED = (
     {
         r"(language_model|text_model)\.model\.(.+)": r"model.\1.\2",
@@ -34,6 +35,8 @@ _RENAMED = (
         r"model\.((?!language_model\.|visual\.).+)": r"model.language_model.\1",
     },
     {r"model\.(visual\..+)": r"\1", r"model\.language_model\.(.+)": r"model.\1"},
+    {r"(.+)\.block_sparse_moe\.((?:gate|experts|shared_experts)(?:\..+)?)": r"\1.mlp.\2"},
+    {r"(.+)\.mlp\.((?:gate|experts|shared_experts)(?:\..+)?)": r"\1.block_sparse_moe.\2"},
 )
 _Rename = Callable[[str], str]
 

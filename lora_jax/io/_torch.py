@@ -5,7 +5,7 @@ keep their weights as Flax does; each kind has axes of its own::
 
     Linear     [out, in]            Conv        [out, in, *window]
     Conv1D     [in, out]            Embedding   [rows, out]
-    Parameter  [experts, ...], a parameter of a module rather than the weight of one
+    Parameter  [experts, ...] or a matrix, a parameter of a module rather than the weight of one
 """
 
 import functools
@@ -131,6 +131,11 @@ class Map:
         letters = self.letters(place.path)
         return letters, self.kind(place.path, letters)
 
+    def parameter(self, place: Place) -> str:
+        """Name the parameter at a place: as ``names`` does, or the weight of its module."""
+        is_weight = place.path == as_path(f"{place.module}.weight")
+        return f"{place.module}.weight" if is_weight else place.module
+
     def is_module(self, path: str) -> bool:
         """Return whether a leaf is the weight or bias of a module, by its name or by ``kinds``."""
         own = module_path(path, self.leaves)[0] != path
@@ -205,7 +210,8 @@ class Map:
         if given is not None and given not in get_args(Kind):
             raise ValueError(f"kinds={{{path!r}: {given!r}}}: expected one of {get_args(Kind)}")
         kind: Any = given or self._usual_kind(path, letters)
-        if letters.count("b") != (kind == "Parameter"):
+        is_matrix = kind == "Parameter" and sorted(letters) == ["i", "o"]
+        if not is_matrix and letters.count("b") != (kind == "Parameter"):
             raise ValueError(
                 f"{path!r} has batch axes (layout {letters!r}) and is a {kind}: give in names "
                 f"where the number of the layer goes, {LAYER!r}, or of the expert, {EXPERT!r}; or "
@@ -296,9 +302,11 @@ def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
 
 
 def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
-    """Put a weight into the axes of its module; a vector stays one."""
+    """Put a weight into the axes of its module; a vector stays one, a parameter has ours."""
     if not letters:
         return x.reshape(-1)
+    if kind == "Parameter":
+        return x
     if kind == "Conv":
         return x.transpose([letters.index("o"), *channels_first(letters)])
     sizes = [prod(role_shape(letters, x.shape, role)) for role in "io"]
@@ -308,7 +316,7 @@ def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
 
 def from_torch(x: np.ndarray, shape: tuple[int, ...], letters: str, kind: Kind) -> np.ndarray:
     """Put a weight of a module into our axes, which have this shape: undo :func:`to_torch`."""
-    if not letters:
+    if not letters or kind == "Parameter":
         return x.reshape(shape)
     if kind == "Conv":
         order = [letters.index("o"), *channels_first(letters)]

@@ -10,7 +10,7 @@ from test_init import LAYOUT, PARAMS, X, both, fn, trained
 from test_init import plain as base
 
 import lora_jax
-from lora_jax.init import corda, eva, eva_ranks, lora_ga, loftq
+from lora_jax.init import corda, eva, eva_ranks, loftq, lora_ga
 
 BATCH = normal(8, (5, 12))
 

@@ -151,7 +151,7 @@ def test_an_adapter_tells_tables_and_the_axes_of_experts():
     own = dataclasses.replace(own, tensors=own.tensors | folder(turned).tensors)
     assert forms(TorchTree.of(source("gpt2"), own))["experts.up"] == ("boi", "Parameter")
     broken = folder(ADAPTER | {"experts.lora_A.weight": (6, 6)}, target_parameters=["experts.up"])
-    with pytest.raises(ValueError, match=r"'experts\.up' .* is square, or its factors do not fit"):
+    with pytest.raises(ValueError, match=r"factors do not fit the parameter 'experts\.up'"):
         TorchTree.of(source("gpt2"), broken)
 
 
@@ -169,10 +169,42 @@ def test_square_experts_are_read_as_those_beside_them(letters):
     }
     own = folder(names, target_parameters=["moe.gate_up_proj", "moe.down_proj"])
     assert forms(TorchTree.of(model, own)) == dict.fromkeys(shapes, (letters, "Parameter"))
-    alone = {name: x for name, x in names.items() if "base_layer" not in name}
-    own = folder(alone, target_parameters=["moe.down_proj"])
-    with pytest.raises(ValueError, match=r"'moe\.down_proj' .* is square"):
+
+
+SQUARE = {"moe.lora_A.weight": (6, 4), "moe.lora_B.weight": (4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "version", "expected"),
+    [
+        ("qwen3_moe", "0.21.2", "boi"),
+        ("llama4_text", "0.19.0", "boi"),  # whose modules do not tell that they are [in, out]
+        ("llama4_text", "0.18.1", "bio"),  # an older PEFT asks no module
+        ("gpt_oss", "0.17.0", "bio"),
+        ("gpt_oss", "0.21.2", None),  # by the version of transformers
+        ("qwen3_vl_moe", "0.18.0", None),  # whose files are the transpose of what it trains
+        ("new", "0.21.2", None),
+        ("qwen3_moe", "", "does not give peft_version"),
+    ],
+)
+def test_square_experts_alone_are_read_as_their_model_keeps_them(model_type, version, expected):
+    leaf = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    model = Source("m", {"moe.down_proj": leaf}, {"model_type": model_type})
+    own = folder(SQUARE, target_parameters=["moe.down_proj"], peft_version=version)
+    if expected in ("bio", "boi"):
+        assert forms(TorchTree.of(model, own)) == {"moe.down_proj": (expected, "Parameter")}
+        return
+    with pytest.raises(ValueError, match=expected or r"pass layout={'moe/down_proj': 'bio'}"):
         TorchTree.of(model, own)
+    for letters in ("bio", "boi"):
+        found = forms(TorchTree.of(model, own, layout={"moe/.*": letters}))
+        assert found == {"moe.down_proj": (letters, "Parameter")}
+
+
+def test_a_layout_of_experts_that_shapes_contradict_is_refused():
+    own = folder(ADAPTER, target_parameters=["experts.up"])
+    with pytest.raises(ValueError, match=r"layout={'experts/up': 'boi'}: the axes .* are bio"):
+        TorchTree.of(source("gpt2"), own, layout={"experts/up": "boi"})
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

@@ -11,13 +11,13 @@ import numpy as np
 
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
-from lora_jax.io._torch import Names
+from lora_jax.io._torch import Names, as_name
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
 from lora_jax.io.hf._ties import Ties, are_apart, untied
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
-from lora_jax.io.peft._axes import Part
+from lora_jax.io.peft._axes import PARAMETER_ORDER, Part
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
 from lora_jax.io.peft._tied import with_heads
@@ -31,6 +31,8 @@ def merge(
     folder: str | os.PathLike[str],
     *,
     names: Names = None,
+    layout: Mapping[str, str] | None = None,
+    parameter_order: tuple[str, ...] = PARAMETER_ORDER,
     dtype: Any = None,
     shard_size: int = 5 * 10**9,
     config: Mapping[str, Any] | None = None,
@@ -55,7 +57,12 @@ def merge(
         names: the names of modules in the adapters, by their paths in the model's files
             (``encoder/layer/0/output/dense``), as in :func:`lora_jax.io.peft.save`. Those that it
             does not name are the same but for a prefix (``bert.``, ``_orig_mod.``) that one of the
-            two lacks, or for what transformers 4.52 renamed.
+            two lacks, or for what transformers 4.52 and 5 renamed. Experts that one of the two
+            stacks are found, too.
+        layout: the axes of square experts whose files do not tell them, by patterns of their paths
+            in the model's files: ``"bio"`` if ``lora_A`` has the second axis, ``"boi"`` if it has
+            the last.
+        parameter_order: as in :func:`lora_jax.io.peft.save`.
         dtype: the dtype of the floating tensors; None leaves each as it is.
         shard_size: the largest size of a file, in bytes.
         config: changes of ``config.json``.
@@ -69,9 +76,12 @@ def merge(
     """
     opened = open_source(source)
     weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    opened_adapters = [(Folder.open(path), weight, False) for path, weight in weights.items()]
+    opened_adapters = [
+        (Folder.open(path, order=parameter_order), weight, False)
+        for path, weight in weights.items()
+    ]
     output = Output(folder, config, dtype, shard_size, overwrite, progress)
-    write_merged(opened, opened_adapters, output, names)
+    write_merged(opened, opened_adapters, output, names, layout)
 
 
 def write_merged(
@@ -79,7 +89,8 @@ def write_merged(
     adapters: Iterable[tuple[Folder, float, bool]],
     output: Output,
     names: Names = None,
-) -> None:
+    layout: Mapping[str, str] | None = None,
+) -> set[str]:
     """Write a model with adapters merged.
 
     Args:
@@ -88,6 +99,10 @@ def write_merged(
             head as one.
         output: the folder to write.
         names: as in :func:`merge`.
+        layout: as in :func:`merge`.
+
+    Returns:
+        The names of the tensors that changed.
 
     Raises:
         ValueError: adapters cannot be summed, or the model cannot have tied tensors apart.
@@ -98,7 +113,8 @@ def write_merged(
             "stored transposed, as GPT-2's are"
         )
     changes = [
-        Change(folder, source, weight, names, is_shared=one) for folder, weight, one in adapters
+        Change(folder, source, weight, names, layout, is_shared=one)
+        for folder, weight, one in adapters
     ]
     if len(changes) > 1 or any(change.weight != 1 for change in changes):
         for change in changes:
@@ -109,14 +125,14 @@ def write_merged(
 
     def merged(name: str, wanted: np.dtype) -> np.ndarray:
         w = tensors[name].read()
-        updates = [change.updates[name] for change in changes if name in change.updates]
+        updates = [own for change in changes for own in change.updates.get(name, ())]
         replaced = [change for change in changes if change.replaces(name)]
         if w.dtype != wanted and (updates or replaced):
             w = w.astype(np.float32)
         for change in replaced:
             change.replace(name, w)
-        if updates:
-            _add(w, updates)
+        for index, parts in _by_index(updates):
+            _add(w[index], parts)
         return narrowed(w, wanted, name)
 
     written = {}
@@ -136,6 +152,7 @@ def write_merged(
     else:
         written = {name: written[name] for name in (*source.tensors, *new)}
     write_model(output, written, source)
+    return changed
 
 
 class Change:
@@ -145,7 +162,7 @@ class Change:
 
     Attributes:
         weight: what its updates are multiplied by.
-        updates: the factors that are added to a tensor.
+        updates: the factors that are added to a tensor: all of it, or the part at an index.
         new: the tensors of a head that the model has not.
     """
 
@@ -155,15 +172,17 @@ class Change:
         source: Source,
         weight: float,
         names: Names = None,
+        layout: Mapping[str, str] | None = None,
         *,
         is_shared: bool = False,
     ):
         self.where, self.weight = adapter.where, weight
-        named = TorchTree.of(source, adapter, names).named  # the adapter may have another prefix
+        tree = TorchTree.of(source, adapter, names, layout)
+        named = tree.named  # the adapter may have another prefix
         tables = {named(head): named(table) for head, table in Ties.of(source).tables.items()}
         adapter = with_heads(adapter, tables, always=is_shared)
-        tree = TorchTree.of(source, adapter, names)
-        contents = read(adapter, tree.places())
+        tree = TorchTree.of(source, adapter, names, layout)
+        contents = read(adapter, tree.places(), axes_known=True)
         if contents.redone:
             raise adapter.error(
                 "its initializer changed the base, which merging cannot repeat: make it a plain "
@@ -174,11 +193,21 @@ class Change:
         self.new = {
             name: tree.leaves[path] for path, name in tree.names.items() if name not in known
         }
-        self.updates = {
-            tree.names[path]: replace(part, scale=np.float32(weight) * part.scale)
-            for path, (part,) in contents.factors.items()
-        }
-        self._full = {tree.names[path]: np.asarray(x) for path, x in contents.full.items()}
+        self.updates: dict[str, list[tuple[Any, Part]]] = {}
+        for path, (part,) in contents.factors.items():
+            part = replace(part, scale=np.float32(weight) * part.scale)
+            for piece in tree.stored(path):
+                own = self.updates.setdefault(piece.name, [])
+                own.append((piece.index, piece.cut(part)))
+        self._full: dict[str, np.ndarray] = {}
+        for path, x in contents.full.items():
+            for piece in tree.stored(path):
+                if piece.index:
+                    raise adapter.error(
+                        f"trains all of {as_name(path)!r}, which is a part of {piece.name!r} in "
+                        f"{source.where}. Merge the adapter in PEFT: model.merge_and_unload()"
+                    )
+                self._full[piece.name] = np.asarray(x)[piece.own]
         self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
         for group in tree.ties.groups:
             own = next((self._full[name] for name in group if name in self._full), None)
@@ -187,7 +216,8 @@ class Change:
 
     def check_adds(self) -> None:
         """Raise unless all it does is to add to weights."""
-        is_dora = any(part.magnitude is not None for part in self.updates.values())
+        parts = (part for own in self.updates.values() for _, part in own)
+        is_dora = any(part.magnitude is not None for part in parts)
         if self._full or self._rows or is_dora:
             raise ValueError(
                 f"{self.where}: its DoRA, biases, rows or whole modules replace what is there, and "
@@ -210,6 +240,14 @@ class Change:
             rows = self._rows[name]
             ids = list(rows.ids)
             w[ids] = (w[ids].astype(np.float32) + np.asarray(rows.b)).astype(w.dtype)
+
+
+def _by_index(updates: Iterable[tuple[Any, Part]]) -> Iterable[tuple[Any, list[Part]]]:
+    """Group the updates of the same part of a tensor, to be rounded once."""
+    found: dict[str, tuple[Any, list[Part]]] = {}
+    for index, part in updates:
+        found.setdefault(repr(index), (index, []))[1].append(part)
+    return found.values()
 
 
 def _add(w: np.ndarray, parts: list[Part]) -> None:

@@ -5,7 +5,7 @@ whether it is another tensor as well, and whether its numbers are the weight.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._fit import fitted
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
+from lora_jax.io.hf._experts import Piece, grouped, letters_of_square
 from lora_jax.io.hf._families import CONV1D
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
@@ -43,6 +44,8 @@ class TorchTree:
             there is an adapter: it may change one name alone.
         doubtful: the paths of dense layers that may be stored transposed or not.
         modules: the names of the modules in the adapter, by their paths; None if they are the same.
+        pieces: the pieces of experts that the adapter names in another form than the files, by
+            path.
     """
 
     leaves: Mapping[str, Any]
@@ -52,9 +55,16 @@ class TorchTree:
     ties: Ties = field(default_factory=Ties)
     doubtful: tuple[str, ...] = ()
     modules: Mapping[str, str] | None = None
+    pieces: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Source, adapter: Folder | None = None, names: Names = None) -> "TorchTree":
+    def of(
+        cls,
+        source: Source,
+        adapter: Folder | None = None,
+        names: Names = None,
+        layout: Mapping[str, str] | None = None,
+    ) -> "TorchTree":
         """Make the tree of a model.
 
         Args:
@@ -63,6 +73,7 @@ class TorchTree:
                 experts. Without one, tables are known by their names.
             names: the names of modules in the adapter, by their paths in the model; those that it
                 does not name are the same, but for prefixes and what transformers renamed.
+            layout: the axes of square experts, by pattern of their paths.
 
         Raises:
             ValueError: the model is quantized; nothing tells which axis of an adapted weight is
@@ -70,21 +81,24 @@ class TorchTree:
         """
         check_plain(source)
         ties = Ties.of(source)
-        tensors = dict(source.tensors)
+        tensors, pieces = dict(source.tensors), {}
         if adapter is not None:
             tensors |= ties.missing(tensors) | _new_heads(source, adapter)
-        stored = {as_path(name): name for name in tensors}
-        leaves = {path: tensors[name] for path, name in stored.items()}
+            own = grouped(source, tensors, adapter)
+            tensors, pieces = own.tensors, {as_path(x): found for x, found in own.pieces.items()}
+        leaves = {as_path(name): x for name, x in tensors.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
         modules = None if adapter is None else _fitted(leaves, adapter, source.where, names)
         turned = transposed(leaves, source.config, adapter, modules)
         forms: _Forms = {path: ("io", "Conv1D") for path, known in turned.items() if known}
         if adapter is not None and modules is not None:
-            forms |= forms_in(adapter, leaves, modules)
+            lone = lambda path: letters_of_square(source, adapter, is_grouped=path in pieces)  # noqa: E731
+            forms |= forms_in(adapter, leaves, modules, layout or {}, lone)
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if is_named_table(path)}
         doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
-        more = {"names": stored, "ties": ties, "doubtful": doubtful}
+        stored = {path: as_name(path) for path in leaves if path not in pieces}
+        more = {"names": stored, "ties": ties, "doubtful": doubtful, "pieces": pieces}
         tree = _tree(leaves, forms, modules=modules, **more)
         if adapter is not None and modules is not None:
             adapted = [path for path, name in modules.items() if name in adapter.modules]
@@ -128,11 +142,15 @@ class TorchTree:
                 "stored transposed, as GPT-2's is: put it there"
             )
         raise UnknownModelError(
-            f"{source.where}: {self.names[path]!r} is square, and the adapter's fan_in_fan_out is "
+            f"{source.where}: {as_name(path)!r} is square, and the adapter's fan_in_fan_out is "
             "true: whether it is stored transposed is not known. If it is not, set fan_in_fan_out "
             "to false in adapter_config.json; if it is, load the adapter into parameters by "
             "peft.load with kinds={...: 'Conv1D'}, and write them by hf.save with the same kinds"
         )
+
+    def stored(self, path: str) -> Sequence[Piece]:
+        """Return where a leaf is in the files."""
+        return self.pieces.get(path) or (Piece(self.names[path]),)
 
     def options(self, kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the kinds and the layout, as loading and saving take them; those given win."""
@@ -181,7 +199,7 @@ def _tree(leaves: Mapping[str, Any], forms: _Forms, **more: Any) -> TorchTree:
         letters, kind = forms.get(path) or _usual(leaf)
         shape, use = tuple(leaf.shape), _USES.get(kind, "dot")
         weights[path] = Weight(shape, leaf.dtype, letters, use, (), _why_not(path, leaf))
-        if kind == "Conv1D":
+        if kind == "Conv1D" or (kind == "Parameter" and len(shape) == 2):
             kinds[re.escape(path)] = kind
     return TorchTree(leaves, Layouts(weights), kinds, **more)
 
@@ -194,7 +212,7 @@ def _usual(leaf: Any) -> tuple[str | None, Kind]:
 
 def _kind_of(path: str, letters: str) -> Kind:
     """Return the kind of a module by its layout; of tables and transposed layers, by the name."""
-    if "b" in letters:
+    if "b" in letters or (len(letters) == 2 and not path.endswith("/weight")):
         return "Parameter"
     if letters == "io" and path.endswith("/weight"):
         return "Conv1D" if re.fullmatch(CONV1D, path) else "Embedding"

@@ -10,6 +10,7 @@ With PEFT's names on the left, ``r`` the rank, and ours on the right::
                      lora_embedding_B [out, r]   b [r, *out]
     Parameter        lora_A [experts * r, in]    a [experts, *in, r]   (expert-major)
                      lora_B [out, r * experts]   b [experts, r, *out]  (rank-major)
+                     or, of a matrix, as Linear, whatever is read
     magnitudes       [out], Conv [1, out, 1, ...]
 """
 
@@ -75,7 +76,9 @@ class Part:
 def to_peft(part: Part) -> dict[str, np.ndarray]:
     """Write the tensors of a module, by what follows its name."""
     a, b, rank, kind = part.a, part.b, part.rank, part.kind
-    if kind == "Parameter":
+    if kind == "Parameter" and part.letters == "io":  # PEFT takes a matrix as [out, in]
+        a, b = b.T, a.T
+    if kind == "Parameter" and len(part.letters) > 2:
         experts = len(a)
         a = np.moveaxis(a.reshape(experts, -1, rank), -1, 1).reshape(experts * rank, -1)
         b = b.reshape(experts, rank, -1).transpose(2, 1, 0).reshape(-1, rank * experts)
@@ -121,7 +124,7 @@ def from_peft(
             f"{expected[1]}: it is another model's, or of a convolution in groups, which has no "
             "such factors here"
         )
-    if kind == "Parameter":
+    if batch:
         a = np.moveaxis(a.reshape(experts, rank, -1), 1, -1)
         b = b.reshape(-1, rank, experts).transpose(2, 1, 0)
     elif kind == "Conv":

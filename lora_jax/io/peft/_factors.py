@@ -1,17 +1,14 @@
 """The factors of modules: at the places of a tree, and in PEFT's files."""
 
-import re
 from collections.abc import Collection, Iterator
-from math import prod
 
 import numpy as np
 
 from lora_jax._adapter.factors import Factors
-from lora_jax._weights.axes import role_shape
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.ranges import Range, index_of
 from lora_jax.io._record import to_host
-from lora_jax.io._torch import Map, Place
+from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,
@@ -22,27 +19,27 @@ from lora_jax.io.peft._axes import (
     TIED,
     Part,
     from_peft,
-    wrappers,
 )
 from lora_jax.io.peft._config import CONFIG
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._parameters import find_parameter, parameters_among
 
 
-def read_factors(folder: Folder, places: Map, order: tuple[str, ...]) -> dict[str, Part]:
+def read_factors(folder: Folder, places: Map) -> dict[str, Part]:
     """Read the factors of every module, by the name of the module or parameter."""
     targets = folder.config.get("target_parameters") or []
-    known = configs.target_parameters(folder.config, places.modules())
+    known = parameters_among(folder, places.modules())
     if unknown := [t for t in targets if not any(configs.matches([t], name) for name in known)]:
         raise folder.error(
             f"adapts the parameters {unknown}, which are not here. Nearest: "
             f"{places.nearest(unknown[0])}"
         )
-    parameters = {wrapper: name for name, wrapper in wrappers(known, order).items()}
+    parameters = {wrapper: name for name, wrapper in known.items()}
     found = {}
     for module, tensors in folder.modules.items():
         if LINEAR[0] in tensors:
-            own = parameters.get(module, module)
-            found[own] = _read_part(folder, places, module, own, LINEAR)
+            part = _read_part(folder, places, module, parameters.get(module, module), LINEAR)
+            found[part.place.module] = part
         if EMBEDDING[0] in tensors:
             found[module] = _read_part(folder, places, module, module, EMBEDDING)
     return found
@@ -50,7 +47,9 @@ def read_factors(folder: Folder, places: Map, order: tuple[str, ...]) -> dict[st
 
 def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[str, str]) -> Part:
     """Read the factors that a module has, for itself or for its parameter ``own``."""
-    config, place = folder.config, places.find(own)
+    is_parameter = own != module
+    config = folder.config
+    place = find_parameter(places, own) if is_parameter else places.find(own)
     attention = own.removesuffix(".base_layer.out_proj")
     if place is None and f"{attention}.base_layer.out_proj" in folder.modules:
         raise folder.error(
@@ -64,19 +63,25 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
         )
     letters = places.letters(place.path)
     kind = places.kind(place.path, letters)
-    if (names == EMBEDDING) != (kind == "Embedding") or (own != module) != (kind == "Parameter"):
+    fits = (names == EMBEDDING) == (kind == "Embedding") and kind != "Parameter"
+    if not (kind != "Conv" if is_parameter else fits):
         name = f"{module}.{names[0]}"
         raise folder.error(f"{name!r} is of another kind of module than a {kind}: pass kinds=")
     a, b = (folder.array(f"{module}.{name}") for name in names)
     magnitude = folder.array(f"{module}.{MAGNITUDE}") if config.get("use_dora") else None
-    if kind == "Parameter":
-        a, b = _experts(folder, a, b, place, letters)
+    if is_parameter and (init := config["init_lora_weights"]) in configs.REDONE:
+        raise folder.error(
+            f"init_lora_weights={init!r} of the parameter {own!r} cannot be repeated. Save it in "
+            "PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    if is_parameter and kind != "Parameter":
+        kind = "Linear"  # also of a table
     part = from_peft(place, letters, kind, a, b, configs.scale_of(config, own), magnitude)
     if part.rank != (rank := configs.rank_of(config, own)):
         raise folder.error(
             f"the factors of {own!r} have rank {part.rank}, and its configuration has {rank}"
         )
-    if own == module and not configs.is_target(config, own):
+    if not is_parameter and not configs.is_target(config, own):
         raise folder.error(
             f"has factors for {own!r}, which its configuration does not adapt, so that PEFT "
             f"would drop them: target_modules={config.get('target_modules')!r}"
@@ -85,39 +90,6 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
     if is_tied and not configs.ties_adapters(config, own):
         raise folder.error(TIED.format(verb="load", path=place.path))
     return part
-
-
-def _experts(
-    folder: Folder, a: np.ndarray, b: np.ndarray, place: Place, letters: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Put the factors of experts as PEFT writes them now: before 0.19 it took the axes in order."""
-    written = folder.config["peft_version"]
-    version = re.match(r"(\d+)\.(\d+)", written)
-    if version is None:
-        raise folder.error(
-            "adapts parameters of experts and does not give peft_version, by which their axes are "
-            "told apart"
-        )
-    if (int(version[1]), int(version[2])) >= (0, 19):
-        return a, b
-    inputs, outputs = (prod(role_shape(letters, place.shape, r)) for r in "io")
-    experts = place.shape[letters.index("b")]
-    if inputs == outputs:
-        raise folder.error(
-            f"was written by PEFT {written}, which took the axes of parameters in order, and "
-            f"{place.module!r} is square: which axis is which cannot be told. Load and save it "
-            "with PEFT 0.19 or later"
-        )
-    fits = a.ndim == b.ndim == 2 and (a.shape[1], b.shape[0]) == (outputs, inputs)
-    if not fits or a.shape[0] % experts:
-        return a, b  # as it is now, or from_peft says what is wrong
-    rank = a.shape[0] // experts  # the factor that reads is the one that wrote
-    first = a.reshape(experts, rank, outputs)
-    then = b.reshape(inputs, rank, experts)
-    return (
-        then.transpose(2, 1, 0).reshape(experts * rank, inputs),
-        first.transpose(2, 1, 0).reshape(outputs, rank * experts),
-    )
 
 
 def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None:

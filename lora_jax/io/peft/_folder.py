@@ -14,7 +14,15 @@ import numpy as np
 from lora_jax._adapter.factors import wide
 from lora_jax.io import _files as files
 from lora_jax.io._torch import Map
-from lora_jax.io.peft._axes import BIAS, EMBEDDING, LINEAR, MAGNITUDE, PREFIX, ROWS
+from lora_jax.io.peft._axes import (
+    BIAS,
+    EMBEDDING,
+    LINEAR,
+    MAGNITUDE,
+    PARAMETER_ORDER,
+    PREFIX,
+    ROWS,
+)
 from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
 
@@ -33,14 +41,22 @@ class Folder:
         where: the folder, for messages.
         config: the configuration, with PEFT's defaults.
         tensors: the arrays by name, without the prefix that all names have.
+        order: the order in which modules register their parameters.
     """
 
     where: str
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
+    order: tuple[str, ...] = PARAMETER_ORDER
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, finite: bool = True) -> "Folder":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        finite: bool = True,
+        order: tuple[str, ...] = PARAMETER_ORDER,
+    ) -> "Folder":
         """Read both files.
 
         Raises:
@@ -60,7 +76,7 @@ class Folder:
                 raise ValueError(f"{where} has {own!r} twice, once with .weight behind it")
             if not (config.get("velora_config") and own.endswith(_ONLY_TRAINING)):
                 found[own] = x
-        return cls(str(where), config, found)
+        return cls(str(where), config, found, order)
 
     @functools.cached_property
     def modules(self) -> dict[str, dict[str, np.ndarray]]:

@@ -55,9 +55,9 @@ def load(
         raise TypeError(
             "peft.load: params is a LoraParams, expected its base, the plain parameters"
         )
-    folder = Folder.open(path, finite=finite)
+    folder = Folder.open(path, finite=finite, order=parameter_order)
     places = Map(flatten(params)[0], names, kinds, layout)
-    contents = read(with_own_heads(folder, places), places, parameter_order)
+    contents = read(with_own_heads(folder, places), places)
     lora_params = LoraParams(params, contents.adapter(places.leaves))
     check(lora_params)
     if contents.redone:

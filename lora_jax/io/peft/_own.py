@@ -1,11 +1,12 @@
 """Tell an adapter's model from its files: names, shapes and axes as PyTorch has them."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from lora_jax._weights.selector import lookup
 from lora_jax.io._torch import Kind, Place, as_path, module_path
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
@@ -13,13 +14,13 @@ from lora_jax.io.peft._axes import (
     EMBEDDING,
     LINEAR,
     MAGNITUDE,
-    PARAMETER_ORDER,
     ROWS,
     Part,
     from_peft,
     wrappers,
 )
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._parameters import parameters_among
 
 
 def own_parts(folder: Folder) -> dict[str, Part]:
@@ -50,7 +51,7 @@ def parameters_in(folder: Folder) -> dict[str, str]:
     targets = folder.config.get("target_parameters") or []
     names = {f"{module}.{t.rpartition('.')[2]}" for module in modules for t in targets}
     known = configs.target_parameters(folder.config, names)
-    return {wrapper: name for name, wrapper in wrappers(known, PARAMETER_ORDER).items()}
+    return {wrapper: name for name, wrapper in wrappers(known, folder.order).items()}
 
 
 def _part(
@@ -74,6 +75,8 @@ def _part(
     else:
         batch = (experts,) if kind == "Parameter" else ()
         shape, letters = (*batch, *inputs, outputs), "b" * len(batch) + "io"
+    if kind == "Parameter" and experts == 1:  # a matrix
+        shape, letters = (outputs, *inputs), "oi"
     path = as_path(own) + ("" if kind == "Parameter" else "/weight")
     place, scale = Place(path, (), own, "weight", shape), configs.scale_of(folder.config, own)
     return from_peft(place, letters, kind, a, b, scale, tensors.get(MAGNITUDE))
@@ -94,37 +97,64 @@ def own_others(folder: Folder) -> dict[str, np.ndarray]:
 
 
 def forms_in(
-    folder: Folder, leaves: Mapping[str, Any], names: Mapping[str, str]
+    folder: Folder,
+    leaves: Mapping[str, Any],
+    names: Mapping[str, str],
+    layout: Mapping[str, str],
+    lone: Callable[[str], str | None],
 ) -> dict[str, tuple[str, Kind]]:
     """Find the letters and the kinds of a model's tensors that an adapter's files tell, by path.
 
-    ``names`` are those of the modules in the adapter, by their paths.
+    Parameters get the letters by which ``lora_A`` reads the input.
+
+    Args:
+        folder: the adapter.
+        leaves: the tensors of the model by path.
+        names: the names of the modules in the adapter, by their paths.
+        layout: the letters of square experts, by pattern of their paths.
+        lone: returns the letters of square experts at a path that have none beside them.
     """
     modules = {path: names[module_path(path, leaves)[0]] for path in leaves}
-    parameters = configs.target_parameters(folder.config, modules.values())
-    nested = wrappers(parameters, PARAMETER_ORDER)
+    nested = parameters_among(folder, list(dict.fromkeys(modules.values())))
     found: dict[str, tuple[str, Kind]] = {}
     experts: dict[str, dict[str, list[str]]] = {}
     for path, leaf in leaves.items():
         name = modules[path]
+        parameter = next((x for x in (name, f"{name}.weight") if x in nested), None)
         if folder.modules.get(name, {}).keys() & {EMBEDDING[0], ROWS}:
             found[path] = "io", "Embedding"
-        elif name in nested and len(leaf.shape) == 3:
-            experts.setdefault(name.rpartition(".")[0], {})[path] = _letters_of_experts(
-                leaf.shape, folder.modules.get(nested[name], {})
+        elif parameter is not None and len(leaf.shape) == 2 and not path.endswith("/bias"):
+            found[path] = "oi", "Linear"
+        elif parameter is not None and len(leaf.shape) == 3:
+            experts.setdefault(parameter.rpartition(".")[0], {})[path] = _letters_of_experts(
+                leaf.shape, folder.modules.get(nested[parameter], {})
             )
     for beside in experts.values():
         told = {fits[0] for fits in beside.values() if len(fits) == 1}
         for path, fits in beside.items():
             # One module's parameters are all read along one axis: those that are not square tell.
-            left = fits if len(fits) == 1 else [x for x in fits if told == {x}]
-            if len(left) != 1:
-                raise ValueError(
-                    f"the parameter {modules[path]!r} of shape {leaves[path].shape} is square, or "
-                    "its factors do not fit it: which of its axes is read cannot be told. Load the "
-                    "adapter with peft.load and layout="
+            letters = fits[0] if len(fits) == 1 else next(iter(told)) if len(told) == 1 else None
+            if not fits:
+                raise folder.error(
+                    f"its factors do not fit the parameter {modules[path]!r} of shape "
+                    f"{tuple(leaves[path].shape)}: it is another model's"
                 )
-            found[path] = left[0], "Parameter"
+            given = lookup(layout, path, "layout")
+            if given is not None and given not in ([letters] if letters else fits):
+                raise folder.error(
+                    f"layout={{{path!r}: {given!r}}}: the axes of its factors are "
+                    f"{letters or ' or '.join(map(repr, fits))}"
+                )
+            letters = letters or given or lone(path)
+            if letters is None:
+                raise folder.error(
+                    f"the parameter {modules[path]!r} of shape {tuple(leaves[path].shape)} is "
+                    "square, and neither another one of its module nor the model_type tells which "
+                    f"of its axes lora_A has: pass layout={{{path!r}: 'bio'}} if it has the "
+                    "second, as that of gpt-oss trained in transformers 5, or 'boi' if it has the "
+                    "last, as in earlier versions"
+                )
+            found[path] = letters, "Parameter"
     return found
 
 

@@ -7,12 +7,13 @@ from typing import Any
 from lora_jax._adapter.factors import Entry, Rows
 from lora_jax._adapter.params import Adapter
 from lora_jax.io._torch import Map
-from lora_jax.io.peft._axes import PARAMETER_ORDER, Part
+from lora_jax.io.peft._axes import Part
 from lora_jax.io.peft._config import REDONE
 from lora_jax.io.peft._factors import check_factors, read_factors
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._full import read_full
 from lora_jax.io.peft._join import stacked
+from lora_jax.io.peft._parameters import with_reading_first
 from lora_jax.io.peft._rows import read_rows
 from lora_jax.io.peft._vocabulary import check_vocabulary
 
@@ -43,19 +44,20 @@ class Contents:
         return Adapter(factors, {path: self.full[path] for path in leaves if path in self.full})
 
 
-def read(folder: Folder, places: Map, order: tuple[str, ...] = PARAMETER_ORDER) -> Contents:
+def read(folder: Folder, places: Map, *, axes_known: bool = False) -> Contents:
     """Read all of an adapter.
 
     Args:
         folder: the adapter.
         places: those of the parameters it is for.
-        order: the order in which modules register their parameters.
+        axes_known: whether these have the axes of parameters as ``lora_A`` reads them.
 
     Raises:
         ValueError: a tensor has no place or does not fit it, or is missing.
     """
     check_vocabulary(folder, places)
-    parts = read_factors(folder, places, order)
+    folder = folder if axes_known else with_reading_first(folder, places)
+    parts = read_factors(folder, places)
     full, rows = read_full(folder, places, parts), read_rows(folder, places)
     check_factors(folder, places, parts)
     factors: dict[str, list[Part]] = {}

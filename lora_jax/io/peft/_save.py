@@ -161,21 +161,29 @@ def _files(
             "parameters themselves"
         )
     modules = made_uniform(modules) if uniform else modules
-    parameters = [name for name, part in modules.items() if part.kind == "Parameter"]
+    own = {name: _named(part, places) for name, part in modules.items()}
+    parameters = [own[name] for name, part in modules.items() if part.kind == "Parameter"]
     wrapper = wrappers(parameters, order)
     tensors = {f"{module}.{ROWS}": new for module, (_, new) in rows.items()}
     for name, part in modules.items():
         for role, x in to_peft(part).items():
-            tensors[f"{wrapper.get(name, name)}.{role}"] = x
+            tensors[f"{wrapper.get(own[name], name)}.{role}"] = x
+    turned = next((part for part in modules.values() if part.kind == "Conv1D"), None)
+    if turned and parameters:
+        raise ValueError(
+            f"peft.save: {turned.key!r} is of a Conv1D and {parameters[0]!r} is a Parameter, and "
+            "PEFT takes no adapter of both. Write the first as a parameter, too: its name with "
+            f"'.weight' in names=, and kinds={{{turned.place.path!r}: 'Parameter'}}"
+        )
     saved, bias, full = written_full(adapter.full, places, modules)
     tensors |= full
     config = configs.write(
-        {name: (part.rank, part.scale) for name, part in modules.items()},
+        {own[name]: (part.rank, part.scale) for name, part in modules.items()},
         parameters,
         places.modules(),
         all_named=places.all_named,
         bias=bias,
-        fan_in_fan_out=any(part.kind == "Conv1D" for part in modules.values()),
+        fan_in_fan_out=turned is not None,
         modules_to_save=saved or None,
         trainable_token_indices={module: ids for module, (ids, _) in rows.items()} or None,
         use_dora=_is_dora(modules),
@@ -205,6 +213,11 @@ def _modules(
         for part in written_factors(key, f, path, ranges, places):
             parts.setdefault(part.place.module, []).append(part)
     return {name: joined(found, _norm(found, places)) for name, found in parts.items()}, rows
+
+
+def _named(part: Part, places: Map) -> str:
+    """Name what PEFT adapts: a module, or a parameter."""
+    return places.parameter(part.place) if part.kind == "Parameter" else part.place.module
 
 
 def _norm(parts: list[Part], places: Map) -> np.ndarray:
