@@ -10,8 +10,7 @@ keep their weights as Flax does; each kind has axes of its own::
 
 import functools
 import re
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -22,36 +21,18 @@ from lora_jax._weights.axes import check_layout, is_array, role_axes, role_shape
 from lora_jax._weights.conventions import WRITES, conventional, is_table
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.quantized import plain_array
+from lora_jax._weights.ranges import split_range
 from lora_jax._weights.selector import lookup
+from lora_jax.io._places import EXPERT, LAYER, Place, Template, places_of
 from lora_jax.io._record import to_host
 
 Kind = Literal["Linear", "Conv1D", "Conv", "Embedding", "Parameter"]
-Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
-LAYER, EXPERT = "{layer}", "{expert}"
+Names: TypeAlias = Mapping[str, str | Sequence[str]] | Callable[[str], Any] | None
 
 _LEAVES = {
     **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
     **dict.fromkeys(("bias", "b"), "bias"),
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """One tensor of the other model, and the part of our leaf that it is.
-
-    Attributes:
-        path: the path of our leaf.
-        index: the index of that part, along the leaf's first axes.
-        module: the name of the module there; for a Parameter, that of the parameter.
-        suffix: ``"weight"`` or ``"bias"``.
-        shape: the shape of the part.
-    """
-
-    path: str
-    index: tuple[int, ...]
-    module: str
-    suffix: str
-    shape: tuple[int, ...]
 
 
 class Map:
@@ -68,11 +49,14 @@ class Map:
         names: Names = None,
         kinds: Mapping[str, str] | None = None,
         layout: Mapping[str, str] | None = None,
+        known: Mapping[str, str] | None = None,
     ):
+        """Find the places; ``known`` are the layouts of some leaves, which win."""
         self.leaves = {path: x for path, x in leaves.items() if is_array(x)}
         if not (names is None or callable(names) or isinstance(names, Mapping)):
             raise TypeError(f"names={names!r}: expected patterns to templates, or a function")
         self._names, self._kinds, self._layout = names, kinds or {}, layout or {}
+        self._known = known or {}
         self.places = {path: self._places(path) for path in self.leaves}
         self._by_name: dict[tuple[str, str], Place] = {}
         for found in self.places.values():
@@ -84,6 +68,7 @@ class Map:
                         f"{'.'.join(key)!r}: give them different names"
                     )
                 self._by_name[key] = place
+        self._check_counts()
 
     def of(self, path: str) -> list[Place]:
         """Return the places of a leaf.
@@ -116,7 +101,15 @@ class Map:
     def array(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
         """Read the part of a leaf that is at a place, onto the host, and dequantized."""
         leaf = plain_array((leaves or self.leaves)[place.path])
-        return to_host({place.path: leaf})[place.path][place.index]
+        return to_host({place.path: leaf})[place.path][place.at]
+
+    def assembled(self, path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Make a leaf of its parts, by the names of their modules."""
+        places = self.of(path)
+        x = np.empty(self.leaves[path].shape, arrays[places[0].module].dtype)
+        for place in places:
+            x[place.at] = arrays[place.module].reshape(place.shape)
+        return x
 
     def tensor(self, place: Place, leaves: Mapping[str, Any] | None = None) -> np.ndarray:
         """Read the same part in the axes of its module, in float32."""
@@ -174,31 +167,60 @@ class Map:
 
     def letters(self, path: str) -> str:
         """Return the layout of a leaf without the axes that are unstacked."""
-        letters = lookup(self._layout, path, "layout")
+        return self.within(path, self.layout(path))
+
+    def layout(self, path: str) -> str:
+        """Return the layout of a leaf."""
+        letters = self._given(path)
         if letters is None:
-            within = conventional(path, self._parts[path], self._parts)
-            letters = "b" * len(self.of(path)[0].index) + within
-        check_layout(letters, path, len(self.leaves[path].shape))
-        return self.within(path, letters)
+            inner = conventional(path, self._parts[path], self._parts)
+            axes, rest = self.of(path)[0].axes, iter(inner)
+            ndim = len(self.leaves[path].shape)
+            letters = "".join("b" if axis in axes else next(rest) for axis in range(ndim))
+        return check_layout(letters, path, len(self.leaves[path].shape))
+
+    def _given(self, path: str) -> str | None:
+        """Return the layout of a leaf if it was given."""
+        return self._known.get(path) or lookup(self._layout, path, "layout")
 
     @functools.cached_property
     def _parts(self) -> dict[str, Any]:
         """The leaves without the axes that are unstacked: conventions are for a single layer."""
-        outer = {path: len(found[0].index) if found else 0 for path, found in self.places.items()}
+        shapes = {path: found[0].shape if found else x.shape for path, x, found in self._found()}
         return {
-            path: jax.ShapeDtypeStruct(x.shape[outer[path] :], x.dtype)
-            for path, x in self.leaves.items()
+            path: jax.ShapeDtypeStruct(shapes[path], x.dtype) for path, x in self.leaves.items()
         }
+
+    def _found(self) -> Iterator[tuple[str, Any, list[Place] | None]]:
+        return ((path, x, self.places[path]) for path, x in self.leaves.items())
 
     def within(self, path: str, letters: str) -> str:
         """Return the letters of a leaf's layout that are left when it is unstacked."""
-        outer = len(self.of(path)[0].index)
-        if letters[:outer] != "b" * outer:
+        place, name = self.of(path)[0], self._template(path)
+        numbered = place.axes[: sum(mark in str(name) for mark in (LAYER, EXPERT))]
+        if any(letters[axis] != "b" for axis in numbered):
             raise ValueError(
-                f"names: {self._template(path)!r} numbers {outer} axes of {path!r} in front, which "
-                f"has layout {letters!r}: they must be batch axes, 'b'"
+                f"names: {name!r} numbers the axes {[*numbered]} of {path!r}, which has layout "
+                f"{letters!r}: they must be batch axes, 'b'. If they are others, pass layout="
             )
-        return letters[outer:]
+        return place.within(letters)
+
+    def _check_counts(self) -> None:
+        """Raise if two leaves have other numbers of the same layers."""
+        counts: dict[str, tuple[str, int]] = {}
+        for path, _, found in self._found():
+            template = self._template(path) if found else None
+            if not isinstance(template, str) or LAYER not in template:
+                continue
+            place, stack = found[-1], template.partition(LAYER)[0]
+            other, count = counts.setdefault(stack, (path, place.index[0] + 1))
+            if count != place.index[0] + 1:
+                raise ValueError(
+                    f"names: {path!r} of shape {tuple(self.leaves[path].shape)} would have "
+                    f"{place.index[0] + 1} layers of {stack!r}, and {other!r} has {count}. Say by "
+                    f"layout= which axis of each is the layers, 'b': layout={{{path!r}: 'ob'}} for "
+                    "a vector of each layer"
+                )
 
     def kind(self, path: str, letters: str) -> Kind:
         """Return the kind of module that a leaf is in, given its letters within.
@@ -237,46 +259,56 @@ class Map:
             f"axes? Say kinds={{{path!r}: 'Conv'}} or 'Linear'"
         )
 
-    def _template(self, path: str) -> str | None:
-        name = self.named(module_path(path, self.leaves)[0])
-        if name is None:
+    def _template(self, path: str) -> Template | None:
+        found = self.named(module_path(path, self.leaves)[0])
+        if found is None:
             return None
-        if not isinstance(name, str):
-            raise TypeError(f"names: {name!r} for {path!r}, expected a name")
-        name = as_name(name)
-        if set("{}") & set(name.replace(LAYER, "").replace(EXPERT, "")):
-            raise ValueError(f"names: {name!r} for {path!r} has marks besides {LAYER} and {EXPERT}")
-        return name
+        names = [found] if isinstance(found, str) else found
+        names = names.values() if isinstance(names, Mapping) else names
+        if not isinstance(names, Iterable) or not all(isinstance(x, str) for x in names):
+            raise TypeError(f"names: {found!r} for {path!r}, expected a name, or a list of them")
+        for name in names:
+            if set("{}") & set(name.replace(LAYER, "").replace(EXPERT, "")):
+                raise ValueError(
+                    f"names: {name!r} for {path!r} has marks besides {LAYER} and {EXPERT}"
+                )
+        if isinstance(found, str):
+            return as_name(found)
+        if isinstance(found, Mapping):
+            return {part: as_name(name) for part, name in found.items()}
+        return [as_name(name) for name in found]
 
     def named(self, module: str) -> Any:
-        """Name the module at a path as ``names`` does; None if it has no pattern."""
+        """Name the module at a path as ``names`` does; None if it has no pattern.
+
+        A list of names is for the entries of an axis, a mapping for ranges.
+        """
         if self._names is None:
             return module
         if callable(self._names):
             return self._names(module)
-        for pattern, template in self._names.items():
+        parts: dict[str, str] = {}
+        for key, template in self._names.items():
+            pattern, ranges = split_range(key)
             try:
-                if match := re.fullmatch(pattern, module):
-                    return match.expand(template)
+                if not (match := re.fullmatch(pattern, module)):
+                    continue
+                if ranges is not None:
+                    parts[ranges] = match.expand(template)
+                elif not parts:
+                    is_list = isinstance(template, list | tuple)
+                    return [*map(match.expand, template)] if is_list else match.expand(template)
             except (re.error, TypeError, IndexError) as error:
-                raise ValueError(f"names={{{pattern!r}: {template!r}}}: {error}") from None
-        return None
+                raise ValueError(f"names={{{key!r}: {template!r}}}: {error}") from None
+        return parts or None
 
     def _places(self, path: str) -> list[Place] | None:
-        template, suffix = self._template(path), module_path(path, self.leaves)[1]
-        if template is None:
+        if (template := self._template(path)) is None:
             return None
-        shape = tuple(self.leaves[path].shape)
-        outer = [mark for mark in (LAYER, EXPERT) if mark in template]
-        if len(shape) < len(outer):
-            raise ValueError(f"names: {template!r} numbers axes that {path!r}, {shape}, has not")
-        places = []
-        for index in np.ndindex(shape[: len(outer)]):
-            name = template
-            for mark, k in zip(outer, index, strict=True):
-                name = name.replace(mark, str(k))
-            places.append(Place(path, tuple(index), name, suffix, shape[len(outer) :]))
-        return places
+        shape, suffix = tuple(self.leaves[path].shape), module_path(path, self.leaves)[1]
+        letters = self._given(path)
+        letters = letters if isinstance(letters, str) and len(letters) == len(shape) else None
+        return [*places_of(path, shape, template, suffix, letters)]
 
 
 def as_path(name: str) -> str:

@@ -523,8 +523,15 @@ def test_transposed_layers_and_experts_are_merged(tmp_path):
     options = {"kinds": {".*c_attn.*": "Conv1D"}, "layout": {"moe.*": "bio", ".*": "io"}}
     lora_params = adapted(params, targets=".*", layout=options["layout"])
     order = {"parameter_order": ("up", "down")}
-    peft.save(tmp_path / "adapter", lora_params, **options, **order)
+    with pytest.raises(
+        ValueError, match=r"of a Conv1D and 'moe\..*' is a Parameter, and PEFT takes"
+    ):
+        peft.save(tmp_path / "moe", lora_params, **options, **order)
     merged = jax.tree.map(np.asarray, lora_jax.merge(lora_params))
+    for name in ("h", "moe"):  # PEFT has no adapter of both
+        factors = {k: f for k, f in lora_params.adapter.factors.items() if k.startswith(name)}
+        own = lora_jax.LoraParams(params, lora_jax.Adapter(factors))
+        peft.save(tmp_path / name, own, **options, **order)
     (tmp_path / "model").mkdir()
     tensors = {
         "h.0.attn.c_attn.weight": np.asarray(params["h"]["0"]["attn"]["c_attn"]["kernel"]),
@@ -532,19 +539,17 @@ def test_transposed_layers_and_experts_are_merged(tmp_path):
     }
     safetensors.numpy.save_file(tensors, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match=r"holds no config\.json, whose model_type tells whether"):
-        hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+        hf.merge(tmp_path / "model", tmp_path / "h", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match=r"PEFT nests them in the order"):
-        hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
-    only = lora_jax.Adapter(
-        {k: f for k, f in lora_params.adapter.factors.items() if k != "moe/down"}
-    )
-    peft.save(tmp_path / "adapter", lora_jax.LoraParams(params, only), overwrite=True, **options)
-    hf.merge(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+        hf.merge(tmp_path / "model", tmp_path / "moe", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    both = {tmp_path / "h": 1.0, tmp_path / "moe": 1.0}
+    hf.merge(tmp_path / "model", both, tmp_path / "out", **order)
     ours = tensors_of(tmp_path / "out")
     assert_close(ours["h.0.attn.c_attn.weight"], merged["h"]["0"]["attn"]["c_attn"]["kernel"])
     assert_close(ours["moe.up"], merged["moe"]["up"])
-    assert_close(ours["moe.down"], np.asarray(params["moe"]["down"]))
+    assert_close(ours["moe.down"], merged["moe"]["down"])
 
 
 def test_several_adapters_are_added_up_with_weights(model, tmp_path):

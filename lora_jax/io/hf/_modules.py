@@ -4,7 +4,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from lora_jax.io._torch import LAYER, as_name
+from lora_jax.io._places import LAYER
+from lora_jax.io._torch import as_name
 
 _HEADS = "classifier classifier/{dense,out_proj} qa_outputs"
 _BERT = (

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax._weights.paths import nearest
+from lora_jax.io._places import Place
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import (
     Map,
-    Place,
     as_name,
     as_path,
     from_torch,
@@ -103,9 +103,13 @@ class TensorNames:
             self.check_shape(place, name)
 
         def read(tensors: Mapping[str, Tensor]) -> np.ndarray:
-            arrays = [self.inward(tensors[name].read(), place, name) for place, name in parts]
-            x = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-            return x.reshape(leaf.shape).astype(leaf.dtype, copy=False)
+            arrays = {
+                place.module: self.inward(tensors[name].read(), place, name)
+                for place, name in parts
+            }
+            x = next(iter(arrays.values()))
+            x = x.reshape(leaf.shape) if len(parts) == 1 else self.places.assembled(path, arrays)
+            return x.astype(leaf.dtype, copy=False)
 
         return Tensor(leaf.shape, leaf.dtype, partial(read, tensors or self.tensors))
 

@@ -14,8 +14,8 @@ from lora_jax._weights.paths import PyTree
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import part_of
 from lora_jax.io import _torch as torch_names
+from lora_jax.io._places import Place
 from lora_jax.io._tensor import Progress, Tensor
-from lora_jax.io._torch import Place
 from lora_jax.io.hf._families import Family, family_of
 from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import open_source

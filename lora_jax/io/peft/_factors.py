@@ -1,12 +1,15 @@
 """The factors of modules: at the places of a tree, and in PEFT's files."""
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 
 from lora_jax._adapter.factors import Factors
+from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import nearest
-from lora_jax._weights.ranges import Range, index_of
+from lora_jax._weights.ranges import Range
+from lora_jax.io._places import Place
 from lora_jax.io._record import to_host
 from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
@@ -127,7 +130,10 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
 def written_factors(
     key: str, f: Factors, path: str, ranges: tuple[Range, ...], places: Map
 ) -> Iterator[Part]:
-    """Take factors apart by the modules that they are of."""
+    """Take factors apart by the modules that they are of.
+
+    A module of some outputs has all of ``a``, and one of some inputs all of ``b``.
+    """
     letters = places.within(path, f.layout)
     kind = places.kind(path, letters)
     if places.is_tied(path):
@@ -136,14 +142,49 @@ def written_factors(
         raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
     arrays = to_host({"a": f.a, "b": f.b})
     magnitude = None if f.magnitude is None else np.asarray(f.magnitude)
-    found = places.of(path)
-    outer = len(found[0].index)
-    bounds = index_of(ranges, outer)
-    inner = tuple(r._replace(axis=r.axis - outer) for r in ranges if r.axis >= outer)
-    for place in found:
-        pairs = list(zip(place.index, bounds, strict=True))
-        if all((s.start or 0) <= k < (s.stop or k + 1) for k, s in pairs):
-            at = tuple(k - (s.start or 0) for k, s in pairs)
-            own = None if magnitude is None else magnitude[at]
-            a, b, scale = arrays["a"][at], arrays["b"][at], np.float32(f.scale)
-            yield Part(place, letters, kind, key, a, b, scale, own, inner)
+    for place in places.of(path):
+        if (found := _common(place, ranges, places.leaves[path].shape)) is None:
+            continue
+        at, inner = found
+        b, i, o = ([at[axis] for axis in role_axes(f.layout, role)] for role in "bio")
+        is_divided = any(
+            f.layout[axis] == "i" and x != slice(None) for axis, x in enumerate(place.at)
+        )
+        if is_divided and magnitude is not None:
+            raise ValueError(
+                f"peft.save: {key!r} has DoRA magnitudes, of columns that {place.module!r} has a "
+                "part of: PEFT has one magnitude a column of a module's entire weight"
+            )
+        norms = None if magnitude is None else magnitude[(*b, *o)]
+        one, two = arrays["a"][(*b, *i)], arrays["b"][(*b, slice(None), *o)]
+        yield Part(place, letters, kind, key, one, two, np.float32(f.scale), norms, inner)
+
+
+def _common(
+    place: Place, ranges: tuple[Range, ...], shape: tuple[int, ...]
+) -> tuple[list[Any], tuple[Range, ...]] | None:
+    """Intersect a place with the ranges of an adapter's entry.
+
+    Returns:
+        The index of both in the entry, axis by axis, and the ranges of both in the place; None if
+        they have nothing in common.
+    """
+    own = {r.axis: r for r in ranges}
+    at: list[Any] = []
+    inner = []
+    for axis, (there, size) in enumerate(zip(place.at, shape, strict=True)):
+        start, stop = own[axis][1:] if axis in own else (0, size)
+        if isinstance(there, int):
+            if not start <= there < stop:
+                return None
+            at.append(there - start)
+            continue
+        first, last = there.start or 0, size if there.stop is None else there.stop
+        low, high = max(first, start), min(last, stop)
+        if low >= high:
+            return None
+        at.append(slice(low - start, high - start))
+        if (low, high) != (first, last):
+            left = axis - sum(x < axis for x in place.axes)
+            inner.append(Range(left, low - first, high - first))
+    return at, tuple(inner)

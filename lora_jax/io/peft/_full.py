@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import wide
-from lora_jax.io._torch import Map, Place, from_torch, torch_shape
+from lora_jax.io._places import Place
+from lora_jax.io._torch import Map, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder
@@ -39,19 +40,19 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     """Read the leaves that train entirely, by path; ``adapted`` are the modules with factors."""
     config = folder.config
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
-    parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    parts: dict[str, dict[str, np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
         is_tied = places.is_tied(place.path, config.get("task_type"))
         if is_tied and not configs.ties_adapters(config, place.module):
             raise folder.error(TIED.format(verb="load", path=place.path))
         own = from_torch(x, place.shape, *places.form(place))
-        parts.setdefault(place.path, {})[place.index] = own
+        parts.setdefault(place.path, {})[place.module] = own
     for name in sorted(folder.others.keys() - wanted.keys()):
         _check_base_s(folder, places, name, adapted)
     if config.get("lora_bias"):
         for place, x in _sums_of_biases(folder, places):
-            parts.setdefault(place.path, {})[place.index] = x
+            parts.setdefault(place.path, {})[place.module] = x
     return {path: _filled(places, path, found) for path, found in parts.items()}
 
 
@@ -111,14 +112,13 @@ def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.nda
         yield place, own + update.reshape(own.shape)
 
 
-def _filled(places: Map, path: str, parts: Mapping[tuple[int, ...], np.ndarray]) -> Any:
-    """Stack a leaf of these parts, and of the base's for the others."""
-    stack = [
-        parts[place.index] if place.index in parts else places.array(place)
+def _filled(places: Map, path: str, parts: Mapping[str, np.ndarray]) -> Any:
+    """Make a leaf of these parts by module, and of the base's for the others."""
+    arrays = {
+        place.module: parts[place.module] if place.module in parts else places.array(place)
         for place in places.of(path)
-    ]
-    leaf = places.leaves[path]
-    return jnp.asarray(np.stack(stack).reshape(leaf.shape), wide(leaf.dtype))
+    }
+    return jnp.asarray(places.assembled(path, arrays), wide(places.leaves[path].dtype))
 
 
 def written_full(

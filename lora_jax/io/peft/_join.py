@@ -1,6 +1,6 @@
 """Join factors: those of parts of a weight, and those of layers that are one leaf here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,17 +72,61 @@ def _padded(part: Part) -> Part:
     return replace(part, a=a, b=b)
 
 
-def stacked(path: str, parts: Sequence[Part], leaf: Any) -> Iterator[tuple[str, Factors]]:
-    """Stack the factors of one module, or those of the layers that are adapted, with their keys."""
-    parts = sorted(parts, key=lambda part: part.place.index)
-    letters, outer = parts[0].letters, len(parts[0].place.index)
-    if not outer:
-        yield path, _factors(parts, (), letters)
+def stacked(
+    path: str, parts: Sequence[Part], layout: str, shape: tuple[int, ...]
+) -> dict[str, Factors]:
+    """Join the factors of the modules that are a leaf, by the keys of what they are of.
+
+    Layers are stacked. Modules that share a factor are one entry; others have one each.
+
+    Raises:
+        ValueError: a layer lacks an expert that others have.
+    """
+    columns: dict[tuple[Range, ...], list[Part]] = {}
+    for part in parts:
+        columns.setdefault(_column(part, layout, shape), []).append(part)
+    found = {
+        ranges: {
+            layers: _with_axes(f, own[0], layout) for layers, f in _layers(path, own, layout, shape)
+        }
+        for ranges, own in columns.items()
+    }
+    runs = dict.fromkeys(layers for own in found.values() for layers in own)
+    entries: dict[str, Factors] = {}
+    for layers in runs:
+        same = {ranges: own[layers] for ranges, own in found.items() if layers in own}
+        for ranges, f in _shared(same, layout, shape).items():
+            entries[spell(path, (*layers, *ranges), len(shape))] = f
+    return entries
+
+
+def _column(part: Part, layout: str, shape: tuple[int, ...]) -> tuple[Range, ...]:
+    """Return the part of a leaf's inputs and outputs that a module is of."""
+    found = []
+    for axis, at in enumerate(part.place.at):
+        if layout[axis] == "b":
+            continue
+        start, stop = (at, at + 1) if isinstance(at, int) else at.indices(shape[axis])[:2]
+        found += [Range(axis, start, stop)] if (start, stop) != (0, shape[axis]) else []
+    return tuple(found)
+
+
+def _layers(
+    path: str, parts: Sequence[Part], layout: str, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[Range, ...], Factors]]:
+    """Stack the factors of layers that follow each other, with the range of these."""
+    numbered = [k for k, axis in enumerate(parts[0].place.axes) if layout[axis] == "b"]
+    axes = [parts[0].place.axes[k] for k in numbered]
+    if not axes:
+        yield (), _factors(parts, (), layout)
         return
-    sizes = leaf.shape[:outer]
-    by_number = {int(np.ravel_multi_index(part.place.index, sizes)): part for part in parts}
+    sizes = tuple(shape[axis] for axis in axes)
+    by_number = {
+        int(np.ravel_multi_index([part.place.index[k] for k in numbered], sizes)): part
+        for part in parts
+    }
     count = int(np.prod(sizes))
-    if outer > 1 and len(by_number) < count:
+    if len(axes) > 1 and len(by_number) < count:
         raise ValueError(
             f"{path!r}: only {len(by_number)} of {count} layers and experts are adapted"
         )
@@ -91,10 +135,9 @@ def stacked(path: str, parts: Sequence[Part], leaf: Any) -> Iterator[tuple[str, 
     for run in np.split(np.array(numbers), cuts):
         start, stop = int(run[0]), int(run[-1]) + 1
         is_full = (start, stop) == (0, count)
-        ranges = () if is_full else (Range(0, start, stop),)
+        ranges = () if is_full else (Range(axes[0], start, stop),)
         batch = sizes if is_full else (stop - start,)
-        f = _factors([by_number[int(k)] for k in run], batch, "b" * outer + letters)
-        yield spell(path, ranges, len(leaf.shape)), f
+        yield ranges, _factors([by_number[int(k)] for k in run], batch, layout)
 
 
 def _factors(parts: Sequence[Part], batch: tuple[int, ...], layout: str) -> Factors:
@@ -103,12 +146,61 @@ def _factors(parts: Sequence[Part], batch: tuple[int, ...], layout: str) -> Fact
 
     def together(arrays):
         x = np.stack(arrays)
-        return jnp.asarray(x.reshape(*batch, *x.shape[1:]))
+        return x.reshape(*batch, *x.shape[1:])
 
     a, b = together([part.a for part in parts]), together([part.b for part in parts])
     has_magnitude = parts[0].magnitude is not None
     magnitude = together([part.magnitude for part in parts]) if has_magnitude else None
     return Factors(a, b, jnp.asarray(scale), layout, magnitude)
+
+
+def _with_axes(f: Factors, part: Part, layout: str) -> Factors:
+    """Give factors the axes of inputs and outputs that have one module for each entry."""
+    batch, a, b, magnitude = layout.count("b"), f.a, f.b, f.magnitude
+    for axis in part.place.axes:
+        if layout[axis] == "i":
+            a = np.expand_dims(a, batch + role_axes(layout, "i").index(axis))
+        elif layout[axis] == "o":
+            k = batch + role_axes(layout, "o").index(axis)
+            b = np.expand_dims(b, k + 1)
+            magnitude = None if magnitude is None else np.expand_dims(magnitude, k)
+    return replace(f, a=a, b=b, magnitude=magnitude)
+
+
+def _shared(
+    found: Mapping[tuple[Range, ...], Factors], layout: str, shape: tuple[int, ...]
+) -> dict[tuple[Range, ...], Factors]:
+    """Make one entry of parts that are all of an axis, and have the other factor in common."""
+    arrays = {ranges: _on_device(f) for ranges, f in found.items()}
+    axes = {r.axis for ranges in found for r in ranges}
+    if len(axes) != 1 or any(len(ranges) != 1 for ranges in found):
+        return arrays
+    (axis,) = axes
+    parts = sorted(found.items(), key=lambda item: item[0][0].start)
+    ends = [0, *(ranges[0].stop for ranges, _ in parts)]
+    covers = ends[-1] == shape[axis] and ends[:-1] == [ranges[0].start for ranges, _ in parts]
+    fs = [f for _, f in parts]
+    reads = layout[axis] == "i"
+    common = ["b" if reads else "a", "scale"] + ["magnitude"] * reads
+    is_same = all(_equal(getattr(f, x), getattr(fs[0], x)) for f in fs for x in common)
+    if not (covers and is_same):
+        return arrays
+    k = layout.count("b") + role_axes(layout, layout[axis]).index(axis)
+    if reads:
+        return {(): _on_device(replace(fs[0], a=np.concatenate([f.a for f in fs], k)))}
+    b = np.concatenate([f.b for f in fs], k + 1)
+    norms = [f.magnitude for f in fs]
+    magnitude = None if norms[0] is None else np.concatenate(norms, k)
+    return {(): _on_device(replace(fs[0], b=b, magnitude=magnitude))}
+
+
+def _equal(one: Any, two: Any) -> bool:
+    return (one is None) == (two is None) and (one is None or np.array_equal(one, two))
+
+
+def _on_device(f: Factors) -> Factors:
+    magnitude = None if f.magnitude is None else jnp.asarray(f.magnitude)
+    return replace(f, a=jnp.asarray(f.a), b=jnp.asarray(f.b), magnitude=magnitude)
 
 
 def alike(parts: Sequence[Part], scale: np.float32) -> list[Part]:

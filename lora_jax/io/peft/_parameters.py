@@ -18,7 +18,8 @@ from math import prod
 import numpy as np
 
 from lora_jax._weights.axes import role_shape
-from lora_jax.io._torch import Map, Place
+from lora_jax.io._places import Place
+from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import LINEAR, wrappers
 from lora_jax.io.peft._folder import Folder

@@ -28,18 +28,22 @@ class Contents:
         rows: the rows of tables that train.
         redone: the leaves whose factors start from the base, as PiSSA's: PEFT repeats that, and
             changes the base, when it loads them.
+        layouts: the layouts of the leaves that have factors.
     """
 
     factors: Mapping[str, list[Part]]
     full: Mapping[str, Any]
     rows: Mapping[str, Rows]
     redone: frozenset[str]
+    layouts: Mapping[str, str]
 
     def adapter(self, leaves: Mapping[str, Any]) -> Adapter:
         """Make an adapter of ours, in the order of the leaves."""
         factors: dict[str, Entry] = {}
         for path, leaf in leaves.items():
-            factors |= dict(stacked(path, self.factors[path], leaf)) if path in self.factors else {}
+            if path in self.factors:
+                layout, shape = self.layouts[path], tuple(leaf.shape)
+                factors |= stacked(path, self.factors[path], layout, shape)
             factors |= {path: self.rows[path]} if path in self.rows else {}
         return Adapter(factors, {path: self.full[path] for path in leaves if path in self.full})
 
@@ -63,7 +67,8 @@ def read(folder: Folder, places: Map, *, axes_known: bool = False) -> Contents:
     factors: dict[str, list[Part]] = {}
     for part in parts.values():
         factors.setdefault(part.place.path, []).append(part)
-    return Contents(factors, full, rows, _redone(folder, factors))
+    layouts = {path: places.layout(path) for path in factors}
+    return Contents(factors, full, rows, _redone(folder, factors), layouts)
 
 
 def _redone(folder: Folder, factors: Mapping[str, list[Part]]) -> frozenset[str]:

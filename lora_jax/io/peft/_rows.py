@@ -7,7 +7,8 @@ import numpy as np
 
 from lora_jax._adapter.factors import Rows
 from lora_jax._weights.axes import role_shape
-from lora_jax.io._torch import Map, Place
+from lora_jax.io._places import Place
+from lora_jax.io._torch import Map
 from lora_jax.io.peft._axes import ROWS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._vocabulary import resized
@@ -24,7 +25,7 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
     for module in modules:
         place = places.find(module)
         letters = _tokens_read(places, place) if place else ""
-        if place is None or place.index or letters.count("i") != 1:
+        if place is None or place.axes or letters.count("i") != 1:
             raise folder.error(f"rows of {module!r} train, and there is no such table here")
         listed: Any = indices
         if isinstance(indices, dict):

@@ -105,7 +105,10 @@ def save(
         )
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
-    places = Map(check(lora_params).leaves, names, kinds, layout)
+    leaves, parts = check(lora_params)
+    factors = lora_params.adapter.factors.items()
+    own = {parts[key].path: f.layout for key, f in factors if not isinstance(f, Rows)}
+    places = Map(leaves, names, kinds, layout, own)
     for leaf in _tables(lora_params.adapter, places):
         if places.is_tied(leaf, task_type):
             raise ValueError(TIED.format(verb="save", path=leaf))

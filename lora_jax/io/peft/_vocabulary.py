@@ -3,7 +3,8 @@
 import re
 
 from lora_jax._weights.conventions import is_embedding, is_head
-from lora_jax.io._torch import Map, Place, as_path, module_path, torch_shape
+from lora_jax.io._places import Place
+from lora_jax.io._torch import Map, as_path, module_path, torch_shape
 from lora_jax.io.peft._axes import EMBEDDING, LINEAR
 from lora_jax.io.peft._folder import Folder
 
