@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 from lora_jax._weights.axes import role_axes
-from lora_jax._weights.ranges import index_of, part_shape, resolve
+from lora_jax._weights.ranges import index_of, overlap, part_shape, resolve
 
 LAYER, EXPERT = "{layer}", "{expert}"
 
@@ -65,9 +66,11 @@ def places_of(
     if isinstance(template, str):
         yield from _numbered(path, shape, template, suffix, dict(zip(axes, marks, strict=True)))
     elif isinstance(template, Mapping):
+        parts = {text: _ranges(text, path, shape) for text in template}
+        _check_parts(path, shape, parts)
         for text, name in template.items():
             marked = dict(zip(axes, marks, strict=True))
-            yield from _numbered(path, shape, name, suffix, marked, _ranges(text, path, shape))
+            yield from _numbered(path, shape, name, suffix, marked, parts[text])
     else:
         left = [axis for axis in range(len(shape)) if axis not in axes]
         if not left or shape[left[0]] != len(names):
@@ -90,6 +93,19 @@ def _ranges(text: str, path: str, shape: Sequence[int]) -> Any:
     if len(parts) > len(shape):
         parts = [part for part in parts if part.strip() != ":"]
     return resolve(",".join(parts), path, shape)
+
+
+def _check_parts(path: str, shape: Sequence[int], parts: Mapping[str, Any]) -> None:
+    """Raise unless ranges are all of a leaf, and none is of two."""
+    for one, other in itertools.combinations(parts, 2):
+        if overlap(parts[one], parts[other]):
+            raise ValueError(f"names: the ranges [{one}] and [{other}] of {path!r} overlap")
+    covered = sum(prod(part_shape(shape, ranges)) for ranges in parts.values())
+    if covered < prod(shape):
+        raise ValueError(
+            f"names: the ranges {[*parts]} of {path!r}, {tuple(shape)}, are not all of it: give "
+            "every part a name"
+        )
 
 
 def _numbered(

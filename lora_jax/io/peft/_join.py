@@ -89,7 +89,7 @@ def stacked(
         ranges: {
             layers: _with_axes(f, own[0], layout) for layers, f in _layers(path, own, layout, shape)
         }
-        for ranges, own in columns.items()
+        for ranges, own in sorted(columns.items())
     }
     runs = dict.fromkeys(layers for own in found.values() for layers in own)
     entries: dict[str, Factors] = {}
