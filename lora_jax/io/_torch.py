@@ -79,6 +79,7 @@ class Map:
         if (places := self.places[path]) is None:
             module = module_path(path, self.leaves)[0]
             known = self._names.values() if isinstance(self._names, Mapping) else ()
+            known = [x for names in known for x in ([names] if isinstance(names, str) else names)]
             raise ValueError(
                 f"names has no pattern for {module!r}: add one, such as "
                 f"{{{module!r}: 'the.name.of.its.module'}}. Nearest names: "
@@ -212,14 +213,13 @@ class Map:
             template = self._template(path) if found else None
             if not isinstance(template, str) or LAYER not in template:
                 continue
-            place, stack = found[-1], template.partition(LAYER)[0]
-            other, count = counts.setdefault(stack, (path, place.index[0] + 1))
-            if count != place.index[0] + 1:
+            stack, own = template.partition(LAYER)[0], 1 + max(p.index[0] for p in found or ())
+            other, count = counts.setdefault(stack, (path, own))
+            if count != own:
                 raise ValueError(
-                    f"names: {path!r} of shape {tuple(self.leaves[path].shape)} would have "
-                    f"{place.index[0] + 1} layers of {stack!r}, and {other!r} has {count}. Say by "
-                    f"layout= which axis of each is the layers, 'b': layout={{{path!r}: 'ob'}} for "
-                    "a vector of each layer"
+                    f"names: {path!r} of shape {tuple(self.leaves[path].shape)} would have {own} "
+                    f"layers of {stack!r}, and {other!r} has {count}. Give the axis of the layers "
+                    f"by layout=, as 'b': layout={{{path!r}: 'ob'}} for a vector of each layer"
                 )
 
     def kind(self, path: str, letters: str) -> Kind:
@@ -293,11 +293,12 @@ class Map:
             try:
                 if not (match := re.fullmatch(pattern, module)):
                     continue
-                if ranges is not None:
-                    parts[ranges] = match.expand(template)
+                is_one = isinstance(template, str)
+                names = [match.expand(x) for x in ([template] if is_one else template)]
+                if ranges is not None and is_one:
+                    parts[ranges] = names[0]
                 elif not parts:
-                    is_list = isinstance(template, list | tuple)
-                    return [*map(match.expand, template)] if is_list else match.expand(template)
+                    return names[0] if is_one else names
             except (re.error, TypeError, IndexError) as error:
                 raise ValueError(f"names={{{key!r}: {template!r}}}: {error}") from None
         return parts or None

@@ -73,8 +73,8 @@ ROWS = {key.replace(":, ", ""): name for key, name in QKV.items()}
 EACH = {"at/kv_einsum": ["at.k_proj", "at.v_proj"]}
 STACKED = {"at/kv_einsum": ["at.{layer}.k_proj", "at.{layer}.v_proj"]}
 BOTH = {"at.k_proj": np.s_[0], "at.v_proj": np.s_[1]}
-# The leaf and the names; its shape and letters; the part that is adapted; the parts of the leaf that
-# some modules are, and the letters of these.
+# The names; the shape and the letters of the leaf; the part that is adapted; the parts of the leaf
+# that some modules are, and the letters of these.
 FUSED = {
     "ranges": (
         QKV,

@@ -160,7 +160,7 @@ def _taken_apart(source: Source, tensors: Mapping[str, Any], names: Collection[s
     for full, x in tensors.items():
         module, _, name = full.rpartition(".")
         choices = _TOGETHER.get(name, ())
-        inner = next((parts for parts in choices if names & {*parts}), None)
+        inner = next((parts for parts in choices if {*names} & {*parts}), None)
         if inner is None or len(x.shape) != 3:
             continue
         is_turned = _is_turned(source, tensors, module, full)
@@ -183,13 +183,13 @@ def _is_turned(source: Source, tensors: Mapping[str, Any], module: str, name: st
     Raises:
         ValueError: their shapes do not tell, or gate and up alternate in them, as gpt-oss's do.
     """
-    both = (tensors.get(f"{module}.{x}") for x in ("gate_up_proj", "down_proj"))
-    first, second = (() if x is None else tuple(x.shape[1:]) for x in both)
-    sizes = (first, second[::-1]) if first and second else ((), ())
-    if f"{module}.gate_up_proj_bias" not in tensors:
-        if sizes[0] and sizes[0] == (2 * sizes[1][0], sizes[1][1]):
+    both = [tensors.get(f"{module}.{x}") for x in ("gate_up_proj", "down_proj")]
+    are_stacks = all(x is not None and len(x.shape) == 3 for x in both)
+    if are_stacks and f"{module}.gate_up_proj_bias" not in tensors:
+        (_, *first), (_, outputs, inputs) = (x.shape for x in both if x is not None)
+        if first == [2 * inputs, outputs]:
             return False
-        if sizes[0] and sizes[0] == (sizes[1][0], 2 * sizes[1][1]):
+        if first == [inputs, 2 * outputs]:
             return True
     raise ValueError(
         f"{source.where}: the adapter has factors for the parts of single experts, and {name!r} "

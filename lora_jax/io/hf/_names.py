@@ -40,7 +40,7 @@ class TensorNames:
         if source is not None:
             check_plain(source)
         self.tensors: Mapping[str, Tensor] = source.tensors if source else {}
-        names = family.names
+        names: Any = family.names
         if isinstance(names, Mapping):
             names = {**names, **_others(leaves, names, self.tensors)}
         self.places = Map(leaves, names, family.kinds, family.layout)
@@ -182,7 +182,7 @@ class TensorNames:
 
 
 def _others(
-    leaves: Mapping[str, Any], names: Mapping[str, str], tensors: Iterable[str]
+    leaves: Mapping[str, Any], names: Mapping[str, Any], tensors: Iterable[str]
 ) -> dict[str, str]:
     """Name the modules that a family does not have, and the files have by their very paths."""
     own = Map({}, names)

@@ -68,8 +68,10 @@ class _Parameter:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """How many experts there are, and what each reads and writes."""
-        experts, *sizes = (prod(role_shape(self.letters, self.place.shape, x)) for x in "bio")
-        return experts, *sizes
+        experts, inputs, outputs = (
+            prod(role_shape(self.letters, self.place.shape, role)) for role in "bio"
+        )
+        return experts, inputs, outputs
 
     def is_turned(self, tensors: Mapping[str, np.ndarray]) -> bool | None:
         """Return whether ``lora_A`` has what is written here; None for a square one."""
