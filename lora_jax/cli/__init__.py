@@ -24,6 +24,13 @@ __all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
+# The remedies that errors offer, and the same at the command line.
+_FLAGS = {
+    "pass overwrite=True": "pass --overwrite",
+    "pass parameter_order=(..., ...)": "pass --parameter-order A,B",
+    "pass layout={": "pass --layout, a file of {",
+}
+
 
 def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
     """Run a command.
@@ -85,7 +92,8 @@ def _line(error: BaseException) -> str:
         text = ": ".join([*map(str, files), error.strerror])
     else:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = text.replace("pass overwrite=True", "pass --overwrite")
+    for own, there in _FLAGS.items():
+        text = text.replace(own, there)
     return " ".join(text.split()) or type(error).__name__
 
 

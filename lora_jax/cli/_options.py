@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax.io import _files as files
 from lora_jax.io.hf._families import FAMILIES
+from lora_jax.io.peft._axes import PARAMETER_ORDER
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = ("peft", "safetensors", "orbax")
@@ -56,6 +57,34 @@ def add_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", metavar="FILE", help=text)
 
 
+def add_order(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--parameter-order``."""
+    text = (
+        "order in which modules register their parameters, for adapters of several of a module; "
+        f"{','.join(PARAMETER_ORDER)}"
+    )
+    parser.add_argument(
+        "--parameter-order", type=_order, default=PARAMETER_ORDER, metavar="A,B", help=text
+    )
+
+
+def add_axes(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--layout`` and ``--parameter-order``."""
+    text = "file of {pattern of paths in the model: bio or boi}, the axes of square experts"
+    parser.add_argument("--layout", metavar="FILE", help=text)
+    add_order(parser)
+
+
+def layout_in(args: argparse.Namespace) -> dict[str, str] | None:
+    """Read ``--layout``."""
+    return _strings_in(args.layout, "--layout")
+
+
+def _order(text: str) -> tuple[str, ...]:
+    """Parse names with commas between them."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Check an output before the work begins, and add its path to errors of the system.
@@ -89,13 +118,14 @@ def names_and_kinds(args: argparse.Namespace) -> tuple[Any, dict[str, str] | Non
     if args.names is not None and not Path(args.names).exists():
         known = ", ".join(sorted(FAMILIES))
         raise FileNotFoundError(f"--names {args.names}: no such file, and no family: {known}")
-    return _strings_in(args.names, "--names"), _strings_in(args.kinds, "--kinds")
+    return _strings_in(args.names, "--names", lists=True), _strings_in(args.kinds, "--kinds")
 
 
-def _strings_in(path: str | None, option: str) -> dict[str, str] | None:
+def _strings_in(path: str | None, option: str, *, lists: bool = False) -> dict[str, Any] | None:
     if path is None:
         return None
     found = files.read_json(Path(path))
-    if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+    kinds = (str, list) if lists else str
+    if not isinstance(found, dict) or not all(isinstance(x, kinds) for x in found.values()):
         raise ValueError(f"{option} {path}: expected one object of strings, such as {{'a': 'b'}}")
     return found

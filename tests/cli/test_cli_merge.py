@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cli_files import DORA, EQUAL, MORE, PARAMS, adapted, tensors_of, updates
+from cli_files import DORA, EQUAL, MORE, PARAMS, adapted, floats, tensors_of, updates
 from helpers import assert_close, randomize_b
 
 import lora_jax
 from lora_jax.cli._read.match import canonical
-from lora_jax.io import _files, hf, safetensors
+from lora_jax.io import _files, hf, peft, safetensors
 from lora_jax.io.hf import _shards
 
 TIED = {"tie_word_embeddings": True}
@@ -45,6 +45,33 @@ def test_merge_of_what_was_peft_s(cli):
     cli("merge", "model", "more_native", "three", "--like", "params")
     cli("merge", "model", "more", "four")
     assert cli("diff", "one", "two") == cli("diff", "three", "four", *EQUAL) == "equal\n"
+
+
+def test_square_experts_of_other_names(cli, refused):
+    """The order of their wrappers and the axis that is read are known by their own adapter only."""
+    params = {"moe": {name: np.asarray(floats(3, 4, 4)) for name in ("up", "down")}}
+    hf.save("experts", params, hf.Family(layout={".*": "bio"}), config={"model_type": "own"})
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*", layout={".*": "bio"}))
+    safetensors.save("own.safetensors", lora_params.adapter)
+    peft.save("theirs", lora_params, parameter_order=("up", "down"))
+    order = ("--parameter-order", "up, down")
+    cli("merge", "experts", "own.safetensors", "one", *order)
+    assert_close(
+        tensors_of("one"), {f"moe.{k}": x for k, x in lora_jax.merge(lora_params)["moe"].items()}
+    )
+    for words in (("inspect", "theirs"), ("diff", "theirs", "own.safetensors")):
+        refused(*words, match=r"is not known: pass --parameter-order A,B$")
+        cli(*words, *order)
+    cli("convert", "theirs", "back.safetensors", "--to", "safetensors", *order)
+    refused("merge", "experts", "theirs", "two", match=r"pass --parameter-order A,B$")
+    words = ("experts", "theirs", "two", *order)
+    refused(
+        "merge", *words, match=r"is square, .* pass --layout, a file of {'moe/(up|down)': 'bio'}"
+    )
+    Path("axes.json").write_text('{"moe/.*": "bio"}')
+    cli("verify", "theirs", "experts", *order, "--layout", "axes.json")
+    cli("merge", *words, "--layout", "axes.json")
+    assert cli("diff", "one", "two") == "equal\n"
 
 
 @pytest.mark.parametrize("has_head", [False, True])

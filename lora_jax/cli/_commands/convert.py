@@ -11,7 +11,15 @@ import numpy as np
 
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._commands import convert_model
-from lora_jax.cli._options import DTYPES, FORMATS, add_names, names_and_kinds, writing
+from lora_jax.cli._options import (
+    DTYPES,
+    FORMATS,
+    add_axes,
+    add_names,
+    layout_in,
+    names_and_kinds,
+    writing,
+)
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
@@ -40,6 +48,7 @@ EXAMPLE = "adapter adapter.safetensors --to safetensors"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     add_names(parser)
+    add_axes(parser)
     add = parser.add_argument
     add("path", metavar="IN", help="adapter or model of any format")
     add("out", metavar="OUT", help="file or folder to write")
@@ -54,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path)
+    found = open_path(args.path, args.parameter_order)
     if isinstance(found, Checkpoint):
         return convert_model.run(found, args, show, *names_and_kinds(args))
     _check_options(found, args)
@@ -72,6 +81,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 base_model=args.base_model,
                 uniform=args.uniform,
                 for_vllm=args.for_vllm,
+                parameter_order=args.parameter_order,
                 overwrite=args.overwrite,
             )
         elif found.native is not None:
@@ -175,8 +185,9 @@ def _read(folder: Folder, args: argparse.Namespace) -> tuple[Adapter, Mapping[st
     Raises:
         ValueError: something of it has no place, or is a change of what is in the base.
     """
+    is_ours = args.like is not None and source_like(args.like) is None
     places = _places(folder, args)
-    contents = read(folder, places)
+    contents = read(folder, places, axes_known=not is_ours)
     if contents.redone:
         init = folder.config["init_lora_weights"]
         raise folder.error(
@@ -197,7 +208,13 @@ def _places(folder: Folder, args: argparse.Namespace) -> Map:
     if args.like is None:
         return _own_tree(folder).places(names, kinds)
     if source := source_like(args.like):
-        return TorchTree.of(source, folder, names).places(kinds=kinds)
+        tree = TorchTree.of(source, folder, names, layout_in(args))
+        if tree.pieces:
+            raise folder.error(
+                f"its experts are other tensors than those of --like {args.like}, such as "
+                f"{next(iter(tree.pieces))!r}: convert it without --like, or merge it"
+            )
+        return tree.places(kinds=kinds)
     return Map(leaves_like(args.like), names, kinds)
 
 

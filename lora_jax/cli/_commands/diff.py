@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import is_float
-from lora_jax.cli._options import count, share
+from lora_jax.cli._options import add_order, count, share
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
@@ -20,6 +20,7 @@ EXAMPLE = "adapter other --json"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
+    add_order(parser)
     add = parser.add_argument
     add("one", metavar="A", help="adapter or model of any format")
     add("two", metavar="B", help="the other one, of the same kind")
@@ -29,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command; the exit status is 0 if the two are equal, 1 if not."""
-    one, two = open_path(args.one), open_path(args.two)
+    one, two = (open_path(path, args.parameter_order) for path in (args.one, args.two))
     if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
         rows, only = _adapters(one, two)
         columns = [Column("path", False), Column("rank"), Column("|A|", spare=2)]

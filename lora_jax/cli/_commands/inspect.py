@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
-from lora_jax.cli._options import count
+from lora_jax.cli._options import add_order, count
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import find, part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
@@ -32,6 +32,7 @@ EXAMPLE = "adapter --base model --top 5"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
+    add_order(parser)
     add = parser.add_argument
     add("path", metavar="PATH", help="adapter, checkpoint, model folder, or file")
     add("--base", metavar="PATH", help="the model, for the relative size of updates")
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path)
+    found = open_path(args.path, args.parameter_order)
     if isinstance(found, Checkpoint):
         if args.base:
             raise ValueError(f"--base is for adapters, and {args.path} is a model")

@@ -1,13 +1,22 @@
 """``merge``: add adapters of any format to a model's files."""
 
 import argparse
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lora_jax.cli._commands.convert import to_peft
-from lora_jax.cli._options import DTYPES, add_names, byte_count, names_and_kinds, writing
+from lora_jax.cli._options import (
+    DTYPES,
+    add_axes,
+    add_names,
+    byte_count,
+    layout_in,
+    names_and_kinds,
+    writing,
+)
 from lora_jax.cli._read.base import recorded_leaves
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
@@ -28,6 +37,7 @@ EXAMPLE = "model adapter merged --dtype bfloat16"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     add_names(parser)
+    add_axes(parser)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a Hugging Face model")
     add("adapters", metavar="ADAPTER", nargs="+", help="of any format")
@@ -49,18 +59,18 @@ def run(args: argparse.Namespace, show: Show) -> int:
     if len({os.path.realpath(path) for path in args.adapters}) < len(args.adapters):
         raise ValueError("an adapter is there twice: add up its weights")
     given, kinds = names_and_kinds(args)
-    names = given
+    names, layout, order = given, layout_in(args), args.parameter_order
     source = open_source(args.model)
     family = FAMILIES.get((source.config or {}).get("model_type", ""))
     if names is None and family is not None:
         names, kinds = family.names, {**(family.kinds or {}), **(kinds or {})}
-    opened = [open_adapter(path) for path in args.adapters]
+    opened = [open_adapter(path, order) for path in args.adapters]
     with (
         writing(args.out, overwrite=args.overwrite) as out,
         tempfile.TemporaryDirectory() as temporary,
         show.progress("merging", stays=True) as progress,
     ):
-        paths, adapters = [], []
+        adapters = []
         for k, (found, weight) in enumerate(zip(opened, weights, strict=True)):
             is_shared = found.format != "peft" and not _has_head(found, names, source)
             if found.format != "peft":
@@ -68,15 +78,16 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 like = args.like
                 if like is None and found.native and is_torch(found.native[0]):
                     like = args.model  # it is in the model's own names
-                to_peft(found, folder, like=like, names=names, kinds=kinds)
-                found = open_adapter(folder)
+                more = {"kinds": kinds, "parameter_order": order}
+                to_peft(found, folder, like=like, names=names, **more)
+                found = open_adapter(folder, order)
             if is_shared and recorded_leaves(opened[k]) is None:
                 _check_no_table(opened[k], found, source)
-            paths.append(found.path)
-            adapters.append((Folder.open(found.path), weight, is_shared))
+            opened_folder = Folder.open(found.path, order=order)
+            opened_folder = dataclasses.replace(opened_folder, letters=_letters_of(opened[k]))
+            adapters.append((opened_folder, weight, is_shared))
         output = Output(out, None, args.dtype, args.shard_size, args.overwrite, progress)
-        write_merged(source, adapters, output, given)
-        changed = set().union(*(_changed(open_adapter(path)) for path in paths))
+        changed = write_merged(source, adapters, output, given, layout)
     written = sorted(out.glob("*.safetensors"))
     total = len(source.tensors)
     show.line(
@@ -97,6 +108,15 @@ def run(args: argparse.Namespace, show: Show) -> int:
         }
     )
     return 0
+
+
+def _letters_of(found: AdapterFile) -> str | None:
+    """Return the layout of the experts of an adapter of ours, if they have one."""
+    if found.native is None:
+        return None
+    layouts = [f.layout for f in found.native[0].factors.values() if "b" in f.layout]
+    letters = {"b" + layout.replace("b", "") for layout in layouts}
+    return letters.pop() if letters in ({"bio"}, {"boi"}) else None
 
 
 def _has_head(found: AdapterFile, names: Any, source: Source) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.params import LoraParams, check
-from lora_jax.cli._options import add_names, names_and_kinds
+from lora_jax.cli._options import add_axes, add_names, layout_in, names_and_kinds
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
@@ -40,6 +40,7 @@ EXAMPLE = "adapter model"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     add_names(parser)
+    add_axes(parser)
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="of any format")
     add("base", metavar="BASE", help="model folder, or Orbax checkpoint of parameters")
@@ -47,11 +48,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command: 0 if it is, 1 if not."""
-    found, model = open_adapter(args.adapter), open_checkpoint(args.base)
+    found = open_adapter(args.adapter, args.parameter_order)
+    model, layout = open_checkpoint(args.base), layout_in(args)
     names, kinds = names_and_kinds(args)
     options = {"names": names, "kinds": kinds}
     try:
-        reason, fits = _seen(found, model, options), True
+        reason, fits = _seen(found, model, options, layout), True
     except (UnknownBaseError, UnknownModelError):
         raise
     except ValueError as error:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
     return 0 if fits else 1
 
 
-def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> str:
+def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any], layout: Any) -> str:
     """Look at an adapter and a model, and say what was found to be right.
 
     Raises:
@@ -75,7 +77,7 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]) -> 
         if model.format == "orbax":
             read(found.folder, Map(leaves_of(model), **options))
         else:
-            Change(found.folder, source_of(model), 1.0, options.get("names"))
+            Change(found.folder, source_of(model), 1.0, options.get("names"), layout)
         entries = len(found.updates) + len(found.full)
         return f"each of its {entries} entries has its place, of the right shape"
     assert found.native is not None

@@ -15,11 +15,14 @@ from lora_jax.cli._read.peft import open_peft
 from lora_jax.io import _files as files
 from lora_jax.io import orbax, safetensors
 from lora_jax.io.hf import _shards as shards
+from lora_jax.io.peft._axes import PARAMETER_ORDER
 from lora_jax.io.peft._config import CONFIG, TENSORS
 
 
-def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
-    """Open what is at a path.
+def open_path(
+    path: str | os.PathLike[str], order: tuple[str, ...] = PARAMETER_ORDER
+) -> AdapterFile | Checkpoint:
+    """Open what is at a path; ``order`` is that of parameters in modules of PEFT.
 
     Raises:
         OSError: there is nothing, or it cannot be read.
@@ -31,11 +34,11 @@ def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
     if path.is_file():
         return _file(path)
     if any((path / name).exists() for name in (TENSORS, "adapter_model.bin")):
-        return open_peft(path)
+        return open_peft(path, order)
     if _has_model(path):  # PEFT and Trainer leave an adapter's configuration beside merged models
         return Checkpoint(path, "huggingface", shards.tensors_in(path))
     if (path / CONFIG).exists():
-        return open_peft(path)
+        return open_peft(path, order)
     if (path / "_CHECKPOINT_METADATA").exists() or (path / "config").is_dir():
         return _orbax(path)
     steps = sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir())
@@ -54,13 +57,15 @@ def open_path(path: str | os.PathLike[str]) -> AdapterFile | Checkpoint:
     raise ValueError(f"{path} {'is empty' if is_empty else 'holds nothing known'}: {hint}")
 
 
-def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+def open_adapter(
+    path: str | os.PathLike[str], order: tuple[str, ...] = PARAMETER_ORDER
+) -> AdapterFile:
     """Open the adapter at a path.
 
     Raises:
         ValueError: there is a model.
     """
-    found = open_path(path)
+    found = open_path(path, order)
     if not isinstance(found, AdapterFile):
         raise ValueError(f"{path} is a model or a file of tensors, expected an adapter")
     return found

@@ -3,20 +3,20 @@
 from pathlib import Path
 
 from lora_jax.cli._read.forms import AdapterFile, Update
-from lora_jax.io.peft._axes import Part
+from lora_jax.io.peft._axes import PARAMETER_ORDER, Part
 from lora_jax.io.peft._config import REDONE
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._own import own_others, own_parts
 
 
-def open_peft(path: Path) -> AdapterFile:
+def open_peft(path: Path, order: tuple[str, ...] = PARAMETER_ORDER) -> AdapterFile:
     """Read the adapter in a folder of PEFT's, without the model that it is for.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: it is damaged, or cannot be read exactly.
     """
-    folder = Folder.open(path)
+    folder = Folder.open(path, order=order)
     rslora = bool(folder.config.get("use_rslora"))
     updates = {name: _update(name, part, rslora) for name, part in own_parts(folder).items()}
     base = folder.config.get("base_model_name_or_path") or "not recorded"

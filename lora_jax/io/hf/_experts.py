@@ -200,6 +200,8 @@ def _is_turned(source: Source, tensors: Mapping[str, Any], module: str, name: st
 
 def letters_of_square(source: Source, adapter: Folder, *, is_grouped: bool) -> str | None:
     """Return the axes of square experts, ``lora_A``'s as the input; None if nothing tells."""
+    if adapter.letters is not None:
+        return adapter.letters
     kind = str((source.config or {}).get("model_type"))
     if is_grouped or kind in _IN_LAST:
         return "bio" if takes_axes_in_order(adapter) else "boi"

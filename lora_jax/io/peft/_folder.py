@@ -42,12 +42,14 @@ class Folder:
         config: the configuration, with PEFT's defaults.
         tensors: the arrays by name, without the prefix that all names have.
         order: the order in which modules register their parameters.
+        letters: the layout of its experts that are square, if who wrote the adapter knows it.
     """
 
     where: str
     config: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
     order: tuple[str, ...] = PARAMETER_ORDER
+    letters: str | None = None
 
     @classmethod
     def open(
