@@ -57,6 +57,11 @@ def fitted(
     """
     own = Map({}, names) if names is not None else None
     given = {m: own.named(as_path(m)) for m in modules} if own else {}
+    if parts := [m for m, name in given.items() if not isinstance(name, str | None)]:
+        raise TypeError(
+            f"names: {given[parts[0]]!r} for {as_path(parts[0])!r}, expected one name: it is one "
+            f"module in {where}, and in the adapter"
+        )
     given = {m: as_name(name) for m, name in given.items() if name is not None}
     clean = {m.replace(COMPILED, ""): m for m in wanted if m not in set(given.values())}
     free = [m for m in modules if m not in given]

@@ -178,3 +178,7 @@ def test_the_command_line_takes_names(tmp_path, monkeypatch):
     (tmp_path / "names.json").write_text(json.dumps({r"encoders/a/(.+)": r"bert.\1"}))
     assert main(["merge", "model", "adapter", "out", "--names", "names.json"]) == 0
     assert main(["verify", "adapter", "model", "--names", "names.json"]) == 0
+    with pytest.raises(
+        TypeError, match=r"for 'encoders/a/.*', expected one name: it is one module"
+    ):
+        hf.merge("model", "adapter", "other", names={"encoders/a/(.+)": [r"bert.\1"]})

@@ -120,6 +120,14 @@ def test_parts_of_a_fused_axis_are_modules_of_their_own(name, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
 
 
+def test_rows_of_a_table_that_is_several_modules_are_refused(tmp_path):
+    params = {"table": {"embedding": normal(0, (6, 4))}}
+    lora_params = lora_jax.lorafy(params, targets=[], rows={"table/embedding": [1]})
+    names = {"table[0:3]": "one", "table[3:6]": "two"}
+    with pytest.raises(ValueError, match=r"makes it 2 modules there, such as 'one'"):
+        peft.save(tmp_path / "a", lora_params, names=names)
+
+
 def test_an_entry_across_modules_is_one_of_each(tmp_path):
     path, params, options = fused(QKV, (3, 8), "io")
     lora_params = adapted(params, targets=f"{path}[:, 2:5]", layout=options["layout"])
@@ -181,7 +189,9 @@ def test_names_that_do_not_fit_a_fused_axis_are_refused(names, shape, message, t
 
 def test_other_numbers_of_layers_are_refused_and_a_layout_tells_them(tmp_path):
     params = {"norm": {"scale": normal(0, (4, 3))}, "q_proj": {"kernel": normal(1, (4, 3, 5))}}
-    options = {"names": {"(.+)": r"model.layers.{layer}.\1"}, "layout": {"q_proj/.*": "ibo"}}
+    params |= {"layers_0": {"qkv": {"kernel": normal(2, (3, 8)), "bias": normal(3, (8,))}}}
+    names = QKV | {"(.+)": r"model.layers.{layer}.\1"}
+    options = {"names": names, "layout": {"q_proj/.*": "ibo"}}
     with pytest.raises(ValueError, match=r"3 layers of 'model\.layers\.', and .* layout={'q_proj/"):
         hf.save(tmp_path / "m", params, **options)
     options["layout"] |= {"norm/scale": "ob"}

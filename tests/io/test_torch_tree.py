@@ -203,7 +203,9 @@ def test_square_experts_alone_are_read_as_their_model_keeps_them(model_type, ver
 
 def test_a_layout_of_experts_that_shapes_contradict_is_refused():
     own = folder(ADAPTER, target_parameters=["experts.up"])
-    with pytest.raises(ValueError, match=r"layout={'experts/up': 'boi'}: the axes .* are bio"):
+    with pytest.raises(
+        ValueError, match=r"layout={'experts/up': 'boi'}: the factors of .* have bio"
+    ):
         TorchTree.of(source("gpt2"), own, layout={"experts/up": "boi"})
 
 

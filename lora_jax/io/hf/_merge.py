@@ -112,13 +112,7 @@ def write_merged(
             f"{source.where} holds no {CONFIG}, whose model_type tells whether dense layers are "
             "stored transposed, as GPT-2's are"
         )
-    changes = [
-        Change(folder, source, weight, names, layout, is_shared=one)
-        for folder, weight, one in adapters
-    ]
-    if len(changes) > 1 or any(change.weight != 1 for change in changes):
-        for change in changes:
-            change.check_adds()
+    changes = _changes(source, adapters, names, layout)
     ties = TorchTree.of(source).ties
     new = {name: x for change in changes for name, x in change.new.items()}
     tensors = dict(source.tensors) | ties.missing(source.tensors) | new
@@ -136,15 +130,15 @@ def write_merged(
         return narrowed(w, wanted, name)
 
     written = {}
+    changed = {name for name in tensors if any(change.changes(name) for change in changes)}
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, output.dtype)
-        if is_narrow(wanted) and any(change.changes(name) for change in changes):
+        if is_narrow(wanted) and name in changed:
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
                 "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
-    changed = {name for name in tensors if any(change.changes(name) for change in changes)}
     if are_apart(source, changed, written, output.config):
         apart = {name: x for name, x in written.items() if name not in ties.always - ties.stored}
         written = {ties.outside(name): x for name, x in apart.items()}
@@ -153,6 +147,23 @@ def write_merged(
         written = {name: written[name] for name in (*source.tensors, *new)}
     write_model(output, written, source)
     return changed
+
+
+def _changes(
+    source: Source,
+    adapters: Iterable[tuple[Folder, float, bool]],
+    names: Names,
+    layout: Mapping[str, str] | None,
+) -> list["Change"]:
+    """Read adapters; raise unless several of them, or weighted ones, only add."""
+    changes = [
+        Change(folder, source, weight, names, layout, is_shared=one)
+        for folder, weight, one in adapters
+    ]
+    if len(changes) > 1 or any(change.weight != 1 for change in changes):
+        for change in changes:
+            change.check_adds()
+    return changes
 
 
 class Change:

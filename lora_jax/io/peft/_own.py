@@ -134,26 +134,23 @@ def forms_in(
         told = {fits[0] for fits in beside.values() if len(fits) == 1}
         for path, fits in beside.items():
             # One module's parameters are all read along one axis: those that are not square tell.
-            letters = fits[0] if len(fits) == 1 else next(iter(told)) if len(told) == 1 else None
-            if not fits:
-                raise folder.error(
-                    f"its factors do not fit the parameter {modules[path]!r} of shape "
-                    f"{tuple(leaves[path].shape)}: it is another model's"
-                )
+            fits = [x for x in fits if told == {x}] or fits
+            what = f"the parameter {modules[path]!r} of shape {tuple(leaves[path].shape)}"
             given = lookup(layout, path, "layout")
-            if given is not None and given not in ([letters] if letters else fits):
+            if not fits:
+                raise folder.error(f"its factors do not fit {what}: it is another model's")
+            if given is not None and given not in fits:
                 raise folder.error(
-                    f"layout={{{path!r}: {given!r}}}: the axes of its factors are "
-                    f"{letters or ' or '.join(map(repr, fits))}"
+                    f"layout={{{path!r}: {given!r}}}: the factors of {what} have "
+                    f"{' or '.join(fits)}"
                 )
-            letters = letters or given or lone(path)
+            letters = fits[0] if len(fits) == 1 else given or lone(path)
             if letters is None:
                 raise folder.error(
-                    f"the parameter {modules[path]!r} of shape {tuple(leaves[path].shape)} is "
-                    "square, and neither another one of its module nor the model_type tells which "
-                    f"of its axes lora_A has: pass layout={{{path!r}: 'bio'}} if it has the "
-                    "second, as that of gpt-oss trained in transformers 5, or 'boi' if it has the "
-                    "last, as in earlier versions"
+                    f"{what} is square, and neither another one of its module nor the model_type "
+                    f"tells which of its axes lora_A has: pass layout={{{path!r}: 'bio'}} if it "
+                    "has the second, as that of gpt-oss trained in transformers 5, or 'boi' if it "
+                    "has the last, as in earlier versions"
                 )
             found[path] = letters, "Parameter"
     return found

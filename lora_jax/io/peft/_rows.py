@@ -25,7 +25,8 @@ def read_rows(folder: Folder, places: Map) -> dict[str, Rows]:
     for module in modules:
         place = places.find(module)
         letters = _tokens_read(places, place) if place else ""
-        if place is None or place.axes or letters.count("i") != 1:
+        is_whole = place is not None and len(places.of(place.path)) == 1
+        if place is None or not is_whole or letters.count("i") != 1:
             raise folder.error(f"rows of {module!r} train, and there is no such table here")
         listed: Any = indices
         if isinstance(indices, dict):
@@ -60,7 +61,13 @@ def _tokens_read(places: Map, place: Place) -> str:
 
 def written_rows(f: Rows, path: str, places: Map) -> tuple[str, np.ndarray]:
     """Return the module of a table, and its new rows, which PEFT writes instead of updates."""
-    (place,) = places.of(path)
+    place, *others = places.of(path)
+    if others:
+        raise ValueError(
+            f"peft.save: rows of {path!r} train, and names= makes it {1 + len(others)} modules "
+            f"there, such as {place.module!r}: PEFT trains rows of one table. Give it one name, or "
+            "merge instead"
+        )
     if f.layout != (letters := _tokens_read(places, place)):
         raise ValueError(
             f"peft.save: the rows of {path!r} are of its axis {f.layout.index('i')}, and PEFT has "

@@ -62,11 +62,16 @@ def save(
             ``{r"layers_(\d+)/attn/query": r"model.layers.\1.self_attn.q_proj"}``, or a function.
             Patterns are regular expressions, matched in full; the first one counts. In a template
             ``{layer}`` is replaced by the number of the layer, for leaves that have the layers
-            stacked in front, and ``{expert}`` likewise. None: the path with dots for slashes.
+            stacked, and ``{expert}`` likewise. A list of templates names the modules along the
+            axis in front, such as ``{"kv_einsum": ["k_proj", "v_proj"]}``; patterns with ranges
+            name parts of a weight, ``{"qkv[:, 0:768]": "q_proj", "qkv[:, 768:]": "kv_proj"}``.
+            None: the path with dots for slashes.
         kinds: ``{pattern of the leaf: kind}``, for leaves whose axes leave a doubt. A kind is
             ``"Linear"``, ``"Conv1D"`` (GPT-2's), ``"Conv"``, ``"Embedding"`` or ``"Parameter"``
-            (experts).
+            (experts, or a matrix, that a module has as parameters of their own).
         layout: as in ``lorafy``, for full leaves; a layout from ``layout_of`` knows the kinds too.
+            The first ``b`` is the axis of ``{layer}``; vectors of layers along another axis than
+            the first have a layout as well, ``{".*scale": "ob"}``.
         base_model: the name or folder of the model, for the configuration.
         task_type: such as ``"CAUSAL_LM"``, for the configuration.
         rslora: whether the configuration sets ``use_rslora``; the function is the same.
