@@ -1,32 +1,26 @@
-"""The places of our leaves in a model of PyTorch: the names of its modules, and their axes.
+"""The places of our leaves in a model of PyTorch: the names of its modules, and their kinds.
 
-A leaf is one tensor there, or one per layer if the layers are stacked in front. Modules do not
-keep their weights as Flax does; each kind has axes of its own::
-
-    Linear     [out, in]            Conv        [out, in, *window]
-    Conv1D     [in, out]            Embedding   [rows, out]
-    Parameter  [experts, ...] or a matrix, a parameter of a module rather than the weight of one
+A leaf is one tensor there, or one per layer if the layers are stacked, or one for each part.
 """
 
 import functools
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from math import prod
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import jax
 import numpy as np
 
-from lora_jax._weights.axes import check_layout, is_array, role_axes, role_shape
+from lora_jax._weights.axes import check_layout, is_array
 from lora_jax._weights.conventions import WRITES, conventional, is_table
 from lora_jax._weights.paths import nearest
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import split_range
 from lora_jax._weights.selector import lookup
+from lora_jax.io._kinds import Kind, to_torch
 from lora_jax.io._places import EXPERT, LAYER, Place, Template, places_of
 from lora_jax.io._record import to_host
 
-Kind = Literal["Linear", "Conv1D", "Conv", "Embedding", "Parameter"]
 Names: TypeAlias = Mapping[str, str | Sequence[str]] | Callable[[str], Any] | None
 
 _LEAVES = {
@@ -332,43 +326,3 @@ def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
     if leaf == "scale" and f"{module}/kernel" in leaves:
         return path, "weight"  # a parameter of its own beside the weight
     return (module, _LEAVES[leaf]) if module and leaf in _LEAVES else (path, "weight")
-
-
-def to_torch(x: np.ndarray, letters: str, kind: Kind) -> np.ndarray:
-    """Put a weight into the axes of its module; a vector stays one, a parameter has ours."""
-    if not letters:
-        return x.reshape(-1)
-    if kind == "Parameter":
-        return x
-    if kind == "Conv":
-        return x.transpose([letters.index("o"), *channels_first(letters)])
-    sizes = [prod(role_shape(letters, x.shape, role)) for role in "io"]
-    matrix = x.transpose(_inputs_first(letters)).reshape(sizes)  # [in, out]
-    return matrix.T if kind == "Linear" else matrix
-
-
-def from_torch(x: np.ndarray, shape: tuple[int, ...], letters: str, kind: Kind) -> np.ndarray:
-    """Put a weight of a module into our axes, which have this shape: undo :func:`to_torch`."""
-    if not letters or kind == "Parameter":
-        return x.reshape(shape)
-    if kind == "Conv":
-        order = [letters.index("o"), *channels_first(letters)]
-    else:
-        order = _inputs_first(letters)
-        x = x.T if kind == "Linear" else x
-    return x.reshape([shape[k] for k in order]).transpose(np.argsort(order))
-
-
-def torch_shape(shape: tuple[int, ...], letters: str, kind: Kind) -> tuple[int, ...]:
-    """Return the shape of a weight of ours in the axes of its module."""
-    return to_torch(np.broadcast_to(np.zeros(()), shape), letters, kind).shape
-
-
-def _inputs_first(letters: str) -> list[int]:
-    return [*role_axes(letters, "i"), *role_axes(letters, "o")]
-
-
-def channels_first(letters: str) -> list[int]:
-    """Order the input axes, channels before the window: Flax has them last, PyTorch first."""
-    inputs = list(role_axes(letters, "i"))
-    return inputs if letters[0] == "o" else [inputs[-1], *inputs[:-1]]

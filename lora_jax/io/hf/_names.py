@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax._weights.paths import nearest
+from lora_jax.io._kinds import from_torch, to_torch, torch_shape
 from lora_jax.io._places import Place
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import (
-    Map,
-    as_name,
-    as_path,
-    from_torch,
-    module_path,
-    to_torch,
-    torch_shape,
-)
+from lora_jax.io._torch import Map, as_name, as_path, module_path
 from lora_jax.io.hf._families import BUFFERS, Family, ties_in
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source

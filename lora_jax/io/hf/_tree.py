@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from lora_jax._adapter.params import Adapter
 from lora_jax._weights.layouts import Layouts, Weight
 from lora_jax.io._fit import fitted
+from lora_jax.io._kinds import Kind
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Kind, Map, Names, as_name, as_path, module_path
+from lora_jax.io._torch import Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._experts import Piece, grouped, letters_of_square
 from lora_jax.io.hf._families import CONV1D
 from lora_jax.io.hf._quantized import check_plain

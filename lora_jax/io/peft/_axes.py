@@ -22,8 +22,8 @@ import numpy as np
 
 from lora_jax._weights.axes import role_axes, role_shape
 from lora_jax._weights.ranges import Range
+from lora_jax.io._kinds import Kind, channels_first
 from lora_jax.io._places import Place
-from lora_jax.io._torch import Kind, channels_first
 
 # What PEFT calls the tensors: what follows the name of the module that they belong to.
 PREFIX = "base_model.model."

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import wide
+from lora_jax.io._kinds import from_torch, torch_shape
 from lora_jax.io._places import Place
-from lora_jax.io._torch import Map, from_torch, torch_shape
+from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax._weights.selector import lookup
+from lora_jax.io._kinds import Kind
 from lora_jax.io._places import Place
-from lora_jax.io._torch import Kind, as_path, module_path
+from lora_jax.io._torch import as_path, module_path
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,

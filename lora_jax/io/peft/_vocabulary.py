@@ -3,8 +3,9 @@
 import re
 
 from lora_jax._weights.conventions import is_embedding, is_head
+from lora_jax.io._kinds import torch_shape
 from lora_jax.io._places import Place
-from lora_jax.io._torch import Map, as_path, module_path, torch_shape
+from lora_jax.io._torch import Map, as_path, module_path
 from lora_jax.io.peft._axes import EMBEDDING, LINEAR
 from lora_jax.io.peft._folder import Folder
 
