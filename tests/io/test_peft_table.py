@@ -1,0 +1,294 @@
+"""The configurations of LoRA that PEFT has, over small modules and tiny models of transformers.
+
+The oracle is PEFT: the adapter is saved with random numbers, loaded again, and merged there.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, from_torch
+from jax import lax
+
+import lora_jax
+from lora_jax.io import hf
+from lora_jax.io import peft as our_peft
+from lora_jax.io.hf._families import FLAG
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.filterwarnings("ignore"),  # those of transformers and PEFT
+]
+
+# The layers of small modules, in the order in which they are applied: name, kind and sizes.
+HEAD = ("head", "Linear", (6, 5))
+NETS = {
+    "MLP": [("first", "Linear", (4, 6)), ("norm", "LayerNorm", (6,)), HEAD],
+    "batch": [("first", "Linear", (4, 6)), ("norm", "BatchNorm1d", (6,)), HEAD],
+    "table": [("table", "Embedding", (9, 6)), HEAD],
+    "transposed": [("table", "Embedding", (9, 4)), ("dense", "Conv1D", (6, 4)), HEAD],
+    "square": [("table", "Embedding", (9, 6)), ("dense", "Conv1D", (6, 6)), HEAD],
+    "Conv1d": [("conv", "Conv1d", (4, 6, 3)), HEAD],
+    "Conv2d": [("conv", "Conv2d", (4, 6, 3)), HEAD],
+    "Conv3d": [("conv", "Conv3d", (4, 6, 3)), HEAD],
+    "groups": [("conv", "Conv2d", (4, 6, 3, 1, 0, 1, 2)), HEAD],
+    "attention": [("attention", "MultiheadAttention", (6, 2)), HEAD],
+    "experts": [("experts", "Experts", (3, 5, 7)), HEAD],
+    "deep": [(f"net.layers.{k}.{x}", "Linear", (6, 6)) for k in range(3) for x in ("up", "down")]
+    + [HEAD],
+}
+WINDOWS = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3}  # and their axes
+LAYERS = ["first", "head"]
+BOTH = {"target_modules": LAYERS}
+FIRST = {"target_modules": ["first"]}
+CONV = {"target_modules": ["conv"]}
+TABLE = {"target_modules": ["table"]}
+DENSE = {"target_modules": ["dense"]}
+UP = {"target_modules": ["up"]}
+UP_OF_ALL, DOWN_OF_ALL = "experts.gate_up_proj", "experts.down_proj"
+NO = {"target_modules": []}
+PATTERNS = {"rank_pattern": {"first": 3}, "alpha_pattern": {"head": 5}}
+SMALL = {
+    "one layer": ("MLP", FIRST),
+    "two layers": ("MLP", BOTH),
+    "a regex": ("MLP", {"target_modules": "fir.*|head"}),
+    "all-linear": ("MLP", {"target_modules": "all-linear"}),
+    "all-linear but one": ("MLP", {"target_modules": "all-linear", "exclude_modules": ["head"]}),
+    "excluded by regex": ("MLP", BOTH | {"exclude_modules": "h.*"}),
+    "names of other modules too": ("MLP", {"target_modules": ["first", "query"]}),
+    "a head saved": ("MLP", FIRST | {"modules_to_save": ["head"]}),
+    "a norm and a head saved": ("MLP", FIRST | {"modules_to_save": ["norm", "head"]}),
+    "saved and a target": ("MLP", BOTH | {"modules_to_save": ["head"]}),
+    "statistics saved": ("batch", FIRST | {"modules_to_save": ["norm"]}),
+    "own biases": ("MLP", FIRST | {"bias": "lora_only"}),
+    "all biases": ("MLP", FIRST | {"bias": "all"}),
+    "all biases, a head saved": ("MLP", FIRST | {"bias": "all", "modules_to_save": ["head"]}),
+    "biases of the factors": ("MLP", BOTH | {"lora_bias": True}),
+    "rsLoRA": ("MLP", BOTH | {"use_rslora": True}),
+    "patterns": ("MLP", BOTH | PATTERNS),
+    "patterns, rsLoRA": ("MLP", BOTH | PATTERNS | {"use_rslora": True}),
+    "DoRA": ("MLP", BOTH | {"use_dora": True}),
+    "DoRA, all biases": ("MLP", FIRST | {"use_dora": True, "bias": "all"}),
+    "gaussian": ("MLP", BOTH | {"init_lora_weights": "gaussian"}),
+    "orthogonal": ("MLP", BOTH | {"init_lora_weights": "orthogonal"}),
+    "no initializer": ("MLP", BOTH | {"init_lora_weights": False}),
+    "PiSSA": ("MLP", BOTH | {"init_lora_weights": "pissa"}),
+    "PiSSA, iterated": ("MLP", BOTH | {"init_lora_weights": "pissa_niter_4"}),
+    "OLoRA": ("MLP", BOTH | {"init_lora_weights": "olora"}),
+    "VeLoRA": ("MLP", BOTH | {"velora_config": {"num_groups": 2, "init_type": "random"}}),
+    "a parameter": ("MLP", NO | {"target_parameters": ["first.weight"]}),
+    "a table": ("table", TABLE),
+    "a table and a head": ("table", {"target_modules": ["table", "head"]}),
+    "a table, DoRA": ("table", TABLE | {"use_dora": True}),
+    "a table saved": ("table", {"target_modules": ["head"], "modules_to_save": ["table"]}),
+    "rows": ("table", {"target_modules": ["head"], "trainable_token_indices": {"table": [7, 2]}}),
+    "Conv1D": ("transposed", DENSE),
+    "Conv1D, fan_in_fan_out": ("transposed", DENSE | {"fan_in_fan_out": True}),
+    "Conv1D, DoRA": ("transposed", DENSE | {"fan_in_fan_out": True, "use_dora": True}),
+    "Conv1D and a table": ("transposed", {"target_modules": ["table", "dense"]}),
+    "a square Conv1D": ("square", DENSE | {"fan_in_fan_out": True}),
+    "Conv1d": ("Conv1d", CONV),
+    "Conv1d, DoRA": ("Conv1d", CONV | {"use_dora": True}),
+    "Conv2d": ("Conv2d", {"target_modules": ["conv", "head"]}),
+    "Conv2d, DoRA": ("Conv2d", CONV | {"use_dora": True, "bias": "lora_only"}),
+    "Conv3d": ("Conv3d", CONV),
+    "groups": ("groups", CONV),
+    "groups, DoRA": ("groups", CONV | {"use_dora": True}),
+    "attention": ("attention", {"target_modules": ["attention"]}),
+    "attention, a head saved": (
+        "attention",
+        {"target_modules": ["attention"], "modules_to_save": ["head"]},
+    ),
+    "experts": ("experts", NO | {"target_parameters": [UP_OF_ALL, DOWN_OF_ALL]}),
+    "one parameter of experts": ("experts", NO | {"target_parameters": [DOWN_OF_ALL]}),
+    "experts and a head": (
+        "experts",
+        {"target_modules": ["head"], "target_parameters": [UP_OF_ALL, DOWN_OF_ALL]}
+        | {"rank_pattern": {DOWN_OF_ALL: 3}},
+    ),
+    "some layers": ("deep", UP | {"layers_to_transform": [0, 2]}),
+    "a layer by its pattern": ("deep", UP | {"layers_to_transform": 1, "layers_pattern": "layers"}),
+    "patterns of layers": ("deep", UP | {"rank_pattern": {r"layers\.1\.up": 3}}),
+}  # fmt: skip
+# What is refused, and the words.
+CHANGED = "its initializer changed the base, which merging cannot repeat"
+REDONE = "init_lora_weights='pissa_niter_4' changes the base when PEFT loads it"
+NO_PLACE = r"adapts the parameters \['first.weight'\], which are not here"
+GROUPS = "or of a convolution in groups, which has no such factors here"  # nor does PEFT merge them
+ATTENTION = "an nn.MultiheadAttention, whose factors are of several weights"
+NOT_LOADED = {
+    "PiSSA, iterated": REDONE,
+    "a parameter": NO_PLACE,
+    **dict.fromkeys(("groups", "groups, DoRA"), GROUPS),
+    **dict.fromkeys(("attention", "attention, a head saved"), ATTENTION),
+}
+NOT_MERGED = NOT_LOADED | {
+    **dict.fromkeys(("PiSSA", "OLoRA"), CHANGED),
+    "a square Conv1D": "'dense.weight' is square, and the adapter's fan_in_fan_out is true",
+}
+
+
+def small(name):
+    """Build a module of these layers, with random numbers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    nn = torch.nn
+
+    class Experts(nn.Module):
+        def __init__(self, n, inputs, inner):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.empty(n, inner, inputs))
+            self.down_proj = nn.Parameter(torch.empty(n, 6, inner))
+
+        def forward(self, x):
+            x = torch.tanh(torch.einsum("ni,eoi->eno", x, self.gate_up_proj))
+            return torch.einsum("eni,eoi->no", x, self.down_proj)
+
+    class Net(nn.Module):
+        def forward(self, x):
+            for path, kind, _ in NETS[name]:
+                layer = self.get_submodule(path)
+                x = torch.tanh(layer(x, x, x)[0] if kind == "MultiheadAttention" else layer(x))
+                x = x.flatten(2).mean(2) if kind in WINDOWS else x
+            return x
+
+    net, makers = Net(), {"Experts": Experts, "Conv1D": transformers.Conv1D}
+    for path, kind, sizes in NETS[name]:
+        owner, (*above, last) = net, path.split(".")
+        for part in above:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(last, (makers.get(kind) or getattr(nn, kind))(*sizes))
+    torch.manual_seed(0)
+    for key, x in net.state_dict().items():
+        if x.is_floating_point():
+            x.copy_(torch.rand(x.shape) + 0.2 if "var" in key else 0.5 * torch.randn(x.shape))
+    return net.eval()
+
+
+def inputs_of(name):
+    """Draw inputs of a small module: tokens, images or vectors."""
+    rng, (_, kind, sizes) = np.random.default_rng(0), NETS[name][0]
+    if kind == "Embedding":
+        return rng.integers(0, sizes[0], (3, 4))
+    size = sizes[1] if kind == "Experts" else sizes[0]
+    return rng.normal(size=(5, size, *[5] * WINDOWS.get(kind, 0))).astype("float32")
+
+
+def twin(net, name):
+    """Make the same as a function of parameters, the parameters, and what is known of them."""
+    params, layout, kinds, names = {}, {}, {}, {}
+    for path, kind, _ in NETS[name]:
+        own = {key: from_torch(x) for key, x in net.get_submodule(path).state_dict().items()}
+        own.pop("num_batches_tracked", None)
+        key, path = f"{path.replace('.', '/')}/weight", path.replace(".", "/")
+        if kind in WINDOWS:
+            own["weight"] = own["weight"].transpose(*range(2, own["weight"].ndim), 1, 0)
+            layout[key], kinds[key] = "i" * WINDOWS[kind] + "io", "Conv"
+        elif kind == "Linear":
+            own["weight"], layout[key] = own["weight"].T, "io"
+        elif kind in ("Conv1D", "Embedding"):
+            layout[key], kinds[key] = "io", kind
+        elif kind == "Experts":
+            layout |= {f"{path}/{x}": "boi" for x in own}
+        params[path] = own
+
+    def fn(p, x):
+        for path, kind, sizes in NETS[name]:
+            x = jnp.tanh(applied(kind, p[path.replace(".", "/")], x, sizes))
+        return x
+
+    return fn, params, {"layout": layout, "kinds": kinds}
+
+
+def applied(kind, p, x, sizes):
+    """Apply a layer."""
+    if kind == "Embedding":
+        return p["weight"][x]
+    if kind in ("Linear", "Conv1D"):
+        return x @ p["weight"] + p["bias"]
+    if kind == "Experts":
+        x = jnp.tanh(jnp.einsum("ni,eoi->eno", x, p["gate_up_proj"]))
+        return jnp.einsum("eni,eoi->no", x, p["down_proj"])
+    if kind in WINDOWS:
+        spec = "NC" + "DHW"[3 - (n := WINDOWS[kind]) :]
+        spec = (spec, spec[2:] + "IO", spec)
+        groups = sizes[6] if len(sizes) > 6 else 1
+        y = lax.conv_general_dilated(
+            x, p["weight"], (1,) * n, "VALID", dimension_numbers=spec, feature_group_count=groups
+        )
+        y = jnp.tanh(y + p["bias"].reshape(-1, *[1] * n))
+        return jnp.arctanh(y.mean(range(2, 2 + n)))
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    mean, var = p.get("running_mean", mean), p.get("running_var", var)
+    return (x - mean) / jnp.sqrt(var + 1e-5) * p["weight"] + p["bias"]
+
+
+def trained(model, folder, options):
+    """Adapt a model in PEFT, move all that trains at random, and save that."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**({"r": 2, "lora_alpha": 3} | options)))
+    for x in adapted.parameters():
+        if x.requires_grad:
+            x.data.add_(0.3 * torch.randn(x.shape))
+    for key, x in adapted.named_buffers():  # the statistics of a whole module
+        if "modules_to_save" in key and x.is_floating_point():
+            x.mul_(1.5)
+    adapted.save_pretrained(folder)
+
+
+def tensors_in(folder):
+    """Read all tensors of a folder."""
+    load = pytest.importorskip("safetensors.numpy").load_file
+    return {k: x for path in folder.glob("*.safetensors") for k, x in load(path).items()}
+
+
+def check_tensors(found, expected):
+    """The same tensors, to 1e-5 of the largest number or of 1."""
+    assert found.keys() == expected.keys()
+    errors = {k: np.abs(x - expected[k]).max() / max(1, np.abs(x).max()) for k, x in found.items()}
+    assert max(errors.values()) < 1e-5, {k: x for k, x in errors.items() if not x < 1e-5}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_adapters_of_small_modules(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    save = pytest.importorskip("safetensors.torch").save_file
+    kind, options = SMALL[name]
+    base, adapter, out = (tmp_path / x for x in ("base", "adapter", "out"))
+    base.mkdir()
+    save(small(kind).state_dict(), base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "small", FLAG: False}))
+    trained(small(kind), adapter, options)
+    theirs = peft.PeftModel.from_pretrained(small(kind), adapter)
+    x = inputs_of(kind)
+    expected = theirs(torch.tensor(x)).detach().numpy()
+
+    if name in NOT_MERGED:
+        with pytest.raises(ValueError, match=NOT_MERGED[name]):
+            hf.merge(base, adapter, out)
+        assert not out.exists()
+    if kind != "attention":  # which has no twin
+        fn, params, more = twin(small(kind), kind)
+        assert_close(np.asarray(fn(params, x)), small(kind)(torch.tensor(x)).detach().numpy())
+        if name in NOT_LOADED:
+            with pytest.raises(ValueError, match=NOT_LOADED[name]):
+                our_peft.load(adapter, params, **more)
+        else:
+            lora_params = our_peft.load(adapter, params, **more)
+            found = np.asarray(lora_jax.lora(fn)(lora_params, x))
+            assert np.abs(expected - np.asarray(fn(params, x))).max() > 1e-2
+            assert_close(found, expected, depth=32)
+            if NOT_MERGED.get(name) == CHANGED:  # what the message advises
+                our_peft.save(tmp_path / "plain", lora_params, **more)
+                hf.merge(base, tmp_path / "plain", out)
+    if name not in NOT_MERGED:
+        hf.merge(base, adapter, out)
+    if out.exists():
+        merged = theirs.merge_and_unload().state_dict()
+        check_tensors(tensors_in(out), {k: x.numpy() for k, x in merged.items()})
