@@ -11,6 +11,8 @@ import pytest
 from helpers import assert_close, from_torch
 from jax import lax
 
+from tiny_models import logits, tiny
+
 import lora_jax
 from lora_jax.io import hf
 from lora_jax.io import peft as our_peft
@@ -180,7 +182,7 @@ def inputs_of(name):
 
 def twin(net, name):
     """Make the same as a function of parameters, the parameters, and what is known of them."""
-    params, layout, kinds, names = {}, {}, {}, {}
+    params, layout, kinds = {}, {}, {}
     for path, kind, _ in NETS[name]:
         own = {key: from_torch(x) for key, x in net.get_submodule(path).state_dict().items()}
         own.pop("num_batches_tracked", None)
@@ -292,3 +294,108 @@ def test_adapters_of_small_modules(name, tmp_path):
     if out.exists():
         merged = theirs.merge_and_unload().state_dict()
         check_tensors(tensors_in(out), {k: x.numpy() for k, x in merged.items()})
+
+
+CLASS, TOKENS, ANSWERS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+CAUSAL, MASKED, BOTH_SIDES = "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"
+OF_CLASS, OF_TOKENS, OF_ANSWERS = ({"task_type": x} for x in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
+ALL = {"target_modules": "all-linear"}
+FULL = {"bias": "all"}
+NO_ANSWERS = {"exclude_modules": ["qa_outputs"]}
+ZOO = [
+    ("OPT", CAUSAL, {}),
+    ("OPT", CAUSAL, ALL | FULL),
+    ("OPT", CLASS, OF_CLASS),
+    ("GPT2", "LMHeadModel", {"fan_in_fan_out": True}),
+    ("GPT2", "LMHeadModel", ALL | {"fan_in_fan_out": True, "use_dora": True}),
+    ("GPT2", CLASS, OF_CLASS | {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    ("GPT2", TOKENS, OF_TOKENS | {"bias": "lora_only"}),
+    ("GPT2", ANSWERS, OF_ANSWERS),
+    ("GPTJ", CAUSAL, {}),
+    ("GPTJ", CAUSAL, {"target_modules": ["fc_in", "wte"], "use_rslora": True}),
+    ("GPTJ", CLASS, OF_CLASS),
+    ("Bloom", CAUSAL, {}),
+    ("Bloom", CAUSAL, {"target_modules": ["dense"], "modules_to_save": ["ln_f"]}),
+    ("Bloom", TOKENS, OF_TOKENS),
+    ("GPTNeoX", CAUSAL, {}),
+    ("GPTNeoX", CAUSAL, ALL | {"exclude_modules": ["dense"]}),
+    ("GPTNeoX", CLASS, OF_CLASS),
+    ("GPTBigCode", CAUSAL, {}),
+    ("GPTBigCode", TOKENS, OF_TOKENS),
+    ("Llama", CAUSAL, {"target_modules": None}),
+    ("Llama", CAUSAL, {"target_modules": ["up_proj"], "layers_to_transform": [1]}),
+    ("Llama", CAUSAL, ALL | {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"1.mlp.*": 5}}),
+    ("Llama", CLASS, OF_CLASS | {"use_dora": True}),
+    ("Llama", TOKENS, OF_TOKENS),
+    ("Llama", ANSWERS, OF_ANSWERS),
+    ("Mistral", CAUSAL, {"trainable_token_indices": [7, 3]}),
+    ("Mistral", CLASS, OF_CLASS | ALL),
+    ("Qwen2", CAUSAL, {"trainable_token_indices": {"embed_tokens": [7, 3]}} | FULL),
+    ("Qwen2", CLASS, OF_CLASS),
+    ("Qwen3", CAUSAL, {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("Qwen3", TOKENS, OF_TOKENS | {"modules_to_save": ["norm"]}),
+    ("Gemma3", CAUSAL, ALL),
+    ("Phi3", CAUSAL, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    ("Phi3", CLASS, OF_CLASS | ALL),
+    ("T5", BOTH_SIDES, {}),
+    ("T5", BOTH_SIDES, {"target_modules": ["q", "wi", "relative_attention_bias"]}),
+    ("T5", CLASS, OF_CLASS),
+    ("Bart", BOTH_SIDES, {"bias": "lora_only"}),
+    ("Bart", CLASS, OF_CLASS),
+    ("Bart", ANSWERS, OF_ANSWERS | ALL | NO_ANSWERS),
+    ("Bert", MASKED, ALL | {"use_dora": True}),
+    ("Bert", CLASS, OF_CLASS | FULL),
+    ("Bert", TOKENS, OF_TOKENS | {"target_modules": ["query", "word_embeddings"]}),
+    ("Roberta", MASKED, {"target_modules": ["dense"]}),
+    ("Roberta", CLASS, OF_CLASS | ALL),
+    ("Roberta", ANSWERS, OF_ANSWERS),
+    ("Deberta", CLASS, OF_CLASS | ALL),
+    ("Deberta", TOKENS, OF_TOKENS),
+    ("DebertaV2", CLASS, OF_CLASS),
+    ("DebertaV2", ANSWERS, OF_ANSWERS | ALL | NO_ANSWERS),
+    ("Llama4", CAUSAL, {"target_modules": ["q_proj", "v_proj", "shared_expert.up_proj"]}),
+    ("Llama4", CAUSAL, NO | {"target_parameters": ["gate_up_proj", "experts.down_proj"]}),
+    ("GptOss", CAUSAL, ALL),
+    ("GptOss", CAUSAL, NO | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    ("GptOss", CAUSAL, {"target_modules": ["o_proj"], "modules_to_save": ["router"]}),
+    ("Mixtral", CAUSAL, {"target_modules": ["w1", "w2", "gate"]}),
+    ("Mixtral", CLASS, OF_CLASS),
+    ("Qwen2Moe", CAUSAL, ALL),
+    ("Qwen2Moe", CLASS, OF_CLASS | {"target_modules": ["shared_expert_gate", "gate_proj"]}),
+    ("ViT", "ForImageClassification", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    ("ViT", "ForImageClassification", {"target_modules": ["projection", "dense"], "use_dora": True}),
+    ("ResNet", "ForImageClassification", {"target_modules": ["convolution"]}),
+    ("ResNet", "ForImageClassification", {"target_modules": ["convolution"]}
+    | {"modules_to_save": ["classifier", "normalization"]}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Return the folder of a model of a class, which is made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(kind):
+        if not (root / kind).exists():
+            tiny(kind).save_pretrained(root / kind)
+        return root / kind
+
+    return folder
+
+
+@pytest.mark.parametrize(("model", "head", "options"), ZOO, ids=lambda x: str(x))
+def test_adapters_of_models(model, head, options, bases, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    cls, base = getattr(transformers, model + head), bases(model + head)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    trained(cls.from_pretrained(base), adapter, options)
+    theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base), adapter)
+    expected = logits(theirs)
+    assert np.abs(expected - logits(cls.from_pretrained(base))).max() > 1e-3
+    hf.merge(base, adapter, out)
+    again, info = cls.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert np.abs(logits(again) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+    found, merged = tensors_in(out), theirs.merge_and_unload()
+    state = {k: x.numpy() for k, x in merged.state_dict().items()}
+    check_tensors(found, {k: state[k] for k in found})
