@@ -69,7 +69,9 @@ def tiny(kind, **options):
     """Build a model of a class of transformers."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     cls = getattr(transformers, kind)
-    sizes = {"vocab_size": 40, "num_labels": 2 if "Question" in kind else 3} | SIZES[cls.config_class.model_type]
+    sizes = {"vocab_size": 40, "num_labels": 2 if "Question" in kind else 3} | SIZES[
+        cls.config_class.model_type
+    ]
     torch.manual_seed(0)
     model = cls(cls.config_class(**(sizes | options))).eval()
     for parameter in model.parameters():

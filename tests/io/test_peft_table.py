@@ -296,9 +296,15 @@ def test_adapters_of_small_modules(name, tmp_path):
         check_tensors(tensors_in(out), {k: x.numpy() for k, x in merged.items()})
 
 
-CLASS, TOKENS, ANSWERS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+CLASS, TOKENS, ANSWERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 CAUSAL, MASKED, BOTH_SIDES = "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"
-OF_CLASS, OF_TOKENS, OF_ANSWERS = ({"task_type": x} for x in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"))
+OF_CLASS, OF_TOKENS, OF_ANSWERS = (
+    {"task_type": x} for x in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+)
 ALL = {"target_modules": "all-linear"}
 FULL = {"bias": "all"}
 NO_ANSWERS = {"exclude_modules": ["qa_outputs"]}
