@@ -405,3 +405,68 @@ def test_adapters_of_models(model, head, options, bases, tmp_path):
     found, merged = tensors_in(out), theirs.merge_and_unload()
     state = {k: x.numpy() for k, x in merged.state_dict().items()}
     check_tensors(found, {k: state[k] for k in found})
+
+
+LM, BARE = "LMHeadModel", "Model"
+PICTURES = ("ForImageClassification", {"modules_to_save": ["classifier"]})
+AS_CLASS, AS_TOKENS, AS_ANSWERS = (CLASS, OF_CLASS), (TOKENS, OF_TOKENS), (ANSWERS, OF_ANSWERS)
+WITH_POOLER = (CLASS, OF_CLASS | {"modules_to_save": ["pooler", "classifier"]})
+WITH_HEAD = (CLASS, OF_CLASS | {"modules_to_save": ["classification_head"]})
+# The model, how its base was saved, the classes of the adapters, and what they adapt.
+NEW_HEADS = [
+    ("OPT", (BARE, CAUSAL), (AS_CLASS, AS_ANSWERS), {}),
+    ("GPT2", (BARE, LM), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"target_modules": ["c_attn", "wte"]}),
+    ("GPTJ", (BARE, CAUSAL), (AS_CLASS, AS_ANSWERS), {}),
+    ("Bloom", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {}),
+    ("GPTNeoX", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {}),
+    ("GPTBigCode", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {}),
+    ("Llama", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"bias": "all"}),
+    ("Llama", (BARE,), (AS_ANSWERS,), {}),  # below a root that a causal base has not
+    ("Mistral", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"use_dora": True}),
+    ("Qwen2", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"trainable_token_indices": [7, 3]}),
+    ("Qwen3", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["embed_tokens"]}),
+    ("Gemma3", ("TextModel", CAUSAL), (), {}),
+    ("Phi3", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["qkv_proj"]}),
+    ("GptOss", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["q_proj"]}),
+    ("Mixtral", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"target_modules": ["w1"]}),
+    ("Qwen2Moe", (BARE, CAUSAL), (AS_CLASS, AS_ANSWERS), {"target_modules": ["q_proj"]}),
+    ("T5", (BARE, BOTH_SIDES), (WITH_HEAD, AS_ANSWERS), {}),
+    ("Bart", (BARE, BOTH_SIDES), (WITH_HEAD, AS_ANSWERS), {}),
+    ("Bert", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
+    ("Roberta", (BARE, MASKED), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {}),
+    ("Deberta", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
+    ("DebertaV2", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
+    ("DistilBert", (BARE, MASKED), (AS_CLASS, AS_TOKENS), {"target_modules": ["q_lin"]}),
+    ("Electra", (BARE, MASKED), (AS_CLASS, AS_TOKENS), {"bias": "all"}),
+    ("Albert", (BARE, MASKED), (WITH_POOLER, AS_TOKENS), {"target_modules": ["query"]}),
+    ("ViT", (BARE,), (PICTURES,), {"target_modules": ["query"]}),
+    ("ResNet", (BARE,), (PICTURES,), {"target_modules": ["convolution"]}),
+]
+HEADS = [
+    (model, base, head, options | more)
+    for model, saved, heads, more in NEW_HEADS
+    for base in saved
+    for head, options in heads
+]
+
+
+def with_new_head(kind, base, adapter, options):
+    """Adapt a model of a class whose head the base has not; return its logits, as PEFT loads it."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    labels = {"num_labels": 2 if "Question" in kind else 3}
+    cls = getattr(transformers, kind)
+    trained(cls.from_pretrained(base, **labels), adapter, options)
+    theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, **labels), adapter)
+    return logits(theirs), lambda folder: cls.from_pretrained(
+        folder, output_loading_info=True, **labels
+    )
+
+
+@pytest.mark.parametrize(("model", "base", "head", "options"), HEADS)
+def test_heads_that_the_base_has_not(model, base, head, options, bases, tmp_path):
+    base, adapter, out = bases(model + base), tmp_path / "adapter", tmp_path / "out"
+    expected, opened = with_new_head(model + head, base, adapter, options)
+    hf.merge(base, adapter, out)
+    again, info = opened(out)
+    assert not info["missing_keys"]
+    assert np.abs(logits(again) - expected).max() < 1e-5 * max(1, np.abs(expected).max())

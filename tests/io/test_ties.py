@@ -158,8 +158,10 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
 
 
-def test_a_head_that_the_model_has_not_is_written(tmp_path):
-    layer = {"model.layers.0.q_proj.weight": np.ones((4, 4), "float16")}
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod."])
+def test_a_head_that_the_model_has_not_is_written(prefix, tmp_path):
+    q, norm = np.ones((4, 4), "float16"), np.ones(4, "float16")
+    layer = {f"{prefix}layers.0.q_proj.weight": q, f"{prefix}norm.weight": norm}
     base = model(tmp_path / "m", layer, model_type="llama")
     a, b = np.ones((1, 4), "float32"), np.ones((4, 1), "float32")
     tensors = {f"model.layers.0.q_proj.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
@@ -168,7 +170,8 @@ def test_a_head_that_the_model_has_not_is_written(tmp_path):
     ours = adapter(tmp_path / "a", tensors | {"score.weight": score}, **config)
     hf.merge(base, ours, tmp_path / "out", config={"num_labels": 3})
     found, _ = written(tmp_path / "out")
-    assert found.keys() == {*layer, "score.weight"}
+    names = {"model.layers.0.q_proj.weight", "model.norm.weight", "score.weight"}
+    assert found.keys() == names  # as its class has them
     assert np.array_equal(found["score.weight"], score.astype("float16"))
     other = {"other.weight": score}
     config["modules_to_save"] = ["other"]

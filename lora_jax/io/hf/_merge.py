@@ -129,13 +129,14 @@ def write_merged(
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     changed = {name for name in tensors if any(change.changes(name) for change in changes)}
+    names = {old: own for change in changes if change.new for old, own in change.names.items()}
     if are_apart(source, changed, written, output.config):
-        apart = {name: x for name, x in written.items() if name not in ties.always - ties.stored}
-        written = {ties.outside(name): x for name, x in apart.items()}
+        apart = [name for name in written if name not in ties.always - ties.stored]
+        names = {name: ties.outside(name, names) for name in apart}
         output = output._replace(config=untied(source.config or {}, output.config))
     else:
-        written = {name: written[name] for name in (*source.tensors, *new)}
-    write_model(output, written, source)
+        names = {name: names.get(name, name) for name in (*source.tensors, *new)}
+    write_model(output, {own: written[name] for name, own in names.items()}, source)
 
 
 class Change:
@@ -147,6 +148,8 @@ class Change:
         weight: what its updates are multiplied by.
         updates: the factors that are added to a tensor.
         new: the tensors of a head that the model has not.
+        names: the adapter's names of all tensors, which those of a model without its head need
+            beside one.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class Change:
         self.new = {
             name: tree.leaves[path] for path, name in tree.names.items() if name not in known
         }
+        self.names = tree.own_names()
         self.updates = {
             tree.names[path]: replace(part, scale=np.float32(weight) * part.scale)
             for path, (part,) in contents.factors.items()

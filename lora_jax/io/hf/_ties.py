@@ -91,11 +91,14 @@ class Ties:
         """Return the tensors that the files leave out, as they are stored under another name."""
         return {name: tensors[to] for name, to in self.names.items() if name not in tensors}
 
-    def outside(self, name: str) -> str:
-        """Return the name to write a tensor under, beside a head of its own."""
+    def outside(self, name: str, names: Mapping[str, str] | None = None) -> str:
+        """Return the name to write a tensor under, beside a head of its own.
+
+        ``names`` are those that are known of tensors; the others get the prefix.
+        """
         heads = {name for _, *names in self.groups for name in names}
         is_head = name in heads and not re.fullmatch(TABLE, name)
-        return name if is_head else self.prefix + name
+        return name if is_head else (names or {}).get(name, self.prefix + name)
 
 
 def _alike(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

@@ -137,7 +137,9 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
         is_weight = place is not None and len(place.shape) > 1 and not configs.is_saved(saved, name)
         if is_weight and name not in adapted and configs.is_target(folder.config, name):
             raise folder.error(
-                f"its configuration adapts {name!r}, and the tensors of its factors are missing"
+                f"its configuration adapts {name!r}, and the tensors of its factors are missing. "
+                f"If the model it was trained on has no such module, set exclude_modules in "
+                f"{CONFIG}: {[name]}, or a regular expression of all such modules"
             )
     if places.all_named or not isinstance(targets, list):
         return  # a name of no module here is of none there

@@ -138,11 +138,13 @@ def _letters_of_experts(shape: tuple[int, ...], tensors: Mapping[str, Any]) -> l
     ]
 
 
-_HEAD = re.compile(r"(score|classifier|qa_outputs|classification_head|pre_classifier)(\..+)?")
+_HEAD = re.compile(
+    r"((score|classifier|qa_outputs|classification_head|pre_classifier)|(.+\.)?pooler)(\..+)?"
+)
 
 
 def own_heads(folder: Folder, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Find the tensors of a saved head, by its name, which a model of these names lacks."""
+    """Find the tensors of a saved head, by its name, or pooler that none of these names is of."""
     saved = folder.config.get("modules_to_save") or ()
     return {
         name: x
