@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from helpers import assert_close, from_torch
 from jax import lax
-
 from tiny_models import logits, tiny
 
 import lora_jax
@@ -305,6 +304,7 @@ CAUSAL, MASKED, BOTH_SIDES = "ForCausalLM", "ForMaskedLM", "ForConditionalGenera
 OF_CLASS, OF_TOKENS, OF_ANSWERS = (
     {"task_type": x} for x in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 )
+IMAGES = "ForImageClassification"
 ALL = {"target_modules": "all-linear"}
 FULL = {"bias": "all"}
 NO_ANSWERS = {"exclude_modules": ["qa_outputs"]}
@@ -368,10 +368,10 @@ ZOO = [
     ("Mixtral", CLASS, OF_CLASS),
     ("Qwen2Moe", CAUSAL, ALL),
     ("Qwen2Moe", CLASS, OF_CLASS | {"target_modules": ["shared_expert_gate", "gate_proj"]}),
-    ("ViT", "ForImageClassification", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
-    ("ViT", "ForImageClassification", {"target_modules": ["projection", "dense"], "use_dora": True}),
-    ("ResNet", "ForImageClassification", {"target_modules": ["convolution"]}),
-    ("ResNet", "ForImageClassification", {"target_modules": ["convolution"]}
+    ("ViT", IMAGES, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    ("ViT", IMAGES, {"target_modules": ["projection", "dense"], "use_dora": True}),
+    ("ResNet", IMAGES, {"target_modules": ["convolution"]}),
+    ("ResNet", IMAGES, {"target_modules": ["convolution"]}
     | {"modules_to_save": ["classifier", "normalization"]}),
 ]  # fmt: skip
 
@@ -408,7 +408,7 @@ def test_adapters_of_models(model, head, options, bases, tmp_path):
 
 
 LM, BARE = "LMHeadModel", "Model"
-PICTURES = ("ForImageClassification", {"modules_to_save": ["classifier"]})
+PICTURES = (IMAGES, {"modules_to_save": ["classifier"]})
 AS_CLASS, AS_TOKENS, AS_ANSWERS = (CLASS, OF_CLASS), (TOKENS, OF_TOKENS), (ANSWERS, OF_ANSWERS)
 WITH_POOLER = (CLASS, OF_CLASS | {"modules_to_save": ["pooler", "classifier"]})
 WITH_HEAD = (CLASS, OF_CLASS | {"modules_to_save": ["classification_head"]})
@@ -430,10 +430,11 @@ NEW_HEADS = [
     ("GptOss", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["q_proj"]}),
     ("Mixtral", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"target_modules": ["w1"]}),
     ("Qwen2Moe", (BARE, CAUSAL), (AS_CLASS, AS_ANSWERS), {"target_modules": ["q_proj"]}),
-    ("T5", (BARE, BOTH_SIDES), (WITH_HEAD, AS_ANSWERS), {}),
+    ("T5", (BARE, BOTH_SIDES), (WITH_HEAD, AS_TOKENS, AS_ANSWERS), {}),
     ("Bart", (BARE, BOTH_SIDES), (WITH_HEAD, AS_ANSWERS), {}),
     ("Bert", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
-    ("Roberta", (BARE, MASKED), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {}),
+    ("Bert", ("ForPreTraining",), (AS_TOKENS,), {"target_modules": ["dense"], "bias": "all"}),
+    ("Roberta", (BARE, MASKED), (AS_CLASS, AS_TOKENS), {"target_modules": ["dense"]}),
     ("Deberta", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
     ("DebertaV2", (BARE, MASKED), (WITH_POOLER, AS_TOKENS, AS_ANSWERS), {}),
     ("DistilBert", (BARE, MASKED), (AS_CLASS, AS_TOKENS), {"target_modules": ["q_lin"]}),

@@ -178,3 +178,37 @@ def test_a_head_that_the_model_has_not_is_written(prefix, tmp_path):
     strange = adapter(tmp_path / "b", tensors | other, **config)
     with pytest.raises(ValueError, match=r"'base_model\.model\.other\.weight' has no place"):
         hf.merge(base, strange, tmp_path / "no")
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_modules_of_another_class_than_the_adapters_stay(prefix, tmp_path):
+    sizes = {"bert.h.0.dense": 4, "bert.h.1.dense": 4, "cls.dense": 4, "cls.decoder": 7}
+    tensors = {f"{m}.weight": RNG.normal(size=(n, 4)).astype("float32") for m, n in sizes.items()}
+    tensors |= {f"{m}.bias": np.zeros(n, "float32") for m, n in sizes.items()}
+    base = model(tmp_path / "m", tensors, model_type="bert")
+    new, row = {}, np.ones((1, 4), "float32")
+    for k in range(2):
+        new |= {f"{prefix}h.{k}.dense.lora_{x}.weight": y for x, y in (("A", row), ("B", row.T))}
+        new[f"{prefix}h.{k}.dense.base_layer.bias"] = row[0]
+    hf.merge(
+        base, adapter(tmp_path / "a", new, target_modules=["dense"], bias="all"), tmp_path / "b"
+    )
+    expected = {k: x + k.startswith("bert") for k, x in tensors.items()}
+    found, _ = written(tmp_path / "b")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(x, expected[k]) for k, x in found.items())
+    # A module that is asked for by its own name is missed.
+    config = {"target_modules": ["dense", "decoder"], "bias": "all"}
+    message = (
+        r"adapts 'cls.decoder', .* set exclude_modules in adapter_config.json: \['cls.decoder'"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.merge(base, adapter(tmp_path / "c", new, **config), tmp_path / "no")
+    config["exclude_modules"] = ["cls.decoder"]
+    hf.merge(base, adapter(tmp_path / "d", new, **config), tmp_path / "e")
+    assert all(np.array_equal(x, expected[k]) for k, x in written(tmp_path / "e")[0].items())
+    # One of the adapter's own layers is missed, too.
+    less = {k: x for k, x in new.items() if "h.1" not in k}
+    with pytest.raises(ValueError, match=r"h\.1\.dense"):
+        hf.merge(base, adapter(tmp_path / "f", less, target_modules=["dense"]), tmp_path / "no")
+    assert not (tmp_path / "no").exists()

@@ -26,6 +26,7 @@ from lora_jax.io.peft._axes import (
 )
 from lora_jax.io.peft._config import CONFIG
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._own import outside
 
 
 def read_factors(folder: Folder, places: Map, order: tuple[str, ...]) -> dict[str, Part]:
@@ -132,8 +133,11 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
     targets, saved = (folder.config.get(x) for x in ("target_modules", "modules_to_save"))
     if targets in (None, "all-linear"):
         return
+    beyond = outside(folder, places)
     for name in places.modules():
         place = places.find(name)
+        if name in beyond and configs.name_others(targets, name, adapted):
+            continue
         is_weight = place is not None and len(place.shape) > 1 and not configs.is_saved(saved, name)
         if is_weight and name not in adapted and configs.is_target(folder.config, name):
             raise folder.error(

@@ -12,6 +12,7 @@ from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder
+from lora_jax.io.peft._own import outside
 from lora_jax.io.peft._vocabulary import UNLOADED, tokens_of
 
 STATISTICS = ("running_mean", "running_var")
@@ -39,6 +40,9 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     """Read the leaves that train entirely, by path; ``adapted`` are the modules with factors."""
     config = folder.config
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
+    if config["bias"] == "all":
+        beyond = outside(folder, places)
+        wanted = {name: place for name, place in wanted.items() if place.module not in beyond}
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
