@@ -451,10 +451,10 @@ HEADS = [
 ]
 
 
-def with_new_head(kind, base, adapter, options):
+def with_new_head(kind, base, adapter, options, **labels):
     """Adapt a model of a class whose head the base has not; return its logits, as PEFT loads it."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    labels = {"num_labels": 2 if "Question" in kind else 3}
+    labels = labels or {"num_labels": 2 if "Question" in kind else 3}
     cls = getattr(transformers, kind)
     trained(cls.from_pretrained(base, **labels), adapter, options)
     theirs = peft.PeftModel.from_pretrained(cls.from_pretrained(base, **labels), adapter)
@@ -471,3 +471,19 @@ def test_heads_that_the_base_has_not(model, base, head, options, bases, tmp_path
     again, info = opened(out)
     assert not info["missing_keys"]
     assert np.abs(logits(again) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("model", ["Llama", "Roberta", "DistilBert"])
+def test_a_head_of_another_number_of_labels(model, bases, tmp_path):
+    base, adapter, out = bases(model + CLASS), tmp_path / "adapter", tmp_path / "out"
+    options = OF_CLASS | {"target_modules": ["q_proj", "query", "q_lin"]}
+    labels = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    expected, opened = with_new_head(model + CLASS, base, adapter, options, **labels)
+    with pytest.raises(ValueError, match=r"num_labels=5, ignore_mismatched_sizes=True\)"):
+        hf.merge(base, adapter, out)
+    assert not out.exists()
+    opened(base)[0].save_pretrained(tmp_path / "five")  # what the message advises
+    hf.merge(tmp_path / "five", adapter, out)
+    again, info = opened(out)
+    assert not any(info.values())
+    assert np.abs(logits(again) - expected).max() < 1e-5

@@ -12,9 +12,13 @@ from lora_jax.io._torch import Map, Place, from_torch, torch_shape
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder
-from lora_jax.io.peft._own import outside
+from lora_jax.io.peft._own import is_new_head, outside
 from lora_jax.io.peft._vocabulary import UNLOADED, tokens_of
 
+_LABELS = (
+    "If it has another number of labels, merge into a base with as many: from_pretrained(base, "
+    "num_labels={n}, ignore_mismatched_sizes=True).save_pretrained(folder) in transformers"
+)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -62,7 +66,9 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
 def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
     x, expected = folder.array(name), torch_shape(place.shape, *places.form(place))
     if x.shape != expected and (place.shape or x.size != 1):
-        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
+        is_head = is_new_head(place.module) and x.shape[1:] == expected[1:]
+        more = f". {_LABELS.format(n=len(x))}" if is_head else ""
+        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}{more}")
     return x
 
 

@@ -144,6 +144,11 @@ _HEAD = re.compile(
 )
 
 
+def is_new_head(module: str) -> bool:
+    """Return whether a module is a head, by its name, or a pooler that models may lack."""
+    return _HEAD.fullmatch(module) is not None
+
+
 def own_heads(folder: Folder, names: Collection[str]) -> dict[str, np.ndarray]:
     """Find the tensors of a saved head, by its name, or pooler that none of these names is of."""
     saved = folder.config.get("modules_to_save") or ()
@@ -151,7 +156,7 @@ def own_heads(folder: Folder, names: Collection[str]) -> dict[str, np.ndarray]:
         name: x
         for name, x in folder.others.items()
         if name not in names
-        and _HEAD.fullmatch(module := name.rpartition(".")[0])
+        and is_new_head(module := name.rpartition(".")[0])
         and configs.is_saved(saved, module)
     }
 
