@@ -89,7 +89,8 @@ def logits(model):
         inputs = {"pixel_values": torch.tensor(pixels)}
     else:
         inputs = {"input_ids": ids}
-    if config.is_encoder_decoder and "ForSeq" not in type(model).__name__:
+    own = getattr(model, "get_base_model", lambda: model)()  # PEFT's have other names
+    if config.is_encoder_decoder and "ForSequence" not in type(own).__name__:
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         found = model.eval()(**inputs)

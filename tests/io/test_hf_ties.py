@@ -62,6 +62,11 @@ def adapters(table, head, layer):
         "tied": {"target_modules": [table], "ensure_weight_tying": True},
         "tied regex": {"target_modules": f".*{table}", "ensure_weight_tying": True},
         "full tied": rows | {"modules_to_save": [table], "ensure_weight_tying": True},
+        "tied head": {"target_modules": [head, layer], "ensure_weight_tying": True},
+        "full tied head": rows | {"modules_to_save": [head], "ensure_weight_tying": True},
+        "table, full head, biases": {"target_modules": [table], "bias": "all"}
+        | {"modules_to_save": [head]},
+        "rows, biases": rows | {"trainable_token_indices": [3, 1], "bias": "all"},
     }
     for name, modules in (("table", [table]), ("head", [head]), ("both", [table, head])):
         found[f"full {name}"] = rows | {"modules_to_save": modules}

@@ -185,8 +185,8 @@ class Change:
         self._full = {tree.names[path]: np.asarray(x) for path, x in contents.full.items()}
         self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
         for group in tree.ties.groups:
-            own = next((self._full[name] for name in group if name in self._full), None)
-            if own is not None and group[0].endswith(".bias"):  # a head has one, with two names
+            own = next((self._full[name] for name in group[::-1] if name in self._full), None)
+            if own is not None and group[0].endswith(".bias"):  # that of the head, two names
                 self._full |= dict.fromkeys(group, own)
 
     def check_adds(self) -> None:

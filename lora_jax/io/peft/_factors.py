@@ -80,7 +80,8 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
     if own == module and not configs.is_target(config, own):
         raise folder.error(
             f"has factors for {own!r}, which its configuration does not adapt, so that PEFT "
-            f"would drop them: target_modules={config.get('target_modules')!r}"
+            f"would drop them: target_modules={config.get('target_modules')!r}. If they are to "
+            f"count, add {own!r} to target_modules in {CONFIG}; if not, remove the tensors"
         )
     is_tied = places.is_tied(place.path, config.get("task_type"))
     if is_tied and not configs.ties_adapters(config, own):

@@ -46,7 +46,11 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
     if config["bias"] == "all":
         beyond = outside(folder, places)
-        wanted = {name: place for name, place in wanted.items() if place.module not in beyond}
+        wanted = {
+            _beside_rows(folder, name, place): place
+            for name, place in wanted.items()
+            if place.module not in beyond
+        }
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
@@ -61,6 +65,12 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
         for place, x in _sums_of_biases(folder, places):
             parts.setdefault(place.path, {})[place.index] = x
     return {path: _filled(places, path, found) for path, found in parts.items()}
+
+
+def _beside_rows(folder: Folder, name: str, place: Place) -> str:
+    """Return the name of a bias, which has the wrapper's in it where rows train as well."""
+    wrapped = f"{place.module}.token_adapter.base_layer.{place.suffix}"
+    return wrapped if wrapped in folder.tensors and name not in folder.tensors else name
 
 
 def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
@@ -112,10 +122,13 @@ def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.nda
     for module in [module for module, tensors in folder.modules.items() if LINEAR[0] in tensors]:
         name, place = f"{module}.{BIAS}", places.find(module, "bias")
         bias = folder.array(name)
-        if place is None or folder.config["bias"] != "none":
+        if place is None:
             raise folder.error(
-                f"{name!r} adds to a bias of {module!r}, which is not here or trains as well"
+                f"{name!r} adds to a bias of {module!r}, which has none here (lora_bias=True): "
+                "PEFT, too, can run this beside the model and not merge it. Train without lora_bias"
             )
+        if folder.config["bias"] != "none":
+            raise folder.error(f"{name!r} adds to a bias of {module!r}, which trains as well")
         update = configs.scale_of(folder.config, module) * bias
         own = places.array(place).astype(np.float32)
         yield place, own + update.reshape(own.shape)
