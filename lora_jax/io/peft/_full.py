@@ -60,7 +60,7 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.index] = own
     for name in sorted(folder.others.keys() - wanted.keys()):
-        _check_base_s(folder, places, name, adapted)
+        _check_base_s(folder, places, name, adapted, wanted)
     if config.get("lora_bias"):
         for place, x in _sums_of_biases(folder, places):
             parts.setdefault(place.path, {})[place.index] = x
@@ -82,7 +82,9 @@ def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
     return x
 
 
-def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[str]) -> None:
+def _check_base_s(
+    folder: Folder, places: Map, name: str, adapted: Collection[str], wanted: Collection[str]
+) -> None:
     """Raise unless a tensor that does not train is the base's own, rounded as that is."""
     module, _, suffix = name.rpartition(".")
     owner = re.sub(r"(\.token_adapter)?\.base_layer$", "", module)
@@ -100,6 +102,15 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
     theirs = folder.array(name) if is_table else _array(folder, places, name, place)
     if _is_copy(theirs, places.tensor(place), places.leaves[place.path].dtype):
         return
+    twin = next(
+        (x for x in wanted if np.array_equal(folder.tensors[x], folder.tensors[name])), None
+    )
+    if is_table and twin is not None:
+        raise folder.error(
+            f"{name!r} trains as {twin!r} does, to which it was tied, and its configuration does "
+            f"not list it, so that PEFT would drop it. If it is to count, add {owner!r} to "
+            f"modules_to_save in {configs.CONFIG}; if not, remove the tensor"
+        )
     if is_table:
         raise folder.error(
             f"brings a weight of {owner!r} that is not the one in params, nor that rounded: rows "
