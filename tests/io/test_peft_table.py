@@ -349,6 +349,7 @@ ZOO = [
     ("Bart", BOTH_SIDES, {"bias": "lora_only"}),
     ("Bart", CLASS, OF_CLASS),
     ("Bart", ANSWERS, OF_ANSWERS | ALL | NO_ANSWERS),
+    ("Bart", CAUSAL, {"target_modules": ["embed_tokens"]}),
     ("Bert", MASKED, ALL | {"use_dora": True}),
     ("Bert", CLASS, OF_CLASS | FULL),
     ("Bert", TOKENS, OF_TOKENS | {"target_modules": ["query", "word_embeddings"]}),
@@ -374,6 +375,13 @@ ZOO = [
     ("ResNet", IMAGES, {"target_modules": ["convolution"]}
     | {"modules_to_save": ["classifier", "normalization"]}),
 ]  # fmt: skip
+
+SHARED = r"is tied to 'transformer\.shared\.weight', and the two would be different tensors"
+REFUSED = [
+    ("T5", CLASS, {"target_modules": ["q", "shared"]}, SHARED),
+    ("T5", TOKENS, {"target_modules": ["q"], "modules_to_save": ["shared"]}, SHARED),
+    ("Llama", CAUSAL, {"lora_bias": True}, r"which has none here \(lora_bias=True\)"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -402,9 +410,21 @@ def test_adapters_of_models(model, head, options, bases, tmp_path):
     again, info = cls.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     assert np.abs(logits(again) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+    if again.config.tie_word_embeddings != theirs.config.tie_word_embeddings:
+        return  # PEFT merges both into the one tensor
     found, merged = tensors_in(out), theirs.merge_and_unload()
     state = {k: x.numpy() for k, x in merged.state_dict().items()}
     check_tensors(found, {k: state[k] for k in found})
+
+
+@pytest.mark.parametrize(("model", "head", "options", "message"), REFUSED)
+def test_adapters_of_models_that_are_refused(model, head, options, message, bases, tmp_path):
+    transformers, base = pytest.importorskip("transformers"), bases(model + head)
+    cls = getattr(transformers, model + head)
+    trained(cls.from_pretrained(base), tmp_path / "adapter", options)
+    with pytest.raises(ValueError, match=message):
+        hf.merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 LM, BARE = "LMHeadModel", "Model"
@@ -425,7 +445,6 @@ NEW_HEADS = [
     ("Mistral", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"use_dora": True}),
     ("Qwen2", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"trainable_token_indices": [7, 3]}),
     ("Qwen3", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["embed_tokens"]}),
-    ("Gemma3", ("TextModel", CAUSAL), (), {}),
     ("Phi3", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["qkv_proj"]}),
     ("GptOss", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS), {"target_modules": ["q_proj"]}),
     ("Mixtral", (BARE, CAUSAL), (AS_CLASS, AS_TOKENS, AS_ANSWERS), {"target_modules": ["w1"]}),

@@ -59,6 +59,28 @@ def test_a_head_is_written_beside_names_with_their_prefix(tmp_path):
     assert config["tie_word_embeddings"] is False
 
 
+def test_ties_below_another_module(tmp_path):
+    base = model(tmp_path / "m", {"_orig_mod.model.embed_tokens.weight": TABLE}, model_type="gemma")
+    hf.merge(base, of_table(tmp_path / "a", "model.embed_tokens"), tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert np.array_equal(found["_orig_mod.lm_head.weight"], TABLE)
+    assert np.allclose(found["_orig_mod.model.embed_tokens.weight"], TABLE + 1)
+    assert config["tie_word_embeddings"] is False
+    layer = {"transformer.encoder.block.0.weight": TABLE, "transformer.shared.weight": TABLE}
+    base = model(tmp_path / "t5", layer, model_type="t5", architectures=["T5ForSequence"])
+    message = r"'transformer\.encoder\.embed_tokens\.weight' is tied to 'transformer\.shared"
+    with pytest.raises(ValueError, match=message):
+        hf.merge(base, of_table(tmp_path / "b", "transformer.shared"), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_class_of_one_stack_has_no_table_of_the_other(tmp_path):
+    names = [f"model.decoder.{x}.weight" for x in ("embed_tokens", "layers.0.fc1")]
+    base = model(tmp_path / "m", dict.fromkeys(names, TABLE), model_type="bart")
+    hf.merge(base, of_table(tmp_path / "a", "embed_tokens"), tmp_path / "out")
+    assert written(tmp_path / "out")[0].keys() == {*names, "lm_head.weight"}
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_rows_follow_to_the_head_whatever_the_prefix(prefix, tmp_path):
     base = model(tmp_path / "m", {prefix + "wte.weight": TABLE}, model_type="gpt2")
