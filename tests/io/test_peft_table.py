@@ -4,6 +4,7 @@ The oracle is PEFT: the adapter is saved with random numbers, loaded again, and 
 """
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +180,7 @@ def inputs_of(name):
     return rng.normal(size=(5, size, *[5] * WINDOWS.get(kind, 0))).astype("float32")
 
 
-def twin(net, name):
+def twin(net, name) -> tuple[Any, Any, dict[str, Any]]:
     """Make the same as a function of parameters, the parameters, and what is known of them."""
     params, layout, kinds = {}, {}, {}
     for path, kind, _ in NETS[name]:
