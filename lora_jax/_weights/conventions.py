@@ -58,7 +58,7 @@ def _stacked(path: str, shape: Sequence[int], leaves: Mapping[str, Any]) -> bool
     where scanned modules and others are siblings.
     """
     parts = path.split("/")
-    own = leaves.get("/".join([*parts[:-1], "bias"]))
+    own: Any = leaves.get("/".join([*parts[:-1], "bias"]))
     if is_array(own) and READS.intersection(parts):  # [layers, *out] or [*out] of [.., in, *out]
         in_stack, alone = (*shape[:1], *shape[2:]), tuple(shape[1:])
         if tuple(own.shape) in (in_stack, alone) and in_stack != alone:

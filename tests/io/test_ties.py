@@ -59,6 +59,28 @@ def test_a_head_is_written_beside_names_with_their_prefix(tmp_path):
     assert config["tie_word_embeddings"] is False
 
 
+def test_ties_below_another_module(tmp_path):
+    base = model(tmp_path / "m", {"_orig_mod.model.embed_tokens.weight": TABLE}, model_type="gemma")
+    hf.merge(base, of_table(tmp_path / "a", "model.embed_tokens"), tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert np.array_equal(found["_orig_mod.lm_head.weight"], TABLE)
+    assert np.allclose(found["_orig_mod.model.embed_tokens.weight"], TABLE + 1)
+    assert config["tie_word_embeddings"] is False
+    layer = {"transformer.encoder.block.0.weight": TABLE, "transformer.shared.weight": TABLE}
+    base = model(tmp_path / "t5", layer, model_type="t5", architectures=["T5ForSequence"])
+    message = r"'transformer\.encoder\.embed_tokens\.weight' is tied to 'transformer\.shared"
+    with pytest.raises(ValueError, match=message):
+        hf.merge(base, of_table(tmp_path / "b", "transformer.shared"), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_class_of_one_stack_has_no_table_of_the_other(tmp_path):
+    names = [f"model.decoder.{x}.weight" for x in ("embed_tokens", "layers.0.fc1")]
+    base = model(tmp_path / "m", dict.fromkeys(names, TABLE), model_type="bart")
+    hf.merge(base, of_table(tmp_path / "a", "embed_tokens"), tmp_path / "out")
+    assert written(tmp_path / "out")[0].keys() == {*names, "lm_head.weight"}
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_rows_follow_to_the_head_whatever_the_prefix(prefix, tmp_path):
     base = model(tmp_path / "m", {prefix + "wte.weight": TABLE}, model_type="gpt2")
@@ -158,8 +180,10 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
 
 
-def test_a_head_that_the_model_has_not_is_written(tmp_path):
-    layer = {"model.layers.0.q_proj.weight": np.ones((4, 4), "float16")}
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod."])
+def test_a_head_that_the_model_has_not_is_written(prefix, tmp_path):
+    q, norm = np.ones((4, 4), "float16"), np.ones(4, "float16")
+    layer = {f"{prefix}layers.0.q_proj.weight": q, f"{prefix}norm.weight": norm}
     base = model(tmp_path / "m", layer, model_type="llama")
     a, b = np.ones((1, 4), "float32"), np.ones((4, 1), "float32")
     tensors = {f"model.layers.0.q_proj.lora_{k}.weight": x for k, x in (("A", a), ("B", b))}
@@ -168,10 +192,45 @@ def test_a_head_that_the_model_has_not_is_written(tmp_path):
     ours = adapter(tmp_path / "a", tensors | {"score.weight": score}, **config)
     hf.merge(base, ours, tmp_path / "out", config={"num_labels": 3})
     found, _ = written(tmp_path / "out")
-    assert found.keys() == {*layer, "score.weight"}
+    names = {"model.layers.0.q_proj.weight", "model.norm.weight", "score.weight"}
+    assert found.keys() == names  # as its class has them
     assert np.array_equal(found["score.weight"], score.astype("float16"))
     other = {"other.weight": score}
     config["modules_to_save"] = ["other"]
     strange = adapter(tmp_path / "b", tensors | other, **config)
     with pytest.raises(ValueError, match=r"'base_model\.model\.other\.weight' has no place"):
         hf.merge(base, strange, tmp_path / "no")
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_modules_of_another_class_than_the_adapters_stay(prefix, tmp_path):
+    sizes = {"bert.h.0.dense": 4, "bert.h.1.dense": 4, "cls.dense": 4, "cls.decoder": 7}
+    tensors = {f"{m}.weight": RNG.normal(size=(n, 4)).astype("float32") for m, n in sizes.items()}
+    tensors |= {f"{m}.bias": np.zeros(n, "float32") for m, n in sizes.items()}
+    base = model(tmp_path / "m", tensors, model_type="bert")
+    new, row = {}, np.ones((1, 4), "float32")
+    for k in range(2):
+        new |= {f"{prefix}h.{k}.dense.lora_{x}.weight": y for x, y in (("A", row), ("B", row.T))}
+        new[f"{prefix}h.{k}.dense.base_layer.bias"] = row[0]
+    hf.merge(
+        base, adapter(tmp_path / "a", new, target_modules=["dense"], bias="all"), tmp_path / "b"
+    )
+    expected = {k: x + k.startswith("bert") for k, x in tensors.items()}
+    found, _ = written(tmp_path / "b")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(x, expected[k]) for k, x in found.items())
+    # A module that is asked for by its own name is missed.
+    config = {"target_modules": ["dense", "decoder"], "bias": "all"}
+    message = (
+        r"adapts 'cls.decoder', .* set exclude_modules in adapter_config.json: \['cls.decoder'"
+    )
+    with pytest.raises(ValueError, match=message):
+        hf.merge(base, adapter(tmp_path / "c", new, **config), tmp_path / "no")
+    config["exclude_modules"] = ["cls.decoder"]
+    hf.merge(base, adapter(tmp_path / "d", new, **config), tmp_path / "e")
+    assert all(np.array_equal(x, expected[k]) for k, x in written(tmp_path / "e")[0].items())
+    # One of the adapter's own layers is missed, too.
+    less = {k: x for k, x in new.items() if "h.1" not in k}
+    with pytest.raises(ValueError, match=r"h\.1\.dense"):
+        hf.merge(base, adapter(tmp_path / "f", less, target_modules=["dense"]), tmp_path / "no")
+    assert not (tmp_path / "no").exists()

@@ -139,13 +139,14 @@ def write_merged(
                 "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
+    names = {old: own for change in changes if change.new for old, own in change.names.items()}
     if are_apart(source, changed, written, output.config):
-        apart = {name: x for name, x in written.items() if name not in ties.always - ties.stored}
-        written = {ties.outside(name): x for name, x in apart.items()}
+        apart = [name for name in written if name not in ties.always - ties.stored]
+        names = {name: ties.outside(name, names) for name in apart}
         output = output._replace(config=untied(source.config or {}, output.config))
     else:
-        written = {name: written[name] for name in (*source.tensors, *new)}
-    write_model(output, written, source)
+        names = {name: names.get(name, name) for name in (*source.tensors, *new)}
+    write_model(output, {own: written[name] for name, own in names.items()}, source)
     return changed
 
 
@@ -175,6 +176,8 @@ class Change:
         weight: what its updates are multiplied by.
         updates: the factors that are added to a tensor: all of it, or the part at an index.
         new: the tensors of a head that the model has not.
+        names: the adapter's names of all tensors, which those of a model without its head need
+            beside one.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class Change:
         self.new = {
             name: tree.leaves[path] for path, name in tree.names.items() if name not in known
         }
+        self.names = tree.own_names()
         self.updates: dict[str, list[tuple[Any, Part]]] = {}
         for path, (part,) in contents.factors.items():
             part = replace(part, scale=np.float32(weight) * part.scale)
@@ -221,8 +225,8 @@ class Change:
                 self._full[piece.name] = np.asarray(x)[piece.own]
         self._rows = {tree.names[path]: rows for path, rows in contents.rows.items()}
         for group in tree.ties.groups:
-            own = next((self._full[name] for name in group if name in self._full), None)
-            if own is not None and group[0].endswith(".bias"):  # a head has one, with two names
+            own = next((self._full[name] for name in group[::-1] if name in self._full), None)
+            if own is not None and group[0].endswith(".bias"):  # that of the head, two names
                 self._full |= dict.fromkeys(group, own)
 
     def check_adds(self) -> None:

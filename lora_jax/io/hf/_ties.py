@@ -54,21 +54,22 @@ class Ties:
             is_known = flag is False or bool(groups) or not has_head
             return cls(groups, frozenset(source.tensors), known=is_known)
         prefix = family.prefix
-        is_bare = bool(prefix) and not any(name.startswith(prefix) for name in source.tensors)
+        is_bare = bool(prefix) and not any(f".{prefix}" in f".{name}" for name in source.tensors)
         by_root: dict[str, list[str]] = {}
         for name, other in {**(family.tied_head or {}), **(family.tied or {})}.items():
             if has_head or name.startswith(prefix) or name in (family.tied or {}):
                 by_root.setdefault(other, []).append(name)
-        groups = []
+        groups, always, tied = [], set(), family.tied or {}
         for root, names in by_root.items():
             own = [name.removeprefix(prefix) if is_bare else name for name in [root, *names]]
-            if source.tensors.keys() & own:
+            own = _in_files(own, source.tensors.keys())
+            always |= {x for x in own if any(f".{x}".endswith(f".{name}") for name in tied)}
+            if len(own) > 1:
                 groups.append(tuple(own))
         why = None if family.parts else "its model scales what a tied head reads, and no other"
-        always = frozenset(family.tied or ())
         is_set = family.tied_head is not None
         stored = frozenset(source.tensors)
-        return cls(tuple(groups), stored, always, why, prefix if is_bare else "", is_set)
+        return cls(tuple(groups), stored, frozenset(always), why, prefix if is_bare else "", is_set)
 
     @property
     def names(self) -> dict[str, str]:
@@ -91,11 +92,34 @@ class Ties:
         """Return the tensors that the files leave out, as they are stored under another name."""
         return {name: tensors[to] for name, to in self.names.items() if name not in tensors}
 
-    def outside(self, name: str) -> str:
-        """Return the name to write a tensor under, beside a head of its own."""
+    def outside(self, name: str, names: Mapping[str, str] | None = None) -> str:
+        """Return the name to write a tensor under, beside a head of its own.
+
+        ``names`` are those that are known of tensors; the others get the prefix.
+        """
         heads = {name for _, *names in self.groups for name in names}
         is_head = name in heads and not re.fullmatch(TABLE, name)
-        return name if is_head else self.prefix + name
+        return name if is_head else (names or {}).get(name, self.prefix + name)
+
+
+def _in_files(names: list[str], stored: Set[str]) -> list[str]:
+    """Return tied names, the root's first, as they are in files: none if no name is.
+
+    All may be below another module. A class may lack one of the stacks that a table is of, and the
+    root then.
+    """
+    root = names[0]
+    starts = {x.removesuffix(root) for x in stored if x.endswith(f".{root}")}
+    if not stored & set(names) and len(starts) == 1:
+        names = [start + name for start in starts for name in names]
+    stacks = {x: re.match(r"(.*\.)?(encoder|decoder)\.(?=embed_tokens\.)", x) for x in names}
+    gone = {
+        x
+        for x, stack in stacks.items()
+        if stack and not any(y.startswith(stack[0]) and y != x for y in stored)
+    }
+    gone |= {names[0]} - stored if gone else set()
+    return [x for x in names if x not in gone] if stored & set(names) else []
 
 
 def _alike(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
@@ -173,7 +197,7 @@ def _are_equal(one: Tensor, two: Tensor) -> bool:
 
 def _check_apart(source: Source, ties: Ties, group: tuple[str, ...], name: str) -> None:
     """Raise unless the tensors of a group can be written each for itself."""
-    why = ties.why or (f"{name!r} has none of its own in any file" if name in ties.always else None)
+    why = f"{name!r} has none of its own in any file" if name in ties.always else ties.why
     if why is not None:
         raise ValueError(
             f"{source.where}: {name!r} is tied to {group[0]!r}, and the two would be different "

@@ -5,7 +5,7 @@ whether it is another tensor as well, and whether its numbers are the weight.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -82,14 +82,16 @@ class TorchTree:
         """
         check_plain(source)
         ties = Ties.of(source)
-        tensors, pieces = dict(source.tensors), {}
+        tensors, modules, pieces = dict(source.tensors), None, {}
         if adapter is not None:
-            tensors |= ties.missing(tensors) | _new_heads(source, adapter)
-            own = grouped(source, tensors, adapter)
-            tensors, pieces = own.tensors, {as_path(x): found for x, found in own.pieces.items()}
-        leaves = {as_path(name): x for name, x in tensors.items()}
+            own = grouped(source, tensors | ties.missing(tensors), adapter)
+            tensors, pieces = {**own.tensors}, {as_path(x): y for x, y in own.pieces.items()}
+            modules = _fitted(tensors, adapter, source.where, names)
+            tensors |= _new_heads(source, adapter, _own_names(tensors, modules).values())
+            modules = _fitted(tensors, adapter, source.where, names)
+        stored = {as_path(name): name for name in tensors}
+        leaves = {path: tensors[name] for path, name in stored.items()}
         matrices = [path for path, x in leaves.items() if len(x.shape) == 2]
-        modules = None if adapter is None else _fitted(leaves, adapter, source.where, names)
         turned = transposed(leaves, source.config, adapter, modules)
         forms: _Forms = {path: ("io", "Conv1D") for path, known in turned.items() if known}
         if adapter is not None and modules is not None:
@@ -98,7 +100,7 @@ class TorchTree:
         else:
             forms |= {path: ("io", "Embedding") for path in matrices if is_named_table(path)}
         doubtful = tuple(p for p, known in turned.items() if known is None and p not in forms)
-        stored = {path: as_name(path) for path in leaves if path not in pieces}
+        stored = {path: name for path, name in stored.items() if path not in pieces}
         more = {"names": stored, "ties": ties, "doubtful": doubtful, "pieces": pieces}
         tree = _tree(leaves, forms, modules=modules, **more)
         if adapter is not None and modules is not None:
@@ -127,6 +129,10 @@ class TorchTree:
     def named(self, module: str) -> str:
         """Return the adapter's name of a module of the files."""
         return (self.modules or {}).get(as_path(module), module)
+
+    def own_names(self) -> dict[str, str]:
+        """Return the adapter's names of the tensors, by theirs in the files."""
+        return _own_names(self.names.values(), self.modules or {})
 
     def check_axes(self, source: Source, paths: Iterable[str]) -> None:
         """Raise if nothing tells whether one of these weights is stored transposed.
@@ -163,12 +169,24 @@ class TorchTree:
         return Map(self.leaves, named, **self.options(kinds))
 
 
-def _new_heads(source: Source, adapter: Folder) -> dict[str, Tensor]:
+def _modules(names: Collection[str]) -> dict[str, str]:
+    """Return the paths of the modules of tensors."""
+    paths = {as_path(name): name for name in names}
+    return {name: module_path(path, paths)[0] for path, name in paths.items()}
+
+
+def _own_names(names: Collection[str], modules: Mapping[str, str]) -> dict[str, str]:
+    """Return an adapter's names of tensors, by its names of the modules."""
+    own = _modules(names).items()
+    return {name: modules.get(m, as_name(m)) + name[len(m) :] for name, m in own}
+
+
+def _new_heads(source: Source, adapter: Folder, known: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of a head that an adapter brings, in the model's dtype."""
     floats = [x.dtype for x in source.tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)]
     return {
         name: Tensor(x.shape, floats[0], lambda x=x: x.astype(floats[0]))
-        for name, x in own_heads(adapter, source.tensors.keys()).items()
+        for name, x in own_heads(adapter, known).items()
     }
 
 
@@ -187,9 +205,9 @@ def is_torch(adapter: Adapter) -> bool:
     )
 
 
-def _fitted(leaves: Mapping[str, Any], adapter: Folder, where: str, names: Names) -> dict[str, str]:
+def _fitted(tensors: Collection[str], adapter: Folder, where: str, names: Names) -> dict[str, str]:
     """Name the modules of a model as an adapter does, by their paths."""
-    own = {as_name(m): m for m in (module_path(path, leaves)[0] for path in leaves)}
+    own = {as_name(m): m for m in _modules(tensors).values()}
     found = fitted(adapter.named, own, where, names)
     return {own[name]: new for name, new in found.items()}
 

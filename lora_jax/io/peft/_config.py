@@ -165,6 +165,12 @@ def matches(names: Sequence[str] | str, name: str) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in names)
 
 
+def name_others(targets: Sequence[str] | str, name: str, others: Iterable[str]) -> bool:
+    """Return whether all targets that name a module name one of the others as well."""
+    names = [targets] if isinstance(targets, str) else [[t] for t in targets if matches([t], name)]
+    return all(any(matches(target, other) for other in others) for target in names)
+
+
 def refused_by_vllm(config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
     """List what vLLM would refuse of an adapter."""
     refused = []

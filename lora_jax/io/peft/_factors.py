@@ -25,6 +25,7 @@ from lora_jax.io.peft._axes import (
 )
 from lora_jax.io.peft._config import CONFIG
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._own import outside
 from lora_jax.io.peft._parameters import find_parameter, parameters_among
 
 
@@ -87,7 +88,8 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
     if not is_parameter and not configs.is_target(config, own):
         raise folder.error(
             f"has factors for {own!r}, which its configuration does not adapt, so that PEFT "
-            f"would drop them: target_modules={config.get('target_modules')!r}"
+            f"would drop them: target_modules={config.get('target_modules')!r}. If they are to "
+            f"count, add {own!r} to target_modules in {CONFIG}; if not, remove the tensors"
         )
     is_tied = places.is_tied(place.path, config.get("task_type"))
     if is_tied and not configs.ties_adapters(config, own):
@@ -107,12 +109,17 @@ def check_factors(folder: Folder, places: Map, adapted: Collection[str]) -> None
     targets, saved = (folder.config.get(x) for x in ("target_modules", "modules_to_save"))
     if targets in (None, "all-linear"):
         return
+    beyond = outside(folder, places)
     for name in places.modules():
         place = places.find(name)
+        if name in beyond and configs.name_others(targets, name, adapted):
+            continue
         is_weight = place is not None and len(place.shape) > 1 and not configs.is_saved(saved, name)
         if is_weight and name not in adapted and configs.is_target(folder.config, name):
             raise folder.error(
-                f"its configuration adapts {name!r}, and the tensors of its factors are missing"
+                f"its configuration adapts {name!r}, and the tensors of its factors are missing. "
+                f"If the model it was trained on has no such module, set exclude_modules in "
+                f"{CONFIG}: {[name]}, or a regular expression of all such modules"
             )
     if places.all_named or not isinstance(targets, list):
         return  # a name of no module here is of none there

@@ -14,8 +14,13 @@ from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
 from lora_jax.io.peft._folder import COUNT, Folder
+from lora_jax.io.peft._own import is_new_head, outside
 from lora_jax.io.peft._vocabulary import UNLOADED, tokens_of
 
+_LABELS = (
+    "If it has another number of labels, merge into a base with as many: from_pretrained(base, "
+    "num_labels={n}, ignore_mismatched_sizes=True).save_pretrained(folder) in transformers"
+)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -41,6 +46,13 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     """Read the leaves that train entirely, by path; ``adapted`` are the modules with factors."""
     config = folder.config
     wanted = _trained(places, config.get("modules_to_save") or (), config["bias"], adapted)
+    if config["bias"] == "all":
+        beyond = outside(folder, places)
+        wanted = {
+            _beside_rows(folder, name, place): place
+            for name, place in wanted.items()
+            if place.module not in beyond
+        }
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
@@ -50,21 +62,31 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.module] = own
     for name in sorted(folder.others.keys() - wanted.keys()):
-        _check_base_s(folder, places, name, adapted)
+        _check_base_s(folder, places, name, adapted, wanted)
     if config.get("lora_bias"):
         for place, x in _sums_of_biases(folder, places):
             parts.setdefault(place.path, {})[place.module] = x
     return {path: _filled(places, path, found) for path, found in parts.items()}
 
 
+def _beside_rows(folder: Folder, name: str, place: Place) -> str:
+    """Return the name of a bias, which has the wrapper's in it where rows train as well."""
+    wrapped = f"{place.module}.token_adapter.base_layer.{place.suffix}"
+    return wrapped if wrapped in folder.tensors and name not in folder.tensors else name
+
+
 def _array(folder: Folder, places: Map, name: str, place: Place) -> np.ndarray:
     x, expected = folder.array(name), torch_shape(place.shape, *places.form(place))
     if x.shape != expected and (place.shape or x.size != 1):
-        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}")
+        is_head = is_new_head(place.module) and x.shape[1:] == expected[1:]
+        more = f". {_LABELS.format(n=len(x))}" if is_head else ""
+        raise folder.error(f"{name!r} has shape {x.shape}, expected {expected}{more}")
     return x
 
 
-def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[str]) -> None:
+def _check_base_s(
+    folder: Folder, places: Map, name: str, adapted: Collection[str], wanted: Collection[str]
+) -> None:
     """Raise unless a tensor that does not train is the base's own, rounded as that is."""
     module, _, suffix = name.rpartition(".")
     owner = re.sub(r"(\.token_adapter)?\.base_layer$", "", module)
@@ -82,6 +104,15 @@ def _check_base_s(folder: Folder, places: Map, name: str, adapted: Collection[st
     theirs = folder.array(name) if is_table else _array(folder, places, name, place)
     if _is_copy(theirs, places.tensor(place), places.leaves[place.path].dtype):
         return
+    twin = next(
+        (x for x in wanted if np.array_equal(folder.tensors[x], folder.tensors[name])), None
+    )
+    if is_table and twin is not None:
+        raise folder.error(
+            f"{name!r} trains as {twin!r} does, to which it was tied, and its configuration does "
+            f"not list it, so that PEFT would drop it. If it is to count, add {owner!r} to "
+            f"modules_to_save in {configs.CONFIG}; if not, remove the tensor"
+        )
     if is_table:
         raise folder.error(
             f"brings a weight of {owner!r} that is not the one in params, nor that rounded: rows "
@@ -104,10 +135,13 @@ def _sums_of_biases(folder: Folder, places: Map) -> Iterator[tuple[Place, np.nda
     for module in [module for module, tensors in folder.modules.items() if LINEAR[0] in tensors]:
         name, place = f"{module}.{BIAS}", places.find(module, "bias")
         bias = folder.array(name)
-        if place is None or folder.config["bias"] != "none":
+        if place is None:
             raise folder.error(
-                f"{name!r} adds to a bias of {module!r}, which is not here or trains as well"
+                f"{name!r} adds to a bias of {module!r}, which has none here (lora_bias=True): "
+                "PEFT, too, can run this beside the model and not merge it. Train without lora_bias"
             )
+        if folder.config["bias"] != "none":
+            raise folder.error(f"{name!r} adds to a bias of {module!r}, which trains as well")
         update = configs.scale_of(folder.config, module) * bias
         own = places.array(place).astype(np.float32)
         yield place, own + update.reshape(own.shape)

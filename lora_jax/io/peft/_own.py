@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax._weights.selector import lookup
 from lora_jax.io._kinds import Kind
 from lora_jax.io._places import Place
-from lora_jax.io._torch import as_path, module_path
+from lora_jax.io._torch import Map, as_path, module_path
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,
@@ -167,16 +167,42 @@ def _letters_of_experts(shape: tuple[int, ...], tensors: Mapping[str, Any]) -> l
     ]
 
 
-_HEAD = re.compile(r"(score|classifier|qa_outputs|classification_head|pre_classifier)(\..+)?")
+_POOLER = r"(.+\.)?pooler(\..+)?"  # which models have by the class of their head
+_HEAD = re.compile(
+    rf"(score|classifier|qa_outputs|classification_head|pre_classifier)(\..+)?|{_POOLER}"
+)
+
+
+def is_new_head(module: str) -> bool:
+    """Return whether a module is a head, by its name, or a pooler that models may lack."""
+    return _HEAD.fullmatch(module) is not None
 
 
 def own_heads(folder: Folder, names: Collection[str]) -> dict[str, np.ndarray]:
-    """Find the tensors of a saved head, by its name, which a model of these names lacks."""
+    """Find the tensors of a saved head, by its name, or pooler that none of these names is of."""
     saved = folder.config.get("modules_to_save") or ()
     return {
         name: x
         for name, x in folder.others.items()
         if name not in names
-        and _HEAD.fullmatch(module := name.rpartition(".")[0])
+        and is_new_head(module := name.rpartition(".")[0])
         and configs.is_saved(saved, module)
+    }
+
+
+def outside(folder: Folder, places: Map) -> set[str]:
+    """Find the modules that the adapter's model has not: a head or pooler, a decoder.
+
+    Heads and decoders are below another root than all that trains, saved modules apart.
+    """
+    found = {m: places.find(m) or places.find(m, "bias") for m in places.all_modules()}
+    roots = {m: place.path.split("/")[:-2][:1] for m, place in found.items() if place}
+    saved = folder.config.get("modules_to_save") or ()
+    named = roots.keys() & set(folder.named)
+    own = [roots[m] for m in named if not configs.is_saved(saved, m)]
+    is_one = bool(own) and own[0] != [] and all(root == own[0] for root in own)
+    return {
+        m
+        for m in roots.keys() - named
+        if (is_one and roots[m] != own[0]) or re.fullmatch(_POOLER, m)
     }
