@@ -158,6 +158,65 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
 
 
+CLASS = {"parent_library": "transformers.models.gpt2.modeling_gpt2"}
+
+
+@pytest.mark.parametrize(
+    ("module", "beside", "config", "refused"),
+    [
+        ("wte", {}, {}, True),
+        ("wte", {}, {"auto_mapping": CLASS | {"base_model_class": "GPT2LMHeadModel"}}, True),
+        ("wte", {}, {"auto_mapping": CLASS | {"base_model_class": "GPT2Model"}}, False),
+        ("wte", {}, {"auto_mapping": {"base_model_class": "GPT2Model"}}, True),
+        ("wte", {}, {"task_type": "FEATURE_EXTRACTION"}, False),
+        ("wte", {"head": {"bias": (7,)}}, {}, True),
+        ("wte", {"lm_head": {"kernel": (4, 7)}}, {}, False),
+        ("wte", {"word_embeddings": {"embedding": (7, 4)}}, {}, True),
+        ("wpe", {}, {"task_type": "CAUSAL_LM"}, False),
+        ("items", {}, {}, False),
+        ("items", {}, {"task_type": "CAUSAL_LM"}, True),
+    ],
+)
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_table_that_may_be_tied_by_what_is_known(
+    module, beside, config, refused, is_full, tmp_path
+):
+    ones = {m: {k: jnp.ones(shape) for k, shape in own.items()} for m, own in beside.items()}
+    params = {module: {"embedding": jnp.asarray(TABLE)}, "q": {"kernel": jnp.ones((4, 4))}} | ones
+    if is_full:
+        factors = {f"q.lora_{k}.weight": np.ones(s, "f") for k, s in (("A", (1, 4)), ("B", (4, 1)))}
+        more = {"target_modules": ["q"], "modules_to_save": [module]} | config
+        ours = adapter(tmp_path / "a", factors | {f"{module}.weight": TABLE + 1}, **more)
+    else:
+        ours = of_table(tmp_path / "a", module, **config)
+    if not refused:
+        peft.load(ours, params)
+        return
+    with pytest.raises(ValueError, match=rf"'{module}/embedding' is an .* or may be: tied.*layout"):
+        peft.load(ours, params)
+
+
+def test_an_adapter_of_the_lookups_alone_of_a_tied_model(tmp_path):
+    """It is refused where one leaf is table and head; the files have them apart."""
+    base = model(tmp_path / "m", {"wte.weight": TABLE}, model_type="gpt2")
+    params = hf.load(base, {"wte": {"embedding": jnp.zeros((7, 4))}})
+    ours = of_table(tmp_path / "a", "transformer.wte")
+    names = {"wte": "transformer.wte"}
+    with pytest.raises(ValueError, match=r"tied\. .*io\.hf\.merge adds it to the model's files"):
+        peft.load(ours, params, names=names)
+    hf.merge(base, ours, tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert np.allclose(found["transformer.wte.weight"], TABLE + 1)
+    assert np.array_equal(found["lm_head.weight"], TABLE)
+    assert config["tie_word_embeddings"] is False
+    lora_params = lora_jax.lorafy(params, 1, targets=".*")
+    with pytest.raises(ValueError, match=r"tied\. .* Merge it, .* hf\.save"):
+        peft.save(tmp_path / "no", lora_params, names=names)
+    assert not (tmp_path / "no").exists()
+    hf.save(tmp_path / "tied", lora_jax.merge(lora_params), source=base)
+    peft.save(tmp_path / "yes", lora_params, names=names, task_type="FEATURE_EXTRACTION")
+
+
 def test_a_head_that_the_model_has_not_is_written(tmp_path):
     layer = {"model.layers.0.q_proj.weight": np.ones((4, 4), "float16")}
     base = model(tmp_path / "m", layer, model_type="llama")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._weights.ranges import split_range
 from lora_jax.cli._commands import convert_model
 from lora_jax.cli._options import DTYPES, FORMATS, add_names, names_and_kinds, writing
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
     fitted_leaves,
+    has_head,
     leaves_like,
     recorded_leaves,
     source_like,
@@ -24,15 +27,18 @@ from lora_jax.cli._read.base import (
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Show
-from lora_jax.io import orbax, peft, safetensors
+from lora_jax.io import orbax, safetensors
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
+from lora_jax.io.peft._config import TASKS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+from lora_jax.io.peft._save import files_of, tied_table
 from lora_jax.io.peft._save import write as write_peft
 from lora_jax.io.peft._uniform import uniform_files
+from lora_jax.io.peft._vocabulary import is_named_table
 
 EXAMPLE = "adapter adapter.safetensors --to safetensors"
 
@@ -46,6 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
     add("--like", metavar="PATH", help="model or adapter with the tree of paths")
     add("--base-model", metavar="NAME", help="for PEFT's configuration")
+    add("--task-type", choices=TASKS, help="of the model in PEFT, for its configuration")
     add("--uniform", action="store_true", help="one rank and one scale, for llama.cpp and SGLang")
     add("--for-vllm", action="store_true", help="refuse what vLLM would")
     add("--dtype", choices=DTYPES, help="of a model's floating tensors")
@@ -63,17 +70,16 @@ def run(args: argparse.Namespace, show: Show) -> int:
         if args.to == "peft" and found.folder is not None:
             _made_uniform(found.folder, out, args)
         elif args.to == "peft":
-            to_peft(
+            tensors, config = to_peft(
                 found,
-                out,
                 like=args.like,
                 names=names,
                 kinds=kinds,
+                task_type=args.task_type,
                 base_model=args.base_model,
                 uniform=args.uniform,
-                for_vllm=args.for_vllm,
-                overwrite=args.overwrite,
             )
+            write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
         elif found.native is not None:
             _from_native(found, out, args.to, show, overwrite=args.overwrite)
         else:
@@ -91,7 +97,7 @@ def _check_options(found: AdapterFile, args: argparse.Namespace) -> None:
     if args.to == found.format and not args.uniform:
         raise ValueError(f"{args.path} is in the format {args.to} already")
     of_peft = {"--uniform": args.uniform, "--for-vllm": args.for_vllm}
-    of_peft |= {"--base-model": args.base_model}
+    of_peft |= {"--base-model": args.base_model, "--task-type": args.task_type}
     if args.to != "peft" and any(of_peft.values()):
         option = next(name for name, given in of_peft.items() if given)
         raise ValueError(f"{option} goes with --to peft, and this is --to {args.to}")
@@ -104,30 +110,64 @@ def _check_options(found: AdapterFile, args: argparse.Namespace) -> None:
 
 def to_peft(
     found: AdapterFile,
-    out: Path,
     *,
     like: str | None = None,
     names: Any = None,
     kinds: Mapping[str, str] | None = None,
+    task_type: str | None = None,
+    is_known: bool = False,
     **options: Any,
-) -> None:
-    """Write an adapter of ours as PEFT's folder, by the leaves that are known of its base."""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Make the files that PEFT has of an adapter of ours, by the leaves known of its base.
+
+    ``is_known``: whether the caller knows if a table is a head as well.
+    """
     assert found.native is not None
-    adapter = found.native[0]
-    leaves = leaves_like(like) if like else recorded_leaves(found)
-    if leaves and like and source_like(like):
-        leaves = fitted_leaves(leaves, adapter, like)
+    adapter, recorded = found.native[0], recorded_leaves(found)
+    source = source_like(like) if like else None
+    leaves = recorded if like is None else leaves_like(like)
+    if not is_known:
+        _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
+    if leaves and source:
+        leaves = fitted_leaves(leaves, adapter, source)
     named = names
     if leaves is None:
         leaves, rest = adapted_leaves(adapter), "(leaves that are not known)"
         leaves[rest] = Absent(rest, (), jnp.dtype("float32"))
         named = _but(rest, leaves, names)
-    if is_torch(adapter) or (like and source_like(like)):
+    more: dict[str, Any] = {"kinds": kinds}
+    if source or is_torch(adapter):
         more = TorchTree.known(leaves, adapter).options(kinds)
-    else:
-        more = {"kinds": kinds}
-    base = with_stand_ins(leaves, adapter)
-    peft.save(out, LoraParams(base, adapter), names=named, **more, **options)
+    lora_params = LoraParams(with_stand_ins(leaves, adapter), adapter)
+    places = Map(check(lora_params).leaves, named, **more)
+    return files_of(adapter, places, task_type=task_type, **options)
+
+
+def _check_tied(
+    found: AdapterFile,
+    leaves: Mapping[str, Any] | None,
+    names: Any,
+    kinds: Mapping[str, str] | None,
+    has_head: bool | None,
+) -> None:
+    """Raise if an adapted table is, or may be, a head as well.
+
+    An adapter without a record, in PyTorch's names, is what PEFT's was.
+    """
+    assert found.native is not None
+    adapter = found.native[0]
+    if leaves is None and is_torch(adapter):
+        return
+    keys = {split_range(key)[0] for key in (*adapter.factors, *adapter.full)}
+    tables = {re.escape(path): "Embedding" for path in keys if is_named_table(path)}
+    leaves = leaves or adapted_leaves(adapter)
+    places = Map(leaves, names, {**(kinds or {}), **tables})
+    if (table := tied_table(adapter, places, has_head)) is not None:
+        raise ValueError(
+            f"{found.path}: the table {table!r} is an output head as well, or may be: tied. In "
+            "PEFT the adapter would be of the lookups alone. Merge it into the model, lora-jax "
+            "merge; or pass --task-type, such as SEQ_CLS, if the model has no head for tokens"
+        )
 
 
 def _but(rest: str, leaves: Mapping[str, Any], names: Any) -> Any:
@@ -156,6 +196,8 @@ def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:
     tensors, config = uniform_files(folder)
     if args.base_model:
         config["base_model_name_or_path"] = args.base_model
+    if args.task_type:
+        config["task_type"] = args.task_type
     write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
 
 

@@ -21,6 +21,7 @@ from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import is_torch
 from lora_jax.io.hf._write import Output
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._save import write as write_peft
 
 EXAMPLE = "model adapter merged --dtype bfloat16"
 
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 like = args.like
                 if like is None and found.native and is_torch(found.native[0]):
                     like = args.model  # it is in the model's own names
-                to_peft(found, folder, like=like, names=names, kinds=kinds)
+                files = to_peft(found, like=like, names=names, kinds=kinds, is_known=True)
+                write_peft(folder, *files, for_vllm=False, overwrite=False)
                 found = open_adapter(folder)
             if is_shared and recorded_leaves(opened[k]) is None:
                 _check_no_table(opened[k], found, source)

@@ -17,6 +17,8 @@ from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import as_name, as_path, module_path
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
+from lora_jax.io.hf._ties import Ties
+from lora_jax.io.peft import _config as configs
 
 
 class Absent(Tensor):
@@ -62,16 +64,32 @@ def leaves_of(model: Checkpoint) -> dict[str, Any]:
     return {as_path(name): tensor for name, tensor in model.tensors.items()}
 
 
-def fitted_leaves(leaves: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, Any]:
-    """Name the leaves of a model's files as an adapter does, which may have another prefix."""
+def fitted_leaves(leaves: Mapping[str, Any], adapter: Adapter, source: Source) -> dict[str, Any]:
+    """Name the leaves of a model's files as an adapter does, which may have another prefix.
+
+    A tied head that the files leave out is a leaf if the adapter has one of its own for it.
+    """
     keys = [split_range(key)[0] for key in (*adapter.factors, *adapter.full)]
-    modules = {path: module_path(path, leaves)[0] for path in leaves}
     wanted = [as_name(module_path(key)[0]) for key in keys]
-    names = fitted(wanted, [as_name(module) for module in modules.values()], where)
+    heads = Ties.of(source).missing(source.tensors)
+    leaves = {**leaves, **{as_path(name): x for name, x in heads.items() if as_path(name) in keys}}
+    modules = {path: module_path(path, leaves)[0] for path in leaves}
+    names = fitted(wanted, [as_name(module) for module in modules.values()], source.where)
     return {
         as_path(names[as_name(module)]) + path.removeprefix(module): leaves[path]
         for path, module in modules.items()
     }
+
+
+def has_head(task_type: str | None, source: Source | None) -> bool | None:
+    """Return whether the table of a model is its head, by its task or its configuration.
+
+    None: neither is known.
+    """
+    if task_type is not None or source is None:
+        return configs.has_head({"task_type": task_type})
+    ties = Ties.of(source)
+    return True if ties.tables else False if ties.known else None
 
 
 def source_of(model: Checkpoint) -> Source:

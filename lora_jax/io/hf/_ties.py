@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
+from lora_jax.io._torch import TABLE as TABLE_MODULE
 from lora_jax.io.hf._families import FLAG, ties_family
 from lora_jax.io.hf._source import Source
-
-_HEADED = re.compile(
-    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM).*"
-)
+from lora_jax.io.peft._config import HEADED
 
 # Heads and tables by their names, in models that are not known.
 HEAD = r"(.*\.)?(lm_head|embed_out|output|output_projection|decoder|vocab_projector)\.weight"
-TABLE = r"(.*\.)?(shared|wte|embed_\w+|\w*embeddings?|tok_embeddings)\.weight"
+TABLE = rf"{TABLE_MODULE.pattern}\.weight"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Ties:
         """Find the ties of a model."""
         family = ties_family(source.config)
         kinds = (source.config or {}).get("architectures") or []
-        has_head = not kinds or any(_HEADED.fullmatch(str(kind)) for kind in kinds)
+        has_head = not kinds or any(HEADED.fullmatch(str(kind)) for kind in kinds)
         if family is None:
             flag = (source.config or {}).get(FLAG)
             groups = () if flag is False else tuple(_alike(source.tensors))

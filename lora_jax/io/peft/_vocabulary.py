@@ -3,7 +3,7 @@
 import re
 
 from lora_jax._weights.conventions import is_embedding, is_head
-from lora_jax.io._torch import Map, Place, as_path, module_path, torch_shape
+from lora_jax.io._torch import POSITIONS, Map, Place, as_path, module_path, torch_shape
 from lora_jax.io.peft._axes import EMBEDDING, LINEAR
 from lora_jax.io.peft._folder import Folder
 
@@ -33,7 +33,7 @@ def tokens_of(places: Map, place: Place) -> int | None:
 def _is_vocabulary(places: Map, place: Place) -> bool:
     """Return whether a weight is a table of tokens, by its use or its name."""
     path = as_path(f"{place.module}.weight")
-    if re.search("pos|type|wpe", path):
+    if POSITIONS.search(path):
         return False
     return places.is_table(place.path) or is_named_table(path)
 
