@@ -372,7 +372,8 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     assert np.array_equal(table, merged)
     assert np.array_equal(head, table)
 
-    peft.save(tmp_path / "adapter", lora_params, names=hf.FAMILIES["llama"].names)
+    names = hf.FAMILIES["llama"].names
+    peft.save(tmp_path / "adapter", lora_params, names=names, task_type="FEATURE_EXTRACTION")
     for stored in ("once", "twice"):  # in PEFT it is of the lookups alone
         hf.merge(tmp_path / stored, tmp_path / "adapter", tmp_path / f"merged {stored}")
         found = tensors_of(tmp_path / f"merged {stored}")

@@ -126,10 +126,10 @@ def to_peft(
     adapter, recorded = found.native[0], recorded_leaves(found)
     source = source_like(like) if like else None
     leaves = recorded if like is None else leaves_like(like)
-    if not is_known:
-        _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
     if leaves and source:
         leaves = fitted_leaves(leaves, adapter, source)
+    if not is_known:
+        _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
     named = names
     if leaves is None:
         leaves, rest = adapted_leaves(adapter), "(leaves that are not known)"

@@ -14,7 +14,7 @@ from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Names
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
-from lora_jax.io.hf._ties import Ties, are_apart, untied
+from lora_jax.io.hf._ties import Ties, are_apart, tables_in_peft, untied
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import Part
@@ -160,7 +160,8 @@ class Change:
     ):
         self.where, self.weight = adapter.where, weight
         named = TorchTree.of(source, adapter, names).named  # the adapter may have another prefix
-        tables = {named(head): named(table) for head, table in Ties.of(source).tables.items()}
+        tables = Ties.of(source).tables if is_shared else tables_in_peft(source)
+        tables = {named(head): named(table) for head, table in tables.items()}
         adapter = with_heads(adapter, tables, always=is_shared)
         tree = TorchTree.of(source, adapter, names)
         contents = read(adapter, tree.places())

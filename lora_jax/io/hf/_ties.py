@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import TABLE as TABLE_MODULE
-from lora_jax.io.hf._families import FLAG, ties_family
+from lora_jax.io.hf._families import FLAG, Known, flag_of, inner_config, ties_family
 from lora_jax.io.hf._source import Source
 from lora_jax.io.peft._config import HEADED
 
@@ -28,7 +28,7 @@ class Ties:
         always: the names that share their numbers whatever the configuration sets.
         why: why the names cannot get numbers of their own; None if they can.
         prefix: the prefix that names in the files lack, and need beside a head.
-        is_set: whether the configuration ties a head, so that PEFT does.
+        is_set: whether the configuration ties a head.
         known: whether the configuration tells which tensors are tied.
     """
 
@@ -41,32 +41,31 @@ class Ties:
     known: bool = True
 
     @classmethod
-    def of(cls, source: Source) -> "Ties":
-        """Find the ties of a model."""
-        family = ties_family(source.config)
+    def of(cls, source: Source, flag: bool | None = None) -> "Ties":
+        """Find the ties of a model, as its configuration sets them, or a ``flag`` in its place."""
+        stored = frozenset(source.tensors)
         kinds = (source.config or {}).get("architectures") or []
         has_head = not kinds or any(HEADED.fullmatch(str(kind)) for kind in kinds)
-        if family is None:
-            flag = (source.config or {}).get(FLAG)
+        if (known := _known(source)) is None:
+            flag = flag_of(source.config) if flag is None else flag
             groups = () if flag is False else tuple(_alike(source.tensors))
-            is_known = flag is False or bool(groups) or not has_head
-            return cls(groups, frozenset(source.tensors), known=is_known)
+            return cls(groups, stored, known=flag is False or bool(groups) or not has_head)
+        family, is_tied = known.family, known.is_tied if flag is None else flag
+        heads, always = (family.tied_head or {}) if is_tied else {}, family.tied or {}
         prefix = family.prefix
-        is_bare = bool(prefix) and not any(name.startswith(prefix) for name in source.tensors)
+        is_bare = bool(prefix) and not any(name.startswith(prefix) for name in stored)
         by_root: dict[str, list[str]] = {}
-        for name, other in {**(family.tied_head or {}), **(family.tied or {})}.items():
-            if has_head or name.startswith(prefix) or name in (family.tied or {}):
+        for name, other in {**heads, **always}.items():
+            if has_head or name.startswith(prefix) or name in always:
                 by_root.setdefault(other, []).append(name)
         groups = []
         for root, names in by_root.items():
             own = [name.removeprefix(prefix) if is_bare else name for name in [root, *names]]
-            if source.tensors.keys() & own:
+            if stored & {*own}:
                 groups.append(tuple(own))
         why = None if family.parts else "its model scales what a tied head reads, and no other"
-        always = frozenset(family.tied or ())
-        is_set = family.tied_head is not None
-        stored = frozenset(source.tensors)
-        return cls(tuple(groups), stored, always, why, prefix if is_bare else "", is_set)
+        prefix = prefix if is_bare else ""
+        return cls(tuple(groups), stored, frozenset(always), why, prefix, bool(heads))
 
     @property
     def names(self) -> dict[str, str]:
@@ -76,7 +75,7 @@ class Ties:
 
     @property
     def tables(self) -> dict[str, str]:
-        """The module of the table, by that of each head that PEFT ties to it."""
+        """The module of the table, by that of each head that is tied to it."""
         end = ".weight"
         return {
             name.removesuffix(end): table.removesuffix(end)
@@ -94,6 +93,57 @@ class Ties:
         heads = {name for _, *names in self.groups for name in names}
         is_head = name in heads and not re.fullmatch(TABLE, name)
         return name if is_head else self.prefix + name
+
+
+def tables_in_peft(source: Source) -> dict[str, str]:
+    """Return the module of the table, by that of each head to which PEFT ties its adapters.
+
+    In a model of parts PEFT asks the configuration of the whole, not the one that ties the head,
+    and it knows no ties of an encoder and a decoder.
+    """
+    known = _known(source)
+    if known is None or not known.key:
+        return Ties.of(source).tables
+    is_tied = known.key == "text_config" and (source.config or {}).get(FLAG, True)
+    return Ties.of(source, flag=True).tables if is_tied else {}
+
+
+def _known(source: Source) -> Known | None:
+    """Return what is known of a model's ties, by the names in its files.
+
+    A part of a model has the names of its own class, after those of the part: all of them, or
+    (``model.language_model.embed_tokens``, ``lm_head``) those of the model inside that has no head.
+    """
+    known = ties_family(source.config)
+    if known is None or not known.key:
+        return known
+    family, within = known.family, "" if known.key == "text_config" else f"{known.key}."
+    prefix, heads, tied = family.prefix, family.tied_head or {}, family.tied or {}
+    rests = {root.removeprefix(prefix) for root in heads.values()}
+    starts = {
+        name.removesuffix(rest)
+        for name in source.tensors
+        for rest in rests
+        if f".{name}".endswith(f".{rest}") and name.startswith(within)
+    }
+    if len(starts) != 1:
+        return None
+    (start,) = starts
+    outer = start.removesuffix(prefix) if start.endswith(prefix) else None
+
+    def named(name: str) -> str:
+        if outer is not None:
+            return outer + name
+        if not name.startswith(prefix):
+            return name
+        return prefix + start.removeprefix(prefix) + name.removeprefix(prefix)
+
+    def all_named(names: Mapping[str, str]) -> dict[str, str]:
+        return {named(name): named(other) for name, other in names.items()}
+
+    prefix_there = prefix if outer is None else outer + prefix
+    placed = replace(family, prefix=prefix_there, tied=all_named(tied), tied_head=all_named(heads))
+    return known._replace(family=placed)
 
 
 def _alike(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
@@ -196,6 +246,7 @@ def _check_head(source: Source, table: str) -> None:
 
 def untied(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return changes of a configuration, and that nothing in it is tied."""
-    text = config.get("text_config")
-    inner = {"text_config": {**text, FLAG: False}} if isinstance(text, Mapping) else {}
-    return {**inner, **(changes or {}), FLAG: False}
+    changes = changes or {}
+    inner = inner_config({**config, **changes})
+    inside = {inner[0]: {**inner[1], FLAG: False}} if inner else {}
+    return {**changes, **inside, FLAG: False}

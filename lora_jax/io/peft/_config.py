@@ -56,7 +56,8 @@ TASKS = "CAUSAL_LM SEQ_2_SEQ_LM SEQ_CLS TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTIO
 
 # The names of the classes that have an output head for tokens.
 HEADED = re.compile(
-    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM).*"
+    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM"
+    r"|DoubleHeads|ForGeneration|EncoderDecoder).*"
 )
 
 _LARGEST = 2**31  # of ranks and alphas: beyond that, the file is damaged
