@@ -234,3 +234,89 @@ def test_a_head_that_the_model_has_not_is_written(tmp_path):
     strange = adapter(tmp_path / "b", tensors | other, **config)
     with pytest.raises(ValueError, match=r"'base_model\.model\.other\.weight' has no place"):
         hf.merge(base, strange, tmp_path / "no")
+
+
+GPT2 = {"wte": {"embedding": jnp.asarray(TABLE)}}
+APART, TOGETHER = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_save_writes_the_head_that_a_configuration_unties(prefix, tmp_path):
+    base = model(tmp_path / "m", {prefix + "wte.weight": TABLE}, model_type="gpt2")
+    names = {"(wte)": r"transformer.\1", "(lm_head)": r"\1"}
+    hf.save(tmp_path / "out", {"wte": GPT2["wte"]}, source=base, names=names, config=APART)
+    found, config = written(tmp_path / "out")
+    assert found.keys() == {"transformer.wte.weight", "lm_head.weight"}
+    assert np.array_equal(found["lm_head.weight"], TABLE)
+    assert config["tie_word_embeddings"] is False
+    hf.save(tmp_path / "tied", {"wte": GPT2["wte"]}, source=base, names=names)
+    assert written(tmp_path / "tied")[0].keys() == {prefix + "wte.weight"}
+
+
+def test_save_of_a_head_of_its_own_beside_a_tied_table(tmp_path):
+    """The messages' remedies work, one after the other."""
+    base = model(tmp_path / "m", {"transformer.wte.weight": TABLE}, model_type="gpt2")
+    both = GPT2 | {"lm_head": {"kernel": jnp.asarray(TABLE.T + 1)}}
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"pass new='lm_head/kernel' and config=\{'tie_word_"):
+        hf.save(out, both, source=base)
+    with pytest.raises(ValueError, match=r"is tied to .* they differ: .* Pass config=\{'tie_word_"):
+        hf.save(out, both, source=base, new="lm_head/kernel")
+    assert not out.exists()
+    hf.save(out, both, source=base, new="lm_head/kernel", config=APART)
+    assert np.array_equal(written(out)[0]["lm_head.weight"], TABLE + 1)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.save(tmp_path / "no", both, source=out, config=TOGETHER)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.merge(out, {}, tmp_path / "no", config=TOGETHER)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.save(tmp_path / "no", both, "gpt2", config={"model_type": "gpt2"})
+    hf.save(tmp_path / "again", both, source=out)
+    assert np.array_equal(written(tmp_path / "again")[0]["lm_head.weight"], TABLE + 1)
+
+
+def test_save_of_a_class_whose_head_is_not_there(tmp_path):
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    with pytest.raises(ValueError, match=r"no 'lm_head\.weight', which GPT2LMHeadModel would"):
+        hf.save(tmp_path / "out", GPT2, "gpt2", config=config | APART)
+    assert not (tmp_path / "out").exists()
+    hf.save(tmp_path / "one", GPT2, "gpt2", config=config | TOGETHER)
+    hf.save(tmp_path / "two", GPT2, "gpt2", config=APART | {"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("config", [TOGETHER, {"decoder": TOGETHER}])
+def test_a_tied_head_of_unknown_name_is_not_parted(config, tmp_path):
+    names = {"emb": "emb.wte"}
+    base = model(tmp_path / "m", {"emb.wte.weight": TABLE}, model_type="mine", **config)
+    apart = {key: APART if key == "decoder" else False for key in config}
+    params = {"emb": GPT2["wte"]}
+    for write in (
+        lambda: hf.save(tmp_path / "out", params, source=base, names=names, config=apart),
+        lambda: hf.merge(base, {}, tmp_path / "out", config=apart),
+    ):
+        with pytest.raises(ValueError, match=r"a head is tied .* is not known: make it known: hf"):
+            write()
+        assert not (tmp_path / "out").exists()
+    hf.FAMILIES["mine"] = hf.Family(tied_head={"lm_head.weight": "emb.wte.weight"})
+    try:
+        hf.merge(base, {}, tmp_path / "out", config=apart)
+    finally:
+        del hf.FAMILIES["mine"]
+    assert np.array_equal(written(tmp_path / "out")[0]["lm_head.weight"], TABLE)
+
+
+def test_an_encoder_that_is_tied_to_its_decoder_is_refused(tmp_path):
+    tensors = {"decoder.wte.weight": TABLE}
+    base = model(tmp_path / "m", tensors, model_type="encoder-decoder", tie_encoder_decoder=True)
+    ours = of_table(tmp_path / "a", "decoder.wte")
+    with pytest.raises(ValueError, match=r"are tied \(tie_encoder_decoder\)"):
+        hf.merge(base, ours, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_t5_has_no_head_of_its_own_beside_a_tied_one(tmp_path):
+    base = model(tmp_path / "m", {"shared.weight": TABLE}, model_type="t5")
+    params = {"shared": GPT2["wte"]}
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied: its model scales"):
+        hf.save(tmp_path / "out", params, source=base, config=APART)
+    assert not (tmp_path / "out").exists()

@@ -12,9 +12,11 @@ import numpy as np
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Names
+from lora_jax.io.hf._apart import are_apart, as_configured, untied
+from lora_jax.io.hf._families import flag_of
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
-from lora_jax.io.hf._ties import Ties, are_apart, tables_in_peft, untied
+from lora_jax.io.hf._ties import Ties, tables_in_peft
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import Part
@@ -135,6 +137,9 @@ def write_merged(
         output = output._replace(config=untied(source.config or {}, output.config))
     else:
         written = {name: written[name] for name in (*source.tensors, *new)}
+        if flag_of(output.config) is not None:
+            written, config = as_configured(written, source, output.config)
+            output = output._replace(config=config)
     write_model(output, written, source)
 
 

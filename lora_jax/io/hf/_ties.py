@@ -1,15 +1,14 @@
 """The tensors of a model's files that are one in the model: a head that is the table as well."""
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
 from lora_jax.io._torch import TABLE as TABLE_MODULE
-from lora_jax.io.hf._families import FLAG, Known, flag_of, inner_config, ties_family
+from lora_jax.io.hf._families import FLAG, Known, flag_of, ties_family
 from lora_jax.io.hf._source import Source
 from lora_jax.io.peft._config import HEADED
 
@@ -164,89 +163,3 @@ def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 def has_own_head(tensors: Mapping[str, Tensor], table: str) -> bool:
     """Return whether a head of a table's shape is stored beside it."""
     return table in (own for own, _ in _pairs(tensors))
-
-
-def are_apart(
-    source: Source,
-    changed: Set[str],
-    written: Mapping[str, Tensor],
-    config: Mapping[str, Any] | None,
-) -> bool:
-    """Return whether tied tensors must be written apart: they are changed, or set to be so.
-
-    Args:
-        source: the model.
-        changed: the names of the tensors that change.
-        written: the tensors as they will be, under all their names.
-        config: changes of the configuration.
-
-    Raises:
-        ValueError: it is not known what is tied, or the model cannot have the tensors apart.
-    """
-    ties, flag = Ties.of(source), (config or {}).get(FLAG)
-    tables = [name for name in changed if re.fullmatch(TABLE, name)]
-    if not ties.known and flag is None:
-        for table in tables:
-            _check_head(source, table)
-    groups = [group for group in ties.groups if not ties.always.issuperset(group[1:])]
-    if flag is False and groups:
-        _check_apart(source, ties, groups[0], groups[0][1])
-        return True
-    for group in ties.groups:
-        if not changed & set(group):
-            continue
-        first, *others = [name for name in group if name in ties.stored]
-        for name in others:
-            if not _are_equal(source.tensors[first], source.tensors[name]):
-                raise ValueError(
-                    f"{source.where}: {name!r} is tied to {first!r}, both are stored, and they "
-                    "differ: which of the two counts is not known. If both do, pass "
-                    f"config={{{FLAG!r}: False}}, or set that in config.json"
-                )
-        other = [name for name in group[1:] if not _are_equal(written[group[0]], written[name])]
-        if other:
-            _check_apart(source, ties, group, other[-1])
-            if flag is not None:
-                raise ValueError(
-                    f"config={config!r}: {other[0]!r} is tied to {group[0]!r}, and the adapter "
-                    f"changes them apart: leave {FLAG} out"
-                )
-            return True
-    return False
-
-
-def _are_equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and np.array_equal(one.read(), two.read())
-
-
-def _check_apart(source: Source, ties: Ties, group: tuple[str, ...], name: str) -> None:
-    """Raise unless the tensors of a group can be written each for itself."""
-    why = ties.why or (f"{name!r} has none of its own in any file" if name in ties.always else None)
-    if why is not None:
-        raise ValueError(
-            f"{source.where}: {name!r} is tied to {group[0]!r}, and the two would be different "
-            f"tensors, which this model cannot have: {why}. PEFT runs the adapter beside the "
-            "model; to merge, train one of other modules, or rows of the table "
-            "(trainable_token_indices), which change both"
-        )
-
-
-def _check_head(source: Source, table: str) -> None:
-    """Raise unless a model that is not known stores a head of its own beside a changed table."""
-    config = source.config or {}
-    if config.get(FLAG) or not has_own_head(source.tensors, table):
-        kind = config.get("model_type")
-        raise ValueError(
-            f"{source.where}: the adapter changes {table!r}, and an output head may be tied to it: "
-            f"of model_type {kind!r} that is not known. If none is, pass "
-            f"config={{{FLAG!r}: False}}, or set that in config.json; if one is, make it known: "
-            f"hf.FAMILIES[{kind!r}] = hf.Family(tied_head={{'lm_head.weight': {table!r}}})"
-        )
-
-
-def untied(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return changes of a configuration, and that nothing in it is tied."""
-    changes = changes or {}
-    inner = inner_config({**config, **changes})
-    inside = {inner[0]: {**inner[1], FLAG: False}} if inner else {}
-    return {**changes, **inside, FLAG: False}
