@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
+from lora_jax.cli import main
 from lora_jax.io import hf, peft
 
 PRE = "base_model.model."
@@ -320,3 +321,72 @@ def test_t5_has_no_head_of_its_own_beside_a_tied_one(tmp_path):
     with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied: its model scales"):
         hf.save(tmp_path / "out", params, source=base, config=APART)
     assert not (tmp_path / "out").exists()
+
+
+FAMILY = {"gpt2": ("transformer.", "wte"), "llama": ("model.", "embed_tokens")}
+
+
+@pytest.mark.parametrize("kind", ["head", "table", "table and full head", "rows"])
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_commands_take_what_merge_takes(family, is_bare, kind, tmp_path, monkeypatch, capsys):
+    """An adapter of PEFT's and the same in our form, of a tied model whose files have one tensor."""
+    monkeypatch.chdir(tmp_path)
+    prefix, table = FAMILY[family]
+    tensors = {("" if is_bare else prefix) + f"{table}.weight": TABLE}
+    model(tmp_path / "model", tensors, model_type=family, **TOGETHER)
+    if kind == "head":
+        of_head(tmp_path / "peft", "lm_head")
+    elif kind == "rows":
+        rows = {f"{prefix}{table}.token_adapter.trainable_tokens_delta": np.ones((2, 4), "float32")}
+        listed = {"target_modules": [], "trainable_token_indices": {table: [1, 5]}}
+        adapter(tmp_path / "peft", rows, **listed)
+    else:
+        of_table(tmp_path / "peft", prefix + table)
+    if kind == "table and full head":
+        path = tmp_path / "peft" / "adapter_model.safetensors"
+        found = safetensors.numpy.load_file(path) | {PRE + "lm_head.weight": TABLE + 1}
+        safetensors.numpy.save_file(found, path)
+        config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+        config["modules_to_save"] = ["lm_head"]
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+
+    def cli(*words, status=0):
+        assert main(list(words)) == status, capsys.readouterr().err
+        return capsys.readouterr()
+
+    hf.merge("model", "peft", "out")
+    cli("convert", "peft", "ours", "--to", "safetensors", "--like", "model")
+    for name in ("peft", "ours"):
+        cli("merge", "model", name, f"{name} out")
+        assert cli("diff", "out", f"{name} out").out == "equal\n"
+        cli("inspect", name, "--base", "model")
+        assert cli("verify", name, "model").out.startswith("yes")
+    words = ("convert", "ours", "back", "--to", "peft")
+    if kind == "rows":
+        assert "no weight has factors" in cli(*words, status=2).err
+    else:
+        if is_bare and kind != "head":
+            assert f"may lack the prefix '{prefix}'" in cli(*words, status=2).err
+        cli(*words, "--like", "model")
+        own = (tmp_path / name / "adapter_model.safetensors" for name in ("peft", "back"))
+        one, two = map(safetensors.numpy.load_file, own)
+        assert one.keys() == two.keys()
+        assert all(np.allclose(one[name], two[name]) for name in one)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_merge_takes_rows_of_parameters_of_ours(tmp_path, monkeypatch):
+    """The new rows are known with the table's, which is in the model's files."""
+    monkeypatch.chdir(tmp_path)
+    base = model(tmp_path / "m", {"wte.weight": TABLE}, model_type="gpt2")
+    params = {"transformer": {"wte": {"embedding": jnp.asarray(TABLE)}}}
+    lora_params = lora_jax.lorafy(params, targets=[], rows={".*wte.*": [1, 5]})
+    (key,) = lora_params.adapter.factors
+    rows = lora_params.adapter.factors[key].map(lambda name, x: x + 1 if name == "b" else x)
+    own = lora_jax.LoraParams(params, lora_jax.Adapter({key: rows}))
+    lora_jax.io.safetensors.save("own", own)
+    assert main(["merge", str(base), "own", "out"]) == 0
+    expected = TABLE.copy()
+    expected[[1, 5]] += 1
+    assert np.allclose(written(tmp_path / "out")[0]["wte.weight"], expected)

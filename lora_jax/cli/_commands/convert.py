@@ -18,24 +18,28 @@ from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
     fitted_leaves,
+    full_names,
     has_head,
     leaves_like,
     recorded_leaves,
     source_like,
     with_stand_ins,
+    with_tables,
 )
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Show
 from lora_jax.io import orbax, safetensors
-from lora_jax.io._torch import Map
+from lora_jax.io._torch import Map, as_name, module_path
+from lora_jax.io.hf._families import lacked_prefix
+from lora_jax.io.hf._source import Source
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
 from lora_jax.io.peft._config import TASKS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
-from lora_jax.io.peft._save import files_of, tied_table
+from lora_jax.io.peft._save import check_has_factors, files_of, tied_table
 from lora_jax.io.peft._save import write as write_peft
 from lora_jax.io.peft._uniform import uniform_files
 from lora_jax.io.peft._vocabulary import is_named_table
@@ -115,21 +119,27 @@ def to_peft(
     names: Any = None,
     kinds: Mapping[str, str] | None = None,
     task_type: str | None = None,
-    is_known: bool = False,
+    model: Source | None = None,
     **options: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Make the files that PEFT has of an adapter of ours, by the leaves known of its base.
 
-    ``is_known``: whether the caller knows if a table is a head as well.
+    ``model`` is the one to merge it into: the files need not be such that PEFT loads them.
     """
     assert found.native is not None
     adapter, recorded = found.native[0], recorded_leaves(found)
     source = source_like(like) if like else None
     leaves = recorded if like is None else leaves_like(like)
     if leaves and source:
-        leaves = fitted_leaves(leaves, adapter, source)
-    if not is_known:
+        leaves = fitted_leaves(leaves, [*found.updates, *found.full], source)
+        names = full_names(source) if names is None else names
+    if model is None:
+        check_has_factors(adapter)
         _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
+        if like is None and names is None and recorded:
+            _check_full_names(found)
+    elif leaves and not source:
+        leaves = with_tables(leaves, adapter, model, names, kinds)
     named = names
     if leaves is None:
         leaves, rest = adapted_leaves(adapter), "(leaves that are not known)"
@@ -167,6 +177,19 @@ def _check_tied(
             f"{found.path}: the table {table!r} is an output head as well, or may be: tied. In "
             "PEFT the adapter would be of the lookups alone. Merge it into the model, lora-jax "
             "merge; or pass --task-type, such as SEQ_CLS, if the model has no head for tokens"
+        )
+
+
+def _check_full_names(found: AdapterFile) -> None:
+    """Raise if an adapter in PyTorch's names has those of files that may lack a prefix."""
+    assert found.native is not None
+    adapter = found.native[0]
+    keys = [split_range(key)[0] for key in (*adapter.factors, *adapter.full)]
+    if is_torch(adapter) and (prefix := lacked_prefix([module_path(key)[0] for key in keys])):
+        raise ValueError(
+            f"{found.path}: its names, such as {as_name(keys[0])!r}, are those of files that may "
+            f"lack the prefix {prefix!r} of the model in PEFT: pass --like MODEL, whose "
+            "config.json tells, or --names"
         )
 
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 like = args.like
                 if like is None and found.native and is_torch(found.native[0]):
                     like = args.model  # it is in the model's own names
-                files = to_peft(found, like=like, names=names, kinds=kinds, is_known=True)
+                files = to_peft(found, like=like, names=names, kinds=kinds, model=source)
                 write_peft(folder, *files, for_vllm=False, overwrite=False)
                 found = open_adapter(folder)
             if is_shared and recorded_leaves(opened[k]) is None:

@@ -6,10 +6,10 @@ the layers in front).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.io._torch import Names, as_name
+from lora_jax.io._torch import Map, Names, as_name, as_path
 from lora_jax.io.hf._modules import (
     CLIP_BESIDE,
     CLIP_LAYER,
@@ -285,4 +285,20 @@ def ties_family(config: Mapping[str, Any] | None) -> Known | None:
         kind = str(own.get("model_type"))
         if (family := FAMILIES.get(kind) or _TIED.get(kind)) is not None:
             return Known(key, family, _for_config(family, config).tied_head is not None)
+    return None
+
+
+def lacked_prefix(modules: Iterable[str]) -> str | None:
+    """Return the prefix that modules of a known family lack, by their paths in the files."""
+    modules = list(modules)
+    for family in (*FAMILIES.values(), *_TIED.values()):
+        if family.prefix and family.names is not None:
+            known, start = Map({}, family.names), as_path(family.prefix)
+            within = [known.named(start + module) is not None for module in modules]
+            beside = [
+                known.named(module) is not None for module in modules
+            ]  # heads, or it is whole
+            is_whole = any(module.startswith(start) for module in modules)
+            if any(within) and not is_whole and all(map(max, within, beside)):
+                return family.prefix
     return None

@@ -89,9 +89,9 @@ class Ties:
 
     def outside(self, name: str) -> str:
         """Return the name to write a tensor under, beside a head of its own."""
-        heads = {name for _, *names in self.groups for name in names}
-        is_head = name in heads and not re.fullmatch(TABLE, name)
-        return name if is_head else self.prefix + name
+        others = {name for _, *names in self.groups for name in names}
+        is_table = name in others and re.fullmatch(TABLE, name)
+        return self.prefix + name if name in self.stored or is_table else name
 
 
 def tables_in_peft(source: Source) -> dict[str, str]:

@@ -86,7 +86,8 @@ def write(
     """
     alphas = {name: _alpha(rank, scale, rslora) for name, (rank, scale) in modules.items()}
     ranks = {name: rank for name, (rank, _) in modules.items()}
-    rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+    usual = (Counter(x.values()).most_common(1) for x in (ranks, alphas))
+    rank, alpha = (found[0][0] if found else 1 for found in usual)
     parameters = sorted(parameters)
     targets = [name for name in modules if name not in parameters]
     return {

@@ -110,6 +110,7 @@ def save(
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
     places = Map(check(lora_params).leaves, names, kinds, layout)
+    check_has_factors(lora_params.adapter)
     has_head = configs.has_head({"task_type": task_type})
     if (table := tied_table(lora_params.adapter, places, has_head)) is not None:
         raise ValueError(TIED.format(verb="save", path=table, way=_WAY))
@@ -144,6 +145,15 @@ def write(
             shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced
 
 
+def check_has_factors(adapter: Adapter) -> None:
+    """Raise unless a weight has factors."""
+    if all(isinstance(f, Rows) for f in adapter.factors.values()):
+        raise ValueError(
+            "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
+            "parameters themselves"
+        )
+
+
 def tied_table(adapter: Adapter, places: Map, has_head: bool | None) -> str | None:
     """Find an adapted table that is, or may be, a head as well; but for rows: PEFT ties those."""
     found = [
@@ -167,11 +177,6 @@ def files_of(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Make the tensors by name, and the configuration; the settings are those of :func:`save`."""
     modules, rows = _modules(adapter, places)
-    if not modules:
-        raise ValueError(
-            "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
-            "parameters themselves"
-        )
     modules = made_uniform(modules) if uniform else modules
     parameters = [name for name, part in modules.items() if part.kind == "Parameter"]
     wrapper = wrappers(parameters, order)
