@@ -330,7 +330,7 @@ FAMILY = {"gpt2": ("transformer.", "wte"), "llama": ("model.", "embed_tokens")}
 @pytest.mark.parametrize("is_bare", [False, True])
 @pytest.mark.parametrize("family", FAMILY)
 def test_commands_take_what_merge_takes(family, is_bare, kind, tmp_path, monkeypatch, capsys):
-    """An adapter of PEFT's and the same in our form, of a tied model whose files have one tensor."""
+    """An adapter of PEFT's and the same in our form, of a model whose table is its head."""
     monkeypatch.chdir(tmp_path)
     prefix, table = FAMILY[family]
     tensors = {("" if is_bare else prefix) + f"{table}.weight": TABLE}

@@ -205,7 +205,8 @@ def test_an_adapter_of_ours_in_the_names_of_pytorch():
     }
     adapter = lora_jax.Adapter(factors)
     assert is_torch(adapter)
-    assert not is_torch(lora_jax.Adapter({"wte/weight": factors["wte/weight"]}))
+    assert is_torch(lora_jax.Adapter({"wte/weight": factors["wte/weight"]}))
+    assert not is_torch(lora_jax.Adapter({"first/weight": factors["wte/weight"]}))
     places = TorchTree.known(leaves, adapter).places(kinds={"shared.*": "Embedding"})
     assert [places.form(places.of(path)[0])[1] for path in letters] == [
         "Conv1D",

@@ -295,10 +295,9 @@ def lacked_prefix(modules: Iterable[str]) -> str | None:
         if family.prefix and family.names is not None:
             known, start = Map({}, family.names), as_path(family.prefix)
             within = [known.named(start + module) is not None for module in modules]
-            beside = [
-                known.named(module) is not None for module in modules
-            ]  # heads, or it is whole
+            heads = [known.named(module) is not None for module in modules]
             is_whole = any(module.startswith(start) for module in modules)
-            if any(within) and not is_whole and all(map(max, within, beside)):
+            is_known = all(one or two for one, two in zip(within, heads, strict=True))
+            if any(within) and is_known and not is_whole:
                 return family.prefix
     return None
