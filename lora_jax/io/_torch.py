@@ -298,8 +298,11 @@ def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
     (('layers_0/attn/query', 'weight'), ('layers/0/wq', 'weight'))
     """
     module, _, leaf = path.rpartition("/")
-    if leaf == "scale" and f"{module}/kernel" in leaves:
-        return path, "weight"  # a parameter of its own beside the weight
+    own = _LEAVES.get(leaf, leaf)
+    if (leaf == "scale" and f"{module}/kernel" in leaves) or (
+        leaf != own and f"{module}/{own}" in leaves
+    ):
+        return path, "weight"  # a parameter of its own beside the weight or the bias
     return (module, _LEAVES[leaf]) if module and leaf in _LEAVES else (path, "weight")
 
 

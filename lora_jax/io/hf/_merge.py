@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._weights.axes import role_axes
@@ -124,6 +125,11 @@ def write_merged(
     written = {}
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, output.dtype)
+        if jnp.issubdtype(wanted, jnp.integer) and any(change.changes(name) for change in changes):
+            raise ValueError(
+                f"{source.where}: {name!r} holds {wanted}, to which no update can be added: codes "
+                "of a quantization, or an index. Take the model in full precision"
+            )
         if is_narrow(wanted) and any(change.changes(name) for change in changes):
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
