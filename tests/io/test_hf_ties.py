@@ -187,8 +187,11 @@ def test_the_default_of_the_flag_is_that_of_the_class(name):
     transformers = pytest.importorskip("transformers")
     config = transformers.CONFIG_MAPPING[name]()
     known = ties_family({"model_type": name})
+    tied = ties_family({"model_type": name, FLAG: True})
+    assert known is not None
+    assert tied is not None
     assert known.is_tied == config.tie_word_embeddings
-    assert ties_family({"model_type": name, FLAG: True}).is_tied
+    assert tied.is_tied
 
 
 @pytest.mark.parametrize("name", MODELS)

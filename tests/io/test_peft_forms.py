@@ -319,7 +319,7 @@ KEYS = {
 
 def effect(adapter):
     """What an adapter does to each leaf, in numbers."""
-    found = {path: np.asarray(x) for path, x in adapter.full.items()}
+    found: dict = {path: np.asarray(x) for path, x in adapter.full.items()}
     for path, f in adapter.factors.items():
         if isinstance(f, Rows):
             found[path] = f.ids, np.asarray(f.b)
@@ -337,7 +337,7 @@ def test_every_key_that_is_read_is_written_or_changes_nothing(key, here):
     params |= {"embed_tokens": {"embedding": jnp.asarray(TABLES["embed_tokens.weight"])}}
     params |= {"experts": {"up": jnp.ones((3, 5, 7))}}
     kinds = {"q/kernel": "Conv1D"} if key == "fan_in_fan_out" else {}
-    options = {"layout": {"experts/up": "bio"}, "kinds": kinds}
+    options: dict = {"layout": {"experts/up": "bio"}, "kinds": kinds}
     if tensors is None:  # of one layer of two
         params |= {"model": {"h": {str(k): {"q": params["q"]} for k in range(2)}}}
         params.pop("q")

@@ -204,7 +204,7 @@ def test_integers_alone_are_copied_and_not_taken_for_numbers(dtype, here):
     paths = {
         f"model/layers/0/self_attn/{name}/kernel": n for name, n in (("q_proj", 6), ("k_proj", 4))
     }
-    like = {path: jnp.zeros((6, n)) for path, n in paths.items()}
+    like: dict = {path: jnp.zeros((6, n)) for path, n in paths.items()}
     with pytest.raises(ValueError, match=r"q_proj.weight' holds u?int\d+, and 'model.*is float32"):
         hf.load("model", like)
     like["model/layers/0/self_attn/q_proj/kernel"] = np.zeros((6, 6), dtype)  # the remedy

@@ -125,12 +125,13 @@ def write_merged(
     written = {}
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, output.dtype)
-        if jnp.issubdtype(wanted, jnp.integer) and any(change.changes(name) for change in changes):
+        is_changed = any(change.changes(name) for change in changes)
+        if jnp.issubdtype(wanted, jnp.integer) and len(tensor.shape) > 1 and is_changed:
             raise ValueError(
                 f"{source.where}: {name!r} holds {wanted}, to which no update can be added: codes "
                 "of a quantization, or an index. Take the model in full precision"
             )
-        if is_narrow(wanted) and any(change.changes(name) for change in changes):
+        if is_narrow(wanted) and is_changed:
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
                 "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"

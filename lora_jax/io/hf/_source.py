@@ -72,11 +72,12 @@ class Source:
                 return {}
         found = {p.name: p for p in sorted(path.iterdir()) if p.is_file()}
         has_code = "auto_map" in (self.config or {}) or _has_code(path / "tokenizer_config.json")
-        return {
+        needed = {
             name: p
             for name, p in found.items()
             if _NEEDED.fullmatch(name) or (has_code and _CODE.fullmatch(name))
-        } | _within(path)
+        }
+        return {**needed, **_within(path)}
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
