@@ -83,8 +83,8 @@ def logits(model):
     """Run a model, and collect all of its logits."""
     torch = pytest.importorskip("torch")
     ids, config = torch.tensor(IDS), model.config
-    if config.model_type in ("resnet", "vit"):
-        size = 32 if config.model_type == "resnet" else config.image_size
+    if config.model_type in ("resnet", "vit", "vision-encoder-decoder"):
+        size = getattr(getattr(config, "encoder", config), "image_size", 32)
         pixels = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype("float32")
         inputs = {"pixel_values": torch.tensor(pixels)}
     else:

@@ -23,6 +23,9 @@ from lora_jax.io._record import to_host
 
 Names: TypeAlias = Mapping[str, str | Sequence[str]] | Callable[[str], Any] | None
 
+POSITIONS = re.compile("pos|type|wpe")  # in the names of tables that are not of tokens
+TABLE = re.compile(r"(.*\.)?(shared|wte|embed_\w+|\w*embeddings?)")  # those that heads are tied to
+
 _LEAVES = {
     **dict.fromkeys(("kernel", "embedding", "scale", "weight", "w"), "weight"),
     **dict.fromkeys(("bias", "b"), "bias"),
@@ -129,21 +132,26 @@ class Map:
         own = module_path(path, self.leaves)[0] != path
         return own or lookup(self._kinds, path, "kinds") not in (None, "Parameter")
 
-    def is_tied(self, path: str, task: str | None = None) -> bool:
-        """Return whether a table enters a matrix product as well, as far as the layout knows.
+    def is_tied(self, path: str, has_head: bool | None) -> bool:
+        """Return whether a table is, or may be, an output head as well.
 
-        If the layout knows no uses, the table is the head where a language model (by its ``task``
-        in PEFT) has no other leaf with an axis of that size.
+        The layout tells by the table's uses. If it knows none, the table may be the head unless
+        there is another matrix with an axis of that size. ``has_head`` is whether the model has a
+        head for tokens; None: not known, so that a table counts if it has one of the usual names.
         """
         known = getattr(self._layout, "weights", {}).get(path)
         if known is not None:
             uses = known.uses if known.kind == "embedding" else ()
             return any(use.startswith("dot_general") for use in uses)
         shape = self.leaves[path].shape
-        if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or not is_table(path, self._layout):
+        if has_head is False or len(shape) != 2 or not self.is_table(path):
             return False
-        count = shape[self.letters(path).index("i")] if len(shape) == 2 else 0
-        return not any(count in x.shape for other, x in self.leaves.items() if other != path)
+        module = self.of(path)[0].module
+        if POSITIONS.search(module.lower()) or not (has_head or TABLE.fullmatch(module)):
+            return False
+        count = shape[self.letters(path).index("i")]
+        others = (x.shape for other, x in self.leaves.items() if not self.is_table(other))
+        return not any(count in shape and len(shape) > 1 for shape in others)
 
     def is_table(self, path: str) -> bool:
         """Return whether a leaf is a lookup table: by ``kinds``, by its use, or by its name."""
@@ -323,6 +331,9 @@ def module_path(path: str, leaves: Container[str] = ()) -> tuple[str, str]:
     (('layers_0/attn/query', 'weight'), ('layers/0/wq', 'weight'))
     """
     module, _, leaf = path.rpartition("/")
-    if leaf == "scale" and f"{module}/kernel" in leaves:
-        return path, "weight"  # a parameter of its own beside the weight
+    own = _LEAVES.get(leaf, leaf)
+    if (leaf == "scale" and f"{module}/kernel" in leaves) or (
+        leaf != own and f"{module}/{own}" in leaves
+    ):
+        return path, "weight"  # a parameter of its own beside the weight or the bias
     return (module, _LEAVES[leaf]) if module and leaf in _LEAVES else (path, "weight")

@@ -86,6 +86,8 @@ def test_extract_of_a_tied_table_is_of_both_or_refused(cli, refused):
     words = ("extract", "before", "after", "out", "--rank", "6", "--rest", "full")
     refused(*words, match="'model.embed_tokens' changed, and 'lm_head' is tied to it: PEFT would")
     cli(*words, "--to", "safetensors")
+    for like in ((), ("--like", "before")):
+        refused("convert", "out", "no", "--to", "peft", *like, match="or may be: tied")
     cli("merge", "before", "out", "merged")
     found = tensors_of("merged")
     assert "lm_head.weight" not in found

@@ -153,7 +153,8 @@ def test_peft_modules_of_all_kinds(cli, here):
     layout = {"conv.*": "iiio", "experts.*": "bio", ".*": "io"}
     lora_params = lora_jax.lorafy(params, 2, targets=".*", layout=layout, rslora=True)
     lora_params = randomize_b(lora_params)
-    peft.save("kinds", lora_params, layout=layout, rslora=True)
+    task = {"task_type": "FEATURE_EXTRACTION"}
+    peft.save("kinds", lora_params, layout=layout, rslora=True, **task)
     rows = {row["path"]: row for row in cli("inspect", "kinds", "--json")["entries"]}
     kinds = {path: row["kind"] for path, row in rows.items()}
     assert kinds == {"conv": "Conv", "experts.up": "Parameter", "q": "Linear", "wte": "Embedding"}

@@ -75,7 +75,7 @@ def test_square_experts_of_other_names(cli, refused):
 
 
 @pytest.mark.parametrize("has_head", [False, True])
-def test_an_adapter_of_ours_of_a_tied_table(has_head, cli):
+def test_an_adapter_of_ours_of_a_tied_table(has_head, cli, refused):
     """It is of the head as well, unless the parameters have one beside."""
     table = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
     params = {"model": {"embed_tokens": {"embedding": table}}}
@@ -88,6 +88,12 @@ def test_an_adapter_of_ours_of_a_tied_table(has_head, cli):
     safetensors.save("own", lora_jax.LoraParams(params, own))
     merged = lora_jax.merge(lora_jax.LoraParams(params, own))["model"]["embed_tokens"]["embedding"]
     cli("merge", "tied", "own", "out")
+    words = ("convert", "own", "peft", "--to", "peft")
+    if has_head:
+        cli(*words)
+    else:
+        refused(*words, match="own: the table .* is an .* or may be: tied.*--task-type")
+        cli(*words, "--task-type", "FEATURE_EXTRACTION")
     found = tensors_of("out")
     assert_close(found["model.embed_tokens.weight"], merged)
     assert ("lm_head.weight" in found) == has_head

@@ -118,7 +118,7 @@ def written(folder, prefix) -> tuple[lora_jax.LoraParams, dict[str, Any]]:
     full = {path: x + 1 for path, x in lora_params.adapter.full.items()}
     lora_params = lora_jax.LoraParams(params, lora_jax.Adapter(lora_params.adapter.factors, full))
     kinds = {".*embeddings.*": "Embedding", ".*query.*": "Linear"}
-    return lora_params, {"layout": layout, "kinds": kinds}
+    return lora_params, {"layout": layout, "kinds": kinds, "task_type": "FEATURE_EXTRACTION"}
 
 
 def tensors_of(folder):

@@ -372,7 +372,8 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     assert np.array_equal(table, merged)
     assert np.array_equal(head, table)
 
-    peft.save(tmp_path / "adapter", lora_params, names=hf.FAMILIES["llama"].names)
+    names = hf.FAMILIES["llama"].names
+    peft.save(tmp_path / "adapter", lora_params, names=names, task_type="FEATURE_EXTRACTION")
     for stored in ("once", "twice"):  # in PEFT it is of the lookups alone
         hf.merge(tmp_path / stored, tmp_path / "adapter", tmp_path / f"merged {stored}")
         found = tensors_of(tmp_path / f"merged {stored}")
@@ -710,3 +711,30 @@ def test_code_of_a_tokenizer_is_copied(model, tmp_path):
     (model / "tokenization_mine.py").write_text("")
     hf.merge(model, {}, tmp_path / "out")
     assert (tmp_path / "out" / "tokenization_mine.py").exists()
+
+
+def test_modules_of_sentence_transformers_are_copied(model, tmp_path):
+    """They are in folders, and some have weights of their own."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    paths = ["", "1_Pooling", "2_Dense", "3_Router", "4_Normalize"]
+    listed = [{"idx": k, "name": str(k), "path": path} for k, path in enumerate(paths)]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    files = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    files += ["3_Router/query_0/config.json", "3_Router/query_0/pytorch_model.bin"]
+    files += ["3_Router/router_config.json", "additional_chat_templates/tool_use.jinja"]
+    left = ["1_Pooling/README.md", "2_Dense/optimizer.pt", "checkpoint-5/config.json"]
+    for name in [*files, *left]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for _ in range(2):  # the second time over the first
+        hf.merge(folder, {}, out, overwrite=True)
+        found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        assert {name for name in found if "/" in name} == {*files}
+        assert all((out / name).read_text() == name for name in files)
+    (out / "1_Pooling" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds 1_Pooling, which would be lost"):
+        hf.merge(folder, {}, out, overwrite=True)
+    (folder / "modules.json").write_text('[{"path": "../other"}]')
+    with pytest.raises(ValueError, match=r"modules\.json: '\.\./other' is no folder of the model"):
+        hf.merge(folder, {}, tmp_path / "no")
+    assert not (tmp_path / "no").exists()

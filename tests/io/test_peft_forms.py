@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import safetensors.numpy
 from helpers import assert_close
 
+from lora_jax._adapter.factors import Rows
 from lora_jax.cli import main
 from lora_jax.io import hf, peft
+from lora_jax.io.peft import _config as configs
 
 RNG = np.random.default_rng(0)
 PRE = "base_model.model."
@@ -257,3 +260,110 @@ def test_copies_of_a_tied_head_are_the_tables(here):
         adapter(here, FACTORS | rows, trainable_token_indices=indices)
         found = peft.load("adapter", like).adapter.factors
         assert found["embed_tokens/embedding"].ids == (8,)
+
+
+OF_TABLE = {
+    "embed_tokens.lora_embedding_A": RNG.normal(size=(2, 9)).astype("f"),
+    "embed_tokens.lora_embedding_B": RNG.normal(size=(4, 2)).astype("f"),
+}
+TIED = {
+    f"lm_head.{name}": np.ascontiguousarray(x.T)
+    for name, x in zip(("lora_B.weight", "lora_A.weight"), OF_TABLE.values(), strict=True)
+}
+EXPERTS = {"experts.lora_A.weight": np.ones((6, 5), "f"), "experts.lora_B.weight": np.ones((7, 6))}
+# Keys of the configuration, with a value that is not the default: and the tensors that go with it.
+KEYS = {
+    "r": ({"r": 2, "lora_alpha": 3}, {}),
+    "lora_alpha": ({"lora_alpha": 5.5}, {}),
+    "use_rslora": ({"use_rslora": True}, {}),
+    "use_dora": ({"use_dora": True}, {"q.lora_magnitude_vector": np.full(6, 2, "f")}),
+    "lora_bias": ({"lora_bias": True}, {"q.lora_B.bias": np.ones(6, "f")}),
+    "fan_in_fan_out": ({"fan_in_fan_out": True}, {}),
+    "rank_pattern": ({"r": 1, "rank_pattern": {"q": 2}}, {}),
+    "alpha_pattern": ({"alpha_pattern": {"^q": 7}}, {}),
+    "bias": ({"bias": "all"}, {"q.base_layer.bias": np.ones(6, "f")}),
+    "target_modules": ({"target_modules": "[qz]"}, {}),
+    "exclude_modules": ({"target_modules": ["q", "lm_head"], "exclude_modules": ["lm_head"]}, {}),
+    "target_parameters": ({"target_parameters": ["experts.up"], "peft_version": "0.19"}, EXPERTS),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, {"lm_head.weight": np.ones((9, 4), "f")}),
+    "layers_to_transform": ({"layers_to_transform": [1], "target_modules": ["q", "k"]}, None),
+    "layers_pattern": ({"layers_to_transform": 1, "layers_pattern": "h"}, None),
+    "trainable_token_indices": (
+        {"trainable_token_indices": {"lm_head": [8]}},
+        {"lm_head.token_adapter.trainable_tokens_delta": np.ones((1, 4), "f")},
+    ),
+    "ensure_weight_tying": (
+        {"ensure_weight_tying": True, "target_modules": ["q", "embed_tokens"]},
+        OF_TABLE | TIED,
+    ),
+    "init_lora_weights": ({"init_lora_weights": "gaussian"}, {}),
+    "peft_type": ({}, {}),
+    "peft_version": ({"peft_version": "0.19.0"}, {}),
+    "auto_mapping": ({"auto_mapping": {"base_model_class": "A", "parent_library": "b"}}, {}),
+    "base_model_name_or_path": ({"base_model_name_or_path": "a/b"}, {}),
+    "revision": ({"revision": "main"}, {}),
+    "task_type": ({"task_type": "CAUSAL_LM"}, {}),
+    "inference_mode": ({"inference_mode": False}, {}),
+    "lora_dropout": ({"lora_dropout": 0.5}, {}),
+    "megatron_core": ({"megatron_core": "megatron.core"}, {}),
+    "megatron_config": ({"megatron_config": {"a": 1}}, {}),
+    "eva_config": ({"eva_config": {"rho": 2.0}}, {}),
+    "corda_config": ({"corda_config": {"a": 1}}, {}),
+    "loftq_config": ({"loftq_config": {"loftq_bits": 4}}, {}),
+    "lora_ga_config": ({"lora_ga_config": {"a": 1}}, {}),
+    "qalora_group_size": ({"qalora_group_size": 32}, {}),
+    "runtime_config": ({"runtime_config": {"ephemeral_gpu_offload": True}}, {}),
+    "velora_config": ({"velora_config": {"a": 1}}, {"q.lora_velora_embed": np.ones(1, "f")}),
+}
+
+
+def effect(adapter):
+    """What an adapter does to each leaf, in numbers."""
+    found: dict = {path: np.asarray(x) for path, x in adapter.full.items()}
+    for path, f in adapter.factors.items():
+        if isinstance(f, Rows):
+            found[path] = f.ids, np.asarray(f.b)
+        else:
+            norms = f.magnitude if f.magnitude is not None else ()
+            found[path] = np.asarray(f.a) @ np.asarray(f.b) * np.asarray(f.scale), np.asarray(norms)
+    return found
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_that_is_read_is_written_or_changes_nothing(key, here):
+    config, tensors = KEYS[key]
+    params = {"q": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+    params |= {"lm_head": {"kernel": jnp.asarray(TABLES["lm_head.weight"].T)}}
+    params |= {"embed_tokens": {"embedding": jnp.asarray(TABLES["embed_tokens.weight"])}}
+    params |= {"experts": {"up": jnp.ones((3, 5, 7))}}
+    kinds = {"q/kernel": "Conv1D"} if key == "fan_in_fan_out" else {}
+    options: dict = {"layout": {"experts/up": "bio"}, "kinds": kinds}
+    if tensors is None:  # of one layer of two
+        params |= {"model": {"h": {str(k): {"q": params["q"]} for k in range(2)}}}
+        params.pop("q")
+        factors = {f"model.h.1.{name}": x for name, x in FACTORS.items()}
+    else:
+        factors = FACTORS | tensors
+    adapter(here, factors, **config)
+    lora_params = peft.load("adapter", params, **options)
+    peft.save("again", lora_params, **options)
+    again = peft.load("again", params, **options)
+    first, then = effect(lora_params.adapter), effect(again.adapter)
+    assert jax.tree.structure(first) == jax.tree.structure(then)
+    assert all(map(np.allclose, jax.tree.leaves(first), jax.tree.leaves(then)))
+    assert {"q/kernel", "model/h/1/q/kernel"} & first.keys()
+
+
+def test_the_keys_are_all_that_are_read():
+    assert KEYS.keys() == {*configs._KNOWN, *configs._HARMLESS}
+
+
+def test_an_adapter_of_both_is_not_written_as_one_of_the_lookups(here):
+    """The one key that the leaves do not tell: whether a table's adapter is its head's, too."""
+    adapter(here, OF_TABLE | TIED, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    one = {"embed_tokens": {"embedding": jnp.asarray(TABLES["embed_tokens.weight"])}}
+    both = peft.load("adapter", one)
+    for task in (None, "CAUSAL_LM"):
+        with pytest.raises(ValueError, match=r"peft\.save: .* or may be: tied.* lookups alone"):
+            peft.save("again", both, task_type=task)
+    assert not (here / "again").exists()

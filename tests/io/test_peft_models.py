@@ -409,7 +409,9 @@ def test_adapters_go_to_peft_and_back(name, tmp_path):
     assert np.abs(expected - base).max() > 1e-2
     assert_close(apply(lora_params, model.inputs), expected, **DEEP)
 
-    our_peft.save(tmp_path / "ours", lora_params, **options)
+    # theirs has the name of its class, which has no head for tokens
+    task = "FEATURE_EXTRACTION" if "word_embeddings" in config.target_modules else None
+    our_peft.save(tmp_path / "ours", lora_params, task_type=task, **options)
     again = our_peft.load(tmp_path / "ours", model.params, **options)
     assert_close(apply(again, model.inputs), expected, **DEEP)
     back = opened(fresh("fresh").torch, tmp_path / "ours")

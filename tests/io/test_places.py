@@ -121,9 +121,9 @@ def test_parts_of_a_fused_axis_are_modules_of_their_own(name, tmp_path):
 
 
 def test_rows_of_a_table_that_is_several_modules_are_refused(tmp_path):
-    params = {"table": {"embedding": normal(0, (6, 4))}}
-    lora_params = lora_jax.lorafy(params, targets=[], rows={"table/embedding": [1]})
-    names = {"table[0:3]": "one", "table[3:6]": "two"}
+    params = {"table": {"embedding": normal(0, (6, 4))}, "q": {"kernel": normal(1, (4, 4))}}
+    lora_params = lora_jax.lorafy(params, 1, targets="q/kernel", rows={"table/embedding": [1]})
+    names = {"q": "q", "table[0:3]": "one", "table[3:6]": "two"}
     with pytest.raises(ValueError, match=r"makes it 2 modules there, such as 'one'"):
         peft.save(tmp_path / "a", lora_params, names=names)
 

@@ -71,17 +71,28 @@ QUANTIZED = {
     "mxfp4 experts": (PLAIN | {f"{EXPERTS}_blocks": codes(np.uint8, 2, 6, 2, 2)}, "_blocks'"),
     "LLM.int8": (
         PACKED | {f"{Q}.weight": codes(np.int8, 6, 6), f"{Q}.SCB": floats(6)},
-        "q_proj.SCB'",
+        "holds int8, beside '.*q_proj.SCB'",
     ),
-    "int8 alone": (PACKED | {f"{Q}.weight": codes(np.int8, 6, 6)}, "holds int8"),
-    "BitNet": (PACKED | {f"{Q}.weight": codes(np.uint8, 2, 6)}, "holds uint8"),
+    "BitNet": (
+        PACKED | {f"{Q}.weight": codes(np.uint8, 2, 6), f"{Q}.weight_scale": floats(1)},
+        "holds uint8, beside '.*weight_scale'",
+    ),
+    "int8 with zero points": (
+        PACKED | {f"{Q}.weight": codes(np.int8, 6, 6), f"{Q}.weight_zero_point": codes("i1", 6, 1)},
+        "holds int8, beside '.*weight_zero_point'",
+    ),
+    "nvfp4": (
+        PACKED
+        | {f"{Q}.weight": codes(np.uint8, 6, 3), f"{Q}.weight_scale": floats(6, 1).astype(FP8)},
+        "holds uint8, beside '.*weight_scale'",
+    ),
     "nf4": (
         PACKED | {f"{Q}.weight": codes(np.uint8, 18, 1), f"{Q}.weight.absmax": floats(1)},
         "absmax'",
     ),
     "GPTQ": (
         PACKED | {f"{Q}.qweight": codes(np.int32, 1, 6), f"{Q}.g_idx": codes(np.int32, 6)},
-        "q_proj.(qweight|g_idx)'",
+        "q_proj.qweight'",
     ),
     "HQQ": (PACKED | {f"{Q}.W_q": codes(np.uint8, 3, 6)}, "W_q'"),
     "compressed-tensors": (PACKED | {f"{Q}.weight_packed": codes(np.int32, 6, 1)}, "weight_packed"),
@@ -128,7 +139,7 @@ def test_commands_refuse_them(words, here, capsys):
     write(here / "model", fp8(weight_scale_inv=ONE), quantization_config={"quant_method": "fp8"})
     before = sorted(here.iterdir())
     assert main(list(words)) == 2
-    assert "model is quantized (fp8): it holds" in capsys.readouterr().err
+    assert "model is quantized (fp8): 'model.layers" in capsys.readouterr().err
     assert sorted(here.iterdir()) == before
     plain = ["plain" if word == "model" else word for word in words]  # the remedy
     if words[0] != "extract":  # which finds no change between a model and itself
@@ -162,9 +173,44 @@ def test_bare_float8_is_read_and_merged_into_wider_numbers(here):
     hf.merge("model", {}, "copy")
 
 
-def test_numbers_that_are_no_weights_are_none_of_a_quantization(here):
-    buffers = {"position_ids": codes(np.int64, 1, 8), "attn.relative_position_index": codes(int, 2)}
-    buffers |= {"h.0.attn.bias": codes(np.uint8, 1, 1, 3, 3), "counter.weight": codes(np.int64, 3)}
-    buffers |= {"layer_scale": floats(6), "vq.codebook": floats(3, 2), "mask.weight": ONE > 0}
-    write(here / "model", PLAIN | buffers, quantization_config=None)
+PLAIN_ONES = {
+    "buffers": {"position_ids": codes(np.int64, 1, 8), "h.0.attn.bias": codes(np.uint8, 1, 1, 3)},
+    "scales of a plain layer": {"norm.weight": floats(6), "norm.weight_scale": floats(6)},
+    "scales alone": {"norm.weight_scale": floats(6), "ls.scale_weight": floats(2), "x.SCB": ONE},
+    "an index": {"relative.weight": codes(np.int64, 3, 3), "relative.bias": floats(3)},
+    "small integers": {"mask.weight": codes(np.uint8, 3, 3), "mask.weight_scale": floats(7, 7)},
+    "names of queries": {"attn.W_q": floats(6, 6), "attn.qweight": floats(6), "vq.g_idx": ONE},
+    "vectors": {"counter.weight": codes(np.int64, 3), "counter.weight_scale": floats(3)},
+    "float8 with others": {"bn.weight": floats(6).astype(FP8), "bn.running_mean": floats(6)},
+    "booleans": {"mask.weight": ONE > 0, "mask.scale": ONE},
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_ONES)
+def test_numbers_that_are_no_weights_are_none_of_a_quantization(kind, here):
+    write(here / "model", PLAIN | PLAIN_ONES[kind], quantization_config=None)
     hf.merge("model", "adapter", "out")
+    found = safetensors.numpy.load_file("out/model.safetensors") if "float8" not in kind else {}
+    assert all(np.array_equal(found[name], PLAIN_ONES[kind][name]) for name in found.keys() - PLAIN)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_integers_alone_are_copied_and_not_taken_for_numbers(dtype, here):
+    """Of small ones a configuration that names a quantization tells that they are codes."""
+    write(here / "model", PACKED | {f"{Q}.weight": codes(dtype, 6, 6)})
+    hf.merge("model", {}, "copy")
+    with pytest.raises(ValueError, match=r"q_proj.weight' holds u?int\d+, to which no update"):
+        hf.merge("model", "adapter", "out")
+    paths = {
+        f"model/layers/0/self_attn/{name}/kernel": n for name, n in (("q_proj", 6), ("k_proj", 4))
+    }
+    like: dict = {path: jnp.zeros((6, n)) for path, n in paths.items()}
+    with pytest.raises(ValueError, match=r"q_proj.weight' holds u?int\d+, and 'model.*is float32"):
+        hf.load("model", like)
+    like["model/layers/0/self_attn/q_proj/kernel"] = np.zeros((6, 6), dtype)  # the remedy
+    hf.load("model", like)
+    (here / "model" / "config.json").write_text('{"quantization_config": {"quant_method": "mine"}}')
+    message = "holds u?int8" if dtype != np.int64 else "no codes of one"
+    with pytest.raises(ValueError, match=rf"\(mine\).*{message}"):
+        hf.merge("model", {}, "out")
+    assert not (here / "out").exists()

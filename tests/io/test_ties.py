@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 import lora_jax
+from lora_jax.cli import main
 from lora_jax.io import hf, peft
 
 PRE = "base_model.model."
@@ -180,6 +181,65 @@ def test_the_one_table_of_a_language_model_is_its_head(tmp_path):
     peft.load(of_table(tmp_path / "b", "embed", task_type="SEQ_CLS"), one)
 
 
+CLASS = {"parent_library": "transformers.models.gpt2.modeling_gpt2"}
+
+
+@pytest.mark.parametrize(
+    ("module", "beside", "config", "refused"),
+    [
+        ("wte", {}, {}, True),
+        ("wte", {}, {"auto_mapping": CLASS | {"base_model_class": "GPT2LMHeadModel"}}, True),
+        ("wte", {}, {"auto_mapping": CLASS | {"base_model_class": "GPT2Model"}}, False),
+        ("wte", {}, {"auto_mapping": {"base_model_class": "GPT2Model"}}, True),
+        ("wte", {}, {"task_type": "FEATURE_EXTRACTION"}, False),
+        ("wte", {"head": {"bias": (7,)}}, {}, True),
+        ("wte", {"lm_head": {"kernel": (4, 7)}}, {}, False),
+        ("wte", {"word_embeddings": {"embedding": (7, 4)}}, {}, True),
+        ("wpe", {}, {"task_type": "CAUSAL_LM"}, False),
+        ("items", {}, {}, False),
+        ("items", {}, {"task_type": "CAUSAL_LM"}, True),
+    ],
+)
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_table_that_may_be_tied_by_what_is_known(
+    module, beside, config, refused, is_full, tmp_path
+):
+    ones = {m: {k: jnp.ones(shape) for k, shape in own.items()} for m, own in beside.items()}
+    params = {module: {"embedding": jnp.asarray(TABLE)}, "q": {"kernel": jnp.ones((4, 4))}} | ones
+    if is_full:
+        factors = {f"q.lora_{k}.weight": np.ones(s, "f") for k, s in (("A", (1, 4)), ("B", (4, 1)))}
+        more = {"target_modules": ["q"], "modules_to_save": [module]} | config
+        ours = adapter(tmp_path / "a", factors | {f"{module}.weight": TABLE + 1}, **more)
+    else:
+        ours = of_table(tmp_path / "a", module, **config)
+    if not refused:
+        peft.load(ours, params)
+        return
+    with pytest.raises(ValueError, match=rf"'{module}/embedding' is an .* or may be: tied.*layout"):
+        peft.load(ours, params)
+
+
+def test_an_adapter_of_the_lookups_alone_of_a_tied_model(tmp_path):
+    """It is refused where one leaf is table and head; the files have them apart."""
+    base = model(tmp_path / "m", {"wte.weight": TABLE}, model_type="gpt2")
+    params = hf.load(base, {"wte": {"embedding": jnp.zeros((7, 4))}})
+    ours = of_table(tmp_path / "a", "transformer.wte")
+    names = {"wte": "transformer.wte"}
+    with pytest.raises(ValueError, match=r"tied\. .*io\.hf\.merge adds it to the model's files"):
+        peft.load(ours, params, names=names)
+    hf.merge(base, ours, tmp_path / "out")
+    found, config = written(tmp_path / "out")
+    assert np.allclose(found["transformer.wte.weight"], TABLE + 1)
+    assert np.array_equal(found["lm_head.weight"], TABLE)
+    assert config["tie_word_embeddings"] is False
+    lora_params = lora_jax.lorafy(params, 1, targets=".*")
+    with pytest.raises(ValueError, match=r"tied\. .* Merge it, .* hf\.save"):
+        peft.save(tmp_path / "no", lora_params, names=names)
+    assert not (tmp_path / "no").exists()
+    hf.save(tmp_path / "tied", lora_jax.merge(lora_params), source=base)
+    peft.save(tmp_path / "yes", lora_params, names=names, task_type="FEATURE_EXTRACTION")
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod."])
 def test_a_head_that_the_model_has_not_is_written(prefix, tmp_path):
     q, norm = np.ones((4, 4), "float16"), np.ones(4, "float16")
@@ -234,3 +294,158 @@ def test_modules_of_another_class_than_the_adapters_stay(prefix, tmp_path):
     with pytest.raises(ValueError, match=r"h\.1\.dense"):
         hf.merge(base, adapter(tmp_path / "f", less, target_modules=["dense"]), tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+GPT2 = {"wte": {"embedding": jnp.asarray(TABLE)}}
+APART, TOGETHER = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_save_writes_the_head_that_a_configuration_unties(prefix, tmp_path):
+    base = model(tmp_path / "m", {prefix + "wte.weight": TABLE}, model_type="gpt2")
+    names = {"(wte)": r"transformer.\1", "(lm_head)": r"\1"}
+    hf.save(tmp_path / "out", {"wte": GPT2["wte"]}, source=base, names=names, config=APART)
+    found, config = written(tmp_path / "out")
+    assert found.keys() == {"transformer.wte.weight", "lm_head.weight"}
+    assert np.array_equal(found["lm_head.weight"], TABLE)
+    assert config["tie_word_embeddings"] is False
+    hf.save(tmp_path / "tied", {"wte": GPT2["wte"]}, source=base, names=names)
+    assert written(tmp_path / "tied")[0].keys() == {prefix + "wte.weight"}
+
+
+def test_save_of_a_head_of_its_own_beside_a_tied_table(tmp_path):
+    """The messages' remedies work, one after the other."""
+    base = model(tmp_path / "m", {"transformer.wte.weight": TABLE}, model_type="gpt2")
+    both = GPT2 | {"lm_head": {"kernel": jnp.asarray(TABLE.T + 1)}}
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"pass new='lm_head/kernel' and config=\{'tie_word_"):
+        hf.save(out, both, source=base)
+    with pytest.raises(ValueError, match=r"is tied to .* they differ: .* Pass config=\{'tie_word_"):
+        hf.save(out, both, source=base, new="lm_head/kernel")
+    assert not out.exists()
+    hf.save(out, both, source=base, new="lm_head/kernel", config=APART)
+    assert np.array_equal(written(out)[0]["lm_head.weight"], TABLE + 1)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.save(tmp_path / "no", both, source=out, config=TOGETHER)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.merge(out, {}, tmp_path / "no", config=TOGETHER)
+    with pytest.raises(ValueError, match=r"is tied to .* by config\.json, and they differ"):
+        hf.save(tmp_path / "no", both, "gpt2", config={"model_type": "gpt2"})
+    hf.save(tmp_path / "again", both, source=out)
+    assert np.array_equal(written(tmp_path / "again")[0]["lm_head.weight"], TABLE + 1)
+
+
+def test_save_of_a_class_whose_head_is_not_there(tmp_path):
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    with pytest.raises(ValueError, match=r"no 'lm_head\.weight', which GPT2LMHeadModel would"):
+        hf.save(tmp_path / "out", GPT2, "gpt2", config=config | APART)
+    assert not (tmp_path / "out").exists()
+    hf.save(tmp_path / "one", GPT2, "gpt2", config=config | TOGETHER)
+    hf.save(tmp_path / "two", GPT2, "gpt2", config=APART | {"model_type": "gpt2"})
+
+
+@pytest.mark.parametrize("config", [TOGETHER, {"decoder": TOGETHER}])
+def test_a_tied_head_of_unknown_name_is_not_parted(config, tmp_path):
+    names = {"emb": "emb.wte"}
+    base = model(tmp_path / "m", {"emb.wte.weight": TABLE}, model_type="mine", **config)
+    apart = {key: APART if key == "decoder" else False for key in config}
+    params = {"emb": GPT2["wte"]}
+    for write in (
+        lambda: hf.save(tmp_path / "out", params, source=base, names=names, config=apart),
+        lambda: hf.merge(base, {}, tmp_path / "out", config=apart),
+    ):
+        with pytest.raises(ValueError, match=r"a head is tied .* is not known: make it known: hf"):
+            write()
+        assert not (tmp_path / "out").exists()
+    hf.FAMILIES["mine"] = hf.Family(tied_head={"lm_head.weight": "emb.wte.weight"})
+    try:
+        hf.merge(base, {}, tmp_path / "out", config=apart)
+    finally:
+        del hf.FAMILIES["mine"]
+    assert np.array_equal(written(tmp_path / "out")[0]["lm_head.weight"], TABLE)
+
+
+def test_an_encoder_that_is_tied_to_its_decoder_is_refused(tmp_path):
+    tensors = {"decoder.wte.weight": TABLE}
+    base = model(tmp_path / "m", tensors, model_type="encoder-decoder", tie_encoder_decoder=True)
+    ours = of_table(tmp_path / "a", "decoder.wte")
+    with pytest.raises(ValueError, match=r"are tied \(tie_encoder_decoder\)"):
+        hf.merge(base, ours, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_t5_has_no_head_of_its_own_beside_a_tied_one(tmp_path):
+    base = model(tmp_path / "m", {"shared.weight": TABLE}, model_type="t5")
+    params = {"shared": GPT2["wte"]}
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is tied: its model scales"):
+        hf.save(tmp_path / "out", params, source=base, config=APART)
+    assert not (tmp_path / "out").exists()
+
+
+FAMILY = {"gpt2": ("transformer.", "wte"), "llama": ("model.", "embed_tokens")}
+
+
+@pytest.mark.parametrize("kind", ["head", "table", "table and full head", "rows"])
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_commands_take_what_merge_takes(family, is_bare, kind, tmp_path, monkeypatch, capsys):
+    """An adapter of PEFT's and the same in our form, of a model whose table is its head."""
+    monkeypatch.chdir(tmp_path)
+    prefix, table = FAMILY[family]
+    tensors = {("" if is_bare else prefix) + f"{table}.weight": TABLE}
+    model(tmp_path / "model", tensors, model_type=family, **TOGETHER)
+    if kind == "head":
+        of_head(tmp_path / "peft", "lm_head")
+    elif kind == "rows":
+        rows = {f"{prefix}{table}.token_adapter.trainable_tokens_delta": np.ones((2, 4), "float32")}
+        listed = {"target_modules": [], "trainable_token_indices": {table: [1, 5]}}
+        adapter(tmp_path / "peft", rows, **listed)
+    else:
+        of_table(tmp_path / "peft", prefix + table)
+    if kind == "table and full head":
+        path = tmp_path / "peft" / "adapter_model.safetensors"
+        found = safetensors.numpy.load_file(path) | {PRE + "lm_head.weight": TABLE + 1}
+        safetensors.numpy.save_file(found, path)
+        config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+        config["modules_to_save"] = ["lm_head"]
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+
+    def cli(*words, status=0):
+        assert main(list(words)) == status, capsys.readouterr().err
+        return capsys.readouterr()
+
+    hf.merge("model", "peft", "out")
+    cli("convert", "peft", "ours", "--to", "safetensors", "--like", "model")
+    for name in ("peft", "ours"):
+        cli("merge", "model", name, f"{name} out")
+        assert cli("diff", "out", f"{name} out").out == "equal\n"
+        cli("inspect", name, "--base", "model")
+        assert cli("verify", name, "model").out.startswith("yes")
+    words = ("convert", "ours", "back", "--to", "peft")
+    if kind == "rows":
+        assert "no weight has factors" in cli(*words, status=2).err
+    else:
+        if is_bare and kind != "head":
+            assert f"may lack the prefix '{prefix}'" in cli(*words, status=2).err
+        cli(*words, "--like", "model")
+        own = (tmp_path / name / "adapter_model.safetensors" for name in ("peft", "back"))
+        one, two = map(safetensors.numpy.load_file, own)
+        assert one.keys() == two.keys()
+        assert all(np.allclose(one[name], two[name]) for name in one)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_merge_takes_rows_of_parameters_of_ours(tmp_path, monkeypatch):
+    """The new rows are known with the table's, which is in the model's files."""
+    monkeypatch.chdir(tmp_path)
+    base = model(tmp_path / "m", {"wte.weight": TABLE}, model_type="gpt2")
+    params = {"transformer": {"wte": {"embedding": jnp.asarray(TABLE)}}}
+    lora_params = lora_jax.lorafy(params, targets=[], rows={".*wte.*": [1, 5]})
+    (key,) = lora_params.adapter.factors
+    rows = lora_params.adapter.factors[key].map(lambda name, x: x + 1 if name == "b" else x)
+    own = lora_jax.LoraParams(params, lora_jax.Adapter({key: rows}))
+    lora_jax.io.safetensors.save("own", own)
+    assert main(["merge", str(base), "own", "out"]) == 0
+    expected = TABLE.copy()
+    expected[[1, 5]] += 1
+    assert np.allclose(written(tmp_path / "out")[0]["wte.weight"], expected)

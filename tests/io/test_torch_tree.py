@@ -107,8 +107,14 @@ HEAD = "lm_head.weight"
         (
             "t5",
             {"tie_word_embeddings": False},
-            ["shared.weight"],
+            ["shared.weight", "encoder.norm.weight", "decoder.norm.weight"],
             {f"{x}.embed_tokens.weight": "shared.weight" for x in ("encoder", "decoder")},
+        ),
+        (
+            "t5",
+            {"tie_word_embeddings": False},
+            ["shared.weight", "encoder.norm.weight"],  # of a class that has no decoder
+            {"encoder.embed_tokens.weight": "shared.weight"},
         ),
         ("unheard of", {}, ["wte.weight", HEAD], {HEAD: "wte.weight"}),  # equal numbers
         ("unheard of", {"tie_word_embeddings": False}, ["wte.weight", HEAD], {}),
@@ -240,8 +246,9 @@ def test_an_adapter_of_ours_in_the_names_of_pytorch():
     adapter = lora_jax.Adapter(factors)
     assert is_torch(adapter)
     alone = {path: is_torch(lora_jax.Adapter({path: f})) for path, f in factors.items()}
-    told = {"h/0/attn/c_attn/weight", "h/0/mlp/fc/weight", "patch_embedding/weight"}
+    told = {path for path in factors if path.endswith("/weight")}
     assert {path for path, is_told in alone.items() if is_told} == told
+    assert not is_torch(lora_jax.Adapter({"first/weight": factors["wte/weight"]}))
     places = TorchTree.known(leaves, adapter).places(kinds={"shared.*": "Embedding"})
     assert [places.form(places.of(path)[0])[1] for path in letters] == [
         "Conv1D",

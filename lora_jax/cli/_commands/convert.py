@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._weights.ranges import split_range
 from lora_jax.cli._commands import convert_model
 from lora_jax.cli._options import (
     DTYPES,
@@ -24,23 +26,31 @@ from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
     fitted_leaves,
+    full_names,
+    has_head,
     leaves_like,
     recorded_leaves,
     source_like,
     with_stand_ins,
+    with_tables,
 )
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Show
-from lora_jax.io import orbax, peft, safetensors
-from lora_jax.io._torch import Map
+from lora_jax.io import orbax, safetensors
+from lora_jax.io._torch import Map, as_name, module_path
+from lora_jax.io.hf._families import lacked_prefix
+from lora_jax.io.hf._source import Source
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
+from lora_jax.io.peft._config import TASKS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
+from lora_jax.io.peft._save import check_has_factors, files_of, places_of, tied_table
 from lora_jax.io.peft._save import write as write_peft
 from lora_jax.io.peft._uniform import uniform_files
+from lora_jax.io.peft._vocabulary import is_named_table
 
 EXAMPLE = "adapter adapter.safetensors --to safetensors"
 
@@ -55,6 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
     add("--like", metavar="PATH", help="model or adapter with the tree of paths")
     add("--base-model", metavar="NAME", help="for PEFT's configuration")
+    add("--task-type", choices=TASKS, help="of the model in PEFT, for its configuration")
     add("--uniform", action="store_true", help="one rank and one scale, for llama.cpp and SGLang")
     add("--for-vllm", action="store_true", help="refuse what vLLM would")
     add("--dtype", choices=DTYPES, help="of a model's floating tensors")
@@ -72,18 +83,17 @@ def run(args: argparse.Namespace, show: Show) -> int:
         if args.to == "peft" and found.folder is not None:
             _made_uniform(found.folder, out, args)
         elif args.to == "peft":
-            to_peft(
+            tensors, config = to_peft(
                 found,
-                out,
                 like=args.like,
                 names=names,
                 kinds=kinds,
+                task_type=args.task_type,
                 base_model=args.base_model,
                 uniform=args.uniform,
-                for_vllm=args.for_vllm,
-                parameter_order=args.parameter_order,
-                overwrite=args.overwrite,
+                order=args.parameter_order,
             )
+            write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
         elif found.native is not None:
             _from_native(found, out, args.to, show, overwrite=args.overwrite)
         else:
@@ -101,7 +111,7 @@ def _check_options(found: AdapterFile, args: argparse.Namespace) -> None:
     if args.to == found.format and not args.uniform:
         raise ValueError(f"{args.path} is in the format {args.to} already")
     of_peft = {"--uniform": args.uniform, "--for-vllm": args.for_vllm}
-    of_peft |= {"--base-model": args.base_model}
+    of_peft |= {"--base-model": args.base_model, "--task-type": args.task_type}
     if args.to != "peft" and any(of_peft.values()):
         option = next(name for name, given in of_peft.items() if given)
         raise ValueError(f"{option} goes with --to peft, and this is --to {args.to}")
@@ -114,30 +124,83 @@ def _check_options(found: AdapterFile, args: argparse.Namespace) -> None:
 
 def to_peft(
     found: AdapterFile,
-    out: Path,
     *,
     like: str | None = None,
     names: Any = None,
     kinds: Mapping[str, str] | None = None,
+    task_type: str | None = None,
+    model: Source | None = None,
     **options: Any,
-) -> None:
-    """Write an adapter of ours as PEFT's folder, by the leaves that are known of its base."""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Make the files that PEFT has of an adapter of ours, by the leaves known of its base.
+
+    ``model`` is the one to merge it into: the files need not be such that PEFT loads them.
+    """
     assert found.native is not None
-    adapter = found.native[0]
-    leaves = leaves_like(like) if like else recorded_leaves(found)
-    if leaves and like and source_like(like):
-        leaves = fitted_leaves(leaves, adapter, like)
+    adapter, recorded = found.native[0], recorded_leaves(found)
+    source = source_like(like) if like else None
+    leaves = recorded if like is None else leaves_like(like)
+    if leaves and source:
+        leaves = fitted_leaves(leaves, [*found.updates, *found.full], source)
+        names = full_names(source) if names is None else names
+    if model is None:
+        check_has_factors(adapter)
+        _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
+        if like is None and names is None and recorded:
+            _check_full_names(found)
+    elif leaves and not source:
+        leaves = with_tables(leaves, adapter, model, names, kinds)
     named = names
     if leaves is None:
         leaves, rest = adapted_leaves(adapter), "(leaves that are not known)"
         leaves[rest] = Absent(rest, (), jnp.dtype("float32"))
         named = _but(rest, leaves, names)
-    if is_torch(adapter) or (like and source_like(like)):
+    more: dict[str, Any] = {"kinds": kinds}
+    if source or is_torch(adapter):
         more = TorchTree.known(leaves, adapter).options(kinds)
-    else:
-        more = {"kinds": kinds}
-    base = with_stand_ins(leaves, adapter)
-    peft.save(out, LoraParams(base, adapter), names=named, **more, **options)
+    lora_params = LoraParams(with_stand_ins(leaves, adapter), adapter)
+    places = places_of(lora_params, named, **more)
+    return files_of(adapter, places, task_type=task_type, **options)
+
+
+def _check_tied(
+    found: AdapterFile,
+    leaves: Mapping[str, Any] | None,
+    names: Any,
+    kinds: Mapping[str, str] | None,
+    has_head: bool | None,
+) -> None:
+    """Raise if an adapted table is, or may be, a head as well.
+
+    An adapter without a record, in PyTorch's names, is what PEFT's was.
+    """
+    assert found.native is not None
+    adapter = found.native[0]
+    if leaves is None and is_torch(adapter):
+        return
+    keys = {split_range(key)[0] for key in (*adapter.factors, *adapter.full)}
+    tables = {re.escape(path): "Embedding" for path in keys if is_named_table(path)}
+    leaves = leaves or adapted_leaves(adapter)
+    places = Map(leaves, names, {**(kinds or {}), **tables})
+    if (table := tied_table(adapter, places, has_head)) is not None:
+        raise ValueError(
+            f"{found.path}: the table {table!r} is an output head as well, or may be: tied. In "
+            "PEFT the adapter would be of the lookups alone. Merge it into the model, lora-jax "
+            "merge; or pass --task-type, such as SEQ_CLS, if the model has no head for tokens"
+        )
+
+
+def _check_full_names(found: AdapterFile) -> None:
+    """Raise if an adapter in PyTorch's names has those of files that may lack a prefix."""
+    assert found.native is not None
+    adapter = found.native[0]
+    keys = [split_range(key)[0] for key in (*adapter.factors, *adapter.full)]
+    if is_torch(adapter) and (prefix := lacked_prefix([module_path(key)[0] for key in keys])):
+        raise ValueError(
+            f"{found.path}: its names, such as {as_name(keys[0])!r}, are those of files that may "
+            f"lack the prefix {prefix!r} of the model in PEFT: pass --like MODEL, whose "
+            "config.json tells, or --names"
+        )
 
 
 def _but(rest: str, leaves: Mapping[str, Any], names: Any) -> Any:
@@ -166,6 +229,8 @@ def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:
     tensors, config = uniform_files(folder)
     if args.base_model:
         config["base_model_name_or_path"] = args.base_model
+    if args.task_type:
+        config["task_type"] = args.task_type
     write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
 
 

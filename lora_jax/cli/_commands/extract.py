@@ -18,12 +18,12 @@ from lora_jax._weights.selector import select
 from lora_jax._weights.target import Target
 from lora_jax.algebra._extract import check_options, check_rest, extract, truncated
 from lora_jax.cli._options import FORMATS, add_names, count, names_and_kinds, writing
-from lora_jax.cli._read.base import source_of
+from lora_jax.cli._read.base import full_names, source_of
 from lora_jax.cli._read.forms import Checkpoint, size_of, update_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Column, Show, number, size
 from lora_jax.io import orbax, peft, safetensors
-from lora_jax.io._torch import Names, as_name, as_path
+from lora_jax.io._torch import as_path
 from lora_jax.io.hf._tree import TorchTree
 
 EXAMPLE = "model tuned extracted --rank 4"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
             more = tree.options(kinds)
             if to == "peft":
                 _check_ties(tree, lora_params.adapter)
-                names = _full_names(tree) if names is None else names
+                names = full_names(source_of(base)) if names is None else names
         if to == "orbax":
             orbax.save(out, lora_params)
         elif to == "safetensors":
@@ -92,14 +92,6 @@ def _check_ties(tree: TorchTree, adapter: Adapter) -> None:
                 "alone. Write --to safetensors, which is of both, or leave it out: --rest ignore, "
                 "or --targets without it"
             )
-
-
-def _full_names(tree: TorchTree) -> Names:
-    """Return the names that modules have beside a head, if the files lack its prefix."""
-    ties, end = tree.ties, ".weight"
-    if not (ties.groups and ties.prefix):
-        return None
-    return lambda path: ties.outside(as_name(path) + end).removesuffix(end)
 
 
 def _report(out: Path, to: str, rows: list[Any], adapter: Adapter, show: Show) -> None:

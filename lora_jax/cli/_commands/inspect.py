@@ -1,6 +1,7 @@
 """``inspect``: show what a path holds, as a table."""
 
 import argparse
+import dataclasses
 from math import prod
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
 from lora_jax.cli._options import add_order, count
+from lora_jax.cli._read.base import fitted_leaves, source_of
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import find, part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
 from lora_jax.cli._show import Column, Show, number, size
+from lora_jax.io._torch import as_path
 
 _FORMATS = {
     "peft": "PEFT adapter",
@@ -56,11 +59,12 @@ def run(args: argparse.Namespace, show: Show) -> int:
 
 
 def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
-    base = open_checkpoint(args.base) if args.base else None
+    model = open_checkpoint(args.base) if args.base else None
+    base = _named(found, model) if model else None
     rows = [_low_rank(u, base) for u in found.updates.values()]
     rows += [_full(path, x, base) for path, x in found.full.items()]
     shown = _sorted(rows, args)
-    totals = _totals(found, base)
+    totals = _totals(found, model)
     dora = sum(u.magnitude is not None for u in found.updates.values())
     columns = [Column("path", False), Column("shape", False), Column("kind", False, 3)]
     columns += [Column("rank"), Column("alpha", spare=2), Column("|dW|"), Column("eff.")]
@@ -84,6 +88,18 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
             "totals": totals | {"bytes": found.size},
         }
     )
+
+
+def _named(found: AdapterFile, base: Checkpoint) -> Checkpoint:
+    """Name the tensors of a model as an adapter does."""
+    if base.format == "orbax":
+        return base
+    keys = [key.removesuffix(" (rows)") for key in (*found.updates, *found.full)]
+    leaves = {as_path(name): x for name, x in base.tensors.items()}
+    try:
+        return dataclasses.replace(base, tensors=fitted_leaves(leaves, keys, source_of(base)))
+    except ValueError:  # it may be several: then the entry has no tensor of its name
+        return base
 
 
 def _table(columns: list[Column], cells: list[list[str]], count: int, show: Show) -> None:

@@ -30,6 +30,7 @@ from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import is_torch
 from lora_jax.io.hf._write import Output
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._save import write as write_peft
 
 EXAMPLE = "model adapter merged --dtype bfloat16"
 
@@ -78,8 +79,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 like = args.like
                 if like is None and found.native and is_torch(found.native[0]):
                     like = args.model  # it is in the model's own names
-                more = {"kinds": kinds, "parameter_order": order}
-                to_peft(found, folder, like=like, names=names, **more)
+                more = {"kinds": kinds, "model": source, "order": order}
+                files = to_peft(found, like=like, names=names, **more)
+                write_peft(folder, *files, for_vllm=False, overwrite=False)
                 found = open_adapter(folder, order)
             if is_shared and recorded_leaves(opened[k]) is None:
                 _check_no_table(opened[k], found, source)

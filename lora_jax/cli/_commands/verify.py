@@ -84,7 +84,8 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any], lay
     if model.format == "orbax":
         return _native(found, leaves_of(model), model)
     if not found.native[1]["base"] and is_torch(found.native[0]):
-        leaves = fitted_leaves(leaves_of(model), found.native[0], str(model.path))
+        keys = [*found.updates, *found.full]
+        leaves = fitted_leaves(leaves_of(model), keys, source_of(model))
         return _native(found, leaves, model)
     return _native(found, _leaves_in(found, model, options), model)
 

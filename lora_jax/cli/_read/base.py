@@ -1,7 +1,7 @@
 """The leaves of the model that an adapter is for, as far as they are known."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ from lora_jax._weights.ranges import split_range
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
 from lora_jax.cli._read.path import open_path
 from lora_jax.io._fit import fitted
+from lora_jax.io._kinds import from_torch
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import as_name, as_path, module_path
+from lora_jax.io._torch import Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
+from lora_jax.io.hf._ties import Ties
+from lora_jax.io.peft import _config as configs
 
 
 class Absent(Tensor):
@@ -62,16 +65,46 @@ def leaves_of(model: Checkpoint) -> dict[str, Any]:
     return {as_path(name): tensor for name, tensor in model.tensors.items()}
 
 
-def fitted_leaves(leaves: Mapping[str, Any], adapter: Adapter, where: str) -> dict[str, Any]:
-    """Name the leaves of a model's files as an adapter does, which may have another prefix."""
-    keys = [split_range(key)[0] for key in (*adapter.factors, *adapter.full)]
+def fitted_leaves(leaves: Mapping[str, Any], keys: Iterable[str], source: Source) -> dict[str, Any]:
+    """Name the leaves of a model's files as an adapter does, which may have another prefix.
+
+    A tied head that the files leave out is a leaf if it has an entry of its own among the ``keys``.
+    """
+    wanted = {as_name(module_path(as_path(split_range(key)[0]))[0]) for key in keys}
+    heads = Ties.of(source).missing(source.tensors)
+    own = {as_path(name): x for name, x in heads.items() if name.removesuffix(".weight") in wanted}
+    leaves = {**leaves, **own}
     modules = {path: module_path(path, leaves)[0] for path in leaves}
-    wanted = [as_name(module_path(key)[0]) for key in keys]
-    names = fitted(wanted, [as_name(module) for module in modules.values()], where)
+    names = fitted(sorted(wanted), [as_name(x) for x in modules.values()], source.where)
     return {
         as_path(names[as_name(module)]) + path.removeprefix(module): leaves[path]
         for path, module in modules.items()
     }
+
+
+def full_names(source: Source) -> Names:
+    """Return the names that modules have beside a head, if the files lack its prefix."""
+    ties, end = Ties.of(source), ".weight"
+    if not (ties.groups and ties.prefix):
+        return None
+
+    def named(path: str) -> str:
+        name = as_name(path)
+        is_full = name.startswith(ties.prefix)
+        return name if is_full else ties.outside(name + end).removesuffix(end)
+
+    return named
+
+
+def has_head(task_type: str | None, source: Source | None) -> bool | None:
+    """Return whether the table of a model is its head, by its task or its configuration.
+
+    None: neither is known.
+    """
+    if task_type is not None or source is None:
+        return configs.has_head({"task_type": task_type})
+    ties = Ties.of(source)
+    return True if ties.tables else False if ties.known else None
 
 
 def source_of(model: Checkpoint) -> Source:
@@ -136,3 +169,27 @@ def with_stand_ins(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any
         elif isinstance(f, Rows) and key in found:
             found[key] = jnp.asarray(np.asarray(found[key]))
     return found
+
+
+def with_tables(
+    leaves: Mapping[str, Any],
+    adapter: Adapter,
+    model: Source,
+    names: Names,
+    kinds: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return the leaves, those of which rows train from the files of the model."""
+    keys = [key for key, f in adapter.factors.items() if isinstance(f, Rows) and key in leaves]
+    places = Map(leaves, names, kinds)
+    found = {key: place for key in keys for place in places.of(key)}
+    stored = {as_path(name): x for name, x in model.tensors.items()}
+    wanted = [f"{place.module}.weight" for place in found.values()]
+    stored = fitted_leaves(stored, wanted, model)
+    return {
+        **leaves,
+        **{
+            key: from_torch(stored[path].read(), place.shape, *places.form(place))
+            for key, place in found.items()
+            if (path := as_path(f"{place.module}.weight")) in stored
+        },
+    }

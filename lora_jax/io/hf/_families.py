@@ -6,10 +6,10 @@ the layers in front).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from lora_jax.io._torch import Names, as_name
+from lora_jax.io._torch import Map, Names, as_name, as_path
 from lora_jax.io.hf._modules import (
     CLIP_BESIDE,
     CLIP_LAYER,
@@ -180,16 +180,20 @@ _TIED: dict[str, Family] = {
     "gpt_neox": _causal("gpt_neox", "embed_in", "embed_out", ties_head=False),
     "gpt_oss": _decoder(ties_head=False),
     "gptj": _causal("transformer", "wte", ties_head=False),
+    "llama4_text": _decoder(ties_head=False),
     "mbart": _bart(),
     "mixtral": _decoder(ties_head=False),
     "mt5": dataclasses.replace(_T5, ties_head=False),
     "opt": _causal("model", "decoder.embed_tokens"),
     "phi": _decoder(ties_head=False),
     "phi3": _decoder(ties_head=False),
+    "qwen2_5_vl": _decoder(ties_head=False),
     "qwen2_moe": _decoder(ties_head=False),
+    "qwen2_vl": _decoder(ties_head=False),
     "qwen3_moe": _decoder(ties_head=False),
     "smollm3": _decoder(ties_head=True),
     "starcoder2": _causal("model", "embed_tokens"),
+    "trocr": _causal("model", "decoder.embed_tokens", "output_projection"),
     "whisper": _causal("model", "decoder.embed_tokens", "proj_out"),
 }
 
@@ -236,9 +240,24 @@ def family_of(
 
 def _for_config(family: Family, config: Mapping[str, Any] | None) -> Family:
     """Return the family of one model: without the head's ties if it has none."""
-    text = (config or {}).get("text_config") or config or {}  # of a model of text and images
-    is_tied = text.get(FLAG, family.ties_head)
+    own = flag_of(config)
+    is_tied = family.ties_head if own is None else own
     return family if is_tied else dataclasses.replace(family, tied_head=None)
+
+
+def inner_config(config: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the configuration of the part of a model that writes text, and its key.
+
+    None: there is none inside. That part's flag is the one that counts.
+    """
+    found = ((key, (config or {}).get(key)) for key in ("decoder", "generator", "text_config"))
+    return next(((key, value) for key, value in found if isinstance(value, Mapping)), None)
+
+
+def flag_of(config: Mapping[str, Any] | None) -> bool | None:
+    """Return whether a configuration ties the head; None if it leaves that to the class."""
+    inner = inner_config(config)
+    return (inner[1] if inner else config or {}).get(FLAG)
 
 
 def ties_in(family: Family) -> dict[str, str]:
@@ -246,8 +265,39 @@ def ties_in(family: Family) -> dict[str, str]:
     return {**(family.tied_head or {}), **(family.tied or {})}
 
 
-def ties_family(config: Mapping[str, Any] | None) -> Family | None:
+class Known(NamedTuple):
+    """The ties that are known of a model.
+
+    Attributes:
+        key: the key of the configuration inside that they are of; empty for that of the model.
+        family: its family.
+        is_tied: whether the head is tied.
+    """
+
+    key: str
+    family: Family
+    is_tied: bool
+
+
+def ties_family(config: Mapping[str, Any] | None) -> Known | None:
     """Return the family that knows the ties of a model; None if nothing is known of them."""
-    kind = str((config or {}).get("model_type"))
-    family = FAMILIES.get(kind) or _TIED.get(kind)
-    return None if family is None else _for_config(family, config)
+    for key, own in (("", config or {}), inner_config(config) or ("", {})):
+        kind = str(own.get("model_type"))
+        if (family := FAMILIES.get(kind) or _TIED.get(kind)) is not None:
+            return Known(key, family, _for_config(family, config).tied_head is not None)
+    return None
+
+
+def lacked_prefix(modules: Iterable[str]) -> str | None:
+    """Return the prefix that modules of a known family lack, by their paths in the files."""
+    modules = list(modules)
+    for family in (*FAMILIES.values(), *_TIED.values()):
+        if family.prefix and family.names is not None:
+            known, start = Map({}, family.names), as_path(family.prefix)
+            within = [known.named(start + module) is not None for module in modules]
+            heads = [known.named(module) is not None for module in modules]
+            is_whole = any(module.startswith(start) for module in modules)
+            is_known = all(one or two for one, two in zip(within, heads, strict=True))
+            if any(within) and is_known and not is_whole:
+                return family.prefix
+    return None

@@ -7,14 +7,17 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._weights.axes import role_axes
 from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io._torch import Names, as_name
+from lora_jax.io.hf._apart import are_apart, as_configured, untied
+from lora_jax.io.hf._families import flag_of
 from lora_jax.io.hf._quantized import is_narrow
 from lora_jax.io.hf._source import CONFIG, Source, open_source
-from lora_jax.io.hf._ties import Ties, are_apart, untied
+from lora_jax.io.hf._ties import Ties, tables_in_peft
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 from lora_jax.io.peft._axes import PARAMETER_ORDER, Part
@@ -133,6 +136,11 @@ def write_merged(
     changed = {name for name in tensors if any(change.changes(name) for change in changes)}
     for name, tensor in tensors.items():
         wanted = dtype_of(tensor.dtype, output.dtype)
+        if jnp.issubdtype(wanted, jnp.integer) and len(tensor.shape) > 1 and name in changed:
+            raise ValueError(
+                f"{source.where}: {name!r} holds {wanted}, to which no update can be added: codes "
+                "of a quantization, or an index. Take the model in full precision"
+            )
         if is_narrow(wanted) and name in changed:
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
@@ -140,13 +148,17 @@ def write_merged(
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     names = {old: own for change in changes if change.new for old, own in change.names.items()}
-    if are_apart(source, changed, written, output.config):
+    if is_apart := are_apart(source, changed, written, output.config):
         apart = [name for name in written if name not in ties.always - ties.stored]
         names = {name: ties.outside(name, names) for name in apart}
         output = output._replace(config=untied(source.config or {}, output.config))
     else:
         names = {name: names.get(name, name) for name in (*source.tensors, *new)}
-    write_model(output, {own: written[name] for name, own in names.items()}, source)
+    written = {own: written[name] for name, own in names.items()}
+    if not is_apart and flag_of(output.config) is not None:
+        written, config = as_configured(written, source, output.config)
+        output = output._replace(config=config)
+    write_model(output, written, source)
     return changed
 
 
@@ -193,7 +205,8 @@ class Change:
         self.where, self.weight = adapter.where, weight
         tree = TorchTree.of(source, adapter, names, layout)
         named = tree.named  # the adapter may have another prefix
-        tables = {named(head): named(table) for head, table in Ties.of(source).tables.items()}
+        tables = Ties.of(source).tables if is_shared else tables_in_peft(source)
+        tables = {named(head): named(table) for head, table in tables.items()}
         adapter = with_heads(adapter, tables, always=is_shared)
         tree = TorchTree.of(source, adapter, names, layout)
         contents = read(adapter, tree.places(), axes_known=True)

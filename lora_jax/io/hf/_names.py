@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._weights.paths import nearest
@@ -94,6 +95,7 @@ class TensorNames:
         leaf, parts = self.places.leaves[path], self.parts(path)
         for place, name in parts:
             self.check_shape(place, name)
+            self._check_numbers(place, name)
 
         def read(tensors: Mapping[str, Tensor]) -> np.ndarray:
             arrays = {
@@ -126,6 +128,17 @@ class TensorNames:
                 f"{self.where}: {name!r} has shape {found}, and {place.path!r} of shape "
                 f"{place.shape} wants {expected}: this is another model, or the leaf's axes are "
                 "not what its name implies: layout=lora_jax.layout_of(...) finds them"
+            )
+
+    def _check_numbers(self, place: Place, name: str) -> None:
+        """Raise if integers that may be codes would be read as numbers."""
+        stored, leaf = self.tensors[name].dtype, self.places.leaves[place.path]
+        is_cast = jnp.issubdtype(stored, jnp.integer) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if is_cast and len(place.shape) > 1:
+            raise ValueError(
+                f"{self.where}: {name!r} holds {stored}, and {place.path!r} is {leaf.dtype}: codes "
+                "of a quantization are no numbers. If it is none, put a leaf of "
+                f"{stored} there, and convert that"
             )
 
     def inward(self, x: np.ndarray, place: Place, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,13 +11,13 @@ from lora_jax.io.hf._source import Source, UnknownModelError
 
 QUANTIZATION = ("quantization_config", "compression_config")
 
-# What lies beside codes, or holds them: of FP8, LLM.int8, bitsandbytes, GPTQ, AWQ, HQQ, Quanto,
-# compressed-tensors, ModelOpt, torchao, MXFP4, and of single files with scaled FP8.
-_BESIDE = re.compile(
-    r"(.*[._])?(scale_inv|weight_scales?|weight_scale_2|weight_global_scale|scale_weight|scaled_fp8"
-    r"|weight_(packed|zero_point|g_idx|qdata)|SCB|qweight|qzeros|g_idx|W_q|proj_blocks"
-    r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|_data|_scale))"
+# Tensors that hold codes if they are integers: of GPTQ, AWQ, HQQ, Quanto, compressed-tensors,
+# torchao and MXFP4.
+_CODES = re.compile(
+    r"(.*[._])?(qweight|qzeros|W_q|weight_(packed|qdata)|proj_blocks|weight\._data)"
 )
+# What lies beside codes in a module: of FP8, LLM.int8, BitNet, ModelOpt, EETQ and others.
+_BESIDE = re.compile(r".*(scal|absmax|zero_point|SCB).*")
 
 
 def check_plain(source: Source) -> None:
@@ -26,7 +27,7 @@ def check_plain(source: Source) -> None:
         UnknownModelError: it is, or its configuration alone has a quantization.
     """
     method = _method(source.config or {})
-    found = codes_in(source.tensors)
+    found = codes_in(source.tensors, is_named=method is not None)
     if found is None and method is None:
         return
     named = f" ({method})" if method else ""
@@ -42,25 +43,45 @@ def check_plain(source: Source) -> None:
     )
 
 
-def codes_in(tensors: Mapping[str, Any]) -> str | None:
-    """Tell by which tensor a model is quantized; None if no tensor shows it."""
-    for name in tensors:
-        if _BESIDE.fullmatch(name):
-            return f"it holds {name!r}"
+def codes_in(tensors: Mapping[str, Any], *, is_named: bool = False) -> str | None:
+    """Tell by which tensor a model is quantized; None if no tensor shows it.
+
+    Integers and floating numbers of 8 bits are codes if their name tells so, or if what scales
+    them lies beside them; matrices of small integers also if the configuration names a
+    quantization (``is_named``).
+    """
     beside: dict[str, list[str]] = {}
     for name in tensors:
         beside.setdefault(name.rpartition(".")[0], []).append(name)
     for name, x in tensors.items():
+        is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+        if not (is_integer or is_narrow(x.dtype)):
+            continue
         module, _, last = name.rpartition(".")
-        if last == "weight" and len(x.shape) > 1 and jnp.issubdtype(x.dtype, jnp.integer):
+        if _CODES.fullmatch(name):
+            return f"it holds {name!r} of {x.dtype}"
+        if is_integer and len(x.shape) < 2:
+            continue
+        within = beside.get(name, [])  # no plain tensor has others inside
+        near = [x for x in beside[module] if last == "weight" or x.startswith(f"{name}_")]
+        if found := within + [other for other in near if _scales(tensors[other], other, x, name)]:
+            return f"{name!r} holds {x.dtype}, beside {found[0]!r}"
+        if is_named and last == "weight" and x.dtype.itemsize == 1:
             return f"{name!r} holds {x.dtype}"
-        if is_narrow(x.dtype):
-            others = [*beside.get(name, ()), *beside[module]] if last == "weight" else []
-            others += [other for other in beside[module] if other.startswith(f"{name}_")]
-            for other in others:
-                if other != name and not other.endswith("bias"):
-                    return f"{name!r} holds {x.dtype}, beside {other!r}"
     return None
+
+
+def _scales(x: Any, name: str, codes: Any, of: str) -> bool:
+    """Return whether a tensor scales codes, by its name and its shape: one number for some each."""
+    if name == of or not _BESIDE.fullmatch(name.rpartition(".")[2]):
+        return False
+    shape, whole = tuple(x.shape), tuple(codes.shape)
+    missing = (1,) * (len(whole) - len(shape))
+    sizes = (shape + missing, missing + shape)
+    return prod(shape) == 1 or any(
+        len(own) == len(whole) and all(a <= b for a, b in zip(own, whole, strict=True))
+        for own in sizes
+    )
 
 
 def is_narrow(dtype: Any) -> bool:

@@ -16,7 +16,8 @@ from lora_jax._weights.ranges import part_of
 from lora_jax.io import _torch as torch_names
 from lora_jax.io._places import Place
 from lora_jax.io._tensor import Progress, Tensor
-from lora_jax.io.hf._families import Family, family_of
+from lora_jax.io.hf._apart import as_configured
+from lora_jax.io.hf._families import FLAG, Family, family_of
 from lora_jax.io.hf._names import TensorNames
 from lora_jax.io.hf._source import open_source
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
@@ -83,8 +84,9 @@ def save(
     known = family_of(opened.config if opened else None, str(source), family, **changes)
     contents = _Contents(lora_params, leaves, TensorNames(leaves, known, opened, new), dtype)
     contents.check_twins()
+    tensors, config = as_configured(contents.tensors, opened, config)
     output = Output(folder, config, dtype, shard_size, overwrite, progress)
-    write_model(output, contents.tensors, opened)
+    write_model(output, tensors, opened)
 
 
 class _Contents:
@@ -129,9 +131,12 @@ class _Contents:
         """Raise unless leaves that share a tensor are equal."""
         for place, name, first in self._twins:
             if not np.array_equal(self._tensor(place, name), self._tensor(first, name)):
+                is_own = f"{place.module}.{place.suffix}".endswith(name)
+                head = first if is_own else place
                 raise ValueError(
                     f"{place.path!r} is tied to {name!r} in {self._names.where}, and they differ "
-                    "here: they were adapted or trained apart, and one tensor cannot be both"
+                    "here: they were adapted or trained apart, and one tensor cannot be both. To "
+                    f"write both, pass new={head.path!r} and config={{{FLAG!r}: False}}"
                 )
 
     def _narrowed(self, place: Place | None, name: str, wanted: np.dtype) -> np.ndarray:

@@ -27,6 +27,11 @@ _NEEDED = re.compile(
     re.IGNORECASE,
 )
 _CODE = re.compile(r".*\.py")
+MODULES = "modules.json"  # of sentence-transformers
+_INSIDE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_OF_MODULE = re.compile(
+    rf"{_NEEDED.pattern}|\w*config\.json|(pytorch_)?model\.(safetensors|bin)", re.IGNORECASE
+)
 
 
 class UnknownModelError(ValueError):
@@ -67,11 +72,12 @@ class Source:
                 return {}
         found = {p.name: p for p in sorted(path.iterdir()) if p.is_file()}
         has_code = "auto_map" in (self.config or {}) or _has_code(path / "tokenizer_config.json")
-        return {
+        needed = {
             name: p
             for name, p in found.items()
             if _NEEDED.fullmatch(name) or (has_code and _CODE.fullmatch(name))
         }
+        return {**needed, **_within(path)}
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -91,6 +97,26 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if config is not None and not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG} holds {type(config).__name__}, expected an object")
     return Source(str(path), tensors, config)
+
+
+def _within(path: Path) -> dict[str, Path]:
+    """Find the files in folders of a model: of modules after it, and further chat templates.
+
+    ``modules.json`` of sentence-transformers names the folders of modules (``1_Pooling``), which
+    have weights of their own (``2_Dense``).
+    """
+    listed = read_json(path / MODULES) if (path / MODULES).is_file() else []
+    own = [entry.get("path") for entry in listed if isinstance(entry, dict)]
+    names = [name for name in own if isinstance(name, str) and name not in ("", ".")]
+    if wrong := [name for name in names if not _INSIDE.fullmatch(name)]:
+        raise ValueError(
+            f"{path / MODULES}: {wrong[0]!r} is no folder of the model, expected a name such as "
+            "1_Pooling"
+        )
+    found = {file for name in names for file in (path / name).rglob("*") if file.is_file()}
+    found = {file for file in found if _OF_MODULE.fullmatch(file.name)}
+    found |= set((path / "additional_chat_templates").glob("*.jinja"))
+    return {file.relative_to(path).as_posix(): file for file in sorted(found)}
 
 
 def _has_code(path: Path) -> bool:

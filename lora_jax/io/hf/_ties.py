@@ -2,22 +2,19 @@
 
 import re
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_jax.io._tensor import Tensor
-from lora_jax.io.hf._families import FLAG, ties_family
+from lora_jax.io._torch import TABLE as TABLE_MODULE
+from lora_jax.io.hf._families import FLAG, Known, flag_of, ties_family
 from lora_jax.io.hf._source import Source
-
-_HEADED = re.compile(
-    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM).*"
-)
+from lora_jax.io.peft._config import HEADED
 
 # Heads and tables by their names, in models that are not known.
 HEAD = r"(.*\.)?(lm_head|embed_out|output|output_projection|decoder|vocab_projector)\.weight"
-TABLE = r"(.*\.)?(shared|wte|embed_\w+|\w*embeddings?|tok_embeddings)\.weight"
+TABLE = rf"{TABLE_MODULE.pattern}\.weight"
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Ties:
         always: the names that share their numbers whatever the configuration sets.
         why: why the names cannot get numbers of their own; None if they can.
         prefix: the prefix that names in the files lack, and need beside a head.
-        is_set: whether the configuration ties a head, so that PEFT does.
+        is_set: whether the configuration ties a head.
         known: whether the configuration tells which tensors are tied.
     """
 
@@ -43,33 +40,33 @@ class Ties:
     known: bool = True
 
     @classmethod
-    def of(cls, source: Source) -> "Ties":
-        """Find the ties of a model."""
-        family = ties_family(source.config)
+    def of(cls, source: Source, flag: bool | None = None) -> "Ties":
+        """Find the ties of a model, as its configuration sets them, or a ``flag`` in its place."""
+        stored = frozenset(source.tensors)
         kinds = (source.config or {}).get("architectures") or []
-        has_head = not kinds or any(_HEADED.fullmatch(str(kind)) for kind in kinds)
-        if family is None:
-            flag = (source.config or {}).get(FLAG)
+        has_head = not kinds or any(HEADED.fullmatch(str(kind)) for kind in kinds)
+        if (known := _known(source)) is None:
+            flag = flag_of(source.config) if flag is None else flag
             groups = () if flag is False else tuple(_alike(source.tensors))
-            is_known = flag is False or bool(groups) or not has_head
-            return cls(groups, frozenset(source.tensors), known=is_known)
+            return cls(groups, stored, known=flag is False or bool(groups) or not has_head)
+        family, is_tied = known.family, known.is_tied if flag is None else flag
+        heads, tied = (family.tied_head or {}) if is_tied else {}, family.tied or {}
         prefix = family.prefix
-        is_bare = bool(prefix) and not any(f".{prefix}" in f".{name}" for name in source.tensors)
+        is_bare = bool(prefix) and not any(f".{prefix}" in f".{name}" for name in stored)
         by_root: dict[str, list[str]] = {}
-        for name, other in {**(family.tied_head or {}), **(family.tied or {})}.items():
-            if has_head or name.startswith(prefix) or name in (family.tied or {}):
+        for name, other in {**heads, **tied}.items():
+            if has_head or name.startswith(prefix) or name in tied:
                 by_root.setdefault(other, []).append(name)
-        groups, always, tied = [], set(), family.tied or {}
+        groups, always = [], set()
         for root, names in by_root.items():
             own = [name.removeprefix(prefix) if is_bare else name for name in [root, *names]]
-            own = _in_files(own, source.tensors.keys())
+            own = _in_files(own, stored)
             always |= {x for x in own if any(f".{x}".endswith(f".{name}") for name in tied)}
             if len(own) > 1:
                 groups.append(tuple(own))
         why = None if family.parts else "its model scales what a tied head reads, and no other"
-        is_set = family.tied_head is not None
-        stored = frozenset(source.tensors)
-        return cls(tuple(groups), stored, frozenset(always), why, prefix if is_bare else "", is_set)
+        prefix = prefix if is_bare else ""
+        return cls(tuple(groups), stored, frozenset(always), why, prefix, bool(heads))
 
     @property
     def names(self) -> dict[str, str]:
@@ -79,7 +76,7 @@ class Ties:
 
     @property
     def tables(self) -> dict[str, str]:
-        """The module of the table, by that of each head that PEFT ties to it."""
+        """The module of the table, by that of each head that is tied to it."""
         end = ".weight"
         return {
             name.removesuffix(end): table.removesuffix(end)
@@ -95,11 +92,14 @@ class Ties:
     def outside(self, name: str, names: Mapping[str, str] | None = None) -> str:
         """Return the name to write a tensor under, beside a head of its own.
 
-        ``names`` are those that are known of tensors; the others get the prefix.
+        ``names`` are those that are known of tensors. The others of the files, and their tables,
+        get the prefix.
         """
         heads = {name for _, *names in self.groups for name in names}
-        is_head = name in heads and not re.fullmatch(TABLE, name)
-        return name if is_head else (names or {}).get(name, self.prefix + name)
+        if name in heads and not re.fullmatch(TABLE, name):
+            return name
+        is_inside = name in self.stored or any(name in group for group in self.groups)
+        return (names or {}).get(name, self.prefix + name if is_inside else name)
 
 
 def _in_files(names: list[str], stored: Set[str]) -> list[str]:
@@ -122,6 +122,57 @@ def _in_files(names: list[str], stored: Set[str]) -> list[str]:
     return [x for x in names if x not in gone] if stored & set(names) else []
 
 
+def tables_in_peft(source: Source) -> dict[str, str]:
+    """Return the module of the table, by that of each head to which PEFT ties its adapters.
+
+    In a model of parts PEFT asks the configuration of the whole, not the one that ties the head,
+    and it knows no ties of an encoder and a decoder.
+    """
+    known = _known(source)
+    if known is None or not known.key:
+        return Ties.of(source).tables
+    is_tied = known.key == "text_config" and (source.config or {}).get(FLAG, True)
+    return Ties.of(source, flag=True).tables if is_tied else {}
+
+
+def _known(source: Source) -> Known | None:
+    """Return what is known of a model's ties, by the names in its files.
+
+    A part of a model has the names of its own class, after those of the part: all of them, or
+    (``model.language_model.embed_tokens``, ``lm_head``) those of the model inside that has no head.
+    """
+    known = ties_family(source.config)
+    if known is None or not known.key:
+        return known
+    family, within = known.family, "" if known.key == "text_config" else f"{known.key}."
+    prefix, heads, tied = family.prefix, family.tied_head or {}, family.tied or {}
+    rests = {root.removeprefix(prefix) for root in heads.values()}
+    starts = {
+        name.removesuffix(rest)
+        for name in source.tensors
+        for rest in rests
+        if f".{name}".endswith(f".{rest}") and name.startswith(within)
+    }
+    if len(starts) != 1:
+        return None
+    (start,) = starts
+    outer = start.removesuffix(prefix) if start.endswith(prefix) else None
+
+    def named(name: str) -> str:
+        if outer is not None:
+            return outer + name
+        if not name.startswith(prefix):
+            return name
+        return prefix + start.removeprefix(prefix) + name.removeprefix(prefix)
+
+    def all_named(names: Mapping[str, str]) -> dict[str, str]:
+        return {named(name): named(other) for name, other in names.items()}
+
+    prefix_there = prefix if outer is None else outer + prefix
+    placed = replace(family, prefix=prefix_there, tied=all_named(tied), tied_head=all_named(heads))
+    return known._replace(family=placed)
+
+
 def _alike(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Find tables and heads, by their names, with equal numbers."""
     for table, head in _pairs(tensors):
@@ -140,88 +191,3 @@ def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
 def has_own_head(tensors: Mapping[str, Tensor], table: str) -> bool:
     """Return whether a head of a table's shape is stored beside it."""
     return table in (own for own, _ in _pairs(tensors))
-
-
-def are_apart(
-    source: Source,
-    changed: Set[str],
-    written: Mapping[str, Tensor],
-    config: Mapping[str, Any] | None,
-) -> bool:
-    """Return whether tied tensors must be written apart: they are changed, or set to be so.
-
-    Args:
-        source: the model.
-        changed: the names of the tensors that change.
-        written: the tensors as they will be, under all their names.
-        config: changes of the configuration.
-
-    Raises:
-        ValueError: it is not known what is tied, or the model cannot have the tensors apart.
-    """
-    ties, flag = Ties.of(source), (config or {}).get(FLAG)
-    tables = [name for name in changed if re.fullmatch(TABLE, name)]
-    if not ties.known and flag is None:
-        for table in tables:
-            _check_head(source, table)
-    groups = [group for group in ties.groups if not ties.always.issuperset(group[1:])]
-    if flag is False and groups:
-        _check_apart(source, ties, groups[0], groups[0][1])
-        return True
-    for group in ties.groups:
-        if not changed & set(group):
-            continue
-        first, *others = [name for name in group if name in ties.stored]
-        for name in others:
-            if not _are_equal(source.tensors[first], source.tensors[name]):
-                raise ValueError(
-                    f"{source.where}: {name!r} is tied to {first!r}, both are stored, and they "
-                    "differ: which of the two counts is not known. If both do, pass "
-                    f"config={{{FLAG!r}: False}}, or set that in config.json"
-                )
-        other = [name for name in group[1:] if not _are_equal(written[group[0]], written[name])]
-        if other:
-            _check_apart(source, ties, group, other[-1])
-            if flag is not None:
-                raise ValueError(
-                    f"config={config!r}: {other[0]!r} is tied to {group[0]!r}, and the adapter "
-                    f"changes them apart: leave {FLAG} out"
-                )
-            return True
-    return False
-
-
-def _are_equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and np.array_equal(one.read(), two.read())
-
-
-def _check_apart(source: Source, ties: Ties, group: tuple[str, ...], name: str) -> None:
-    """Raise unless the tensors of a group can be written each for itself."""
-    why = f"{name!r} has none of its own in any file" if name in ties.always else ties.why
-    if why is not None:
-        raise ValueError(
-            f"{source.where}: {name!r} is tied to {group[0]!r}, and the two would be different "
-            f"tensors, which this model cannot have: {why}. PEFT runs the adapter beside the "
-            "model; to merge, train one of other modules, or rows of the table "
-            "(trainable_token_indices), which change both"
-        )
-
-
-def _check_head(source: Source, table: str) -> None:
-    """Raise unless a model that is not known stores a head of its own beside a changed table."""
-    config = source.config or {}
-    if config.get(FLAG) or not has_own_head(source.tensors, table):
-        kind = config.get("model_type")
-        raise ValueError(
-            f"{source.where}: the adapter changes {table!r}, and an output head may be tied to it: "
-            f"of model_type {kind!r} that is not known. If none is, pass "
-            f"config={{{FLAG!r}: False}}, or set that in config.json; if one is, make it known: "
-            f"hf.FAMILIES[{kind!r}] = hf.Family(tied_head={{'lm_head.weight': {table!r}}})"
-        )
-
-
-def untied(config: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return changes of a configuration, and that nothing in it is tied."""
-    text = config.get("text_config")
-    inner = {"text_config": {**text, FLAG: False}} if isinstance(text, Mapping) else {}
-    return {**inner, **(changes or {}), FLAG: False}

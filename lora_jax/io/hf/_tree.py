@@ -191,15 +191,15 @@ def _new_heads(source: Source, adapter: Folder, known: Collection[str]) -> dict[
 
 
 def is_torch(adapter: Adapter) -> bool:
-    """Return whether an adapter is of weights as PyTorch keeps them: ``weight``, ``[out, in]``.
+    """Return whether an adapter is of weights as PyTorch keeps them.
 
-    A table that is stored ``[rows, out]`` does not tell; a layer of GPT-2's, ``[in, out]``, does.
+    Those are ``weight``, ``[out, in]``, but for tables and for transposed layers by their names.
     """
     return any(
         path.endswith("/weight")
         and (
             re.fullmatch("oi{1,4}", f.layout)
-            or (f.layout == "io" and _kind_of(path, f.layout) == "Conv1D")
+            or (f.layout == "io" and (is_named_table(path) or re.fullmatch(CONV1D, path)))
         )
         for path, f in adapter.factors.items()
     )

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +80,12 @@ def write_model(output: Output, tensors: Mapping[str, Tensor], source: Source | 
     weights = {p.name for p in Path(folder).glob("model*.safetensors*")}
     tensors = counted(tensors, sum(x.nbytes for x in tensors.values()), progress)
 
-    with written_aside(folder, overwrite=overwrite, owns={*weights, *small, CONFIG}) as aside:
+    owns = {*weights, *small, CONFIG, *_folders(Path(folder), small)}
+
+    with written_aside(folder, overwrite=overwrite, owns=owns) as aside:
         aside.mkdir()
         for name, file in small.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(file, Path):
                 shutil.copyfile(file, aside / name)
             else:
@@ -90,3 +93,16 @@ def write_model(output: Output, tensors: Mapping[str, Tensor], source: Source | 
         if changes or (before and CONFIG not in small):
             write_json(aside / CONFIG, without_quantization(before | changes))
         shards.write(aside, tensors, shard_size=shard_size, metadata={"format": "pt"})
+
+
+def _folders(folder: Path, small: Collection[str]) -> set[str]:
+    """Find the folders in one that is written again, that hold nothing but files of these names."""
+    within = {name.partition("/")[0] for name in small if "/" in name}
+    return {
+        name
+        for name in within
+        if all(
+            file.is_dir() or file.relative_to(folder).as_posix() in small
+            for file in (folder / name).rglob("*")
+        )
+    }

@@ -36,8 +36,8 @@ ROWS = "token_adapter.trainable_tokens_delta"
 PARAMETER_ORDER = ("gate_up_proj", "down_proj")  # in which experts register their parameters
 
 TIED = (
-    "peft.{verb}: the table {path!r} is an output head as well, and in PEFT an adapter or a new "
-    "table is of the lookups alone. Merge there, or adapt other weights; if it is no head, pass "
+    "peft.{verb}: the table {path!r} is an output head as well, or may be: tied. In PEFT an "
+    "adapter or a new table is of the lookups alone. {way}; if it is no head, pass "
     "layout=lora_jax.layout_of(...), which tells"
 )
 

@@ -52,6 +52,14 @@ _VARIANTS = frozenset(
     "monteclora_config use_bdlora use_qalora".split()
 )
 
+TASKS = "CAUSAL_LM SEQ_2_SEQ_LM SEQ_CLS TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
+
+# The names of the classes that have an output head for tokens.
+HEADED = re.compile(
+    r".*(LMHead|For(Causal|Masked)LM|ForPreTraining|ForConditionalGeneration|MTModel|WithLM"
+    r"|DoubleHeads|ForGeneration|EncoderDecoder).*"
+)
+
 _LARGEST = 2**31  # of ranks and alphas: beyond that, the file is damaged
 _VLLM_SAVES = {"classifier", "score"}
 _VLLM_RANK = 512
@@ -78,7 +86,8 @@ def write(
     """
     alphas = {name: _alpha(rank, scale, rslora) for name, (rank, scale) in modules.items()}
     ranks = {name: rank for name, (rank, _) in modules.items()}
-    rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
+    usual = (Counter(x.values()).most_common(1) for x in (ranks, alphas))
+    rank, alpha = (found[0][0] if found else 1 for found in usual)
     parameters = sorted(parameters)
     targets = [name for name in modules if name not in parameters]
     return {
@@ -314,6 +323,19 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
         found = [re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", name)]
     first = next(filter(None, found), None)
     return first is not None and int(first["layer"]) in layers
+
+
+def has_head(config: Mapping[str, Any]) -> bool | None:
+    """Return whether an adapter's model has a head for tokens: by its task, or by its class.
+
+    None: neither is known. PEFT writes the class where there is no task.
+    """
+    if (task := config.get("task_type")) is not None:
+        return None if task not in TASKS else task in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    known = config.get("auto_mapping")
+    if isinstance(known, Mapping) and str(known.get("parent_library")).startswith("transformers."):
+        return HEADED.fullmatch(str(known.get("base_model_class"))) is not None
+    return None
 
 
 def ties_adapters(config: Mapping[str, Any], module: str) -> bool:

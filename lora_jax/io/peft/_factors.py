@@ -19,7 +19,6 @@ from lora_jax.io.peft._axes import (
     LINEAR,
     MAGNITUDE,
     ROWS,
-    TIED,
     Part,
     from_peft,
 )
@@ -91,9 +90,7 @@ def _read_part(folder: Folder, places: Map, module: str, own: str, names: tuple[
             f"would drop them: target_modules={config.get('target_modules')!r}. If they are to "
             f"count, add {own!r} to target_modules in {CONFIG}; if not, remove the tensors"
         )
-    is_tied = places.is_tied(place.path, config.get("task_type"))
-    if is_tied and not configs.ties_adapters(config, own):
-        raise folder.error(TIED.format(verb="load", path=place.path))
+    folder.check_tied(places, place)
     return part
 
 
@@ -143,8 +140,6 @@ def written_factors(
     """
     letters = places.within(path, f.layout)
     kind = places.kind(path, letters)
-    if places.is_tied(path):
-        raise ValueError(TIED.format(verb="save", path=path))
     if kind == "Parameter" and f.magnitude is not None:
         raise ValueError(f"peft.save: {key!r} has DoRA magnitudes: PEFT has none of parameters")
     arrays = to_host({"a": f.a, "b": f.b})

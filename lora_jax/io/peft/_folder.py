@@ -13,7 +13,9 @@ import numpy as np
 
 from lora_jax._adapter.factors import wide
 from lora_jax.io import _files as files
+from lora_jax.io._places import Place
 from lora_jax.io._torch import Map
+from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import (
     BIAS,
     EMBEDDING,
@@ -22,6 +24,7 @@ from lora_jax.io.peft._axes import (
     PARAMETER_ORDER,
     PREFIX,
     ROWS,
+    TIED,
 )
 from lora_jax.io.peft._config import CONFIG, TENSORS
 from lora_jax.io.peft._config import check as check_config
@@ -131,6 +134,13 @@ class Folder:
     def error(self, what: str) -> ValueError:
         """Make an error that names the folder."""
         return ValueError(f"{self.where}: {what}")
+
+    def check_tied(self, places: Map, place: Place) -> None:
+        """Raise if an adapter of lookups alone is of a table that is, or may be, a head as well."""
+        is_tied = places.is_tied(place.path, configs.has_head(self.config))
+        if is_tied and not configs.ties_adapters(self.config, place.module):
+            way = "lora_jax.io.hf.merge adds it to the model's files, and writes the head apart"
+            raise self.error(TIED.format(verb="load", path=place.path, way=way))
 
     def left_over(self, name: str, places: Map) -> ValueError:
         """Make the error for a tensor that has no place."""

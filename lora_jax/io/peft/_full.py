@@ -12,7 +12,7 @@ from lora_jax.io._kinds import from_torch, torch_shape
 from lora_jax.io._places import Place
 from lora_jax.io._torch import Map
 from lora_jax.io.peft import _config as configs
-from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, TIED, Part
+from lora_jax.io.peft._axes import BIAS, LINEAR, ROWS, Part
 from lora_jax.io.peft._folder import COUNT, Folder
 from lora_jax.io.peft._own import is_new_head, outside
 from lora_jax.io.peft._vocabulary import UNLOADED, tokens_of
@@ -56,9 +56,7 @@ def read_full(folder: Folder, places: Map, adapted: Collection[str]) -> dict[str
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, place in sorted(wanted.items()):
         x = _array(folder, places, name, place)
-        is_tied = places.is_tied(place.path, config.get("task_type"))
-        if is_tied and not configs.ties_adapters(config, place.module):
-            raise folder.error(TIED.format(verb="load", path=place.path))
+        folder.check_tied(places, place)
         own = from_torch(x, place.shape, *places.form(place))
         parts.setdefault(place.path, {})[place.module] = own
     for name in sorted(folder.others.keys() - wanted.keys()):
@@ -168,8 +166,6 @@ def written_full(
                 "name: PEFT saves entire modules. If it is the weight of one, pass "
                 f"kinds={{{path!r}: 'Linear'}}"
             )
-        if places.is_tied(path):
-            raise ValueError(TIED.format(verb="save", path=path))
     found = [place for path in full for place in places.of(path)]
     trained = [place.module for place in found if place.suffix == "weight"]
     # PEFT saves every module whose name ends so, and all of each: what did not train is the base's.

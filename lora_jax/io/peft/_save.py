@@ -26,6 +26,10 @@ from lora_jax.io.peft._join import joined
 from lora_jax.io.peft._rows import written_rows
 from lora_jax.io.peft._uniform import uniform as made_uniform
 
+_WAY = (
+    "Merge it, lora_jax.merge, and save the model, hf.save; or adapt other weights. If the model "
+    "there has no head for tokens, pass task_type=, such as 'SEQ_CLS' or 'FEATURE_EXTRACTION'"
+)
 _OURS = (TENSORS, CONFIG, "README.md")
 
 
@@ -110,20 +114,18 @@ def save(
         )
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
-    leaves, parts = check(lora_params)
-    factors = lora_params.adapter.factors.items()
-    own = {parts[key].path: f.layout for key, f in factors if not isinstance(f, Rows)}
-    places = Map(leaves, names, kinds, layout, own)
-    for leaf in _tables(lora_params.adapter, places):
-        if places.is_tied(leaf, task_type):
-            raise ValueError(TIED.format(verb="save", path=leaf))
-    tensors, config = _files(
+    places = places_of(lora_params, names, kinds, layout)
+    check_has_factors(lora_params.adapter)
+    has_head = configs.has_head({"task_type": task_type})
+    if (table := tied_table(lora_params.adapter, places, has_head)) is not None:
+        raise ValueError(TIED.format(verb="save", path=table, way=_WAY))
+    tensors, config = files_of(
         lora_params.adapter,
         places,
         parameter_order,
         uniform=uniform,
         rslora=rslora,
-        base_model_name_or_path=base_model and os.fspath(base_model),
+        base_model=base_model,
         task_type=task_type,
     )
     write(path, tensors, config, for_vllm=for_vllm, overwrite=overwrite)
@@ -148,26 +150,51 @@ def write(
             shutil.copyfile(card, partial / card.name)  # of the adapter that is replaced
 
 
-def _tables(adapter: Adapter, places: Map) -> list[str]:
-    """List the leaves that are adapted, but for rows, which PEFT ties to the head."""
+def places_of(
+    lora_params: LoraParams,
+    names: Names = None,
+    kinds: Mapping[str, str] | None = None,
+    layout: Mapping[str, str] | None = None,
+) -> Map:
+    """Find the places of all leaves; those that are adapted have the layouts of their factors."""
+    leaves, parts = check(lora_params)
+    factors = lora_params.adapter.factors.items()
+    own = {parts[key].path: f.layout for key, f in factors if not isinstance(f, Rows)}
+    return Map(leaves, names, kinds, layout, own)
+
+
+def check_has_factors(adapter: Adapter) -> None:
+    """Raise unless a weight has factors."""
+    if all(isinstance(f, Rows) for f in adapter.factors.values()):
+        raise ValueError(
+            "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
+            "parameters themselves"
+        )
+
+
+def tied_table(adapter: Adapter, places: Map, has_head: bool | None) -> str | None:
+    """Find an adapted table that is, or may be, a head as well; but for rows: PEFT ties those."""
     found = [
         part_of(k, places.leaves).path
         for k, f in adapter.factors.items()
         if not isinstance(f, Rows)
     ]
-    return [*found, *adapter.full]
+    found += adapter.full
+    return next((path for path in found if places.is_tied(path, has_head)), None)
 
 
-def _files(
-    adapter: Adapter, places: Map, order: tuple[str, ...], *, uniform: bool, **more: Any
+def files_of(
+    adapter: Adapter,
+    places: Map,
+    order: tuple[str, ...] = PARAMETER_ORDER,
+    *,
+    uniform: bool = False,
+    rslora: bool = False,
+    base_model: str | os.PathLike[str] | None = None,
+    task_type: str | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Write the tensors by name, and the configuration; ``more`` is for that."""
+    """Make the tensors by name, and the configuration; the settings are those of :func:`save`."""
     modules, rows = _modules(adapter, places)
-    if not modules:
-        raise ValueError(
-            "peft.save: no weight has factors, and PEFT has no adapter without. Save the "
-            "parameters themselves"
-        )
     modules = made_uniform(modules) if uniform else modules
     own = {name: _named(part, places) for name, part in modules.items()}
     parameters = [own[name] for name, part in modules.items() if part.kind == "Parameter"]
@@ -195,7 +222,9 @@ def _files(
         modules_to_save=saved or None,
         trainable_token_indices={module: ids for module, (ids, _) in rows.items()} or None,
         use_dora=_is_dora(modules),
-        **more,
+        rslora=rslora,
+        base_model_name_or_path=base_model and os.fspath(base_model),
+        task_type=task_type,
     )
     return {PREFIX + name: x for name, x in tensors.items()}, config
 

@@ -5,7 +5,7 @@ import re
 from lora_jax._weights.conventions import is_embedding, is_head
 from lora_jax.io._kinds import torch_shape
 from lora_jax.io._places import Place
-from lora_jax.io._torch import Map, as_path, module_path
+from lora_jax.io._torch import POSITIONS, Map, as_path, module_path
 from lora_jax.io.peft._axes import EMBEDDING, LINEAR
 from lora_jax.io.peft._folder import Folder
 
@@ -35,7 +35,7 @@ def tokens_of(places: Map, place: Place) -> int | None:
 def _is_vocabulary(places: Map, place: Place) -> bool:
     """Return whether a weight is a table of tokens, by its use or its name."""
     path = as_path(f"{place.module}.weight")
-    if re.search("pos|type|wpe", path):
+    if POSITIONS.search(path):
         return False
     return places.is_table(place.path) or is_named_table(path)
 
