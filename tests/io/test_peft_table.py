@@ -117,12 +117,10 @@ SMALL = {
 # What is refused, and the words.
 CHANGED = "its initializer changed the base, which merging cannot repeat"
 REDONE = "init_lora_weights='pissa_niter_4' changes the base when PEFT loads it"
-NO_PLACE = r"adapts the parameters \['first.weight'\], which are not here"
 GROUPS = "or of a convolution in groups, which has no such factors here"  # nor does PEFT merge them
 ATTENTION = "an nn.MultiheadAttention, whose factors are of several weights"
 NOT_LOADED = {
     "PiSSA, iterated": REDONE,
-    "a parameter": NO_PLACE,
     **dict.fromkeys(("groups", "groups, DoRA"), GROUPS),
     **dict.fromkeys(("attention", "attention, a head saved"), ATTENTION),
 }
