@@ -1,6 +1,7 @@
 """Merging adapters into a model, by the command line."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def test_merge_of_what_was_peft_s(cli):
     cli("merge", "model", "more_native", "three", "--like", "params")
     cli("merge", "model", "more", "four")
     assert cli("diff", "one", "two") == cli("diff", "three", "four", *EQUAL) == "equal\n"
+
+
+def test_layers_that_are_stacked_in_the_middle(cli):
+    """The layouts of an adapter's own factors tell which axis has the layers."""
+    mlp = {"wi": floats(6, 3, 8), "wo": floats(8, 3, 6)}
+    params = {"layers": {k: {"kernel": x} for k, x in mlp.items()}}
+    axes = {"layout": {".*kernel": "ibo"}}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, targets=".*", **axes))
+    names = {r"layers/(w.)": r"layers.{layer}.\1"}
+    Path("names.json").write_text(json.dumps(names))
+    hf.save("stacked", params, hf.Family(names, **axes), config={"model_type": "own"})
+    safetensors.save("own", lora_params)
+    peft.save("theirs", lora_params, names=names)
+    cli("convert", "own", "there", "--to", "peft", "--names", "names.json")
+    assert cli("diff", "there", "theirs") == "equal\n"
+    cli("merge", "stacked", "own", "one", "--names", "names.json")
+    cli("merge", "stacked", "theirs", "two")
+    assert cli("diff", "one", "two", *EQUAL) == "equal\n"
 
 
 def test_square_experts_of_other_names(cli, refused):

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.params import Adapter, LoraParams
+from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._weights.ranges import split_range
 from lora_jax.cli._commands import convert_model
 from lora_jax.cli._options import (
@@ -159,7 +159,7 @@ def to_peft(
     if source or is_torch(adapter):
         more = TorchTree.known(leaves, adapter).options(kinds)
     lora_params = LoraParams(with_stand_ins(leaves, adapter), adapter)
-    places = places_of(lora_params, named, **more)
+    places = places_of(adapter, check(lora_params).leaves, named, **more)
     return files_of(adapter, places, task_type=task_type, **options)
 
 
@@ -181,7 +181,7 @@ def _check_tied(
     keys = {split_range(key)[0] for key in (*adapter.factors, *adapter.full)}
     tables = {re.escape(path): "Embedding" for path in keys if is_named_table(path)}
     leaves = leaves or adapted_leaves(adapter)
-    places = Map(leaves, names, {**(kinds or {}), **tables})
+    places = places_of(adapter, leaves, names, {**(kinds or {}), **tables})
     if (table := tied_table(adapter, places, has_head)) is not None:
         raise ValueError(
             f"{found.path}: the table {table!r} is an output head as well, or may be: tied. In "

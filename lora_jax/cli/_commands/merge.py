@@ -22,7 +22,6 @@ from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_adapter
 from lora_jax.cli._show import Show, size
-from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES
 from lora_jax.io.hf._merge import write_merged
 from lora_jax.io.hf._source import Source, open_source
@@ -30,6 +29,7 @@ from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import is_torch
 from lora_jax.io.hf._write import Output
 from lora_jax.io.peft._folder import Folder
+from lora_jax.io.peft._save import places_of
 from lora_jax.io.peft._save import write as write_peft
 
 EXAMPLE = "model adapter merged --dtype bfloat16"
@@ -123,7 +123,10 @@ def _letters_of(found: AdapterFile) -> str | None:
 
 def _has_head(found: AdapterFile, names: Any, source: Source) -> bool:
     """Return whether the parameters of an adapter of ours had a head beside the table."""
-    places = Map(recorded_leaves(found) or {}, names)
+    leaves = recorded_leaves(found)
+    if leaves is None or found.native is None:
+        return False
+    places = places_of(found.native[0], leaves, names)
     return any(places.find(head) for head in Ties.of(source).tables)
 
 

@@ -15,11 +15,12 @@ from lora_jax.cli._read.path import open_path
 from lora_jax.io._fit import fitted
 from lora_jax.io._kinds import from_torch
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Map, Names, as_name, as_path, module_path
+from lora_jax.io._torch import Names, as_name, as_path, module_path
 from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.hf._ties import Ties
 from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._save import places_of
 
 
 class Absent(Tensor):
@@ -180,7 +181,7 @@ def with_tables(
 ) -> dict[str, Any]:
     """Return the leaves, those of which rows train from the files of the model."""
     keys = [key for key, f in adapter.factors.items() if isinstance(f, Rows) and key in leaves]
-    places = Map(leaves, names, kinds)
+    places = places_of(adapter, leaves, names, kinds)
     found = {key: place for key in keys for place in places.of(key)}
     stored = {as_path(name): x for name, x in model.tensors.items()}
     wanted = [f"{place.module}.weight" for place in found.values()]

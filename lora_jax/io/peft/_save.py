@@ -114,13 +114,14 @@ def save(
         )
     if initial is not None:
         lora_params = to_plain(lora_params, initial, params)
-    places = places_of(lora_params, names, kinds, layout)
-    check_has_factors(lora_params.adapter)
+    adapter, leaves = lora_params.adapter, check(lora_params).leaves
+    places = places_of(adapter, leaves, names, kinds, layout)
+    check_has_factors(adapter)
     has_head = configs.has_head({"task_type": task_type})
-    if (table := tied_table(lora_params.adapter, places, has_head)) is not None:
+    if (table := tied_table(adapter, places, has_head)) is not None:
         raise ValueError(TIED.format(verb="save", path=table, way=_WAY))
     tensors, config = files_of(
-        lora_params.adapter,
+        adapter,
         places,
         parameter_order,
         uniform=uniform,
@@ -151,15 +152,15 @@ def write(
 
 
 def places_of(
-    lora_params: LoraParams,
+    adapter: Adapter,
+    leaves: Mapping[str, Any],
     names: Names = None,
     kinds: Mapping[str, str] | None = None,
     layout: Mapping[str, str] | None = None,
 ) -> Map:
     """Find the places of all leaves; those that are adapted have the layouts of their factors."""
-    leaves, parts = check(lora_params)
-    factors = lora_params.adapter.factors.items()
-    own = {parts[key].path: f.layout for key, f in factors if not isinstance(f, Rows)}
+    factors = adapter.factors.items()
+    own = {part_of(k, leaves).path: f.layout for k, f in factors if not isinstance(f, Rows)}
     return Map(leaves, names, kinds, layout, own)
 
 
