@@ -15,7 +15,7 @@ from lora_jax._jax import replicated
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
 from lora_jax._weights.numbers import check_int, check_positive
-from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.paths import PyTree, arrays_in, nearest, not_parameters
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
 from lora_jax._weights.target import Target
@@ -88,7 +88,8 @@ def extract(
     if not any(where.any() for where in changed.values()):
         raise ValueError("extract: base and tuned are equal: there is nothing to extract")
     layout = {} if layout is None else layout
-    chosen = choose(leaves, targets, exclude=exclude, layout=layout)[0]
+    others = not_parameters(base)
+    chosen = choose(leaves, targets, exclude=exclude, layout=layout, others=others)[0]
     check_patterns(rank, "rank", {weight.part.path for weight in chosen})
     factors: dict[str, Any] = {}
     adapted = set()
@@ -112,7 +113,14 @@ def extract(
         adapted.add(path)
     left = [path for path, where in changed.items() if where.any()]
     check_rest(left, rest, "extract: ", "rest=")
-    full = {path: _full(path, after[path], adapted, targets) for path in left if rest == "full"}
+    left = left if rest == "full" else []
+    if state := {path: others[path] for path in left if path in others}:
+        raise ValueError(
+            f"extract: rest='full': {', '.join(f'{p!r} ({what})' for p, what in state.items())} "
+            "changed, and only parameters train fully. Give the parameters of both models alone, "
+            "such as nnx.state(model, nnx.Param), and save the rest by save(..., state=...)"
+        )
+    full = {path: _full(path, after[path], adapted, targets) for path in left}
     return LoraParams(base, Adapter(factors, full))
 
 
