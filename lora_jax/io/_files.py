@@ -175,7 +175,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
             kind = self._file.get_slice(name).get_dtype()
             if kind in _FLOAT8:  # which the library knows in frameworks other than NumPy only
                 return _read_float8(self.path, name, self.shapes[name], _FLOAT8[kind])
-            if kind.startswith(("F4", "F6", "F8")):
+            if kind.startswith(("F4", "F6_", "F8_")):
                 raise ValueError(f"{self.path}: {name!r} is of type {kind}, which NumPy has not")
             return self._file.get_tensor(name)
 

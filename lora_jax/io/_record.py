@@ -17,12 +17,20 @@ from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, adapters_under, check, without_adapters
 from lora_jax._weights.axes import check_layout, factor_shapes
-from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.paths import (
+    PyTree,
+    arrays_in,
+    nearest,
+    not_parameters,
+    parameters_in,
+    random_in,
+)
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import split_range
+from lora_jax.io import _state as states
 from lora_jax.io._checksum import checksum
 
-VERSIONS = (1, 2)  # 2 has table rows; a record without them is of version 1
+VERSIONS = (1, 2, 3)  # 2 has table rows, 3 a state; a record without them is of version 1
 _KINDS = {"layout": str, "rank": int, "frozen": list, "residual": bool, "dora": bool}
 _ROWS = {"layout": str, "ids": list, "vocabulary": int}
 _OLD_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<ids>\d+(, \d+)*)\]\]")  # a key of version 1
@@ -66,12 +74,15 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
     return found
 
 
-def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[str, Any]:
+def record_of(
+    adapter: Adapter, base: PyTree | None, state: Mapping[str, Any], *, content: bool
+) -> dict[str, Any]:
     """Describe all that the arrays do not tell, for JSON.
 
     Args:
         adapter: the adapter.
         base: its base, or None.
+        state: the leaves of the state beside it, by path.
         content: whether to record a checksum of every leaf of the base. Leaves that an
             initializer changed have one in any case.
     """
@@ -94,16 +105,17 @@ def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[s
     changed = {split_range(key)[0] for key, f in adapter.factors.items() if f.residual}
     return {
         "format": "lora_jax",
-        "version": 2 if rows else 1,
+        "version": 3 if state else 2 if rows else 1,
         "factors": factors,
-        **({"rows": rows} if rows else {}),
+        **({"rows": rows} if rows or state else {}),
+        **({"state": states.notes_of(state)} if state else {}),
         "full": list(adapter.full),
         "base": None if base is None else _base_record(base, changed, content=content),
     }
 
 
 def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> dict[str, Any]:
-    leaves = arrays_in(without_adapters(base))
+    leaves = parameters_in(without_adapters(base))
     shown = [path for path in leaves if content or path in changed]
     return {
         "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
@@ -137,7 +149,10 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
             f"{where} is of an adapter that was trained on top of another, frozen one, which "
             "params has not. Load that one first: load(path, load(path_of_the_first, params))"
         )
-    wanted = record["leaves"]
+    others = not_parameters(without_adapters(params)).keys()
+    # Earlier records have all leaves of the base.
+    others |= random_in({path: dtype for path, (dtype, *_) in record["leaves"].items()}).keys()
+    wanted = {path: known for path, known in record["leaves"].items() if path not in others}
     for path, (_, *shape) in wanted.items():
         if path not in leaves:
             raise ValueError(
@@ -149,12 +164,12 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
                 f"{where} is an adapter of another model: there {path!r} has shape {tuple(shape)}, "
                 f"here {tuple(leaves[path].shape)}"
             )
-    if more := leaves.keys() - wanted.keys():
+    if more := leaves.keys() - wanted.keys() - others:
         raise ValueError(
             f"{where} is an adapter of another model, without the leaves {sorted(more)[:5]}"
         )
     for path, known in record["content"].items():
-        if (found := content_of(leaves[path])) != known:
+        if path not in others and (found := content_of(leaves[path])) != known:
             raise ValueError(
                 f"{where} was trained on other weights: {path!r} has the contents {found}, "
                 f"expected {known}. An initializer such as PiSSA changes the base: pass that one, "
@@ -182,13 +197,15 @@ def check_record(record: Any, where: str) -> None:
         return ValueError(f"{where}: {what}: this is no adapter of lora_jax, or it is damaged")
 
     kinds = {"format": str, "version": int, "factors": dict, "full": list, "base": dict | None}
-    kinds |= {"rows": dict} if isinstance(record, dict) and record.get("version") == 2 else {}
+    version = record.get("version") if isinstance(record, dict) else None
+    kinds |= {"rows": dict} if version in (2, 3) else {}
+    kinds |= {"state": dict} if version == 3 else {}
     if not isinstance(record, dict) or record.get("format") != "lora_jax":
         raise bad("it has no record of an adapter")
-    if record.get("version") not in VERSIONS:
+    if version not in VERSIONS:
         raise ValueError(
-            f"{where} has version {record.get('version')!r}, and this library reads "
-            f"{' and '.join(map(str, VERSIONS))}: install a newer lora-jax"
+            f"{where} has version {version!r}, and this library reads "
+            f"{', '.join(map(str, VERSIONS))}: install a newer lora-jax"
         )
     if record.keys() != kinds.keys() or any(
         not isinstance(record[k], kind) for k, kind in kinds.items()
@@ -206,6 +223,9 @@ def check_record(record: Any, where: str) -> None:
             ):
                 raise bad(f"its record of {key!r} is {entry!r}")
             check_layout(entry["layout"], f"{key!r} in {where}")
+    for path, note in record.get("state", {}).items():
+        if not states.is_note(note):
+            raise bad(f"its record of the state's {path!r} is {note!r}")
     if not all(isinstance(path, str) for path in record["full"]):
         raise bad("its record of full leaves is no list of paths")
     if (base := record["base"]) is not None:

@@ -184,7 +184,7 @@ def safetensors_file(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(version=3), "has version 3, and this library reads 1 and 2"),
+        (lambda r: r.update(version=4), "has version 4, and this library reads 1, 2, 3"),
         (lambda r: r.update(version=1), "its record has the keys"),
         (lambda r: r.update(format="x"), "has no record of an adapter"),
         (lambda r: r.update(more=1), "its record has the keys"),

@@ -72,6 +72,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
         if args.to == "peft" and found.folder is not None:
             _made_uniform(found.folder, out, args)
         elif args.to == "peft":
+            if found.state:
+                shown = ", ".join(found.state)
+                show.note(f"PEFT's format has no room for the model's state, which was {shown}")
             to_peft(
                 found,
                 out,
@@ -154,11 +157,11 @@ def _from_native(found: AdapterFile, out: Path, to: str, show: Show, *, overwrit
     """Convert between our own formats: the record goes along as it is."""
     assert found.native is not None
     if to == "safetensors":
-        safetensors.write(out, *found.native, overwrite=overwrite)
+        safetensors.write(out, *found.native, found.state, overwrite=overwrite)
         return
     if about := safetensors.about(found.path):
         show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
-    write_adapter(out, *found.native)
+    write_adapter(out, *found.native, found.state)
 
 
 def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_path
 from lora_jax.cli._show import Column, Show, number
+from lora_jax.io._state import data_of
 from lora_jax.io._tensor import counted
 
 _CHUNK = 2**22  # entries that are in float64 at a time
@@ -69,7 +70,7 @@ def _by_difference(row: dict[str, Any]) -> float:
 
 
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    ours, theirs = [{**f.updates, **f.full} for f in (one, two)]
+    ours, theirs = [{**f.updates, **f.full, **_state(f)} for f in (one, two)]
     if (one.format == "peft") != (two.format == "peft"):  # other names for the same entries
         ours, theirs = _renamed(ours), _renamed(theirs)
     rows = []
@@ -83,6 +84,11 @@ def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]],
             row = _arrays(np.asarray(a), np.asarray(b)) | {"ranks": [None, None], "cosine": None}
         rows.append({"path": path} | row)
     return rows, _only(ours, theirs)
+
+
+def _state(found: AdapterFile) -> dict[str, np.ndarray]:
+    """Return the arrays of the state beside an adapter."""
+    return {f"{path} (state)": np.asarray(data_of(x)) for path, x in found.state.items()}
 
 
 def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -73,6 +73,9 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     if dora:
         show.line(f"DoRA: {dora} of {len(found.updates)} weights have magnitudes of their own")
     show.line(f"base: {found.base}")
+    state = {path: [str(x.dtype), *x.shape] for path, x in found.state.items()}
+    if state:
+        show.line(f"state beside it: {', '.join(state)}")
     show.document(
         {
             "what": "adapter",
@@ -80,6 +83,7 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
             "format": found.format,
             "base": found.base,
             "note": found.note,
+            "state": state,
             "entries": shown,
             "totals": totals | {"bytes": found.size},
         }

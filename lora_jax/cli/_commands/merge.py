@@ -73,6 +73,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
         adapters = []
         for k, (found, weight) in enumerate(zip(opened, weights, strict=True)):
             is_shared = found.format != "peft" and not _has_head(found, names, source)
+            if found.state:
+                show.note(f"{found.path}: the model's state is left out: {', '.join(found.state)}")
             if found.format != "peft":
                 folder = Path(temporary) / str(k)
                 like = args.like
