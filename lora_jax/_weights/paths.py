@@ -18,6 +18,7 @@ from lora_jax._weights.axes import is_array
 from lora_jax._weights.quantized import is_quantized
 
 PyTree: TypeAlias = Any
+RANDOM = ("a PRNG key", "the counter of a PRNG key")  # what not_parameters calls those
 _COLLECTIONS = frozenset("batch_stats cache intermediates perturbations".split())
 
 
@@ -88,7 +89,7 @@ def not_parameters(tree: PyTree) -> dict[str, str]:
     collection ``params``. PRNG keys and their counters are no parameters. Other leaves are.
     """
     named = list(_named(tree))
-    found = random_in({path: str(getattr(leaf, "dtype", "")) for path, leaf, *_ in named})
+    found = {}
     keys = {path: [_name(key) for key in outer] for path, _, outer, _ in named}
     beside = {tuple(names[: names.index("params")]) for names in keys.values() if "params" in names}
     for path, _, _, node in named:
@@ -102,16 +103,16 @@ def not_parameters(tree: PyTree) -> dict[str, str]:
         known += names[:1] if is_wrapped(tree) and names[0] != "params" else []
         if known:
             found[path] = f"in the collection {known[0]!r}, not in 'params'"
-    return found
+    return found | random_in({path: str(getattr(x, "dtype", "")) for path, x, *_ in named})
 
 
 def random_in(dtypes: Mapping[str, str]) -> dict[str, str]:
     """Find PRNG keys by their dtypes, and the counters that NNX keeps beside them."""
-    found = {path: "a PRNG key" for path, dtype in dtypes.items() if dtype.startswith("key<")}
+    found = {path: RANDOM[0] for path, dtype in dtypes.items() if dtype.startswith("key<")}
     counters = {
         f"{path.removesuffix('key')}count" for path in found if path.split("/")[-1] == "key"
     }
-    return found | {path: "the counter of a PRNG key" for path in counters if path in dtypes}
+    return found | {path: RANDOM[1] for path in counters if path in dtypes}
 
 
 def _type_name(variable: Any) -> str:

@@ -11,7 +11,8 @@ from flax import nnx
 from helpers import NormedNet, assert_same, drawn, normal, randomize_b
 
 import lora_jax
-from lora_jax.io import _record, orbax, safetensors
+from lora_jax.io import _record, hf, orbax, safetensors
+from lora_jax.io.hf import _shards
 
 FORMATS = {"safetensors": safetensors, "orbax": orbax}
 
@@ -226,3 +227,67 @@ def test_the_commands_keep_a_state_or_say_that_they_do_not(cli, here, capsys):
     assert (
         "no room for the model's state, which was dropout/rngs/count, " in capsys.readouterr().err
     )
+
+
+STATISTICS = {r"(.*/)?norm/mean": "norm.running_mean", r"(.*/)?norm/var": "norm.running_var"}
+NAMES = STATISTICS | {"(query|value|norm)": r"\1"}
+
+
+def test_models_of_files_have_statistics_that_are_named(tmp_path):
+    params, rest = MODELS["nnx"]
+    state = whole(params, rest)
+    hf.save(tmp_path / "params", params)
+    unnamed = r"without them: norm/mean \(nnx.BatchStat, .*running_mean'"
+    for k, names in enumerate((None, {"(query|value|norm)": r"\1"})):
+        with pytest.warns(UserWarning, match=rf"hf\.save: .*{unnamed}") as caught:
+            hf.save(tmp_path / str(k), adapted(state), names=names)
+        assert caught[0].filename == __file__
+        assert (
+            _shards.tensors_in(tmp_path / str(k)).keys()
+            == _shards.tensors_in(tmp_path / "params").keys()
+        )
+    other = nnx.merge_state(params, jax.tree.map(later, rest))
+    with pytest.warns(UserWarning, match=rf"hf\.load: .*{unnamed}") as caught:
+        found = hf.load(tmp_path / "params", other, hf.Family())
+    assert caught[0].filename == __file__
+    assert_same(jax.tree.map(data, found), jax.tree.map(data, other))
+
+    hf.save(tmp_path / "named", adapted(state), names=NAMES)
+    assert "norm.running_var" in _shards.tensors_in(tmp_path / "named")
+    hf.save(tmp_path / "again", state, hf.Family(), names=NAMES, source=tmp_path / "named")
+    found = hf.load(tmp_path / "again", other, hf.Family(), names=NAMES)
+    assert_same(found["norm"], state["norm"])
+    assert (
+        found["dropout"]["rngs"]["key"].get_value() == other["dropout"]["rngs"]["key"].get_value()
+    )
+    with pytest.raises(ValueError, match=r"like: 'dropout/rngs/count' is to stay as it is in like"):
+        hf.load(tmp_path / "again", jax.eval_shape(lambda: other), hf.Family(), names=NAMES)
+
+
+def test_the_commands_know_what_is_no_parameter(cli, here, capsys):
+    from lora_jax.cli import main
+
+    for model, (params, rest) in MODELS.items():
+        rest = {"batch_stats": rest["batch_stats"]} if model == "linen" else rest
+        state = whole(params, rest)
+        orbax.save_params(f"{model}_state", state)
+        orbax.save_params(
+            f"{model}_tuned", whole(jax.tree.map(noisy, params), jax.tree.map(later, rest))
+        )
+        safetensors.save(f"{model}_adapter", adapted(params))
+        count = len(jax.tree.leaves(params))
+        text = cli("verify", f"{model}_adapter", f"{model}_state")
+        assert f"all {count} leaves" in text
+        assert main(["convert", f"{model}_state", f"{model}_hf", "--to", "hf"]) == 0
+        out, err = capsys.readouterr()
+        assert f": {count} tensors" in out
+        assert "norm/mean (" in err
+        words = ("extract", f"{model}_state", f"{model}_tuned", f"{model}_lora", "--rank", "1")
+        assert main([*words, "--rest", "full"]) == 0
+        assert "no parameters, and are left out: " in capsys.readouterr().err
+        found = orbax.load(f"{model}_lora", params)
+        assert not any("norm/mean" in path for path in found.adapter.full)
+
+
+def noisy(x):
+    return x + normal(7, x.shape, x.dtype)

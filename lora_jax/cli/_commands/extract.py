@@ -1,6 +1,7 @@
 """``extract``: find the LoRA that comes nearest to what fine-tuning changed in a model."""
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lora_jax._adapter.factors import Entry, Factors
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import not_trainable
 from lora_jax._weights.conventions import is_head
-from lora_jax._weights.paths import nearest
+from lora_jax._weights.paths import RANDOM, nearest
 from lora_jax._weights.ranges import Part
 from lora_jax._weights.selector import select
 from lora_jax._weights.target import Target
@@ -157,10 +158,15 @@ def _of_parameters(
     base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace
 ) -> tuple[LoraParams, list[dict[str, Any]]]:
     """Extract from two trees of parameters."""
+    others = base.others | tuned.others
     trees = [
-        {path: jnp.asarray(t.read()) for path, t in model.tensors.items()}
+        {path: jnp.asarray(t.read()) for path, t in model.tensors.items() if path not in others}
         for model in (base, tuned)
     ]
+    if state := [path for path, what in others.items() if what not in RANDOM]:
+        warnings.warn(
+            f"these are no parameters, and are left out: {', '.join(state)}", stacklevel=2
+        )
     options: dict[str, Any] = {"targets": args.targets or "all-linear", "rest": args.rest}
     options |= {"energy": args.energy, "alpha": args.alpha}
     try:

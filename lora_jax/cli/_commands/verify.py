@@ -97,7 +97,11 @@ def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) ->
     check(LoraParams(leaves, adapter), dict(leaves))
     if base is None:
         return f"its {len(adapter.factors) + len(adapter.full)} entries fit; it has no record"
-    structs = {p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for p, x in leaves.items()}
+    structs = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
+        for path, x in leaves.items()
+        if path in base["leaves"] or path not in model.others
+    }
     records.check_base({"leaves": base["leaves"], "content": {}}, structs, where)
     for path, known in base["content"].items():
         if (content := records.content_of(jnp.asarray(np.asarray(leaves[path])))) != known:

@@ -104,11 +104,13 @@ class Checkpoint:
         path: the file or folder.
         format: ``"huggingface"``, ``"safetensors"``, ``"gguf"`` or ``"orbax"``.
         tensors: the tensors by name.
+        others: the tensors that are known to be no parameters, each described.
     """
 
     path: Path
     format: str
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

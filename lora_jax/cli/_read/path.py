@@ -116,7 +116,7 @@ def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
     where = str(path.absolute())
     record, _ = config_of(where)
     if isinstance(record, dict) and record.get("format") == "lora_jax params":
-        return Checkpoint(path, "orbax", tensors_in(path))
+        return Checkpoint(path, "orbax", *tensors_in(path))
     adapter = read_adapter(where, None, {}, None, finite=True)[0]
     return _native(path, "orbax", adapter, record, read_state(where), note)
 
