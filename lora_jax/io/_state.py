@@ -5,7 +5,7 @@ their data, beside the name of their generator.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -66,11 +66,11 @@ def _of_jax(x: Any) -> Any:
     return jnp.asarray(x) if is_known else x
 
 
-def left_out(base: PyTree | None) -> str:
+def left_out(base: PyTree | None, saved: Container[str] = ()) -> str:
     """Name the leaves of a base that are no parameters, for a warning; empty if there is none."""
     base = without_adapters(base)
-    arrays = arrays_in(base)
-    others = {path: what for path, what in not_parameters(base).items() if path in arrays}
+    kept = [path for path in arrays_in(base) if path not in saved]
+    others = {path: what for path, what in not_parameters(base).items() if path in kept}
     if not others:
         return ""
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""

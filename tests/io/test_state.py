@@ -11,7 +11,7 @@ from flax import nnx
 from helpers import NormedNet, assert_same, drawn, normal, randomize_b
 
 import lora_jax
-from lora_jax.io import _record, hf, orbax, safetensors
+from lora_jax.io import _record, hf, orbax, peft, safetensors
 from lora_jax.io.hf import _shards
 
 FORMATS = {"safetensors": safetensors, "orbax": orbax}
@@ -91,13 +91,16 @@ def test_a_state_is_never_left_out_in_silence(kind, tmp_path, recwarn):
             module.load(tmp_path / name, params, state=rest)
 
 
-def test_a_run_warns_unless_extra_is_given(tmp_path):
+def test_runs_and_peft_warn_of_a_state_that_is_left_out(tmp_path):
     params, rest = MODELS["nnx"]
     with orbax.Checkpointer(tmp_path) as run:
         with pytest.warns(UserWarning, match=r"norm/mean .* pass them in extra; extra=\{\} leaves"):
             run.save(0, adapted(whole(params, rest)))
         run.save(1, adapted(whole(params, rest)), extra={"rest": rest})
         run.save(2, adapted(params))
+    with pytest.warns(UserWarning, match=r"peft\.save: the base has .*norm/mean .* take state=;"):
+        peft.save(tmp_path / "peft", adapted(whole(params, rest)))
+    peft.save(tmp_path / "params", adapted(params))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -131,7 +134,7 @@ def test_parameters_are_no_state(kind, tmp_path):
         with pytest.raises(ValueError, match=r"state has parameters of the base, \['(norm|query)/"):
             module.save(tmp_path / "it", adapted(every), state=every)
     with pytest.raises(TypeError, match="state has str 'x' at 'name', expected an array"):
-        module.save(tmp_path / "it", adapted(params), state={"name": "x"})
+        module.save(tmp_path / "it", adapted(linen_model()[0]), state={"name": "x"})
     assert not (tmp_path / "it").exists()
 
 

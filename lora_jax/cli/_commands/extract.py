@@ -158,7 +158,7 @@ def _of_parameters(
     base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace
 ) -> tuple[LoraParams, list[dict[str, Any]]]:
     """Extract from two trees of parameters."""
-    others = base.others | tuned.others
+    others = {**base.others, **tuned.others}
     trees = [
         {path: jnp.asarray(t.read()) for path, t in model.tensors.items() if path not in others}
         for model in (base, tuned)
