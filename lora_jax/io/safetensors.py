@@ -17,6 +17,7 @@ from lora_jax._weights.paths import PyTree
 from lora_jax.io import _files as files
 from lora_jax.io import _record as records
 from lora_jax.io import _state as states
+from lora_jax.io._schema import check_record
 
 __all__ = ["about", "load", "save"]
 
@@ -143,7 +144,7 @@ def read(
         arrays = dict(tensors)
     if files.digest(arrays, [record, about]) != expected:
         raise ValueError(f"{where} is damaged: its contents are not those that were written")
-    records.check_record(record, where)
+    check_record(record, where)
     state = {}
     for path, note in record.get("state", {}).items():
         if (name := f"{path}{_STATE}") not in arrays:

@@ -158,6 +158,19 @@ def test_fingerprints_are_of_parameters(model, is_old, content, tmp_path, monkey
             safetensors.load(tmp_path / "all", whole(other, rest))
 
 
+def test_a_second_adapter_on_a_frozen_one_has_the_same_state(tmp_path):
+    params, rest = MODELS["nnx"]
+    two = adapted(adapted(whole(params, rest)))
+    with pytest.warns(UserWarning, match="they are not saved: dropout/rngs/count"):
+        safetensors.save(tmp_path / "without", two)
+    safetensors.save(tmp_path / "it", two, state=rest)
+    found, state = safetensors.load(tmp_path / "it", adapted(params), state=rest)
+    assert_same(found.adapter, two.adapter)
+    assert_same(jax.tree.map(data, state), jax.tree.map(data, rest))
+    with pytest.raises(ValueError, match="state has parameters of the base"):
+        safetensors.save(tmp_path / "other", two, state=params)
+
+
 def later(x):
     """Another array of the same kind."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -8,6 +8,7 @@ from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
 from lora_jax.io import _state as states
+from lora_jax.io._schema import check_record
 from lora_jax.io.orbax._leaves import Leaves, by_name, labeled, rebuilt
 from lora_jax.io.orbax._parts import (
     Shardings,
@@ -119,7 +120,7 @@ def read_adapter(
 ) -> tuple[Adapter, Any, dict[str, dict[str, Any]]]:
     """Read an adapter, its record, and the parts that agree with targets."""
     record, notes = config_of(where)
-    records.check_record(record, where)
+    check_record(record, where)
     wanted = {"adapter": shardings_of(notes["adapter"], shardings, params)}
     if "state" in targets:
         states.check_agrees(dict(targets["state"].values()), record, where)
