@@ -51,7 +51,7 @@ def test_paths_of_ours_by_a_tree_and_names(cli, here, refused):
     assert cli("diff", "as_ours", "native") == "equal\n"
     cli("convert", "adapter", "as_theirs", "--to", "orbax", "--like", "native")
     assert cli("diff", "as_theirs", "native") == "equal\n"
-    cli("verify", "as_theirs", "params")
+    cli("verify", "params", "as_theirs")
     (here / "names.json").write_text(json.dumps({r"model/layers/(\d+)/(.*)": r"h.\1.\2"}))
     cli("convert", "native", "renamed", "--to", "peft", "--names", "names.json")
     assert "base_model.model.h.0.self_attn.q_proj.lora_A.weight" in tensors("renamed")

@@ -48,7 +48,10 @@ def test_diff_of_an_adapter_with_more_entries_is_not_equal(cli):
     adapter = adapted({}, 2).adapter
     *most, last = adapter.factors
     safetensors.save("fewer", lora_jax.Adapter({path: adapter.factors[path] for path in most}))
-    for pair, side in ((("native", "fewer"), "only_in_a"), (("fewer", "native"), "only_in_b")):
+    for pair, side in (
+        (("native", "fewer"), "only_in_first"),
+        (("fewer", "native"), "only_in_second"),
+    ):
         found = cli("diff", *pair, "--json", status=1)
         assert not found["equal"]
         assert all(row["equal"] for row in found["entries"])
@@ -57,7 +60,7 @@ def test_diff_of_an_adapter_with_more_entries_is_not_equal(cli):
 
 def test_diff_of_magnitudes_wholes_and_what_one_has_only(cli):
     found = cli("diff", "adapter", "dora", "--json", status=1)
-    assert found["only_in_b"] == ["score.weight"]
+    assert found["only_in_second"] == ["score.weight"]
     assert all(row["relative"] is None and not row["equal"] for row in found["entries"])
     assert "only in dora: score.weight" in cli("diff", "adapter", "dora", status=1)
     lora_params = safetensors.load("dora_native", PARAMS)
@@ -110,7 +113,7 @@ def test_diff_of_types_shapes_and_nans(cli):
         "n": True,
         "x": True,
     }
-    assert found["only_in_b"] == ["y"]
+    assert found["only_in_second"] == ["y"]
     assert "float32 float16" in cli("diff", "one", "two", status=1)
     library.save_file({**one, "a": np.ones(4, np.float32)}, "wider")
     assert "3 4" in cli("diff", "one", "wider", status=1)

@@ -168,7 +168,7 @@ def test_extract_refuses(refused, here, capsys):
     words = ("extract", "model", "tuned", "out")
     refused(*words, match="one of the arguments --rank --energy is required")
     refused(*words, "--rank", "1", "--energy", "0.5", match="not allowed with argument")
-    refused(*words, "--energy", "2", match="energy=2.0: expected a share")
+    refused(*words, "--energy", "2", match="--energy 2.0: expected a share")
     refused(*words, "--rank", "1", "--targets", "nothing", match="selects nothing")
     refused(
         *words,

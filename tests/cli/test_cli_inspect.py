@@ -235,7 +235,9 @@ def test_inspect_refuses(refused, here):
     refused("inspect", "adapter", "--base", "other", match="other is an adapter, expected a model")
     refused("inspect", "adapter", "--top", "0", match="'0': expected an integer, at least 1")
     refused("inspect", "adapter", "--sort", "size", match="argument --sort: invalid choice: 'size'")
-    refused("inspect", "adapter", "--what", match="unrecognized arguments: --what")
+    refused(
+        "inspect", "adapter", "--what", match=r"there is no --what \(see lora-jax inspect --help"
+    )
     refused("inspect", match="the following arguments are required: PATH")
     params = {"q_proj": {"kernel": floats(8, 8)}}
     peft.save("stranger", randomize_b(lora_jax.lorafy(params, 2)))

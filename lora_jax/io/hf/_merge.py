@@ -136,7 +136,7 @@ def write_merged(
         if is_narrow(wanted) and name in changed:
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
-                "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
+                "update away: write bfloat16, dtype='bfloat16'"
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     names = {old: own for change in changes if change.new for old, own in change.names.items()}
