@@ -1,17 +1,23 @@
 """``diff``: compare two adapters, or two models, entry by entry."""
 
 import argparse
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax._adapter.factors import Rows
+from lora_jax.cli._commands.convert import to_peft
 from lora_jax.cli._numbers import is_float
-from lora_jax.cli._options import order_in
+from lora_jax.cli._options import names_and_kinds, order_in
+from lora_jax.cli._read.base import UnknownBaseError
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
-from lora_jax.cli._read.path import open_path
+from lora_jax.cli._read.path import open_adapter, open_path
 from lora_jax.cli._show import Column, Show, number
+from lora_jax.io._record import is_torch
 from lora_jax.io._tensor import counted
 
 _CHUNK = 2**22  # entries that are in float64 at a time
@@ -21,7 +27,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command; the exit status is 0 if the two are equal, 1 if not."""
     one, two = (open_path(path, order_in(args)) for path in (args.one, args.two))
     if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
-        rows, only = _adapters(one, two)
+        with tempfile.TemporaryDirectory() as folder:
+            rows, only = _adapters(*_alike([one, two], Path(folder), args, show))
         columns = [Column("path", False), Column("rank"), Column("|first|", spare=2)]
         columns += [Column("|second|", spare=1), Column("difference"), Column("cosine")]
         cell = _adapter_cells
@@ -55,6 +62,37 @@ def run(args: argparse.Namespace, show: Show) -> int:
 def _by_difference(row: dict[str, Any]) -> float:
     """Return a key that sorts the largest differences first; those without a number before them."""
     return -(float("inf") if row["relative"] is None else row["relative"])
+
+
+def _alike(
+    found: list[AdapterFile], folder: Path, args: argparse.Namespace, show: Show
+) -> list[AdapterFile]:
+    """Return two adapters with the same axes: those of PEFT's files, unless both are ours."""
+    if len({_is_ours(f) for f in found}) == 1:
+        return found
+    names, kinds = names_and_kinds(args)
+    options = {"like": args.like, "names": names, "kinds": kinds}
+    options["parameter_order"] = order_in(args)
+    try:
+        return [_written(f, folder, options) if _is_ours(f) else f for f in found]
+    except UnknownBaseError:
+        raise
+    except ValueError as error:
+        show.note(f"compared by names, as one of them cannot be written for PEFT: {error}")
+        return found
+
+
+def _written(found: AdapterFile, folder: Path, options: Mapping[str, Any]) -> AdapterFile:
+    to_peft(found, folder / "written", **options)
+    return open_adapter(folder / "written", options["parameter_order"])
+
+
+def _is_ours(found: AdapterFile) -> bool:
+    """Return whether an adapter has axes, parts and rows as here, not as PyTorch's modules."""
+    if found.native is None:
+        return False
+    adapter = found.native[0]
+    return not is_torch(adapter) or any(isinstance(f, Rows) for f in adapter.factors.values())
 
 
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
