@@ -108,10 +108,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(parser: argparse.ArgumentParser) -> None:
+    _names(parser)
     _order(parser)
     add = parser.add_argument
     add("one", metavar="FIRST", help="adapter or model of any format")
     add("two", metavar="SECOND", help="the other one, of the same kind")
+    add("--like", metavar="PATH", help="parameters of an adapter of ours, beside one of PEFT's")
     add("--tolerance", type=share, default=0.0, metavar="T", help="of relative differences; 0")
     add("--top", type=count, metavar="N", help="the N that differ most only")
 

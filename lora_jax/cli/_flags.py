@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import shlex
-from typing import Any
 
 # What commands call: their arguments are meant by ``name=`` in a message.
 _CALLED = {
@@ -17,7 +16,7 @@ _CALLED = {
     "lora_jax.algebra": ("extract",),
 }
 _CALL = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)")  # Python that is shown as such
-_ARGUMENT = re.compile(r"(?<![\w.=])([a-z]\w+)=(?!=)")
+_ARGUMENT = re.compile(r"(?<![\w.=-])([a-z]\w+)=(?!=)")
 
 
 def spelled(text: str, parser: argparse.ArgumentParser) -> str:
@@ -49,23 +48,26 @@ def spelled(text: str, parser: argparse.ArgumentParser) -> str:
     return f"{spelled} (in Python: {listed})"
 
 
-def _flag(flag: str, parser: argparse.ArgumentParser, value: Any) -> str:
+def _flag(flag: str, parser: argparse.ArgumentParser, value: str) -> str:
     is_switch = parser._option_string_actions[flag].nargs == 0
-    if value is None or (is_switch and value is True):
-        return flag if value is None or is_switch else f"{flag} "
-    return f"{flag} {shlex.quote(json.dumps(value)) if isinstance(value, dict) else value}"
+    return flag if not value or (is_switch and value == "True") else f"{flag} {value}"
 
 
-def _value(text: str) -> tuple[Any, int]:
-    """Read the Python value that a text begins with, and its length; None, 0 without one."""
+def _value(text: str) -> tuple[str, int]:
+    """Spell the Python value that a text begins with for a shell; and its length, 0 without one."""
     ends = [match.end() for match in re.finditer(r"""['"}\])]|[\w.]+""", text)]
     for end in ends if re.match(r"""['"{\[(\dTF-]""", text) else ():
         try:
             value = ast.literal_eval(text[:end])
         except (SyntaxError, ValueError):
             continue
-        return (text[:end] if "..." in text[:end] else value), end
-    return None, 0
+        if isinstance(value, tuple):  # names with commas between them, A,B where they are not known
+            names = [chr(65 + k) if name is ... else str(name) for k, name in enumerate(value)]
+            return shlex.quote(",".join(names)), end
+        if "..." in text[:end]:  # not a value, but the form of one
+            return text[:end], end
+        return shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value)), end
+    return "", 0
 
 
 def _owner(name: str) -> str | None:

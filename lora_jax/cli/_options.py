@@ -33,7 +33,9 @@ def writing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path} exists: pass --overwrite, or another path")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent} to write in")
+        raise FileNotFoundError(
+            f"{path}: there is no folder {path.absolute().parent} to write in: make it"
+        )
     try:
         yield path
     except OSError as error:

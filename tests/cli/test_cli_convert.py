@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_files import PARAMS, PLAIN, assert_same, damage, tensors
+from helpers import assert_same as assert_tree
 
 import lora_jax
 from lora_jax.cli import main
@@ -44,6 +45,19 @@ def test_what_is_more_than_factors_wants_the_model(name, cli, refused):
         refused("convert", "there", "back", "--to", "peft", match="needs what is in the base's")
     cli("convert", "there", "back", "--to", "peft", "--like", "model")
     assert_same(tensors(name), tensors("back"))
+
+
+def test_what_is_converted_loads_onto_the_parameters_that_it_is_for(cli):
+    expected = peft.load("adapter", PARAMS)
+    cli("convert", "adapter", "a.safetensors", "--to", "safetensors", "--like", "params")
+    assert_tree(safetensors.load("a.safetensors", PARAMS), expected)
+    for k, like in enumerate([[], ["--like", "model"]]):  # in the names of PyTorch's files
+        cli("convert", "adapter", f"theirs{k}", "--to", "safetensors", *like)
+        with pytest.raises(ValueError, match=r"has the names and axes .*/weight'.* --like PATH"):
+            safetensors.load(f"theirs{k}", PARAMS)
+    cli("convert", "adapter", "theirs", "--to", "orbax")
+    with pytest.raises(ValueError, match=r"peft\.load\(folder, params\)"):
+        orbax.load("theirs", PARAMS)
 
 
 def test_paths_of_ours_by_a_tree_and_names(cli, here, refused):

@@ -198,7 +198,7 @@ def test_extract_refuses(refused, here, capsys):
         "--targets",
         ".*0.*q_proj.*",
     )
-    refused(*words, match=r"no targets: .*To leave .*: --rest 'ignore'; to take them in full")
+    refused(*words, match=r"no targets: .*To leave .*: --rest ignore; to take them in full")
 
     def edited(**changes):
         found = tensors_of("model") | changes

@@ -216,6 +216,17 @@ def test_orbax_parameters_of_any_tree_are_read_one_by_one(cli, here):
     assert rows["n"]["norm"] is None
 
 
+def test_an_adapter_without_a_tensor_is_refused(refused):
+    library.save_file({}, "adapter/adapter_model.safetensors")
+    safetensors.save("nothing", lora_jax.Adapter({}))
+    for words in (
+        ["inspect", "adapter"],
+        ["inspect", "nothing"],
+        ["merge", "model", "nothing", "out"],
+    ):
+        refused(*words, match="is an adapter without a tensor: nothing was adapted")
+
+
 def test_inspect_refuses(refused, here):
     (here / "empty").mkdir()
     (here / "text").write_text("hello")

@@ -64,6 +64,10 @@ def run(args: argparse.Namespace, show: Show) -> int:
             _from_peft(found, out, args)
     entries = len(found.updates) + len(found.full)
     convert_model.report(out, args.to, found, show, entries=entries)
+    if found.folder is not None and args.to != "peft" and not args.like:
+        show.line(
+            "its names and axes are those of PyTorch's files; others are those of --like PATH"
+        )
     return 0
 
 

@@ -17,8 +17,8 @@ from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
 from lora_jax.cli._read.path import open_adapter, open_path
 from lora_jax.cli._show import Column, Show, number
-from lora_jax.io._record import is_torch
 from lora_jax.io._tensor import counted
+from lora_jax.io.hf._tree import is_torch
 
 _CHUNK = 2**22  # entries that are in float64 at a time
 

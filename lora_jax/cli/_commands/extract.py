@@ -230,4 +230,4 @@ def _wanted(tree: TorchTree, targets: str | None) -> Mapping[str, Any]:
         for name, w in weights.items()
         if is_head(as_path(name)) or w.kind == "embedding" or len(w.shape) > 2
     }
-    return select(targets or "all-linear", weights, blocked, "--targets", others)
+    return select(targets or "all-linear", weights, blocked, "targets", others)

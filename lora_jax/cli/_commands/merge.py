@@ -12,7 +12,7 @@ from lora_jax.cli._options import layout_in, names_and_kinds, order_in, writing
 from lora_jax.cli._read.base import recorded_leaves
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
-from lora_jax.cli._read.path import open_adapter
+from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show, size
 from lora_jax.io._torch import Map
 from lora_jax.io.hf._families import FAMILIES
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
         raise ValueError("an adapter is there twice: add up its weights")
     given, kinds = names_and_kinds(args)
     names, layout, order = given, layout_in(args), order_in(args)
+    open_checkpoint(args.model)  # it is no adapter
     source = open_source(args.model)
     family = FAMILIES.get((source.config or {}).get("model_type", ""))
     if names is None and family is not None:
