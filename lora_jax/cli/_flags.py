@@ -31,13 +31,12 @@ def spelled(text: str, parser: argparse.ArgumentParser) -> str:
     calls = [match.span() for match in _CALL.finditer(text)]
     for match in _ARGUMENT.finditer(text):
         start, end = match.span()
-        name = match[1]
+        name, (value, length) = match[1], _value(text[end:])
         if start < done or any(a <= start < b for a, b in calls):
             continue
-        if name not in flags:
+        if name not in flags or (not length and text[end : end + 1].isalpha()):  # or an expression
             python += [] if name in python else [name]
             continue
-        value, length = _value(text[end:])
         parts += [text[done:start], _flag(flags[name], parser, value)]
         done = end + length
     owner = {name: where for name in python if (where := _owner(name))}

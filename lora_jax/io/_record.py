@@ -324,9 +324,8 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
     theirs = [path for path in (*adapter.factors, *adapter.full) if path.endswith("/weight")]
     if theirs and not {*theirs} & arrays_in(params).keys():
         raise ValueError(
-            f"{where} has the names and axes of PyTorch's files, such as {theirs[0]!r}. Read PEFT's "
-            "folder itself, lora_jax.io.peft.load(folder, params); or convert it with --like PATH, "
-            "where lora_jax.io.orbax.save_params wrote the parameters"
+            f"{where} has names and axes of PyTorch, such as {theirs[0]!r}. Load PEFT's folder by "
+            "peft.load(folder, params), or convert it --like PATH that orbax.save_params wrote"
         )
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)

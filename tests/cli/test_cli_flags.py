@@ -28,6 +28,7 @@ COMMANDS = commands_of(parser())
         ("merge", "pass parameter_order=(..., ...)", "pass --parameter-order A,B"),
         ("merge", "parameter_order=('a', 'b'): no", "--parameter-order a,b: no"),
         ("merge", "layout={'a/b': 'bio'}", """--layout '{"a/b": "bio"}'"""),
+        ("merge", "layout=f(...)", "layout=f(...) (in Python: layout= of lora_jax.io.hf.load)"),
         ("inspect", "finite=False", "finite=False (in Python: finite= of lora_jax.io.peft.load)"),
         ("verify", "names=, tied=", "--names, tied= (in Python: tied= of lora_jax.io.hf.load)"),
         ("merge", "f.x(targets=1, rank=(2)) as it is", "f.x(targets=1, rank=(2)) as it is"),
