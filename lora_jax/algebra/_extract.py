@@ -112,7 +112,7 @@ def extract(
         changed[path][now.index] = False
         adapted.add(path)
     left = [path for path, where in changed.items() if where.any()]
-    check_rest(left, rest, "extract: ", "rest=")
+    check_rest(left, rest)
     left = left if rest == "full" else []
     if state := {path: others[path] for path in left if path in others}:
         raise ValueError(
@@ -173,15 +173,13 @@ def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
         raise ValueError(f"extract: {rest=}: expected one of {get_args(Rest)}")
 
 
-def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
+def check_rest(left: list[str], rest: str) -> None:
     """Raise if leaves changed that are no targets, unless ``rest`` allows it."""
     if left and rest == "error":
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-        quote = "'" if option.endswith("=") else ""
         raise ValueError(
-            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as "
-            f"they are in the base: {option}{quote}ignore{quote}; to take them in full: "
-            f"{option}{quote}full{quote}"
+            f"extract: {len(left)} tensors changed that are no targets: {shown}. To leave them as "
+            "they are in the base: rest='ignore'; to take them in full: rest='full'"
         )
 
 

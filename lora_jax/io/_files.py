@@ -38,9 +38,12 @@ def written_aside(
 
     Raises:
         FileExistsError: ``path`` exists, or contains other files.
+        FileNotFoundError: its folder does not exist.
         OSError: ``path`` cannot be written.
     """
     path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write in: make it")
     if os.path.lexists(path):
         if not overwrite:
             raise FileExistsError(f"{path} exists: pass overwrite=True, or another path")

@@ -278,6 +278,12 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
             "this adapter was trained. To put it on top of another adapter all the same: "
             "LoraParams(lora_params, load(path))"
         )
+    theirs = [path for path in (*adapter.factors, *adapter.full) if path.endswith("/weight")]
+    if theirs and not {*theirs} & arrays_in(params).keys():
+        raise ValueError(
+            f"{where} has names and axes of PyTorch, such as {theirs[0]!r}. Load PEFT's folder by "
+            "peft.load(folder, params), or convert it --like PATH that orbax.save_params wrote"
+        )
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)
     check(lora_params)

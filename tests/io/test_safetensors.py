@@ -333,6 +333,8 @@ def test_checksums_see_no_sharding():
 
 def test_an_existing_file_is_kept(tmp_path):
     safetensors.save(tmp_path / "a", adapter_of())
+    with pytest.raises(FileNotFoundError, match=r"no/a: there is no folder .*/no to write in"):
+        safetensors.save(tmp_path / "no" / "a", adapter_of())
     with pytest.raises(FileExistsError, match="pass overwrite=True, or another path"):
         safetensors.save(tmp_path / "a", adapter_of())
     safetensors.save(tmp_path / "a", adapter_of(rank=1), overwrite=True)

@@ -11,15 +11,7 @@ import numpy as np
 
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._commands import convert_model
-from lora_jax.cli._options import (
-    DTYPES,
-    FORMATS,
-    add_axes,
-    add_names,
-    layout_in,
-    names_and_kinds,
-    writing,
-)
+from lora_jax.cli._options import layout_in, names_and_kinds, order_in, writing
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
@@ -42,28 +34,10 @@ from lora_jax.io.peft._read import read
 from lora_jax.io.peft._save import write as write_peft
 from lora_jax.io.peft._uniform import uniform_files
 
-EXAMPLE = "adapter adapter.safetensors --to safetensors"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_names(parser)
-    add_axes(parser)
-    add = parser.add_argument
-    add("path", metavar="IN", help="adapter or model of any format")
-    add("out", metavar="OUT", help="file or folder to write")
-    add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
-    add("--like", metavar="PATH", help="model or adapter with the tree of paths")
-    add("--base-model", metavar="NAME", help="for PEFT's configuration")
-    add("--uniform", action="store_true", help="one rank and one scale, for llama.cpp and SGLang")
-    add("--for-vllm", action="store_true", help="refuse what vLLM would")
-    add("--dtype", choices=DTYPES, help="of a model's floating tensors")
-    add("--overwrite", action="store_true", help="replace what is there")
-
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path, args.parameter_order)
+    found = open_path(args.path, order_in(args))
     if isinstance(found, Checkpoint):
         return convert_model.run(found, args, show, *names_and_kinds(args))
     _check_options(found, args)
@@ -84,7 +58,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 base_model=args.base_model,
                 uniform=args.uniform,
                 for_vllm=args.for_vllm,
-                parameter_order=args.parameter_order,
+                parameter_order=order_in(args),
                 overwrite=args.overwrite,
             )
         elif found.native is not None:
@@ -93,6 +67,10 @@ def run(args: argparse.Namespace, show: Show) -> int:
             _from_peft(found, out, args)
     entries = len(found.updates) + len(found.full)
     convert_model.report(out, args.to, found, show, entries=entries)
+    if found.folder is not None and args.to != "peft" and not args.like:
+        show.line(
+            "its names and axes are those of PyTorch's files; others are those of --like PATH"
+        )
     return 0
 
 

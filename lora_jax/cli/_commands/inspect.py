@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
-from lora_jax.cli._options import add_order, count
+from lora_jax.cli._options import order_in
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import find, part_of
 from lora_jax.cli._read.path import open_checkpoint, open_path
@@ -27,23 +27,9 @@ _MODELS = {
 }
 
 
-EXAMPLE = "adapter --base model --top 5"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_order(parser)
-    add = parser.add_argument
-    add("path", metavar="PATH", help="adapter, checkpoint, model folder, or file")
-    add("--base", metavar="PATH", help="the model, for the relative size of updates")
-    add("--top", type=count, metavar="N", help="the first N rows only")
-    add("--sort", choices=("path", "norm", "rank"), default="path", help="by path or largest first")
-    add("--spectrum", action="store_true", help="effective ranks of a model's matrices")
-
-
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path, args.parameter_order)
+    found = open_path(args.path, order_in(args))
     if isinstance(found, Checkpoint):
         if args.base:
             raise ValueError(f"--base is for adapters, and {args.path} is a model")

@@ -27,9 +27,18 @@ def open_path(
 
     Raises:
         OSError: there is nothing, or it cannot be read.
-        ValueError: it is of no known kind, or is damaged.
+        ValueError: it is of no known kind, is damaged, or is an adapter of nothing.
     """
-    path = Path(path)
+    found = _open(Path(path), order)
+    if isinstance(found, AdapterFile) and not (found.updates or found.full):
+        raise ValueError(
+            f"{path} is an adapter without a tensor: nothing was adapted, or what it was saved "
+            "from was empty. Save it again"
+        )
+    return found
+
+
+def _open(path: Path, order: tuple[str, ...]) -> AdapterFile | Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
