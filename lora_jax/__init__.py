@@ -15,19 +15,14 @@ More lives in modules:
 * ``io``: files of adapters and of models.
 """
 
-from typing import NoReturn
+# ruff: noqa: F403, F405
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-from lora_jax import algebra, analysis, init, io, many, optim, quant
-from lora_jax._adapter.factors import Factors, Rows
-from lora_jax._adapter.params import Adapter, LoraParams
-from lora_jax._adapter.shardings import shardings, state_shardings
-from lora_jax._lorafy import lorafy
-from lora_jax._merge import merge, switch, unmerge
-from lora_jax._transform.discover import layout_of
-from lora_jax._transform.lora import lora
-from lora_jax._transform.report import Report, report
-from lora_jax._weights.layouts import Layouts
-from lora_jax.optim import combine, labels, optimizer, split, value_and_grad
+if TYPE_CHECKING or "jax" in sys.modules:
+    from lora_jax._api import *
+# else when a name is first used: `lora-jax --help` does without
 
 __version__ = "0.1.0"
 
@@ -71,8 +66,14 @@ _MOVED = {
 }
 
 
-def __getattr__(name: str) -> NoReturn:
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lora_jax._api"), name)
     for module, names in _MOVED.items():
         if name in names.split():
             raise AttributeError(f"lora_jax.{name} is lora_jax.{module}.{name}")
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -14,7 +14,7 @@ from lora_jax._adapter.params import Adapter, LoraParams, check, without_adapter
 from lora_jax._adapter.place import Made, Recipe, make_sharded
 from lora_jax._weights.axes import role_shape
 from lora_jax._weights.choose import Bias
-from lora_jax._weights.paths import PyTree, checked_arrays, flatten
+from lora_jax._weights.paths import PyTree, checked_arrays, flatten, not_parameters
 from lora_jax._weights.plan import Plan, make_plan
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector
@@ -62,7 +62,8 @@ def lorafy(
 
     Args:
         params: any pytree of arrays: nested dicts, FrozenDicts, lists, dataclasses, boxed Linen
-            metadata, ``nnx.State``; with or without a top-level ``"params"``.
+            metadata, ``nnx.State``; with or without a top-level ``"params"``. Only parameters
+            train: an ``nnx.Param`` among variables of NNX, the collection ``params`` of Linen's.
         rank: the rank of the update, from 1 to ``min(in, out)``; or ``{pattern: rank}``. The first
             pattern that matches a path counts.
         alpha: the update is scaled by ``alpha / rank``; a number, or ``{pattern: alpha}``.
@@ -135,6 +136,7 @@ def lorafy(
         bias=bias,
         rows=rows,
         layout=layout,
+        others=not_parameters(without_adapters(params)),
     )
     key = jax.random.key(0) if key is None else key
     options = (init, dora, tuple(sorted(freeze)), jnp.dtype(dtype))

@@ -7,7 +7,7 @@ import jax
 
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.choose import choose
-from lora_jax._weights.paths import PyTree, arrays_in, flatten
+from lora_jax._weights.paths import PyTree, arrays_in, flatten, not_parameters
 from lora_jax._weights.quantized import (
     dequantize_array,
     is_coarse,
@@ -64,7 +64,8 @@ def quantize(
     leaves = arrays_in(params)
     layout = layout or {}
     check_patterns(layout, "layout", leaves)
-    chosen, _ = choose(leaves, targets, exclude=exclude, layout=layout)
+    others = not_parameters(params)
+    chosen, _ = choose(leaves, targets, exclude=exclude, layout=layout, others=others)
     new: dict[str, Any] = {}
     for key, (path, ranges), _ in chosen:
         if ranges:

@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
+import pydoc
 import re
 import subprocess
 import sys
@@ -20,6 +22,25 @@ def test_importing_loads_no_module_of_an_extra_and_no_flax():
     code = f"import sys, lora_jax; print([m for m in {extras} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_names_are_there_when_they_are_used():
+    code = """if True:
+        import sys, lora_jax
+        assert "jax" not in sys.modules and "lorafy" in dir(lora_jax), "without JAX, as lora-jax"
+        from lora_jax import init, lorafy
+        import jax
+        assert lora_jax.lorafy is lorafy and lora_jax.many.stack, "after it"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "lorafy" in vars(lora_jax), "JAX was there, as in a user's program"
+
+
+def test_help_lists_the_functions():
+    text = pydoc.plain(pydoc.render_doc(lora_jax)).partition("\nFUNCTIONS\n")[2]
+    for name in lora_jax.__all__:
+        if inspect.isfunction(getattr(lora_jax, name)):
+            assert re.search(rf"^    {name}\(", text, re.M), name
 
 
 def test_only_one_file_knows_jax_versions():

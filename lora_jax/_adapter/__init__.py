@@ -9,6 +9,8 @@ In reading order:
 * ``lowrank``: updates as pairs of matrices, and their singular values and vectors.
 * ``updates``: adapters as updates of a model; ``sums``: ``0.7 * x + y``.
 * ``shardings``: shardings of factors; ``place``: factors made in their place.
+* ``serialize``: adapters in functions that ``jax.export`` writes, and in states of Flax.
 """
 
+from lora_jax._adapter import serialize as serialize
 from lora_jax._adapter import sums as sums  # the operators of Adapter and LoraParams

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lora_jax._adapter.factors import Entry, Rows, is_concrete
 from lora_jax._weights.axes import factor_shapes, is_array, role_shape
 from lora_jax._weights.layouts import table
-from lora_jax._weights.paths import PyTree, flatten, nearest
+from lora_jax._weights.paths import PyTree, flatten, nearest, parameters_in
 from lora_jax._weights.ranges import Part, overlap, part_of
 
 OPERATORS: dict[str, Callable[..., Any]] = {}  # filled by ``sums``, which needs these classes
@@ -170,8 +170,8 @@ def count_line(lora_params: LoraParams) -> str:
     factors = adapter.factors.values()
     trainable = sum(f.size for f in factors) + sum(leaf.size for leaf in adapter.full.values())
     added = sum(x.size for f in factors for name, x in f.arrays().items() if name in f.TRAINABLE)
-    base = flatten(without_adapters(lora_params))[0].values()
-    total = added + sum(prod(x.shape) for x in base if is_array(x))
+    base = parameters_in(without_adapters(lora_params)).values()
+    total = added + sum(prod(x.shape) for x in base)
     return (
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / max(total, 1):.3g}"

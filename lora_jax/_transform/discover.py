@@ -19,7 +19,7 @@ from lora_jax._transform.use import Use
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.conventions import why_not
 from lora_jax._weights.layouts import Layouts, Weight
-from lora_jax._weights.paths import checked_arrays
+from lora_jax._weights.paths import checked_arrays, not_parameters
 
 _KINDS = {"conv_general_dilated": "conv", "gather": "embedding", "ragged_dot_general": "ragged"}
 
@@ -66,7 +66,8 @@ def layout_of(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
     if isinstance(params, LoraParams):
         raise TypeError("layout_of: params is a LoraParams; pass its .base")
     leaves = checked_arrays(params, "layout_of")
-    reasons = {path: _why_not(leaf) for path, leaf in leaves.items()}
+    reasons: dict[str, str | None] = {path: _why_not(leaf) for path, leaf in leaves.items()}
+    reasons |= not_parameters(params)
     wrapped = LoraParams(params, Adapter({}))
 
     call = Call.of((wrapped, *args), kwargs, functools.partial(_with_probes, reasons))

@@ -17,9 +17,16 @@ from lora_jax._transform.context import Context, MaterializeError, OnMaterialize
 from lora_jax._transform.interpret import evaluate
 from lora_jax._transform.origin import Leaf
 from lora_jax._transform.record import Record
+from lora_jax._transform.use import Use
 from lora_jax._weights.axes import is_array, role_axes
 from lora_jax._weights.paths import is_flax
 from lora_jax._weights.ranges import part_of
+
+_RETURNED = "is returned by the function"  # why a weight is built
+_REST = (
+    "return the rest alone, nnx.state(model, nnx.Not(nnx.Param)) of an NNX model; of a Linen model "
+    "the collections that change, by mutable=['batch_stats'] instead of mutable=True."
+)
 
 
 def lora(
@@ -186,7 +193,7 @@ def _dropout_key(key: Any, dropout: float) -> jax.Array:
 
 def leave(ctx: Context, jaxpr: Any, values: list[Any]) -> list[Any]:
     """Return the outputs of the function as plain arrays."""
-    return ctx.plain(evaluate(ctx, jaxpr, values), "is returned by the function")
+    return ctx.plain(evaluate(ctx, jaxpr, values), _RETURNED)
 
 
 def rehearse(jaxpr: Any, values: list[Any]) -> Record:
@@ -199,15 +206,40 @@ def rehearse(jaxpr: Any, values: list[Any]) -> Record:
 
 def _complaints(record: Record) -> str:
     """Return one message for all the weights that would have to be built."""
-    first, *rest = record.materialized
+    returned = [use for use in record.materialized if use.why == _RETURNED]
+    if len(returned) > 1:
+        others = [use for use in record.materialized if use.why != _RETURNED]
+        return "\n".join([_whole_state(returned), *_each(others)])
+    message = _each(record.materialized)
+    if returned:
+        message += [f"If it belongs to a state that the function returns: {_REST}"]
+    return "\n".join(message)
+
+
+def _each(uses: Sequence[Use]) -> list[str]:
+    """Return the lines about weights that would have to be built, whatever the reasons."""
+    if not uses:
+        return []
+    first, *rest = uses
     message = [first.complaint]
     if rest:
         shown = [f"  {use.leaf.path!r} {use.form} {use.reason}" for use in rest[:20]]
         shown += [f"  ... and {len(rest) - 20} more"] if len(rest) > 20 else []
-        paths = list(dict.fromkeys(use.leaf.path for use in (first, *rest)))
+        paths = list(dict.fromkeys(use.leaf.path for use in uses))
         message += ["So would others:", *shown]
         message += [f"To keep all of them out: lorafy(..., exclude={paths!r})"]
-    return "\n".join(message)
+    return message
+
+
+def _whole_state(returned: Sequence[Use]) -> str:
+    """Return the message about a function that returns weights as it got them."""
+    paths = ", ".join(repr(use.leaf.path) for use in returned[:5])
+    more = f" and {len(returned) - 5} more" if len(returned) > 5 else ""
+    return (
+        f"lora: {len(returned)} adapted weights are returned by the function: {paths}{more}. A "
+        f"call does not change parameters: {_REST} If the sums W + (alpha / rank) A B are meant: "
+        "lora(fn, on_materialize='allow')."
+    )
 
 
 def _check_used(

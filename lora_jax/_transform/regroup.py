@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.origin import Groups
@@ -21,9 +22,15 @@ def axis_groups(old: Sequence[int], new: Sequence[int]) -> Groups:
     while olds or news:
         left, right = [olds.pop(0)], [news.pop(0)]
         while (a := prod(old[i] for i in left)) != (b := prod(new[j] for j in right)):
-            (left.append(olds.pop(0)) if a < b else right.append(news.pop(0)))
+            is_left = olds and (not news or _is_smaller(a, b))
+            (left.append(olds.pop(0)) if is_left else right.append(news.pop(0)))
         groups.append((tuple(left), tuple(right)))
     return groups
+
+
+def _is_smaller(a: Any, b: Any) -> bool:
+    """Return whether ``a < b``; of symbolic sizes, which may have no order, whether it divides."""
+    return a < b if isinstance(a, int) and isinstance(b, int) else b % a == 0
 
 
 def joined(x: Labelled, axis: int, group: Sequence[int], size: int) -> Labelled:

@@ -38,12 +38,17 @@ def choose(
     bias: Bias = "none",
     layers: Iterable[int] | None = None,
     layout: Mapping[str, str],
+    others: Mapping[str, str],
     may_be_empty: bool = False,
 ) -> tuple[list[Chosen], list[str]]:
-    """Choose the weights that get factors, and the paths of the leaves to train fully."""
+    """Choose the weights that get factors, and the paths of the leaves to train fully.
+
+    ``others`` are the leaves that are no parameters, as ``paths.not_parameters`` describes them.
+    """
     if bias not in get_args(Bias):
         raise ValueError(f"bias={bias!r}: expected one of {get_args(Bias)}")
     fixed = {path: reason for path, leaf in leaves.items() if (reason := not_trainable(leaf))}
+    fixed |= {path: f"{what}: no parameter" for path, what in others.items()}
     if exclude is not None:
         fixed |= dict.fromkeys(select(exclude, leaves, {}, "exclude"), f"{exclude=}")
     quantized = {p: "quantized: dequantize it first" for p, x in leaves.items() if is_quantized(x)}

@@ -56,8 +56,11 @@ def make_plan(
     bias: Bias = "none",
     rows: Mapping[str, Iterable[int]] | None = None,
     layout: Mapping[str, str] | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose what trains, with the arguments of :func:`lora_jax.lorafy`, and check all of it.
+
+    ``others`` are the leaves that are no parameters, as ``paths.not_parameters`` describes them.
 
     Raises:
         ValueError: an argument selects nothing, is out of range, or contradicts another.
@@ -71,7 +74,8 @@ def make_plan(
         )
     check_same_model(layout, leaves)
     check_patterns(layout, "layout", leaves)
-    tables = _tables(rows or {}, leaves, layout)
+    others = others or {}
+    tables = _tables(rows or {}, leaves, layout, others)
     chosen, fully = choose(
         leaves,
         targets,
@@ -80,6 +84,7 @@ def make_plan(
         bias=bias,
         layers=layers,
         layout=layout,
+        others=others,
         may_be_empty=bool(tables),
     )
     paths = {weight.part.path for weight in chosen}
@@ -121,7 +126,10 @@ def _target(
 
 
 def _tables(
-    rows: Mapping[str, Iterable[int]], leaves: Mapping[str, Any], layout: Mapping[str, str]
+    rows: Mapping[str, Iterable[int]],
+    leaves: Mapping[str, Any],
+    layout: Mapping[str, str],
+    others: Mapping[str, str],
 ) -> dict[str, Table]:
     """Find the tables with trainable rows, by path."""
     check_patterns(rows, "rows", leaves)
@@ -130,6 +138,8 @@ def _tables(
         if (ids := lookup(rows, path, "rows")) is None:
             continue
         ids = sorted(int(i) for i in ids)
+        if path in others:
+            raise ValueError(f"rows: {path!r} is {others[path]}: no parameter, so no row trains")
         letters = letters_of(path, leaves, layout) if len(leaf.shape) > 1 else ""
         if letters.count("i") != 1 or "b" in letters or not_trainable(leaf):
             raise ValueError(

@@ -15,7 +15,7 @@ from lora_jax._jax import replicated
 from lora_jax._weights.axes import factor_shapes, not_trainable
 from lora_jax._weights.choose import choose
 from lora_jax._weights.numbers import check_int, check_positive
-from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.paths import PyTree, arrays_in, nearest, not_parameters
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.selector import Selector, check_patterns, letters_of, lookup
 from lora_jax._weights.target import Target
@@ -88,7 +88,8 @@ def extract(
     if not any(where.any() for where in changed.values()):
         raise ValueError("extract: base and tuned are equal: there is nothing to extract")
     layout = {} if layout is None else layout
-    chosen = choose(leaves, targets, exclude=exclude, layout=layout)[0]
+    others = not_parameters(base)
+    chosen = choose(leaves, targets, exclude=exclude, layout=layout, others=others)[0]
     check_patterns(rank, "rank", {weight.part.path for weight in chosen})
     factors: dict[str, Any] = {}
     adapted = set()
@@ -111,8 +112,15 @@ def extract(
         changed[path][now.index] = False
         adapted.add(path)
     left = [path for path, where in changed.items() if where.any()]
-    check_rest(left, rest, "extract: ", "rest=")
-    full = {path: _full(path, after[path], adapted, targets) for path in left if rest == "full"}
+    check_rest(left, rest)
+    left = left if rest == "full" else []
+    if state := {path: others[path] for path in left if path in others}:
+        raise ValueError(
+            f"extract: rest='full': {', '.join(f'{p!r} ({what})' for p, what in state.items())} "
+            "changed, and only parameters train fully. Give the parameters of both models alone, "
+            "such as nnx.state(model, nnx.Param), and save the rest by save(..., state=...)"
+        )
+    full = {path: _full(path, after[path], adapted, targets) for path in left}
     return LoraParams(base, Adapter(factors, full))
 
 
@@ -165,15 +173,13 @@ def check_options(rank: Any, energy: Any, alpha: Any, rest: str) -> None:
         raise ValueError(f"extract: {rest=}: expected one of {get_args(Rest)}")
 
 
-def check_rest(left: list[str], rest: str, verb: str, option: str) -> None:
+def check_rest(left: list[str], rest: str) -> None:
     """Raise if leaves changed that are no targets, unless ``rest`` allows it."""
     if left and rest == "error":
         shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-        quote = "'" if option.endswith("=") else ""
         raise ValueError(
-            f"{verb}{len(left)} tensors changed that are no targets: {shown}. To leave them as "
-            f"they are in the base: {option}{quote}ignore{quote}; to take them in full: "
-            f"{option}{quote}full{quote}"
+            f"extract: {len(left)} tensors changed that are no targets: {shown}. To leave them as "
+            "they are in the base: rest='ignore'; to take them in full: rest='full'"
         )
 
 

@@ -1,11 +1,15 @@
 """The command line: ``lora-jax inspect | merge | convert | diff | extract | verify | completion``.
 
-* ``_parser``: parses the words; ``_commands``: one module per command, with its arguments.
+* ``_arguments``, ``_parser``: declare and parse the words, without importing more.
+* ``_commands``: one module per command, which is imported to run it.
 * ``_read``: finds out what a path holds.
+* ``_flags``: spells messages of the library with flags.
 * ``_options``, ``_numbers``, ``_show``: what several commands share.
 """
 
+import argparse
 import functools
+import importlib
 import logging
 import os
 import sys
@@ -14,22 +18,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from lora_jax.cli._commands import SUMMARIES
 from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show
 
 __all__ = ["main"]
 
 _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
-
-# The remedies that errors offer, and the same at the command line.
-_FLAGS = {
-    "pass overwrite=True": "pass --overwrite",
-    "pass parameter_order=(..., ...)": "pass --parameter-order A,B",
-    "pass layout={": "pass --layout, a file of {",
-}
 
 
 def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
@@ -46,17 +40,13 @@ def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
     if argv is None:
         _silence_others()
     argv = sys.argv[1:] if argv is None else list(argv)
-    if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")
-    command = argv[0] if argv and not argv[0].startswith("-") else ""
+    name, known = " ".join(["lora-jax", *argv[:1]]).split(" -")[0], None
     try:
-        args = parser(next((word for word in argv if word in SUMMARIES), "")).parse_args(argv)
+        args = parser().parse_args(argv)
+        name, known = f"lora-jax {args.command}", args.parser
         show = show or Show()
         show.is_json, show.is_quiet = args.json, args.quiet
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = functools.partial(_warned, show)
-            status = args.run(args, show)
+        status = _run(args, show)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -68,8 +58,21 @@ def main(argv: Sequence[str] | None = None, show: Show | None = None) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         else:
-            print(f"{' '.join(['lora-jax', command]).strip()}: {_line(error)}", file=sys.stderr)
+            print(f"{name}: {_line(error, known)}", file=sys.stderr)
         return _BAD_INPUT
+
+
+def _run(args: argparse.Namespace, show: Show) -> int:
+    """Import a command and run it, on the CPU unless the environment names a platform."""
+    import jax
+
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    command = importlib.import_module(f"lora_jax.cli._commands.{args.command}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = functools.partial(_warned, show, args.parser)
+        return command.run(args, show)
 
 
 def _silence_others() -> None:
@@ -79,22 +82,31 @@ def _silence_others() -> None:
         sys.unraisablehook = lambda _: None  # Orbax closes its event loop too early
 
 
-def _warned(show: Show, message: Any, category: Any, filename: str, *_: Any) -> None:
+def _warned(
+    show: Show, known: argparse.ArgumentParser, message: Any, category: Any, filename: str, *_: Any
+) -> None:
     """Show a warning of this library; drop those of others."""
     if "lora_jax" in filename:
-        show.note(str(message))
+        show.note(_spelled(str(message), known))
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException, known: argparse.ArgumentParser | None) -> str:
     """Write an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         files = (name for name in (error.filename, error.filename2) if name is not None)
         text = ": ".join([*map(str, files), error.strerror])
     else:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    for own, there in _FLAGS.items():
-        text = text.replace(own, there)
-    return " ".join(text.split()) or type(error).__name__
+    return " ".join(_spelled(text, known).split()) or type(error).__name__
+
+
+def _spelled(text: str, known: argparse.ArgumentParser | None) -> str:
+    if known is None:
+        return text
+    from lora_jax.cli._flags import spelled
+
+    command = known.prog.rpartition(" ")[2]
+    return spelled(text.removeprefix(f"{command}: "), known)
 
 
 def _close_stdout() -> None:

@@ -38,9 +38,12 @@ def written_aside(
 
     Raises:
         FileExistsError: ``path`` exists, or contains other files.
+        FileNotFoundError: its folder does not exist.
         OSError: ``path`` cannot be written.
     """
     path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write in: make it")
     if os.path.lexists(path):
         if not overwrite:
             raise FileExistsError(f"{path} exists: pass overwrite=True, or another path")
@@ -175,7 +178,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
             kind = self._file.get_slice(name).get_dtype()
             if kind in _FLOAT8:  # which the library knows in frameworks other than NumPy only
                 return _read_float8(self.path, name, self.shapes[name], _FLOAT8[kind])
-            if kind == "F4" or kind.startswith(("F6_", "F8_")):
+            if kind.startswith(("F4", "F6_", "F8_")):
                 raise ValueError(f"{self.path}: {name!r} is of type {kind}, which NumPy has not")
             return self._file.get_tensor(name)
 

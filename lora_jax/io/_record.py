@@ -16,15 +16,20 @@ from lora_jax._adapter.checks import check_single
 from lora_jax._adapter.factors import Factors, Rows
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, adapters_under, check, without_adapters
-from lora_jax._weights.axes import check_layout, factor_shapes
-from lora_jax._weights.paths import PyTree, arrays_in, nearest
+from lora_jax._weights.axes import factor_shapes
+from lora_jax._weights.paths import (
+    PyTree,
+    arrays_in,
+    nearest,
+    not_parameters,
+    parameters_in,
+    random_in,
+)
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import split_range
+from lora_jax.io import _state as states
 from lora_jax.io._checksum import checksum
 
-VERSIONS = (1, 2)  # 2 has table rows; a record without them is of version 1
-_KINDS = {"layout": str, "rank": int, "frozen": list, "residual": bool, "dora": bool}
-_ROWS = {"layout": str, "ids": list, "vocabulary": int}
 _OLD_ROWS = re.compile(r"(?P<path>.*)\[\[(?P<ids>\d+(, \d+)*)\]\]")  # a key of version 1
 
 
@@ -66,12 +71,15 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
     return found
 
 
-def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[str, Any]:
+def record_of(
+    adapter: Adapter, base: PyTree | None, state: Mapping[str, Any], *, content: bool
+) -> dict[str, Any]:
     """Describe all that the arrays do not tell, for JSON.
 
     Args:
         adapter: the adapter.
         base: its base, or None.
+        state: the leaves of the state beside it, by path.
         content: whether to record a checksum of every leaf of the base. Leaves that an
             initializer changed have one in any case.
     """
@@ -94,16 +102,17 @@ def record_of(adapter: Adapter, base: PyTree | None, *, content: bool) -> dict[s
     changed = {split_range(key)[0] for key, f in adapter.factors.items() if f.residual}
     return {
         "format": "lora_jax",
-        "version": 2 if rows else 1,
+        "version": 3 if state else 2 if rows else 1,
         "factors": factors,
-        **({"rows": rows} if rows else {}),
+        **({"rows": rows} if rows or state else {}),
+        **({"state": states.notes_of(state)} if state else {}),
         "full": list(adapter.full),
         "base": None if base is None else _base_record(base, changed, content=content),
     }
 
 
 def _base_record(base: PyTree, changed: Collection[str], *, content: bool) -> dict[str, Any]:
-    leaves = arrays_in(without_adapters(base))
+    leaves = parameters_in(without_adapters(base))
     shown = [path for path in leaves if content or path in changed]
     return {
         "leaves": {path: [str(x.dtype), *map(int, x.shape)] for path, x in leaves.items()},
@@ -137,7 +146,10 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
             f"{where} is of an adapter that was trained on top of another, frozen one, which "
             "params has not. Load that one first: load(path, load(path_of_the_first, params))"
         )
-    wanted = record["leaves"]
+    others = not_parameters(without_adapters(params)).keys()
+    # Earlier records have all leaves of the base.
+    others |= random_in({path: dtype for path, (dtype, *_) in record["leaves"].items()}).keys()
+    wanted = {path: known for path, known in record["leaves"].items() if path not in others}
     for path, (_, *shape) in wanted.items():
         if path not in leaves:
             raise ValueError(
@@ -149,12 +161,12 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
                 f"{where} is an adapter of another model: there {path!r} has shape {tuple(shape)}, "
                 f"here {tuple(leaves[path].shape)}"
             )
-    if more := leaves.keys() - wanted.keys():
+    if more := leaves.keys() - wanted.keys() - others:
         raise ValueError(
             f"{where} is an adapter of another model, without the leaves {sorted(more)[:5]}"
         )
     for path, known in record["content"].items():
-        if (found := content_of(leaves[path])) != known:
+        if path not in others and (found := content_of(leaves[path])) != known:
             raise ValueError(
                 f"{where} was trained on other weights: {path!r} has the contents {found}, "
                 f"expected {known}. An initializer such as PiSSA changes the base: pass that one, "
@@ -169,61 +181,6 @@ def check_base(record: Any, params: PyTree, where: str) -> None:
                 stacklevel=4,
             )
             break
-
-
-def check_record(record: Any, where: str) -> None:
-    """Raise unless a record is one of ours, of a version that we know, and whole.
-
-    Raises:
-        ValueError: it is not.
-    """
-
-    def bad(what: str) -> ValueError:
-        return ValueError(f"{where}: {what}: this is no adapter of lora_jax, or it is damaged")
-
-    kinds = {"format": str, "version": int, "factors": dict, "full": list, "base": dict | None}
-    kinds |= {"rows": dict} if isinstance(record, dict) and record.get("version") == 2 else {}
-    if not isinstance(record, dict) or record.get("format") != "lora_jax":
-        raise bad("it has no record of an adapter")
-    if record.get("version") not in VERSIONS:
-        raise ValueError(
-            f"{where} has version {record.get('version')!r}, and this library reads "
-            f"{' and '.join(map(str, VERSIONS))}: install a newer lora-jax"
-        )
-    if record.keys() != kinds.keys() or any(
-        not isinstance(record[k], kind) for k, kind in kinds.items()
-    ):
-        raise bad(f"its record has the keys {sorted(record)}, expected {sorted(kinds)}")
-    for kind, wanted in (("factors", _KINDS), ("rows", _ROWS)):
-        for key, entry in record.get(kind, {}).items():
-            if (
-                not isinstance(entry, dict)
-                or entry.keys() != wanted.keys()
-                or any(not isinstance(entry[k], own) for k, own in wanted.items())
-                or not set(map(str, entry.get("frozen", ()))) <= {*Factors.TRAINABLE}
-                or not all(type(k) is int for k in entry.get("ids", ()))
-                or entry.get("ids") == []
-            ):
-                raise bad(f"its record of {key!r} is {entry!r}")
-            check_layout(entry["layout"], f"{key!r} in {where}")
-    if not all(isinstance(path, str) for path in record["full"]):
-        raise bad("its record of full leaves is no list of paths")
-    if (base := record["base"]) is not None:
-        of_base = {"leaves": dict, "content": dict, **({"under": list} if "under" in base else {})}
-        if base.keys() != of_base.keys() or any(
-            not isinstance(base[k], kind) for k, kind in of_base.items()
-        ):
-            raise bad("its record of the base is not one")
-        for path, entry in base["leaves"].items():
-            if (
-                not isinstance(entry, list)
-                or not entry
-                or not isinstance(entry[0], str)
-                or not all(isinstance(n, int) for n in entry[1:])
-            ):
-                raise bad(f"its record of the base's leaf {path!r} is {entry!r}")
-        if not base["content"].keys() <= base["leaves"].keys():
-            raise bad("its record of the base's contents is of other leaves")
 
 
 def _stored(entry: Mapping[str, Any]) -> list[str]:
@@ -320,6 +277,12 @@ def on_base(adapter: Adapter, record: Any, params: PyTree | None, where: str) ->
             f"{where}: params is a LoraParams, expected its base, the plain parameters, on which "
             "this adapter was trained. To put it on top of another adapter all the same: "
             "LoraParams(lora_params, load(path))"
+        )
+    theirs = [path for path in (*adapter.factors, *adapter.full) if path.endswith("/weight")]
+    if theirs and not {*theirs} & arrays_in(params).keys():
+        raise ValueError(
+            f"{where} has names and axes of PyTorch, such as {theirs[0]!r}. Load PEFT's folder by "
+            "peft.load(folder, params), or convert it --like PATH that orbax.save_params wrote"
         )
     check_base(record["base"], params, where)
     lora_params = LoraParams(params, adapter)

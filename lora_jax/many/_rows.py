@@ -81,7 +81,7 @@ def lora_rows(
         mapped = {i: axis for i, axis in enumerate(flat) if axis is not None}
         _check_rows(
             {jax.tree_util.keystr(found[i][0][1:]): (leaves[i], mapped[i]) for i in mapped},
-            len(ids),
+            ids.shape[0],
         )
 
         def one(slot, arrays):

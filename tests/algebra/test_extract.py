@@ -215,3 +215,14 @@ def test_misuse_is_explained():
     after = {"q": floats(3, 3), "n": jnp.asarray(np.ones(2, np.int32))}
     message = "'n' changed, and cannot train fully: dtype int32"
     refused(ValueError, message, 1, base=counts, tuned=after, rest="full")
+
+
+def test_running_statistics_are_no_full_leaves():
+    base = {"params": BASE, "batch_stats": {"norm": {"mean": floats(5)}}}
+    tuned = changed(base, noisy)
+    options = {"rank": 2, "layout": LAYOUT}
+    message = r"batch_stats/norm/mean' \(in the collection 'batch_stats', not in 'params'\) changed"
+    with pytest.raises(ValueError, match=message):
+        lora_jax.algebra.extract(base, tuned, rest="full", **options)
+    found = lora_jax.algebra.extract(BASE, tuned["params"], rest="full", **options)
+    assert "query/bias" in found.adapter.full

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_files import PARAMS, PLAIN, assert_same, damage, tensors
+from helpers import assert_same as assert_tree
 
 import lora_jax
 from lora_jax.cli import main
@@ -46,12 +47,27 @@ def test_what_is_more_than_factors_wants_the_model(name, cli, refused):
     assert_same(tensors(name), tensors("back"))
 
 
+def test_what_is_converted_loads_onto_the_parameters_that_it_is_for(cli):
+    expected = peft.load("adapter", PARAMS)
+    cli("convert", "adapter", "a.safetensors", "--to", "safetensors", "--like", "params")
+    assert_tree(safetensors.load("a.safetensors", PARAMS), expected)
+    for k, like in enumerate([[], ["--like", "model"]]):  # in the names of PyTorch's files
+        cli("convert", "adapter", f"theirs{k}", "--to", "safetensors", *like)
+        with pytest.raises(
+            ValueError, match=r"has names and axes of PyTorch, .*/weight'.* --like PATH"
+        ):
+            safetensors.load(f"theirs{k}", PARAMS)
+    cli("convert", "adapter", "theirs", "--to", "orbax")
+    with pytest.raises(ValueError, match=r"peft\.load\(folder, params\)"):
+        orbax.load("theirs", PARAMS)
+
+
 def test_paths_of_ours_by_a_tree_and_names(cli, here, refused):
     cli("convert", "adapter", "as_ours", "--to", "safetensors", "--like", "params")
     assert cli("diff", "as_ours", "native") == "equal\n"
     cli("convert", "adapter", "as_theirs", "--to", "orbax", "--like", "native")
     assert cli("diff", "as_theirs", "native") == "equal\n"
-    cli("verify", "as_theirs", "params")
+    cli("verify", "params", "as_theirs")
     (here / "names.json").write_text(json.dumps({r"model/layers/(\d+)/(.*)": r"h.\1.\2"}))
     cli("convert", "native", "renamed", "--to", "peft", "--names", "names.json")
     assert "base_model.model.h.0.self_attn.q_proj.lora_A.weight" in tensors("renamed")

@@ -1,14 +1,17 @@
 """Comparing adapters and models, by the command line."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy as library
-from cli_files import EQUAL, PARAMS, adapted, floats, updates
-from helpers import randomize_b, tolerance
+from cli_files import EQUAL, PARAMS, PLAIN, adapted, floats, updates
+from helpers import drawn, randomize_b, tolerance
 
 import lora_jax
+from lora_jax.cli import main
 from lora_jax.cli._read.match import canonical
-from lora_jax.io import safetensors
+from lora_jax.io import peft, safetensors
 
 
 def test_diff_of_adapters_is_that_of_their_updates(cli):
@@ -48,7 +51,10 @@ def test_diff_of_an_adapter_with_more_entries_is_not_equal(cli):
     adapter = adapted({}, 2).adapter
     *most, last = adapter.factors
     safetensors.save("fewer", lora_jax.Adapter({path: adapter.factors[path] for path in most}))
-    for pair, side in ((("native", "fewer"), "only_in_a"), (("fewer", "native"), "only_in_b")):
+    for pair, side in (
+        (("native", "fewer"), "only_in_first"),
+        (("fewer", "native"), "only_in_second"),
+    ):
         found = cli("diff", *pair, "--json", status=1)
         assert not found["equal"]
         assert all(row["equal"] for row in found["entries"])
@@ -57,7 +63,7 @@ def test_diff_of_an_adapter_with_more_entries_is_not_equal(cli):
 
 def test_diff_of_magnitudes_wholes_and_what_one_has_only(cli):
     found = cli("diff", "adapter", "dora", "--json", status=1)
-    assert found["only_in_b"] == ["score.weight"]
+    assert found["only_in_second"] == ["score.weight"]
     assert all(row["relative"] is None and not row["equal"] for row in found["entries"])
     assert "only in dora: score.weight" in cli("diff", "adapter", "dora", status=1)
     lora_params = safetensors.load("dora_native", PARAMS)
@@ -78,6 +84,35 @@ def test_diff_of_magnitudes_wholes_and_what_one_has_only(cli):
     whole = lora_jax.Adapter({}, {"model/layers/0/self_attn/q_proj/kernel": floats(8, 8)})
     safetensors.save("whole", whole)
     cli("diff", "native", "whole", status=1)
+
+
+def test_diff_of_one_adapter_in_two_formats_is_equal(cli, refused):
+    for name in ("dora", "more"):  # a head in full, rows, biases
+        for pair in ((name, f"{name}_native"), (f"{name}_native", name)):
+            assert cli("diff", *pair, "--like", "params") == "equal\n"
+    refused("diff", "more", "more_native", match="needs what is in the base's .*: pass --like")
+    cli("diff", "dora", "other_native", status=1)
+    params = {"layers": {"q": {"kernel": floats(3, 8, 6)}, "v": {"kernel": floats(3, 8, 6)}}}
+    options = {"targets": [".*q/kernel", ".*v/kernel[:, :, 0:4]"], "layout": {".*": "bio"}}
+    lora_params = randomize_b(lora_jax.lorafy(params, 2, init=drawn, **options))
+    names = {"layers/(.*)": r"layers.{layer}.\1"}
+    peft.save("stacked", lora_params, names=names)
+    safetensors.save("stacked_native", lora_params)
+    pair = ("stacked", "stacked_native", "--names", json.dumps(names))
+    assert cli("diff", *pair) == "equal\n"
+    cli("convert", "stacked", "theirs", "--to", "safetensors")
+    assert cli("diff", "theirs", *pair[1:]) == "equal\n"
+    safetensors.save("alone", lora_params.adapter)
+    refused("diff", pair[0], "alone", *pair[2:], match="no record of its base.* pass --like")
+    assert cli("diff", pair[0], "alone", *pair[2:], "--like", "stacked_native") == "equal\n"
+
+
+def test_diff_by_names_says_so(here, capsys):
+    safetensors.save("residual", lora_jax.lorafy(PARAMS, 2, init="pissa", **PLAIN))
+    assert main(["diff", "residual", "adapter"]) == 1
+    out, err = capsys.readouterr()
+    assert "0 of 4 entries" in out
+    assert "note: compared by names, as one of them cannot be written for PEFT" in err
 
 
 @pytest.mark.parametrize("pair", [("model", "tuned"), ("params", "tuned_params")])
@@ -110,7 +145,7 @@ def test_diff_of_types_shapes_and_nans(cli):
         "n": True,
         "x": True,
     }
-    assert found["only_in_b"] == ["y"]
+    assert found["only_in_second"] == ["y"]
     assert "float32 float16" in cli("diff", "one", "two", status=1)
     library.save_file({**one, "a": np.ones(4, np.float32)}, "wider")
     assert "3 4" in cli("diff", "one", "wider", status=1)

@@ -170,7 +170,7 @@ def test_extract_refuses(refused, here, capsys):
     words = ("extract", "model", "tuned", "out")
     refused(*words, match="one of the arguments --rank --energy is required")
     refused(*words, "--rank", "1", "--energy", "0.5", match="not allowed with argument")
-    refused(*words, "--energy", "2", match="energy=2.0: expected a share")
+    refused(*words, "--energy", "2", match="--energy 2.0: expected a share")
     refused(*words, "--rank", "1", "--targets", "nothing", match="selects nothing")
     refused(
         *words,
@@ -200,7 +200,7 @@ def test_extract_refuses(refused, here, capsys):
         "--targets",
         ".*0.*q_proj.*",
     )
-    refused(*words, match=r"no targets: .*To leave .*: --rest 'ignore'; to take them in full")
+    refused(*words, match=r"no targets: .*To leave .*: --rest ignore; to take them in full")
 
     def edited(**changes):
         found = tensors_of("model") | changes

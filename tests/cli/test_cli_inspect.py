@@ -217,6 +217,17 @@ def test_orbax_parameters_of_any_tree_are_read_one_by_one(cli, here):
     assert rows["n"]["norm"] is None
 
 
+def test_an_adapter_without_a_tensor_is_refused(refused):
+    library.save_file({}, "adapter/adapter_model.safetensors")
+    safetensors.save("nothing", lora_jax.Adapter({}))
+    for words in (
+        ["inspect", "adapter"],
+        ["inspect", "nothing"],
+        ["merge", "model", "nothing", "out"],
+    ):
+        refused(*words, match="is an adapter without a tensor: nothing was adapted")
+
+
 def test_inspect_refuses(refused, here):
     (here / "empty").mkdir()
     (here / "text").write_text("hello")
@@ -236,7 +247,9 @@ def test_inspect_refuses(refused, here):
     refused("inspect", "adapter", "--base", "other", match="other is an adapter, expected a model")
     refused("inspect", "adapter", "--top", "0", match="'0': expected an integer, at least 1")
     refused("inspect", "adapter", "--sort", "size", match="argument --sort: invalid choice: 'size'")
-    refused("inspect", "adapter", "--what", match="unrecognized arguments: --what")
+    refused(
+        "inspect", "adapter", "--what", match=r"there is no --what \(see lora-jax inspect --help"
+    )
     refused("inspect", match="the following arguments are required: PATH")
     params = {"q_proj": {"kernel": floats(8, 8)}}
     peft.save("stranger", randomize_b(lora_jax.lorafy(params, 2)))

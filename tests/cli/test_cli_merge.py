@@ -84,9 +84,7 @@ def test_square_experts_of_other_names(cli, refused):
     cli("convert", "theirs", "back.safetensors", "--to", "safetensors", *order)
     refused("merge", "experts", "theirs", "two", match=r"pass --parameter-order A,B$")
     words = ("experts", "theirs", "two", *order)
-    refused(
-        "merge", *words, match=r"is square, .* pass --layout, a file of {'moe/(up|down)': 'bio'}"
-    )
+    refused("merge", *words, match=r"""is square, .* --layout '{"moe/(up|down)": "bio"}'""")
     Path("axes.json").write_text('{"moe/.*": "bio"}')
     cli("verify", "theirs", "experts", *order, "--layout", "axes.json")
     cli("merge", *words, "--layout", "axes.json")
@@ -159,6 +157,14 @@ def test_merge_weighs_and_shards(cli):
         assert_close(x, np.asarray(expected[name], np.float64))
 
 
+def test_a_model_without_a_configuration_gets_one(cli, here, refused):
+    hf.save("bare_model", PARAMS, hf.Family())
+    words, text = ("merge", "bare_model", "adapter", "out"), '{"model_type": "llama"}'
+    refused(*words, match=f"holds no config.json, .* such as {text}$")
+    (here / "bare_model" / "config.json").write_text(text)
+    assert "4 of 10 tensors changed" in cli(*words)
+
+
 def test_merge_refuses(refused, here, monkeypatch):
     refused(
         "merge", "model", "adapter", "other", "out", "--weight", "1", match="1 weights for 2 ad"
@@ -174,8 +180,9 @@ def test_merge_refuses(refused, here, monkeypatch):
     refused(
         "merge", "model", "adapter", "out", "--shard-size", "5XB", match="'5XB': expected a size"
     )
-    refused("merge", "nowhere", "adapter", "out", match="nowhere holds neither model")
+    refused("merge", "nowhere", "adapter", "out", match="nowhere: no such file or folder")
     refused("merge", "model", "tuned", "out", match="tuned is a model or a file of tensors")
+    refused("merge", "adapter", "model", "out", match="adapter is an adapter, expected a model")
     refused("merge", "model", "out", match="the following arguments are required: OUT")
     refused("merge", "model", "dora", "other", "out", match="can neither be weighted nor summed")
     refused("merge", "model", "native", "out", "--names", "my", match="no such file, and no family")

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import importlib
 import json
 import re
 import subprocess
@@ -13,8 +12,8 @@ import pytest
 from cli_files import run
 
 import lora_jax
-from lora_jax.cli import _parser, main
-from lora_jax.cli._options import byte_count, count, share
+from lora_jax.cli import main
+from lora_jax.cli._arguments import byte_count, count, share
 from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show, plain, size
 from lora_jax.io.hf import _shards
@@ -84,7 +83,7 @@ def test_a_reader_that_goes_away_hears_nothing(here):
 
 
 def test_errors_of_ours_and_others(here, capsys, monkeypatch):
-    assert main(["insect"]) == 2
+    assert main(["insect", "adapter"]) == 2
     assert capsys.readouterr().err.startswith("lora-jax insect: argument COMMAND: invalid choice")
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("lora-jax: the following arguments are required")
@@ -108,10 +107,8 @@ def test_errors_of_ours_and_others(here, capsys, monkeypatch):
     assert capsys.readouterr().err == "lora-jax inspect: two lines\n"
     assert stops(PermissionError(errno.EACCES, "Permission denied", "there")) == 2
     assert capsys.readouterr().err == "lora-jax inspect: there: Permission denied\n"
-    assert stops(FileExistsError("x exists: pass overwrite=True, or another path")) == 2
-    assert (
-        capsys.readouterr().err == "lora-jax inspect: x exists: pass --overwrite, or another path\n"
-    )
+    assert stops(ValueError("inspect: pass base='a'")) == 2
+    assert capsys.readouterr().err == "lora-jax inspect: pass --base a\n"
     assert stops(ValueError()) == 2
     assert capsys.readouterr().err == "lora-jax inspect: ValueError\n"
     with pytest.raises(RuntimeError, match="a bug"):
@@ -176,21 +173,46 @@ def test_every_command_has_the_common_options():
 def test_every_argument_is_explained():
     for name, command in commands_of(parser()).items():
         assert all(action.help for action in command._actions), name
+    listed = parser().format_help()
+    assert all(re.search(rf"\b{command} +\w", listed) for command in COMMANDS)
 
 
-@pytest.mark.parametrize("only", ["diff", ""])
-def test_only_the_module_of_the_command_is_imported(only, monkeypatch):
-    imported = []
+def test_models_come_before_adapters_and_outputs_last():
+    order = ["MODEL", "IN", "TUNED", "ADAPTER", "OUT"]
+    for name, command in commands_of(parser()).items():
+        places = [a.metavar for a in command._actions if not a.option_strings]
+        places = [order.index(p) for p in places if p in order]
+        assert places == sorted(places), name
 
-    def import_module(name):
-        imported.append(name)
-        return importlib.import_module(name)
 
-    monkeypatch.setattr(_parser, "import_module", import_module)
-    commands = commands_of(parser(only))
-    assert tuple(commands) == COMMANDS  # the help lists them all
-    assert imported == [f"lora_jax.cli._commands.{only}"] * bool(only)
-    assert ("--tolerance" in commands["diff"]._option_string_actions) == bool(only)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "a", "b", "--too", "peft"], "there is no --too: did you mean --to?"),
+        (["merge", "--wieght=1", "a", "b", "c"], "there is no --wieght: did you mean --weight?"),
+        (["merge", "a", "--overwite", "b", "c"], "there is no --overwite: did you mean --overw"),
+        (["diff", "a", "b", "-x"], "there is no -x"),
+        (["extract", "a", "b", "c", "--alpha", "x"], "argument --alpha: invalid float value: 'x'"),
+        (["inspect"], "the following arguments are required: PATH"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest_and_the_help_of_its_command(words, message, refused):
+    refused(*words, match=f"{re.escape(message)}.*see lora-jax {words[0]} --help")
+
+
+def test_flags_come_after_the_command(capsys):
+    assert main(["--json", "inspect", "a"]) == 2
+    expected = "lora-jax: there is no --json before the command (see lora-jax --help)\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_help_is_there_without_jax():
+    code = (
+        "import sys; from lora_jax.cli._parser import parser; parser().format_help();"
+        "print('jax' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False False\n", "")
 
 
 @pytest.mark.parametrize(

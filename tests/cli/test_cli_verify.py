@@ -17,10 +17,10 @@ from lora_jax.io import hf, orbax, peft, safetensors
     "name", ["adapter", "native", "orbax", "dora", "dora_native", "more", "more_native"]
 )
 def test_verify_says_yes(name, base, cli):
-    text = cli("verify", name, base)
+    text = cli("verify", base, name)
     assert text.startswith("yes: ")
     assert ("configuration names the base tiny/llama" in text) == (name == "adapter")
-    assert cli("verify", name, base, "--json")["fits"] is True
+    assert cli("verify", base, name, "--json")["fits"] is True
 
 
 @pytest.mark.parametrize("base", ["model", "params"])
@@ -37,44 +37,48 @@ def test_verify_says_no_and_why(base, cli, here):
             (here / name / "config.json").write_text('{"model_type": "llama"}')
         else:
             orbax.save_params(name, params)
-    text = cli("verify", "native", "changed", status=1)
+    text = cli("verify", "changed", "native", status=1)
     assert text.startswith("no: native was trained on other weights: 'score/kernel' has")
-    cli("verify", "orbax", "changed")  # names, shapes and types only
-    cli("verify", "adapter", "changed")
+    cli("verify", "changed", "orbax")  # names, shapes and types only
+    cli("verify", "changed", "adapter")
     for adapter in ("native", "orbax", "adapter", "bare"):
-        text = cli("verify", adapter, "wide", status=1)
+        text = cli("verify", "wide", adapter, status=1)
         assert re.search(r"q_proj.*shape|shape.*q_proj", text), text
     for adapter in ("native", "orbax"):
-        assert "more" in cli("verify", adapter, "more_m", status=1)
-        assert "score" in cli("verify", adapter, "less", status=1)
-    assert cli("verify", "orbax", "less", "--json", status=1)["fits"] is False
-    assert cli("verify", "orbax", "less", "--quiet", status=1) == ""
+        assert "more" in cli("verify", "more_m", adapter, status=1)
+        assert "score" in cli("verify", "less", adapter, status=1)
+    assert cli("verify", "less", "orbax", "--json", status=1)["fits"] is False
+    assert cli("verify", "less", "orbax", "--quiet", status=1) == ""
     for adapter in ("adapter", "bare"):
-        cli("verify", adapter, "more_m")
+        cli("verify", "more_m", adapter)
     cli("convert", "dora", "dora_torch", "--to", "safetensors")
     cli("convert", "adapter", "torch", "--to", "safetensors")
-    assert cli("verify", "torch", "wide", status=1).startswith("no: ")
+    assert cli("verify", "wide", "torch", status=1).startswith("no: ")
     if base == "model":
-        assert "it has no record" in cli("verify", "torch", "model")
-        assert "it has no record" in cli("verify", "dora_torch", "model")
+        assert "it has no record" in cli("verify", "model", "torch")
+        assert "it has no record" in cli("verify", "model", "dora_torch")
         cli("convert", "dora", "like_torch", "--to", "safetensors", "--like", "model")
-        assert "all 10 leaves" in cli("verify", "like_torch", "model")
-        assert cli("verify", "like_torch", "wide", status=1).startswith("no: ")
+        assert "all 10 leaves" in cli("verify", "model", "like_torch")
+        assert cli("verify", "wide", "like_torch", status=1).startswith("no: ")
 
 
 def test_verify_of_an_adapter_that_says_nothing_of_its_base(cli, refused):
     lora_params = safetensors.load("dora_native", PARAMS)
     safetensors.save("alone", lora_params.adapter)
     for base in ("model", "params"):
-        assert "its 5 entries fit" in cli("verify", "alone", base)
+        assert "its 5 entries fit" in cli("verify", base, "alone")
     parts = lora_jax.lorafy(PARAMS, 2, targets=".*q_proj/kernel[:, 0:4]")
     safetensors.save("parts", parts.adapter)
-    cli("verify", "parts", "params")
-    refused("verify", "parts", "model", match="no record of its base, and without '.*0:4]' means")
+    cli("verify", "params", "parts")
+    refused("verify", "model", "parts", match="no record of its base, and without '.*0:4]' means")
     relative = [
         row["relative"] for row in cli("inspect", "parts", "--base", "params", "--json")["entries"]
     ]
     assert relative == [0, 0]
+
+
+def test_verify_takes_the_other_order_where_the_contents_tell(cli):
+    assert cli("verify", "adapter", "model") == cli("verify", "model", "adapter")
 
 
 def test_verify_notes_another_precision(here, capsys):
@@ -87,9 +91,9 @@ def test_verify_notes_another_precision(here, capsys):
 
 
 def test_verify_refuses(refused):
-    refused("verify", "model", "adapter", match="model is a model or a file of tensors")
-    refused("verify", "adapter", "other", match="other is an adapter, expected a model")
-    refused("verify", "adapter", "nowhere", match="no such file or folder")
+    refused("verify", "model", "model", match="model is a model or a file of tensors")
+    refused("verify", "other", "adapter", match="other is an adapter, expected a model")
+    refused("verify", "nowhere", "adapter", match="no such file or folder")
 
 
 def test_verify_knows_a_head_that_the_files_leave_out(cli):
@@ -101,4 +105,4 @@ def test_verify_knows_a_head_that_the_files_leave_out(cli):
     lora_params = lora_jax.lorafy({"model": params}, 2, targets=".*q_proj.*")
     peft.save("theirs", lora_params, names=hf.FAMILIES["llama"].names)
     cli("convert", "theirs", "ours", "--to", "safetensors", "--like", "tied")
-    assert cli("verify", "ours", "tied").startswith("yes: ")
+    assert cli("verify", "tied", "ours").startswith("yes: ")

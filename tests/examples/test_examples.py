@@ -1,6 +1,9 @@
 """The demo end to end on a tiny model and a made-up task, without the network; its bad input."""
 
 import json
+import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -377,3 +380,20 @@ def test_the_pmapped_step_moves_the_adapter_and_one_loss():
     adapter_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trainable))
     assert len(moved) == 1
     assert adapter_bytes <= moved[0] <= adapter_bytes + 64
+
+
+@pytest.mark.long
+def test_an_nnx_model_is_trained_and_loaded_in_another_process(tmp_path, monkeypatch, capsys):
+    script, file = str(EXAMPLES / "train_nnx.py"), str(tmp_path / "adapter.safetensors")
+    monkeypatch.setattr(sys, "argv", [script, "train", file])
+    runpy.run_path(script, run_name="__main__")
+    trained = capsys.readouterr().out
+    command = [sys.executable, script, "load", file]
+    loaded = subprocess.run(command, capture_output=True, text=True)
+    assert loaded.stdout == trained, loaded.stderr
+    accuracy, off = re.fullmatch(
+        r"accuracy (.*), first .*\nmerged: .* (\S+) off\n", trained
+    ).groups()
+    assert float(accuracy) > 0.8
+    assert float(off) < 1e-5
+    assert len(Path(script).read_text().splitlines()) <= 80

@@ -166,7 +166,7 @@ def test_a_configuration_is_written_without_a_quantization(here):
 
 def test_bare_float8_is_read_and_merged_into_wider_numbers(here):
     write(here / "model", fp8(bias=floats(6)))
-    with pytest.raises(ValueError, match=r"'.*q_proj.weight' is float8_e4m3fn.*--dtype bfloat16"):
+    with pytest.raises(ValueError, match=r"'.*q_proj.weight' is float8_e4m3fn.*dtype='bfloat16'"):
         hf.merge("model", "adapter", "out")
     assert not (here / "out").exists()
     assert main(["merge", "model", "adapter", "out", "--dtype", "bfloat16"]) == 0

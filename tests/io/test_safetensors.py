@@ -184,7 +184,7 @@ def safetensors_file(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(version=3), "has version 3, and this library reads 1 and 2"),
+        (lambda r: r.update(version=4), "has version 4, and this library reads 1, 2, 3"),
         (lambda r: r.update(version=1), "its record has the keys"),
         (lambda r: r.update(format="x"), "has no record of an adapter"),
         (lambda r: r.update(more=1), "its record has the keys"),
@@ -333,6 +333,8 @@ def test_checksums_see_no_sharding():
 
 def test_an_existing_file_is_kept(tmp_path):
     safetensors.save(tmp_path / "a", adapter_of())
+    with pytest.raises(FileNotFoundError, match=r"no/a: there is no folder .*/no to write in"):
+        safetensors.save(tmp_path / "no" / "a", adapter_of())
     with pytest.raises(FileExistsError, match="pass overwrite=True, or another path"):
         safetensors.save(tmp_path / "a", adapter_of())
     safetensors.save(tmp_path / "a", adapter_of(rank=1), overwrite=True)

@@ -37,7 +37,7 @@ def test_files_of_every_kind_give_tensors(tmp_path):
     orbax.save_params(tmp_path / "orbax", PARAMS)
     for found, names in (
         (_shards.tensors_in(tmp_path / "hf"), ("a.weight", "b.c")),
-        (tensors_in(tmp_path / "orbax"), ("a/kernel", "b.c")),
+        (tensors_in(tmp_path / "orbax")[0], ("a/kernel", "b.c")),
     ):
         for name, x in zip(names, (PARAMS["a"]["kernel"], PARAMS["b.c"]), strict=True):
             tensor = found[name]

@@ -2,11 +2,13 @@
 
 import warnings
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_oracle, drawn, normal, randomize_b
+from flax import nnx
+from helpers import assert_close, assert_oracle, drawn, normal, normed_case, randomize_b
 
 import lora_jax
 
@@ -91,6 +93,59 @@ def test_a_function_that_returns_a_weight():
     with pytest.raises(NotImplementedError, match=r"'0/v' .* is returned by the function\n"):
         jax.eval_shape(lora_jax.lora(fn), lora_params, X)
     assert_oracle(fn, lora_params, X, on_materialize="allow")
+
+
+def test_a_function_that_returns_its_state_whole():
+    case = normed_case()
+    graph = case.fn.args[0]
+
+    def returning(kind):
+        def fn(state, x):
+            model = nnx.merge(graph, state, copy=True)
+            return model(x), nnx.state(model, kind)
+
+        return lora_jax.lora(fn)
+
+    lora_params = case.lorafy()
+    message = r"^lora: 2 adapted weights are returned .*: 'query/kernel', 'value/kernel'\. A call"
+    with pytest.raises(NotImplementedError, match=message) as info:
+        jax.eval_shape(returning(...), lora_params, case.x)
+    assert "exclude" not in str(info.value)
+    assert "nnx.state(model, nnx.Not(nnx.Param))" in str(info.value)
+    _, rest = jax.eval_shape(returning(nnx.Not(nnx.Param)), lora_params, case.x)
+    assert set(rest) == {"dropout", "norm"}
+    one = case.lorafy(targets="query.*")
+    with pytest.raises(NotImplementedError, match=r"'query/kernel'(.|\n)*If it belongs to a state"):
+        jax.eval_shape(returning(...), one, case.x)
+
+
+class Normed(nn.Module):
+    """Two dense layers and a batch norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
+        return jnp.tanh(nn.Dense(2)(x))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_linen_model_that_returns_every_collection():
+    model = Normed()
+    params = jax.eval_shape(model.init, jax.random.key(0), X)
+    lora_params = jax.eval_shape(lambda p: lora_jax.lorafy(p, 1, targets=".*kernel"), params)
+    apply = lora_jax.lora(model.apply)
+    message = r"2 adapted weights are returned .*mutable=\['batch_stats'\] instead of mutable=True"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(lambda p, x: apply(p, x, mutable=True), lora_params, X)
+    _, rest = jax.eval_shape(lambda p, x: apply(p, x, mutable=["batch_stats"]), lora_params, X)
+    assert set(rest) == {"batch_stats"}
+
+
+def test_weights_returned_beside_others_are_told_apart():
+    lora_params = layers(2)
+    fn = lambda p, x: (normed(p[0], x), p[1])  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"^lora: 2 adapted.*\nlora: the weight '0/w'"):
+        jax.eval_shape(lora_jax.lora(fn), lora_params, X)
 
 
 def test_a_weight_in_a_closure_is_named():

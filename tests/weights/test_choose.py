@@ -1,12 +1,16 @@
 """Scaling, layers, biases, and factors that stay frozen."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from adapters import lorafy
-from helpers import assert_close, assert_oracle, normal, randomize_b
+from flax import nnx
+from helpers import NormedNet, assert_close, assert_oracle, normal, randomize_b
 
 import lora_jax
 from lora_jax._weights.paths import flatten
@@ -155,6 +159,73 @@ def test_biases():
     assert full(bias="all", exclude="head.*") == every - {"head/bias"}
     assert full(bias="all", full="head.*") == every | {"head/kernel"}
     assert full(bias="all", targets=[]) == every  # BitFit
+
+
+class Scale(nnx.Variable):
+    """A variable of a kind that the model's author made, which is no nnx.Param."""
+
+
+def normed_trees():
+    """Trees with running statistics, PRNG keys and counters beside the parameters, by kind."""
+    net = nnx.eval_shape(lambda: NormedNet(nnx.Rngs(0)))
+    net.own = Scale(normal(3, (4, 4)))
+    state = jax.tree.map(
+        lambda x: jnp.ones(x.shape) if x.dtype == jnp.float32 else x, nnx.state(net)
+    )
+    stats = {"norm": {"mean": jnp.ones(4), "var": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    params = {"norm": {"scale": jnp.ones(4), "bias": jnp.ones(4)}, "query": jnp.ones((4, 4))}
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), params)
+    linen = {"params": boxed, "batch_stats": stats, "own": {"query": jnp.ones((4, 4))}}
+    return {
+        "nnx": state,
+        "linen": linen,
+        "two models": {"a": linen | {"cache": stats}, "b": jax.tree.map(jnp.copy, linen)},
+    }
+
+
+@pytest.mark.parametrize("kind", normed_trees())
+def test_only_parameters_train(kind):
+    params = normed_trees()[kind]
+    every = flatten(params)[0]
+    own = re.compile(
+        r"(norm|query|value)/(kernel|scale|bias)|(.*/params/)?(norm/(scale|bias)|query)"
+    )
+    expected = {path for path in every if own.fullmatch(path)}
+    if kind == "two models":  # inside a tree, "own" might be a module
+        expected |= {path for path in every if path.endswith("own/query")}
+    assert expected < every.keys()
+    chosen = lora_jax.lorafy(params, targets=[], full=".*")
+    assert chosen.adapter.full.keys() == expected
+    chosen = lora_jax.lorafy(params, targets=[], bias="all")
+    assert chosen.adapter.full.keys() == {path for path in expected if path.endswith("bias")}
+    chosen = lora_jax.lorafy(params, 2, targets=".*", layout={".*(query|var|kernel|own)": "io"})
+    assert set(chosen.adapter.factors) == {p for p in expected if re.search("query$|kernel", p)}
+    layouts = lora_jax.layout_of(lambda p: jax.tree.map(jnp.shape, p) and None, params)
+    others = {p for p, w in layouts.weights.items() if re.search(r"not (nnx|in)\b|PRNG", w.why_not)}
+    assert others == every.keys() - expected
+    sizes = sum(every[path].size for path in expected)
+    assert f"all params: {sizes + chosen_size(chosen):,}" in repr(chosen)
+
+
+def chosen_size(lora_params):
+    return sum(f.size for f in lora_params.adapter.factors.values())
+
+
+@pytest.mark.parametrize("option", ["full", "targets", "rows"])
+@pytest.mark.parametrize(
+    ("kind", "path", "what"),
+    [
+        ("nnx", "norm/var", "nnx.BatchStat, not nnx.Param"),
+        ("nnx", "dropout/rngs/key", "a PRNG key"),
+        ("nnx", "own", "Scale, not nnx.Param"),
+        ("linen", "batch_stats/norm/var", "in the collection 'batch_stats', not in 'params'"),
+        ("two models", "a/cache/norm/var", "in the collection 'cache', not in 'params'"),
+    ],
+)
+def test_what_is_no_parameter_is_refused_by_name(kind, path, what, option):
+    params, value = normed_trees()[kind], {path: [0]} if option == "rows" else path
+    with pytest.raises(ValueError, match=f"(?s){option}.*{path}'?(:| is) {what}: no parameter"):
+        lora_jax.lorafy(params, **{"targets": []} | {option: value})
 
 
 def test_bad_biases_raise():

@@ -188,8 +188,10 @@ def scan(ctx: Context, eqn, values):
         new = _as_before(ctx, outputs, carry, why)
         return new, [_unscaled(ctx, v) for v in ys]
 
-    params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(stable_body, init, moving, **params)
+    params = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    # of a symbolic length, which xs may have and length= may not
+    length = None if jax.tree.leaves(moving) else eqn.params["length"]
+    carry, ys = lax.scan(stable_body, init, moving, length=length, **params)
     stacked = (
         y.map(y.w, lambda delta: delta.stacked()) if isinstance(y, LoraArray) else y for y in ys
     )

@@ -2,14 +2,8 @@
 
 import argparse
 
+from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show
-
-EXAMPLE = "bash"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the script's shell")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -24,7 +18,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
         raise ImportError(
             "completion is written by shtab, which is not installed: pip install 'lora-jax[cli]'"
         ) from error
-    script = shtab.complete(args.parser(), shell=args.shell)
+    script = shtab.complete(parser(), shell=args.shell)
     if show.is_json:
         show.document({"shell": args.shell, "script": script})
     elif not show.is_quiet:

@@ -13,15 +13,7 @@ import numpy as np
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._weights.ranges import split_range
 from lora_jax.cli._commands import convert_model
-from lora_jax.cli._options import (
-    DTYPES,
-    FORMATS,
-    add_axes,
-    add_names,
-    layout_in,
-    names_and_kinds,
-    writing,
-)
+from lora_jax.cli._options import layout_in, names_and_kinds, order_in, writing
 from lora_jax.cli._read.base import (
     Absent,
     adapted_leaves,
@@ -44,7 +36,6 @@ from lora_jax.io.hf._source import Source
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.orbax._adapter import write_adapter
 from lora_jax.io.peft._axes import BIAS, ROWS
-from lora_jax.io.peft._config import TASKS
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._read import read
 from lora_jax.io.peft._save import check_has_factors, files_of, places_of, tied_table
@@ -52,29 +43,10 @@ from lora_jax.io.peft._save import write as write_peft
 from lora_jax.io.peft._uniform import uniform_files
 from lora_jax.io.peft._vocabulary import is_named_table
 
-EXAMPLE = "adapter adapter.safetensors --to safetensors"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_names(parser)
-    add_axes(parser)
-    add = parser.add_argument
-    add("path", metavar="IN", help="adapter or model of any format")
-    add("out", metavar="OUT", help="file or folder to write")
-    add("--to", choices=(*FORMATS, "hf"), required=True, help="of a model hf or orbax")
-    add("--like", metavar="PATH", help="model or adapter with the tree of paths")
-    add("--base-model", metavar="NAME", help="for PEFT's configuration")
-    add("--task-type", choices=TASKS, help="of the model in PEFT, for its configuration")
-    add("--uniform", action="store_true", help="one rank and one scale, for llama.cpp and SGLang")
-    add("--for-vllm", action="store_true", help="refuse what vLLM would")
-    add("--dtype", choices=DTYPES, help="of a model's floating tensors")
-    add("--overwrite", action="store_true", help="replace what is there")
-
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path, args.parameter_order)
+    found = open_path(args.path, order_in(args))
     if isinstance(found, Checkpoint):
         return convert_model.run(found, args, show, *names_and_kinds(args))
     _check_options(found, args)
@@ -83,6 +55,9 @@ def run(args: argparse.Namespace, show: Show) -> int:
         if args.to == "peft" and found.folder is not None:
             _made_uniform(found.folder, out, args)
         elif args.to == "peft":
+            if found.state:
+                shown = ", ".join(found.state)
+                show.note(f"PEFT's format has no room for the model's state, which was {shown}")
             tensors, config = to_peft(
                 found,
                 like=args.like,
@@ -91,7 +66,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
                 task_type=args.task_type,
                 base_model=args.base_model,
                 uniform=args.uniform,
-                order=args.parameter_order,
+                order=order_in(args),
             )
             write_peft(out, tensors, config, for_vllm=args.for_vllm, overwrite=args.overwrite)
         elif found.native is not None:
@@ -100,6 +75,10 @@ def run(args: argparse.Namespace, show: Show) -> int:
             _from_peft(found, out, args)
     entries = len(found.updates) + len(found.full)
     convert_model.report(out, args.to, found, show, entries=entries)
+    if found.folder is not None and args.to != "peft" and not args.like:
+        show.line(
+            "its names and axes are those of PyTorch's files; others are those of --like PATH"
+        )
     return 0
 
 
@@ -217,11 +196,11 @@ def _from_native(found: AdapterFile, out: Path, to: str, show: Show, *, overwrit
     """Convert between our own formats: the record goes along as it is."""
     assert found.native is not None
     if to == "safetensors":
-        safetensors.write(out, *found.native, overwrite=overwrite)
+        safetensors.write(out, *found.native, found.state, overwrite=overwrite)
         return
     if about := safetensors.about(found.path):
         show.note(f"Orbax checkpoints have no room for words, which were {about!r}")
-    write_adapter(out, *found.native)
+    write_adapter(out, *found.native, found.state)
 
 
 def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:

@@ -9,12 +9,18 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax.cli._options import writing
 from lora_jax.cli._read.base import leaves_of
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, size_of
 from lora_jax.cli._read.path import open_checkpoint
 from lora_jax.cli._show import Show, size
 from lora_jax.io import hf, orbax
+from lora_jax.io.hf._families import family_of
+from lora_jax.io.hf._save import write as write_hf
+from lora_jax.io.hf._shards import tensors_in
+from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._write import Output
 
 
 def run(
@@ -36,22 +42,14 @@ def run(
             params = _loaded(found, args, names, kinds, progress)
             orbax.save_params(out, unflatten_dict(params, sep="/"))
         elif found.format == "orbax":
-            params = {path: np.asarray(x) for path, x in found.tensors.items()}
-            hf.save(
-                out,
-                params,
-                source=args.like,
-                names=names,
-                kinds=kinds,
-                dtype=args.dtype,
-                overwrite=args.overwrite,
-                progress=progress,
-            )
+            output = Output(out, None, args.dtype, 5 * 10**9, args.overwrite, progress)
+            _write(found, output, args.like, names, kinds)
         else:
             hf.merge(
                 found.path, {}, out, dtype=args.dtype, overwrite=args.overwrite, progress=progress
             )
-    report(out, args.to, found, show, tensors=len(found.tensors))
+    written = len(tensors_in(out)) if args.to == "hf" else len(found.tensors)
+    report(out, args.to, found, show, tensors=written)
     return 0
 
 
@@ -61,6 +59,15 @@ def report(out: Path, to: str, found: AdapterFile | Checkpoint, show: Show, **co
     show.line(f"{out}: {counted}, {size(size_of(out))}, as {to}")
     document = {"path": str(out), "format": to, "from": found.format}
     show.document(document | counts | {"bytes": size_of(out)})
+
+
+def _write(found: Checkpoint, output: Output, like: str | None, names: Any, kinds: Any) -> None:
+    """Write the parameters of an Orbax checkpoint as a model, beside the files of ``--like``."""
+    source = None if like is None else open_source(like)
+    family = None if source else hf.Family()
+    known = family_of(source and source.config, str(like), family, names=names, kinds=kinds)
+    params = {path: np.asarray(x) for path, x in found.tensors.items()}
+    write_hf(output, LoraParams(params, Adapter({})), found.others, known, source)
 
 
 def _loaded(

@@ -1,45 +1,43 @@
 """``diff``: compare two adapters, or two models, entry by entry."""
 
 import argparse
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_jax._adapter.factors import Rows
+from lora_jax.cli._commands.convert import to_peft
 from lora_jax.cli._numbers import is_float
-from lora_jax.cli._options import add_order, count, share
+from lora_jax.cli._options import names_and_kinds, order_in
+from lora_jax.cli._read.base import UnknownBaseError
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import canonical
-from lora_jax.cli._read.path import open_path
+from lora_jax.cli._read.path import open_adapter, open_path
 from lora_jax.cli._show import Column, Show, number
+from lora_jax.io._state import data_of
 from lora_jax.io._tensor import counted
+from lora_jax.io.hf._tree import is_torch
+from lora_jax.io.peft._save import write
 
 _CHUNK = 2**22  # entries that are in float64 at a time
-EXAMPLE = "adapter other --json"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_order(parser)
-    add = parser.add_argument
-    add("one", metavar="A", help="adapter or model of any format")
-    add("two", metavar="B", help="the other one, of the same kind")
-    add("--tolerance", type=share, default=0.0, metavar="T", help="of relative differences; 0")
-    add("--top", type=count, metavar="N", help="the N that differ most only")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command; the exit status is 0 if the two are equal, 1 if not."""
-    one, two = (open_path(path, args.parameter_order) for path in (args.one, args.two))
+    one, two = (open_path(path, order_in(args)) for path in (args.one, args.two))
     if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
-        rows, only = _adapters(one, two)
-        columns = [Column("path", False), Column("rank"), Column("|A|", spare=2)]
-        columns += [Column("|B|", spare=1), Column("|A-B|/max"), Column("cosine")]
+        with tempfile.TemporaryDirectory() as folder:
+            rows, only = _adapters(*_alike([one, two], Path(folder), args, show))
+        columns = [Column("path", False), Column("rank"), Column("|first|", spare=2)]
+        columns += [Column("|second|", spare=1), Column("difference"), Column("cosine")]
         cell = _adapter_cells
     elif isinstance(one, Checkpoint) and isinstance(two, Checkpoint):
         rows, only = _models(one, two, show)
         columns = [Column("name", False), Column("shape", False, 2), Column("dtype", False, 1)]
-        columns += [Column("max |A-B|"), Column("|A-B|/max")]
+        columns += [Column("largest"), Column("difference")]
         cell = _model_cells
     else:
         raise ValueError(f"{args.one} and {args.two}: one is an adapter, and one a model")
@@ -52,13 +50,13 @@ def run(args: argparse.Namespace, show: Show) -> int:
     if args.top:
         different = sorted(different, key=_by_difference)[: args.top]
     show.table(columns, [cell(row) for row in different])
-    for side, path in (("A", args.one), ("B", args.two)):
+    for side, path in (("first", args.one), ("second", args.two)):
         for name in only[side]:
             show.line(f"only in {path}: {name}")
     alike = sum(row["equal"] for row in rows)
     show.line("equal" if equal else f"{alike} of {len(rows)} entries of both are equal")
     shown = different if args.top else rows
-    document = {"equal": equal, "entries": shown, "only_in_a": only["A"], "only_in_b": only["B"]}
+    document = {"equal": equal, "entries": shown, **{f"only_in_{x}": y for x, y in only.items()}}
     show.document(document)
     return 0 if equal else 1
 
@@ -68,8 +66,40 @@ def _by_difference(row: dict[str, Any]) -> float:
     return -(float("inf") if row["relative"] is None else row["relative"])
 
 
+def _alike(
+    found: list[AdapterFile], folder: Path, args: argparse.Namespace, show: Show
+) -> list[AdapterFile]:
+    """Return two adapters with the same axes: those of PEFT's files, unless both are ours."""
+    if len({_is_ours(f) for f in found}) == 1:
+        return found
+    names, kinds = names_and_kinds(args)
+    options = {"like": args.like, "names": names, "kinds": kinds}
+    options["order"] = order_in(args)
+    try:
+        return [_written(f, folder, options) if _is_ours(f) else f for f in found]
+    except UnknownBaseError:
+        raise
+    except ValueError as error:
+        show.note(f"compared by names, as one of them cannot be written for PEFT: {error}")
+        return found
+
+
+def _written(found: AdapterFile, folder: Path, options: Mapping[str, Any]) -> AdapterFile:
+    path = folder / "written"
+    write(path, *to_peft(found, **options), for_vllm=False, overwrite=False)
+    return open_adapter(path, options["order"])
+
+
+def _is_ours(found: AdapterFile) -> bool:
+    """Return whether an adapter has axes, parts and rows as here, not as PyTorch's modules."""
+    if found.native is None:
+        return False
+    adapter = found.native[0]
+    return not is_torch(adapter) or any(isinstance(f, Rows) for f in adapter.factors.values())
+
+
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    ours, theirs = [{**f.updates, **f.full} for f in (one, two)]
+    ours, theirs = [{**f.updates, **f.full, **_state(f)} for f in (one, two)]
     if (one.format == "peft") != (two.format == "peft"):  # other names for the same entries
         ours, theirs = _renamed(ours), _renamed(theirs)
     rows = []
@@ -83,6 +113,11 @@ def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]],
             row = _arrays(np.asarray(a), np.asarray(b)) | {"ranks": [None, None], "cosine": None}
         rows.append({"path": path} | row)
     return rows, _only(ours, theirs)
+
+
+def _state(found: AdapterFile) -> dict[str, np.ndarray]:
+    """Return the arrays of the state beside an adapter."""
+    return {f"{path} (state)": np.asarray(data_of(x)) for path, x in found.state.items()}
 
 
 def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -164,7 +199,7 @@ def _both(one: Iterable[str], two: Iterable[str]) -> list[str]:
 
 def _only(one: Iterable[str], two: Iterable[str]) -> dict[str, list[str]]:
     one, two = {*one}, {*two}
-    return {"A": sorted(one - two, key=natural), "B": sorted(two - one, key=natural)}
+    return {"first": sorted(one - two, key=natural), "second": sorted(two - one, key=natural)}
 
 
 def _adapter_cells(row: dict[str, Any]) -> list[str]:

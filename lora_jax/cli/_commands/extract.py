@@ -1,6 +1,7 @@
 """``extract``: find the LoRA that comes nearest to what fine-tuning changed in a model."""
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from lora_jax._adapter.factors import Entry, Factors
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.axes import not_trainable
 from lora_jax._weights.conventions import is_head
-from lora_jax._weights.paths import nearest
+from lora_jax._weights.paths import RANDOM, nearest
 from lora_jax._weights.ranges import Part
 from lora_jax._weights.selector import select
 from lora_jax._weights.target import Target
 from lora_jax.algebra._extract import check_options, check_rest, extract, truncated
-from lora_jax.cli._options import FORMATS, add_names, count, names_and_kinds, writing
+from lora_jax.cli._options import names_and_kinds, writing
 from lora_jax.cli._read.base import full_names, source_of
 from lora_jax.cli._read.forms import Checkpoint, size_of, update_of
 from lora_jax.cli._read.path import open_checkpoint
@@ -25,28 +26,6 @@ from lora_jax.cli._show import Column, Show, number, size
 from lora_jax.io import orbax, peft, safetensors
 from lora_jax.io._torch import as_path
 from lora_jax.io.hf._tree import TorchTree
-
-EXAMPLE = "model tuned extracted --rank 4"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_names(parser)
-    add = parser.add_argument
-    add("base", metavar="BASE", help="model folder, or Orbax checkpoint of parameters")
-    add("tuned", metavar="TUNED", help="the same model after fine-tuning")
-    add("out", metavar="OUT", help="adapter to write")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", type=count, metavar="R", help="of every update")
-    size.add_argument("--energy", type=float, metavar="E", help="share to keep, such as 0.9")
-    add("--alpha", type=float, metavar="A", help="for scale alpha / rank; else 1")
-    add("--targets", metavar="REGEX", help="of tensors' names; else all linear layers")
-    text = "changed tensors without factors: refuse, leave out, or save in full; error"
-    add("--rest", choices=("error", "ignore", "full"), default="error", help=text)
-    add("--ignore-rest", action="store_const", dest="rest", const="ignore", help="--rest ignore")
-    add("--to", choices=FORMATS, help="PEFT for model folders, Orbax for Orbax")
-    add("--base-model", metavar="NAME", help="for PEFT's configuration")
-    add("--overwrite", action="store_true", help="replace what is there")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -149,17 +128,18 @@ def _of_parameters(
     base: Checkpoint, tuned: Checkpoint, args: argparse.Namespace
 ) -> tuple[LoraParams, list[dict[str, Any]]]:
     """Extract from two trees of parameters."""
+    others = {**base.others, **tuned.others}
     trees = [
-        {path: jnp.asarray(t.read()) for path, t in model.tensors.items()}
+        {path: jnp.asarray(t.read()) for path, t in model.tensors.items() if path not in others}
         for model in (base, tuned)
     ]
+    if state := [path for path, what in others.items() if what not in RANDOM]:
+        warnings.warn(
+            f"these are no parameters, and are left out: {', '.join(state)}", stacklevel=2
+        )
     options: dict[str, Any] = {"targets": args.targets or "all-linear", "rest": args.rest}
     options |= {"energy": args.energy, "alpha": args.alpha}
-    try:
-        lora_params = extract(trees[0], trees[1], args.rank, **options)
-    except ValueError as error:
-        text = str(error).removeprefix("extract: ")
-        raise ValueError(text.replace("rest='", "--rest '").replace("rest=", "--rest ")) from error
+    lora_params = extract(trees[0], trees[1], args.rank, **options)
     rows = []
     for key, f in lora_params.adapter.factors.items():
         after, before = (Target(key, tree[key], Part(key), f.layout) for tree in trees[::-1])
@@ -200,7 +180,7 @@ def _of_folder(
             delta = after.astype(np.float32) - before.astype(np.float32)
             factors[path], matrix = _truncated(name, delta, tree.layout[path], args)
             rows.append(_row(name, delta.shape, matrix, factors[path]))
-    check_rest(left, args.rest, "", "--rest ")
+    check_rest(left, args.rest)
     if not factors:
         raise ValueError(
             f"{base.path} and {tuned.path} are equal: there is nothing to extract"
@@ -248,4 +228,4 @@ def _wanted(tree: TorchTree, targets: str | None) -> Mapping[str, Any]:
         for name, w in weights.items()
         if is_head(as_path(name)) or w.kind == "embedding" or len(w.shape) > 2
     }
-    return select(targets or "all-linear", weights, blocked, "--targets", others)
+    return select(targets or "all-linear", weights, blocked, "targets", others)

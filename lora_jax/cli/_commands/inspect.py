@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli._numbers import effective_rank, is_float, tensor_norm
-from lora_jax.cli._options import add_order, count
+from lora_jax.cli._options import order_in
 from lora_jax.cli._read.base import fitted_leaves, source_of
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, Update, natural
 from lora_jax.cli._read.match import find, part_of
@@ -30,23 +30,9 @@ _MODELS = {
 }
 
 
-EXAMPLE = "adapter --base model --top 5"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_order(parser)
-    add = parser.add_argument
-    add("path", metavar="PATH", help="adapter, checkpoint, model folder, or file")
-    add("--base", metavar="PATH", help="the model, for the relative size of updates")
-    add("--top", type=count, metavar="N", help="the first N rows only")
-    add("--sort", choices=("path", "norm", "rank"), default="path", help="by path or largest first")
-    add("--spectrum", action="store_true", help="effective ranks of a model's matrices")
-
-
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
-    found = open_path(args.path, args.parameter_order)
+    found = open_path(args.path, order_in(args))
     if isinstance(found, Checkpoint):
         if args.base:
             raise ValueError(f"--base is for adapters, and {args.path} is a model")
@@ -77,6 +63,9 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
     if dora:
         show.line(f"DoRA: {dora} of {len(found.updates)} weights have magnitudes of their own")
     show.line(f"base: {found.base}")
+    state = {path: [str(x.dtype), *x.shape] for path, x in found.state.items()}
+    if state:
+        show.line(f"state beside it: {', '.join(state)}")
     show.document(
         {
             "what": "adapter",
@@ -84,6 +73,7 @@ def _adapter(found: AdapterFile, args: argparse.Namespace, show: Show) -> None:
             "format": found.format,
             "base": found.base,
             "note": found.note,
+            "state": state,
             "entries": shown,
             "totals": totals | {"bytes": found.size},
         }

@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli._commands.convert import to_peft
-from lora_jax.cli._options import (
-    DTYPES,
-    add_axes,
-    add_names,
-    byte_count,
-    layout_in,
-    names_and_kinds,
-    writing,
-)
+from lora_jax.cli._options import layout_in, names_and_kinds, order_in, writing
 from lora_jax.cli._read.base import recorded_leaves
 from lora_jax.cli._read.forms import AdapterFile, size_of
 from lora_jax.cli._read.match import canonical
-from lora_jax.cli._read.path import open_adapter
+from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Show, size
 from lora_jax.io.hf._families import FAMILIES
 from lora_jax.io.hf._merge import write_merged
@@ -31,23 +23,6 @@ from lora_jax.io.hf._write import Output
 from lora_jax.io.peft._folder import Folder
 from lora_jax.io.peft._save import places_of
 from lora_jax.io.peft._save import write as write_peft
-
-EXAMPLE = "model adapter merged --dtype bfloat16"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_names(parser)
-    add_axes(parser)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a Hugging Face model")
-    add("adapters", metavar="ADAPTER", nargs="+", help="of any format")
-    add("out", metavar="OUT", help="folder to write")
-    add("--weight", type=float, action="append", metavar="W", help="once per adapter, in order")
-    add("--like", metavar="PATH", help="model or adapter with the paths of an adapter of ours")
-    add("--dtype", choices=DTYPES, help="of the floating tensors")
-    add("--shard-size", type=byte_count, default="5GB", metavar="SIZE", help="of a file; 5GB")
-    add("--overwrite", action="store_true", help="replace a model that is there")
 
 
 def run(args: argparse.Namespace, show: Show) -> int:
@@ -60,7 +35,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
     if len({os.path.realpath(path) for path in args.adapters}) < len(args.adapters):
         raise ValueError("an adapter is there twice: add up its weights")
     given, kinds = names_and_kinds(args)
-    names, layout, order = given, layout_in(args), args.parameter_order
+    names, layout, order = given, layout_in(args), order_in(args)
+    open_checkpoint(args.model)  # it is no adapter
     source = open_source(args.model)
     family = FAMILIES.get((source.config or {}).get("model_type", ""))
     if names is None and family is not None:
@@ -74,6 +50,8 @@ def run(args: argparse.Namespace, show: Show) -> int:
         adapters = []
         for k, (found, weight) in enumerate(zip(opened, weights, strict=True)):
             is_shared = found.format != "peft" and not _has_head(found, names, source)
+            if found.state:
+                show.note(f"{found.path}: the model's state is left out: {', '.join(found.state)}")
             if found.format != "peft":
                 folder = Path(temporary) / str(k)
                 like = args.like

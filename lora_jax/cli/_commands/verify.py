@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.params import LoraParams, check
-from lora_jax.cli._options import add_axes, add_names, layout_in, names_and_kinds
+from lora_jax.cli._options import layout_in, names_and_kinds, order_in
 from lora_jax.cli._read.base import (
     UnknownBaseError,
     adapted_leaves,
@@ -21,7 +21,7 @@ from lora_jax.cli._read.base import (
     source_of,
 )
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint
-from lora_jax.cli._read.path import open_adapter, open_checkpoint
+from lora_jax.cli._read.path import open_adapter, open_checkpoint, open_path
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
 from lora_jax.io._tensor import Tensor
@@ -34,22 +34,15 @@ from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._tree import TorchTree, is_torch
 from lora_jax.io.peft._read import read
 
-EXAMPLE = "adapter model"
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    add_names(parser)
-    add_axes(parser)
-    add = parser.add_argument
-    add("adapter", metavar="ADAPTER", help="of any format")
-    add("base", metavar="BASE", help="model folder, or Orbax checkpoint of parameters")
-
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command: 0 if it is, 1 if not."""
-    found = open_adapter(args.adapter, args.parameter_order)
-    model, layout = open_checkpoint(args.base), layout_in(args)
+    order, layout = order_in(args), layout_in(args)
+    model, found = open_path(args.model, order), open_path(args.adapter, order)
+    if isinstance(model, AdapterFile) and isinstance(found, Checkpoint):  # the other order
+        model, found = found, model
+    else:
+        model, found = open_checkpoint(args.model), open_adapter(args.adapter, order)
     names, kinds = names_and_kinds(args)
     options = {"names": names, "kinds": kinds}
     try:
@@ -98,7 +91,11 @@ def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) ->
     check(LoraParams(leaves, adapter), dict(leaves))
     if base is None:
         return f"its {len(adapter.factors) + len(adapter.full)} entries fit; it has no record"
-    structs = {p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for p, x in leaves.items()}
+    structs = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype))
+        for path, x in leaves.items()
+        if path in base["leaves"] or path not in model.others
+    }
     records.check_base({"leaves": base["leaves"], "content": {}}, structs, where)
     for path, known in base["content"].items():
         if (content := records.content_of(jnp.asarray(np.asarray(leaves[path])))) != known:

@@ -23,6 +23,10 @@ from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._save import places_of
 
 
+class UnknownBaseError(ValueError):
+    """An adapter does not tell what its base is like, and that matters."""
+
+
 class Absent(Tensor):
     """A leaf whose path, shape and dtype are known, but not its entries."""
 
@@ -31,9 +35,10 @@ class Absent(Tensor):
 
 
 def _needed(path: str) -> NoReturn:
-    raise ValueError(
-        f"this needs what is in the base's {path!r}: pass --like, the model's folder or an "
-        "Orbax checkpoint of its parameters"
+    folder = "" if path.rpartition("/")[2] in ("kernel", "embedding") else "the model's folder or "
+    raise UnknownBaseError(
+        f"this needs what is in the base's {path!r}: pass --like, {folder}an Orbax checkpoint of "
+        "its parameters"
     )
 
 
@@ -129,10 +134,6 @@ def recorded_leaves(found: AdapterFile) -> dict[str, Any] | None:
         return None
     leaves = record["leaves"].items()
     return {path: Absent(path, tuple(shape), jnp.dtype(dtype)) for path, (dtype, *shape) in leaves}
-
-
-class UnknownBaseError(ValueError):
-    """An adapter does not tell what its base is like, and that matters."""
 
 
 def adapted_leaves(adapter: Adapter, *, full: bool = False) -> dict[str, Any]:

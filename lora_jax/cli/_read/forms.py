@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class AdapterFile:
         native: the adapter and its record; None for PEFT's formats.
         folder: PEFT's files; None for other formats.
         note: what was chosen if there was more, and whether the base is a changed one.
+        state: the leaves of the model's state beside it, by path.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class AdapterFile:
     native: tuple[Adapter, Any] | None = None
     folder: Folder | None = None
     note: str = ""
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -102,11 +104,13 @@ class Checkpoint:
         path: the file or folder.
         format: ``"huggingface"``, ``"safetensors"``, ``"gguf"`` or ``"orbax"``.
         tensors: the tensors by name.
+        others: the tensors that are known to be no parameters, each described.
     """
 
     path: Path
     format: str
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

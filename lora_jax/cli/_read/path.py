@@ -4,6 +4,7 @@ Each of the formats that follow is one function.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lora_jax._adapter.params import Adapter
 from lora_jax.cli._read.forms import AdapterFile, Checkpoint, update_of
 from lora_jax.cli._read.peft import open_peft
 from lora_jax.io import _files as files
-from lora_jax.io import orbax, safetensors
+from lora_jax.io import safetensors
 from lora_jax.io.hf import _shards as shards
 from lora_jax.io.peft._axes import PARAMETER_ORDER
 from lora_jax.io.peft._config import CONFIG, TENSORS
@@ -26,9 +27,18 @@ def open_path(
 
     Raises:
         OSError: there is nothing, or it cannot be read.
-        ValueError: it is of no known kind, or is damaged.
+        ValueError: it is of no known kind, is damaged, or is an adapter of nothing.
     """
-    path = Path(path)
+    found = _open(Path(path), order)
+    if isinstance(found, AdapterFile) and not (found.updates or found.full):
+        raise ValueError(
+            f"{path} is an adapter without a tensor: nothing was adapted, or what it was saved "
+            "from was empty. Save it again"
+        )
+    return found
+
+
+def _open(path: Path, order: tuple[str, ...]) -> AdapterFile | Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
@@ -108,16 +118,26 @@ def _file(path: Path) -> AdapterFile | Checkpoint:
 
 
 def _orbax(path: Path, note: str = "") -> AdapterFile | Checkpoint:
+    from lora_jax.io.orbax._adapter import read_adapter, read_state
     from lora_jax.io.orbax._parts import config_of
     from lora_jax.io.orbax._tensors import tensors_in
 
-    record, _ = config_of(str(path.absolute()))
+    where = str(path.absolute())
+    record, _ = config_of(where)
     if isinstance(record, dict) and record.get("format") == "lora_jax params":
-        return Checkpoint(path, "orbax", tensors_in(path))
-    return _native(path, "orbax", orbax.load(path), record, note)
+        return Checkpoint(path, "orbax", *tensors_in(path))
+    adapter = read_adapter(where, None, {}, None, finite=True)[0]
+    return _native(path, "orbax", adapter, record, read_state(where), note)
 
 
-def _native(path: Path, kind: str, adapter: Adapter, record: Any, note: str = "") -> AdapterFile:
+def _native(
+    path: Path,
+    kind: str,
+    adapter: Adapter,
+    record: Any,
+    state: Mapping[str, Any],
+    note: str = "",
+) -> AdapterFile:
     updates = {key: update_of(key, f) for key, f in adapter.factors.items()}
     full = {name: np.asarray(x) for name, x in adapter.full.items()}
     if any(f.residual for f in adapter.factors.values()):
@@ -128,4 +148,5 @@ def _native(path: Path, kind: str, adapter: Adapter, record: Any, note: str = ""
         known = len(record["base"]["content"])
         content = f"the contents of {known} of them" if known else "not their contents"
         base = f"{len(record['base']['leaves'])} leaves: names, shapes and dtypes, {content}"
-    return AdapterFile(path, kind, updates, full, base, (adapter, record), note=note)
+    own = (adapter, record)
+    return AdapterFile(path, kind, updates, full, base, own, note=note, state=state)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapter.factors import is_concrete
-from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.paths import PyTree, flatten, not_parameters
 from lora_jax.io import _torch as torch_names
 from lora_jax.io._tensor import Progress, counted
 from lora_jax.io.hf._families import Family, family_of
 from lora_jax.io.hf._names import TensorNames
+from lora_jax.io.hf._rest import in_files
 from lora_jax.io.hf._source import open_source
 
 
@@ -37,7 +38,8 @@ def load(
             index; or a GGUF file, whose quantized weights are dequantized (extra ``gguf``).
         like: a tree of arrays or ``jax.ShapeDtypeStruct``s, such as
             ``jax.eval_shape(model.init, ...)["params"]``, with the shapes and dtypes of the
-            result. A leaf with a sharding is loaded with it.
+            result. A leaf with a sharding is loaded with it. PRNG keys and their counters stay as
+            they are here, and so does what else is no parameter, unless ``names`` names it.
         family: how the tensors are named: a name in :data:`FAMILIES`, or a :class:`Family`. None
             takes the ``model_type`` of ``config.json``.
         names: replaces the family's: the name of a module in the files, by its path here, as in
@@ -59,6 +61,7 @@ def load(
         OSError: a file is missing or cannot be read.
         ValueError: a file is damaged; the model is quantized, or its family unknown; tensors are
             missing, left over, or of another shape.
+        UserWarning: a leaf that is no parameter stays as it is, other than PRNG keys and counters.
 
     Example:
         >>> import jax.numpy as jnp, tempfile
@@ -73,7 +76,8 @@ def load(
     changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
     known = family_of(source.config, source.where, family, **changes)
     leaves, tree = flatten(like)
-    found = TensorNames(leaves, known, source, new)
+    there = in_files(leaves, not_parameters(like), known, source, "hf.load", stacklevel=3)
+    found = TensorNames(there, known, source, new)
     stored = [path for path in found.places.places if path not in found.new]
     used = [name for path in stored for _, name in found.parts(path)]
     total = sum(source.tensors[name].nbytes for name in used)
@@ -81,18 +85,20 @@ def load(
     wanted = {path: found.leaf(path, tensors) for path in stored}
     found.left_over(used)
     result = [
-        _on_device(wanted[path].read(), leaf) if path in wanted else _kept(path, leaf)
+        _on_device(wanted[path].read(), leaf)
+        if path in wanted
+        else _kept(path, leaf, "new" if path in found.new else "like")
         for path, leaf in leaves.items()
     ]
     return jax.tree.unflatten(tree, result)
 
 
-def _kept(path: str, leaf: Any) -> Any:
+def _kept(path: str, leaf: Any, argument: str) -> Any:
     """Return a leaf that the files do not have; like must have its entries."""
     if not is_concrete(leaf):
         raise ValueError(
-            f"new: {path!r} is to stay as it is in like, which has its shape only: put an array "
-            "there, such as model.init(...) makes"
+            f"{argument}: {path!r} is to stay as it is in like, which has its shape only: put an "
+            "array there, such as model.init(...) makes"
         )
     return leaf
 

@@ -16,7 +16,7 @@ from lora_jax.io._torch import Names, as_name
 from lora_jax.io.hf._apart import are_apart, as_configured, untied
 from lora_jax.io.hf._families import flag_of
 from lora_jax.io.hf._quantized import is_narrow
-from lora_jax.io.hf._source import CONFIG, Source, open_source
+from lora_jax.io.hf._source import Source, no_config, open_source
 from lora_jax.io.hf._ties import Ties, tables_in_peft
 from lora_jax.io.hf._tree import TorchTree
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
@@ -111,10 +111,7 @@ def write_merged(
         ValueError: adapters cannot be summed, or the model cannot have tied tensors apart.
     """
     if source.config is None:
-        raise ValueError(
-            f"{source.where} holds no {CONFIG}, whose model_type tells whether dense layers are "
-            "stored transposed, as GPT-2's are"
-        )
+        raise no_config(source.where, "dense layers are")
     changes = _changes(source, adapters, names, layout)
     ties = TorchTree.of(source).ties
     new = {name: x for change in changes for name, x in change.new.items()}
@@ -144,7 +141,7 @@ def write_merged(
         if is_narrow(wanted) and name in changed:
             raise ValueError(
                 f"{source.where}: {name!r} is {tensor.dtype}, and {wanted} would round most of an "
-                "update away: write bfloat16, dtype='bfloat16' or --dtype bfloat16"
+                "update away: write bfloat16, dtype='bfloat16'"
             )
         written[name] = Tensor(tensor.shape, wanted, partial(merged, name, wanted))
     names = {old: own for change in changes if change.new for old, own in change.names.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._merge import merge as merge_params
-from lora_jax._weights.paths import PyTree
+from lora_jax._weights.paths import PyTree, not_parameters
 from lora_jax._weights.quantized import plain_array
 from lora_jax._weights.ranges import part_of
 from lora_jax.io import _torch as torch_names
@@ -19,7 +19,8 @@ from lora_jax.io._tensor import Progress, Tensor
 from lora_jax.io.hf._apart import as_configured
 from lora_jax.io.hf._families import FLAG, Family, family_of
 from lora_jax.io.hf._names import TensorNames
-from lora_jax.io.hf._source import open_source
+from lora_jax.io.hf._rest import in_files
+from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.hf._write import Output, dtype_of, narrowed, write_model
 
 
@@ -48,7 +49,8 @@ def save(
 
     Args:
         folder: to write, in an existing folder.
-        params: parameters, or a LoraParams.
+        params: parameters, or a LoraParams. PRNG keys and their counters are left out, and so is
+            what else is no parameter, unless ``names`` names it: running statistics.
         family: as in :func:`load`. Without a source and without names, the paths with dots are the
             names.
         source: the folder or the GGUF file that the parameters came from. Its configuration,
@@ -72,21 +74,36 @@ def save(
         OSError: the model cannot be written; FileExistsError without ``overwrite``.
         ValueError: a leaf has no name; ``source`` is quantized; its tensors are missing or have
             other shapes; or finite numbers would be infinite in ``dtype``.
+        UserWarning: a leaf that is no parameter is left out, other than PRNG keys and counters.
     """
     lora_params = params if isinstance(params, LoraParams) else LoraParams(params, Adapter({}))
     if isinstance(lora_params.base, LoraParams):
         lora_params = LoraParams(merge_params(lora_params.base), lora_params.adapter)
-    leaves = check(lora_params).leaves
     opened = open_source(source) if source is not None else None
     changes = {"names": names, "kinds": kinds, "layout": layout, "tied": tied, "ignore": ignore}
     if opened is None and family is None:
         family = Family()
     known = family_of(opened.config if opened else None, str(source), family, **changes)
-    contents = _Contents(lora_params, leaves, TensorNames(leaves, known, opened, new), dtype)
-    contents.check_twins()
-    tensors, config = as_configured(contents.tensors, opened, config)
     output = Output(folder, config, dtype, shard_size, overwrite, progress)
-    write_model(output, tensors, opened)
+    write(output, lora_params, not_parameters(lora_params.base), known, opened, new)
+
+
+def write(
+    output: Output,
+    lora_params: LoraParams,
+    others: Mapping[str, str],
+    family: Family,
+    source: Source | None,
+    new: str | None = None,
+) -> None:
+    """Write a model; ``others`` are the leaves of the base that are no parameters, described."""
+    leaves = check(lora_params).leaves
+    leaves = in_files(leaves, others, family, source, "hf.save", stacklevel=4)
+    names = TensorNames(leaves, family, source, new)
+    contents = _Contents(lora_params, leaves, names, output.dtype)
+    contents.check_twins()
+    tensors, config = as_configured(contents.tensors, source, output.config)
+    write_model(output._replace(config=config), tensors, source)
 
 
 class _Contents:

@@ -38,6 +38,15 @@ class UnknownModelError(ValueError):
     """The files of a model do not tell what its numbers mean."""
 
 
+def no_config(where: str, what: str) -> UnknownModelError:
+    """Return the error of a model without a configuration, which would tell something."""
+    return UnknownModelError(
+        f"{where} holds no {CONFIG}, whose model_type tells whether {what} stored transposed, as "
+        "GPT-2's are: copy the model's there, or write one with its model_type alone, such as "
+        '{"model_type": "llama"}'
+    )
+
+
 @dataclass(frozen=True)
 class Source:
     """A model on disk: its configuration, and its tensors, which are read one at a time.

@@ -21,7 +21,7 @@ from lora_jax.io._torch import Map, Names, as_name, as_path, module_path
 from lora_jax.io.hf._experts import Piece, grouped, letters_of_square
 from lora_jax.io.hf._families import CONV1D
 from lora_jax.io.hf._quantized import check_plain
-from lora_jax.io.hf._source import CONFIG, Source, UnknownModelError
+from lora_jax.io.hf._source import Source, UnknownModelError, no_config
 from lora_jax.io.hf._ties import Ties
 from lora_jax.io.hf._transposed import transposed
 from lora_jax.io.peft._folder import Folder
@@ -144,10 +144,7 @@ class TorchTree:
         if path is None:
             return
         if source.config is None:
-            raise UnknownModelError(
-                f"{source.where} holds no {CONFIG}, whose model_type tells whether {path!r} is "
-                "stored transposed, as GPT-2's is: put it there"
-            )
+            raise no_config(source.where, f"{path!r} is")
         raise UnknownModelError(
             f"{source.where}: {as_name(path)!r} is square, and the adapter's fan_in_fan_out is "
             "true: whether it is stored transposed is not known. If it is not, set fan_in_fan_out "

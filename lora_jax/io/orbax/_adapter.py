@@ -7,7 +7,9 @@ from typing import Any
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
-from lora_jax.io.orbax._leaves import Leaves, by_name, labeled
+from lora_jax.io import _state as states
+from lora_jax.io._schema import check_record
+from lora_jax.io.orbax._leaves import Leaves, by_name, labeled, rebuilt
 from lora_jax.io.orbax._parts import (
     Shardings,
     absolute,
@@ -22,7 +24,11 @@ from lora_jax.io.orbax._parts import (
 
 
 def save(
-    path: str | os.PathLike[str], adapter: Adapter | LoraParams, *, content: bool = False
+    path: str | os.PathLike[str],
+    adapter: Adapter | LoraParams,
+    *,
+    state: PyTree = None,
+    content: bool = False,
 ) -> None:
     """Write an adapter as a new Orbax checkpoint.
 
@@ -32,12 +38,14 @@ def save(
     Args:
         path: of the checkpoint, a directory that does not exist.
         adapter: an Adapter or a LoraParams. With a LoraParams, the base is recorded as well: the
-            names, shapes and dtypes of its leaves.
+            names, shapes and dtypes of its parameters.
+        state: what else the model has after training, as in ``safetensors.save``.
         content: whether to record a checksum of every leaf of the base, which reads all of it.
 
     Raises:
-        TypeError: ``adapter`` is of the wrong kind.
-        ValueError: an initializer changed the base of the adapter, and the base is not passed.
+        TypeError: ``adapter`` or a leaf of ``state`` is of the wrong kind.
+        ValueError: an initializer changed the base of the adapter, and the base is not passed; or
+            ``state`` has parameters of the base.
         FileExistsError: ``path`` exists.
 
     Example:
@@ -50,12 +58,16 @@ def save(
         ['query/kernel']
     """
     adapter, base = records.parts_of(adapter, "orbax.save")
-    write_adapter(path, adapter, records.record_of(adapter, base, content=content))
+    leaves = states.leaves_of(state, base, "orbax.save")
+    write_adapter(path, adapter, records.record_of(adapter, base, leaves, content=content), leaves)
 
 
-def write_adapter(path: str | os.PathLike[str], adapter: Adapter, record: Any) -> None:
-    """Write an adapter beside its record."""
+def write_adapter(
+    path: str | os.PathLike[str], adapter: Adapter, record: Any, state: Mapping[str, Any]
+) -> None:
+    """Write an adapter beside its record, and the leaves of a state."""
     leaves = {"adapter": by_name(records.arrays_of(adapter))}
+    leaves |= {"state": by_name(state)} if state else {}
     write(path, checkpointables(record, leaves))
 
 
@@ -63,6 +75,7 @@ def load(
     path: str | os.PathLike[str],
     params: PyTree | None = None,
     *,
+    state: PyTree = None,
     shardings: Shardings = None,
     finite: bool = True,
 ) -> Any:
@@ -71,23 +84,30 @@ def load(
     Args:
         path: of the checkpoint; ``directory/step`` for a step.
         params: the parameters that the adapter was trained on, or None.
+        state: a tree like the saved state, as in ``safetensors.load``.
         shardings: where the arrays go: one sharding for all, or a function of an array's name,
             such as ``layers_0/query/kernel.a``, and its shape. None replicates the arrays on the
             mesh of ``params``, or puts them on the default device if there is no mesh.
-        finite: whether to reject values that are not finite.
+        finite: whether to reject values that are not finite in the adapter.
 
     Returns:
-        A LoraParams of ``params``; without them, the Adapter alone.
+        A LoraParams of ``params``; without them, the Adapter alone. With ``state``, a pair of that
+        and the state.
 
     Raises:
         FileNotFoundError: there is no checkpoint at ``path``.
         ValueError: the checkpoint is damaged, is no adapter, or belongs to another model than
-            ``params``; or a sharding does not fit.
+            ``params`` or ``state``; or a sharding does not fit.
         UserWarning: the base had another precision than ``params``.
     """
     where = absolute(path)
-    adapter, record, _ = read_adapter(where, params, {}, shardings, finite=finite)
-    return records.on_base(adapter, record, params, where)
+    targets = {} if state is None else {"state": by_name(states.arrays_of(state, where))}
+    adapter, record, found = read_adapter(where, params, targets, shardings, finite=finite)
+    lora_params = records.on_base(adapter, record, params, where)
+    if state is None:
+        states.check_asked(record, where)
+        return lora_params
+    return lora_params, rebuilt(state, found["state"])
 
 
 def read_adapter(
@@ -100,10 +120,21 @@ def read_adapter(
 ) -> tuple[Adapter, Any, dict[str, dict[str, Any]]]:
     """Read an adapter, its record, and the parts that agree with targets."""
     record, notes = config_of(where)
-    records.check_record(record, where)
+    check_record(record, where)
     wanted = {"adapter": shardings_of(notes["adapter"], shardings, params)}
+    if "state" in targets:
+        states.check_agrees(dict(targets["state"].values()), record, where)
     for part, leaves in targets.items():
         wanted[part] = agreed(leaves, notes.get(part), part, default_sharding(params), where)
     found = read(where, notes, wanted)
     arrays = labeled(notes["adapter"], found["adapter"])
     return records.adapter_of(record, arrays, where, finite=finite), record, found
+
+
+def read_state(where: str) -> dict[str, Any]:
+    """Read the leaves of the state in a checkpoint by path; none if it has no state."""
+    notes = config_of(where)[1]
+    if "state" not in notes:
+        return {}
+    found = read(where, notes, {"state": shardings_of(notes["state"], None, None)})
+    return labeled(notes["state"], found["state"])

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax._adapter.params import Adapter, LoraParams
 from lora_jax._weights.paths import PyTree
 from lora_jax.io import _record as records
+from lora_jax.io import _state as states
 from lora_jax.io.orbax._adapter import read_adapter
 from lora_jax.io.orbax._leaves import by_name, by_number, rebuilt
 from lora_jax.io.orbax._parts import Shardings, absolute, checkpointables, context
@@ -102,7 +104,9 @@ class Checkpointer:
                 pass what ``combine`` makes of them.
             opt_state: the state of the optimizer, or any tree; None saves none.
             extra: a tree of everything else that training needs to go on: PRNG keys, positions in
-                the data, scales. Leaves are arrays, numbers or strings.
+                the data, scales, and what the model has besides parameters, such as running
+                statistics. Leaves are arrays, numbers or strings. None warns if the base has
+                leaves that are no parameters; ``{}`` does not.
 
         Returns:
             Whether the step is due, and so is being saved.
@@ -126,7 +130,13 @@ class Checkpointer:
         leaves = {"adapter": by_name(records.arrays_of(adapter))}
         trees = {"opt_state": opt_state, "extra": extra}
         leaves |= {part: by_number(tree, part) for part, tree in trees.items() if tree is not None}
-        written = checkpointables(records.record_of(adapter, base, content=False), leaves)
+        if extra is None and (found := states.left_out(base)):
+            warnings.warn(
+                f"Checkpointer.save: {found}. To save them, pass them in extra; extra={{}} leaves "
+                "them out",
+                stacklevel=2,
+            )
+        written = checkpointables(records.record_of(adapter, base, {}, content=False), leaves)
         self._pending = self._orbax.save_checkpointables_async(step, written)
         return True
 

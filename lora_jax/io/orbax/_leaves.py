@@ -12,6 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from lora_jax._weights.paths import PyTree
 from lora_jax.io._checksum import checksum
+from lora_jax.io._state import data_of, is_key
 
 VALUES = ("bool", "int", "float", "str")  # kinds of leaves that the record itself contains
 Leaves: TypeAlias = Mapping[str, tuple[str, Any]]  # by name in Orbax: label for errors, leaf
@@ -76,11 +77,6 @@ def has_entries(kind: str) -> bool:
     return kind not in VALUES and 0 not in shape_of(kind)
 
 
-def is_key(x: Any) -> bool:
-    """Return whether an array is one of typed PRNG keys."""
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def sum_of(x: Any) -> str:
     """Compute a checksum; that of a NumPy array is of its bytes, since JAX may lack its dtype."""
     if isinstance(x, np.ndarray):
@@ -90,7 +86,7 @@ def sum_of(x: Any) -> str:
 
 def stored(x: Any) -> Any:
     """Convert a leaf to the array that Orbax takes."""
-    x = jax.random.key_data(x) if is_key(x) else x
+    x = data_of(x)
     is_local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", False)
     return np.asarray(x) if is_local or isinstance(x, np.generic) else x
 

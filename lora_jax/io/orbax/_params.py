@@ -1,8 +1,9 @@
 """Save and load plain parameters as an Orbax checkpoint."""
 
 import os
+from typing import Any
 
-from lora_jax._weights.paths import PyTree
+from lora_jax._weights.paths import PyTree, not_parameters
 from lora_jax.io.orbax._leaves import by_number, has_entries, kind_of, own_tree, rebuilt
 from lora_jax.io.orbax._parts import (
     absolute,
@@ -47,7 +48,10 @@ def save_params(path: str | os.PathLike[str], params: PyTree) -> None:
         if not has_entries(kind_of(x, label)):
             found = f"an array of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
             raise TypeError(f"save_params: {label} is {found}, expected an array with entries")
-    written = checkpointables({"format": "lora_jax params", "version": 1}, {"params": leaves})
+    record: dict[str, Any] = {"format": "lora_jax params", "version": 1}
+    if others := not_parameters(params):
+        record["others"] = others
+    written = checkpointables(record, {"params": leaves})
     write(path, written | {"params": own_tree(params, written.get("params", {}))})
 
 

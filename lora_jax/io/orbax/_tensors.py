@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 from orbax.checkpoint import v1 as ocp
 
-from lora_jax._weights.paths import PyTree
+from lora_jax._weights.paths import PyTree, random_in
 from lora_jax.io._checksum import checksum
 from lora_jax.io._tensor import Tensor
 from lora_jax.io.orbax._leaves import escaped, spec_of, sum_of
@@ -22,10 +23,16 @@ from lora_jax.io.orbax._parts import config_of, reading
 _KEY = re.compile(r"\['((?:[^'\\]|\\.)*)'\]|\[\"((?:[^\"\\]|\\.)*)\"\]|\[(?:\D*?)(\d+)>?\]|\.(\w+)")
 
 
-def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Find the arrays of a checkpoint, by the paths that ``lorafy`` gives them."""
+def tensors_in(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find the arrays of a checkpoint, by the paths that ``lorafy`` gives them.
+
+    Returns:
+        The arrays, and those among them that are no parameters, each described. Of NNX's variables
+        earlier checkpoints do not tell.
+    """
     where = str(path.absolute())
-    notes: Mapping[str, Any] = config_of(where)[1]["params"]
+    record, parts = config_of(where)
+    notes: Mapping[str, Any] = parts["params"]
     with reading(where, "params"):
         tree: Any = ocp.checkpointables_metadata(where).metadata["params"]
     numbers = {
@@ -34,17 +41,22 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     labels = {label: _keys(label.removeprefix("params")) for label, *_ in notes.values()}
     wrapped = any(keys[:1] == ("params",) for keys in labels.values())
     is_escaped = any("." in key for keys in labels.values() for key in keys)
-    found = {}
+    starts = Counter(keys[:-1] for keys in labels.values())
+    found, others, kinds = {}, {}, {}
     for label, kind, known, *_ in notes.values():
         keys = labels[label]
         written = tuple(map(escaped, keys)) if is_escaped else keys
         if written not in numbers:
             raise ValueError(f"{where} is damaged: {label} is not in it")
-        name = "/".join(keys[1:] if wrapped and keys[:1] == ("params",) else keys)
+        is_boxed = label.endswith("].value") and starts[keys[:-1]] == 1
+        names = keys[:-1] if is_boxed else keys  # a variable of NNX, or an array with metadata
+        name = "/".join(names[1:] if wrapped and keys[0] == "params" else names)
+        if wrapped and keys[0] != "params":
+            others[name] = f"in the collection {keys[0]!r}, not in 'params'"
         shape, dtype = spec_of(kind, known)
         read = partial(_read, where, tree, numbers[written], label, kind, known)
-        found[name] = Tensor(shape, np.dtype(dtype), read)
-    return found
+        found[name], kinds[name] = Tensor(shape, np.dtype(dtype), read), kind
+    return found, others | random_in(kinds) | record.get("others", {})
 
 
 def _read(where: str, tree: PyTree, number: int, label: str, kind: str, known: str) -> np.ndarray:

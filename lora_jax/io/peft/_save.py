@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lora_jax._weights.paths import PyTree
 from lora_jax._weights.ranges import part_of
 from lora_jax.algebra._plain import to_plain
 from lora_jax.io import _files as files
+from lora_jax.io._state import left_out
 from lora_jax.io._torch import Map, Names
 from lora_jax.io.peft import _config as configs
 from lora_jax.io.peft._axes import PARAMETER_ORDER, PREFIX, ROWS, TIED, Part, to_peft, wrappers
@@ -116,6 +118,13 @@ def save(
         lora_params = to_plain(lora_params, initial, params)
     adapter, leaves = lora_params.adapter, check(lora_params).leaves
     places = places_of(adapter, leaves, names, kinds, layout)
+    if found := left_out(lora_params.base, lora_params.adapter.full):
+        warnings.warn(
+            f"peft.save: {found}. PEFT's files have no room for them: save them by "
+            "lora_jax.io.safetensors or orbax, which take state=; a base of parameters alone, as "
+            "of nnx.split(model, nnx.Param, ...), does not warn",
+            stacklevel=2,
+        )
     check_has_factors(adapter)
     has_head = configs.has_head({"task_type": task_type})
     if (table := tied_table(adapter, places, has_head)) is not None:

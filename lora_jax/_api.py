@@ -1,0 +1,29 @@
+"""The names at the top of the package, which imports them when the first is used."""
+
+from lora_jax import algebra as algebra
+from lora_jax import analysis as analysis
+from lora_jax import init as init
+from lora_jax import io as io
+from lora_jax import many as many
+from lora_jax import optim as optim
+from lora_jax import quant as quant
+from lora_jax._adapter.factors import Factors as Factors
+from lora_jax._adapter.factors import Rows as Rows
+from lora_jax._adapter.params import Adapter as Adapter
+from lora_jax._adapter.params import LoraParams as LoraParams
+from lora_jax._adapter.shardings import shardings as shardings
+from lora_jax._adapter.shardings import state_shardings as state_shardings
+from lora_jax._lorafy import lorafy as lorafy
+from lora_jax._merge import merge as merge
+from lora_jax._merge import switch as switch
+from lora_jax._merge import unmerge as unmerge
+from lora_jax._transform.discover import layout_of as layout_of
+from lora_jax._transform.lora import lora as lora
+from lora_jax._transform.report import Report as Report
+from lora_jax._transform.report import report as report
+from lora_jax._weights.layouts import Layouts as Layouts
+from lora_jax.optim import combine as combine
+from lora_jax.optim import labels as labels
+from lora_jax.optim import optimizer as optimizer
+from lora_jax.optim import split as split
+from lora_jax.optim import value_and_grad as value_and_grad
