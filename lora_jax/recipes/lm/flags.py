@@ -70,6 +70,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "help": "what of a layer the backward pass recomputes, to save memory: full without a "
             "value; dots is all but projections and attention",
         },
+        layers={
+            "choices": ("scanned", "unrolled"),
+            "default": "scanned",
+            "help": "a loop over the layers, or a program of all of them, which is faster on a GPU "
+            "and takes longer to compile",
+        },
         attention={
             "choices": NAMES,
             "default": "auto",

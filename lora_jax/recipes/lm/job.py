@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.recipes.attention import why_not_cudnn
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.mesh import ROWS, placed
 from lora_jax.recipes.lm.step import Loss, State, compile_for_mesh, compile_for_pmap, make_step
@@ -46,12 +47,26 @@ class Job(NamedTuple):
 
 
 def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) -> llama.Llama:
-    """Return the network that a config.json describes."""
+    """Return the network that a config.json describes.
+
+    Raises:
+        ValueError: it is not supported, or the attention that was asked for does not fit it.
+    """
     changes = {"scan_layers": True, "dtype": jnp.dtype(args.dtype)}
     changes |= {"remat": args.remat, "attention": args.attention}
+    if args.layers == "unrolled":
+        changes["unroll"] = config.get("num_hidden_layers", 1)
     if not args.pmap:  # else the compiler could gather the batch instead of the weights
         changes["activations"] = NamedSharding(mesh, P(ROWS))
-    return llama.from_config(config, **changes)
+    model = llama.from_config(config, **changes)
+    if args.attention == "cudnn":
+        shapes = [
+            (1, args.length, heads, model.head_dim)
+            for heads in (model.num_attention_heads, model.num_key_value_heads)
+        ]
+        if reason := why_not_cudnn(*shapes, model.dtype, model.sliding_window):
+            raise ValueError(f"--attention cudnn: {reason} Pass --attention auto")
+    return model
 
 
 def ids_of(args: argparse.Namespace) -> jax.ShapeDtypeStruct:

@@ -125,6 +125,7 @@ class Llama(nn.Module):
         qk_norm: whether queries and keys are normalized, as in Qwen3.
         scan_layers: whether the layers are one stacked block, compiled once.
         attention: a kernel for attention, one of ``recipes.attention.NAMES``.
+        unroll: how many layers of a stacked block one step of the loop runs.
         remat: what the backward pass recomputes of a layer, to save memory: ``"none"``, ``"dots"``
             (all but projections and attention), or ``"full"``, also True.
         chunk: how many tokens' logits there are at once where the loss is asked for.
@@ -149,6 +150,7 @@ class Llama(nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     scan_layers: bool = False
+    unroll: int = 1
     remat: bool | str = False
     attention: str = "auto"
     chunk: int = 1024
@@ -205,7 +207,7 @@ class Llama(nn.Module):
             "full": jax.checkpoint_policies.nothing_saveable,
             "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
         }
-        name = {True: "full", False: "none"}.get(self.remat, self.remat)
+        name = self.remat if isinstance(self.remat, str) else ("none", "full")[self.remat]
         if name not in policies:
             raise ValueError(f"remat={self.remat!r}: expected one of {sorted(policies)}")
         if name == "none":
@@ -238,6 +240,7 @@ class Llama(nn.Module):
                 split_rngs={"params": True},
                 length=self.num_hidden_layers,
                 in_axes=axes,
+                unroll=self.unroll,
             )
             x, past = stack(shape, name="layers")(x, cache)
         else:
