@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         first, state = resume(checkpointer, base, job)
         frozen, rows = job.frozen, validation.take(slice(args.validation))
         size = args.batch // args.accumulate
-        validate = make_validation(lora_jax.lora(job.plain), rows, size, mesh)
+        validate = make_validation(lora_jax.lora(job.loss), rows, size, mesh)
         lora_params = lora_jax.combine(state.trainable, frozen)
         counts = {
             "tokens": args.batch * args.length,

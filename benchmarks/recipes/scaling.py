@@ -49,7 +49,7 @@ TINY = LLAMA_8B | {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-OPTIONS = ("--dtype", "bfloat16", "--remat", "--targets", "all-linear")  # flags of train_lm.py
+OPTIONS = ("--dtype", "bfloat16", "--targets", "all-linear")  # flags of train_lm.py
 
 
 def random_base(like: Any) -> Any:
@@ -75,7 +75,8 @@ def measure(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> di
     count = 1 if mode == "one" else jax.device_count()
     text = f"{mode if mode != 'one' else 'data'}={count}"
     flags = {"mesh": text, "batch": options.batch * count, "length": options.length}
-    flags |= {"rank": options.rank}
+    flags |= {"rank": options.rank, "remat": options.remat, "attention": options.attention}
+    flags |= {"layers": options.layout}
     args = lm_flags.parse_args([*OPTIONS, *(f"--{name}={value}" for name, value in flags.items())])
     mesh = lm_mesh.mesh_of(args.mesh, count=count)
     model = lm_job.model_of(sizes, mesh, args)
@@ -85,7 +86,11 @@ def measure(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> di
     tokens = rng.integers(0, model.vocab_size, (args.batch, args.length + 1), np.int32)
     rows = job.place(Rows(tokens[:, :-1], tokens[:, 1:]))
 
-    compiled = job.step.lower(state, frozen, rows, np.int32(0)).compile()
+    start = time.perf_counter()
+    lowered = job.step.lower(state, frozen, rows, np.int32(0))
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    print(f"traced in {traced - start:.1f} s, compiled in {time.perf_counter() - traced:.1f} s")
     times, found = [], {}
     for k in range(options.repeats + 2):
         start = time.perf_counter()
@@ -122,6 +127,9 @@ def main() -> None:
     options.add_argument("--length", type=int, default=2048)
     options.add_argument("--layers", type=int, help="number of layers instead of 32")
     options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--remat", default="full", help="as the trainer's")
+    options.add_argument("--layout", default="scanned", help="the trainer's --layers")
+    options.add_argument("--attention", default="auto", help="as the trainer's")
     options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--quick", action="store_true", help="a tiny model")
     options.add_argument("--json", type=Path, help="JSON file to write")

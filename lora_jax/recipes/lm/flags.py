@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.recipes.attention import NAMES
+
 
 def number(kind: type, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], Any]:
     """Return an argparse type: a finite int or float in a range."""
@@ -60,7 +62,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         warmup={"type": natural, "default": 10, "help": "warmup steps"},
         clip={"type": positive, "default": 1.0, "help": "largest gradient norm"},
         seed={"type": natural, "default": 0, "help": "seed of factors, data and dropout"},
-        remat=is_set | {"help": "recompute layers in the backward pass, to save memory"},
+        remat={
+            "nargs": "?",
+            "const": "full",
+            "choices": ("none", "dots", "full"),
+            "default": "none",
+            "help": "what of a layer the backward pass recomputes, to save memory: full without a "
+            "value; dots is all but projections and attention",
+        },
+        layers={
+            "choices": ("scanned", "unrolled"),
+            "default": "scanned",
+            "help": "a loop over the layers, or a program of all of them, which is faster on a GPU "
+            "and takes longer to compile",
+        },
+        attention={
+            "choices": NAMES,
+            "default": "auto",
+            "help": "cudnn keeps no scores of all pairs; auto takes it where it can",
+        },
     )
     add_group(
         "devices",
@@ -89,7 +109,7 @@ def out_of_memory(error: str, args: argparse.Namespace) -> str:
     first = error.partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0].rstrip(".")
     needed = re.sub(r"(\d{7,}) bytes", lambda n: f"{int(n[1]) / 2**30:,.2f} GiB", first)
     helps = {
-        "--remat": not args.remat,
+        "--remat": args.remat != "full",
         f"--accumulate above {args.accumulate}": args.accumulate < args.batch,
         f"--batch below {args.batch}": True,
         f"--length below {args.length}": True,

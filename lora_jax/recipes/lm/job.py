@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.recipes.attention import why_not_cudnn
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.mesh import ROWS, placed
-from lora_jax.recipes.lm.step import Apply, State, compile_for_mesh, compile_for_pmap, make_step
+from lora_jax.recipes.lm.step import Loss, State, compile_for_mesh, compile_for_pmap, make_step
 from lora_jax.recipes.models import llama
 
 
@@ -25,6 +26,7 @@ class Job(NamedTuple):
 
     Attributes:
         plain: the model, a function of parameters and ids.
+        loss: its loss, a function of parameters, ids and targets.
         state: the first state.
         frozen: the half of the LoraParams that does not train.
         places: shardings of the LoraParams.
@@ -34,7 +36,8 @@ class Job(NamedTuple):
         place: puts the rows of a batch on the devices.
     """
 
-    plain: Apply
+    plain: Callable[..., Any]
+    loss: Loss
     state: State
     frozen: lora_jax.LoraParams
     places: lora_jax.LoraParams
@@ -44,11 +47,26 @@ class Job(NamedTuple):
 
 
 def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) -> llama.Llama:
-    """Return the network that a config.json describes."""
-    changes = {"scan_layers": True, "remat": args.remat, "dtype": jnp.dtype(args.dtype)}
+    """Return the network that a config.json describes.
+
+    Raises:
+        ValueError: it is not supported, or the attention that was asked for does not fit it.
+    """
+    changes = {"scan_layers": True, "dtype": jnp.dtype(args.dtype)}
+    changes |= {"remat": args.remat, "attention": args.attention}
+    if args.layers == "unrolled":
+        changes["unroll"] = config.get("num_hidden_layers", 1)
     if not args.pmap:  # else the compiler could gather the batch instead of the weights
         changes["activations"] = NamedSharding(mesh, P(ROWS))
-    return llama.from_config(config, **changes)
+    model = llama.from_config(config, **changes)
+    if args.attention == "cudnn":
+        shapes = [
+            (1, args.length, heads, model.head_dim)
+            for heads in (model.num_attention_heads, model.num_key_value_heads)
+        ]
+        if reason := why_not_cudnn(*shapes, model.dtype, model.sliding_window):
+            raise ValueError(f"--attention cudnn: {reason} Pass --attention auto")
+    return model
 
 
 def ids_of(args: argparse.Namespace) -> jax.ShapeDtypeStruct:
@@ -62,13 +80,22 @@ def abstract(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> Any:
     return placed(shapes, mesh, args.dtype)
 
 
-def plain_of(model: llama.Llama) -> Apply:
+def plain_of(model: llama.Llama) -> Callable[..., Any]:
     """Return the model as a function of parameters and ids."""
 
     def plain(params: Any, ids: jax.Array) -> Any:
         return model.apply({"params": params}, ids)
 
     return plain
+
+
+def loss_of(model: llama.Llama) -> Loss:
+    """Return the model's loss as a function of parameters, ids and targets."""
+
+    def loss(params: Any, ids: jax.Array, targets: jax.Array) -> Any:
+        return model.apply({"params": params}, ids, targets=targets)
+
+    return loss
 
 
 def adapted(model: llama.Llama, base: Any, args: argparse.Namespace) -> lora_jax.LoraParams:
@@ -100,12 +127,14 @@ def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh)
     of_state = lora_jax.state_shardings(jax.eval_shape(tx.init, trainable), trainable, of_adapter)
     state = State(trainable, jax.jit(tx.init, out_shardings=of_state)(trainable))
 
-    plain = plain_of(model)
-    apply = lora_jax.lora(plain, dropout=args.dropout)
+    plain, loss = plain_of(model), loss_of(model)
+    adapted_loss = lora_jax.lora(loss, dropout=args.dropout)
     seed = args.seed if args.dropout else None
     if args.pmap:
-        step, place = compile_for_pmap(make_step(apply, tx, seed, "data"), mesh, args.accumulate)
+        step, place = compile_for_pmap(
+            make_step(adapted_loss, tx, seed, "data"), mesh, args.accumulate
+        )
     else:
-        step = make_step(apply, tx, seed)
+        step = make_step(adapted_loss, tx, seed)
         step, place = compile_for_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
-    return Job(plain, state, frozen, places, rate, step, place)
+    return Job(plain, loss, state, frozen, places, rate, step, place)

@@ -18,7 +18,7 @@ import lora_jax
 from lora_jax.recipes.lm.data import IGNORED, Rows
 from lora_jax.recipes.lm.mesh import ROWS
 
-Apply = Callable[..., jax.Array]  # (parameters, ids [rows, length]) -> logits
+Loss = Callable[..., jax.Array]  # (parameters, ids [rows, length], targets) -> summed nats
 
 
 class State(NamedTuple):
@@ -28,18 +28,8 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the cross-entropy in nats, summed over the targets that are not ignored."""
-    logits = logits.astype(jnp.float32)
-    # Chosen by comparison, as no token is IGNORED: a lookup would move logits between devices.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    chosen = jnp.where(is_target, logits, 0.0).sum(-1)
-    losses = jax.nn.logsumexp(logits, -1) - chosen
-    return jnp.where(targets == IGNORED, 0.0, losses).sum()
-
-
 def make_step(
-    apply: Apply, tx: optax.GradientTransformation, seed: int | None, axis: str | None = None
+    loss: Loss, tx: optax.GradientTransformation, seed: int | None, axis: str | None = None
 ):
     """Make the step, a function of a state, the frozen half, a batch, and the step's number.
 
@@ -47,7 +37,7 @@ def make_step(
     divided by the number of targets in all parts: the result is that of one large batch.
 
     Args:
-        apply: ``lora_jax.lora`` of the model.
+        loss: ``lora_jax.lora`` of the model's loss.
         tx: any Optax optimizer; it sees the adapter and nothing else.
         seed: the seed of the dropout; None for no dropout.
         axis: the axis name of the ``pmap`` around the step; None without one.
@@ -62,7 +52,7 @@ def make_step(
         if seed is not None:
             key = functools.reduce(jax.random.fold_in, part, jax.random.key(seed))
             noise = {"lora_key": key}
-        return summed_loss(apply(lora_params, rows.ids, **noise), rows.targets) / count
+        return loss(lora_params, rows.ids, rows.targets, **noise) / count
 
     def step(state: State, frozen: lora_jax.LoraParams, batch: Rows, number: jax.Array):
         lora_params = lora_jax.combine(state.trainable, frozen)
@@ -77,11 +67,11 @@ def make_step(
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
         parts = jnp.arange(len(batch.ids))
-        loss, grads = add_devices(jax.lax.scan(add, zero, (batch, parts))[0])
+        mean, grads = add_devices(jax.lax.scan(add, zero, (batch, parts))[0])
         old: Any = state.trainable
         updates, opt_state = tx.update(grads, state.opt_state, old)
         trainable: Any = optax.apply_updates(old, updates)
-        return State(trainable, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return State(trainable, opt_state), {"loss": mean, "grad_norm": optax.global_norm(grads)}
 
     return step
 
@@ -120,7 +110,7 @@ def compile_for_pmap(step: Callable[..., Any], mesh: Mesh, parts: int):
     return lambda *args: jax.tree.map(join_processes, mapped(*args)), place
 
 
-def make_validation(apply: Apply, rows: Rows, size: int, mesh: Mesh):
+def make_validation(loss: Loss, rows: Rows, size: int, mesh: Mesh):
     """Return a function of both halves: the mean loss over the rows, in batches of ``size``."""
     short = -len(rows.ids) % size
     ids = np.pad(rows.ids, ((0, short), (0, 0)))
@@ -132,7 +122,7 @@ def make_validation(apply: Apply, rows: Rows, size: int, mesh: Mesh):
         lora_params = lora_jax.combine(trainable, frozen)
 
         def add(total, rows):
-            return total + summed_loss(apply(lora_params, rows.ids), rows.targets), None
+            return total + loss(lora_params, rows.ids, rows.targets), None
 
         return jax.lax.scan(add, jnp.zeros(()), batches)[0] / (batches.targets != IGNORED).sum()
 

@@ -16,9 +16,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 
+from lora_jax.recipes.attention import attend
+
 __all__ = ["Cache", "Llama", "from_config", "generate"]
+
+SAVED = "projection"  # what the backward pass keeps with remat="dots"
 
 
 class Cache(NamedTuple):
@@ -51,6 +56,7 @@ class Attention(nn.Module):
 
         def project(name: str, count: int) -> jax.Array:
             y = nn.Dense(count * m.head_dim, m.attention_bias, m.dtype, name=name)(x)
+            y = checkpoint_name(y, SAVED)
             return m.join_heads(y).reshape(
                 *x.shape[:-1], count, m.head_dim
             )  # [batch, length, heads, head_dim]
@@ -69,10 +75,9 @@ class Attention(nn.Module):
             mask = m.visible(positions, past.keys.shape[1])
             y = jax.nn.dot_product_attention(query, past.keys, past.values, mask=mask)
         else:
-            window = m.sliding_window and (m.sliding_window - 1, 0)
-            options = {"is_causal": True, "local_window_size": window}
-            y = jax.nn.dot_product_attention(query, key, value, **options)
-        y = y.reshape(*x.shape[:-1], -1)  # [batch, length, heads * head_dim]
+            name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
+            y = attend(query, key, value, window=m.sliding_window, name=name)
+        y = checkpoint_name(y.reshape(*x.shape[:-1], -1), SAVED)  # [batch, length, width of heads]
         width, product = m.hidden_size, m.product
         y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
         return y, past
@@ -89,6 +94,7 @@ class Mlp(nn.Module):
         m = self.model
         gate = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="gate_proj")(x)
         up = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="up_proj")(x)
+        gate, up = checkpoint_name(gate, SAVED), checkpoint_name(up, SAVED)
         width, product = m.hidden_size, m.product
         down = nn.Dense(width, m.mlp_bias, m.dtype, dot_general=product, name="down_proj")
         return down(nn.silu(gate) * up)
@@ -118,7 +124,11 @@ class Llama(nn.Module):
         output_bias: whether the projection after attention has a bias.
         qk_norm: whether queries and keys are normalized, as in Qwen3.
         scan_layers: whether the layers are one stacked block, compiled once.
-        remat: whether the backward pass recomputes each layer, to save memory.
+        attention: a kernel for attention, one of ``recipes.attention.NAMES``.
+        unroll: how many layers of a stacked block one step of the loop runs.
+        remat: what the backward pass recomputes of a layer, to save memory: ``"none"``, ``"dots"``
+            (all but projections and attention), or ``"full"``, also True.
+        chunk: how many tokens' logits there are at once where the loss is asked for.
         dtype: the dtype of the activations; the parameters are float32.
         activations: a sharding of ``[batch, length, width]`` between the layers, for meshes where
             the weights are sharded too and the compiler must not choose.
@@ -140,7 +150,10 @@ class Llama(nn.Module):
     mlp_bias: bool = False
     qk_norm: bool = False
     scan_layers: bool = False
-    remat: bool = False
+    unroll: int = 1
+    remat: bool | str = False
+    attention: str = "auto"
+    chunk: int = 1024
     dtype: Any = jnp.float32
     activations: NamedSharding | None = None
 
@@ -187,12 +200,29 @@ class Llama(nn.Module):
             seen &= keys > queries - self.sliding_window
         return seen[:, None]
 
+    def recomputed(self, layer: Any) -> Any:
+        """Return a layer that recomputes what the field ``remat`` says."""
+        policies = {
+            "none": None,
+            "full": jax.checkpoint_policies.nothing_saveable,
+            "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
+        }
+        name = self.remat if isinstance(self.remat, str) else ("none", "full")[self.remat]
+        if name not in policies:
+            raise ValueError(f"remat={self.remat!r}: expected one of {sorted(policies)}")
+        if name == "none":
+            return layer
+        return nn.remat(layer, prevent_cse=not self.scan_layers, policy=policies[name])
+
     @nn.compact
-    def __call__(self, ids: jax.Array, cache: Cache | None = None) -> Any:
+    def __call__(
+        self, ids: jax.Array, cache: Cache | None = None, targets: jax.Array | None = None
+    ) -> Any:
         """Return the logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``.
 
         A ``cache`` contains the tokens before ``ids``. With it, return the logits and the cache,
-        with ``ids`` added.
+        with ``ids`` added. With ``targets[batch, length]``, return their summed cross-entropy in
+        nats, without those that are negative; no more than ``chunk`` tokens' logits exist at once.
         """
         shape = self.clone(parent=None, name=None)  # the fields, for the layers
         table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
@@ -201,7 +231,7 @@ class Llama(nn.Module):
         else:
             x = table.embedding.astype(self.dtype).at[ids].get(out_sharding=self.explicit)
         past: Any
-        layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
+        layer = self.recomputed(Layer)
         if self.scan_layers:
             axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0,)
             stack = nn.scan(
@@ -210,6 +240,7 @@ class Llama(nn.Module):
                 split_rngs={"params": True},
                 length=self.num_hidden_layers,
                 in_axes=axes,
+                unroll=self.unroll,
             )
             x, past = stack(shape, name="layers")(x, cache)
         else:
@@ -220,15 +251,58 @@ class Llama(nn.Module):
                 pasts.append(past)
             past = Cache(*(jnp.stack(y) for y in zip(*pasts, strict=True))) if cache else None
         x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
-        if self.tie_word_embeddings:
-            logits = table.attend(x)
-        else:
-            logits = nn.Dense(self.vocab_size, False, self.dtype, name="lm_head")(x)
+        head = nn.Dense(self.vocab_size, False, self.dtype, name="lm_head")
+        if targets is not None:
+            tied = self.tie_word_embeddings
+            kernel = table.embedding if tied else head.variables["params"]["kernel"]
+            return chunked_loss(x, kernel, targets, self.chunk, tied)
+        logits = table.attend(x) if self.tie_word_embeddings else head(x)
         if cache is None:
             return logits
         end = cache.lengths + ids.shape[1]
         fits = cache.lengths[:, None] + jnp.arange(ids.shape[1])[None] < cache.keys.shape[2]
         return jnp.where(fits[..., None], logits, jnp.nan), past._replace(lengths=end)
+
+
+def chunked_loss(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int, is_table: bool
+) -> jax.Array:
+    """Return the summed cross-entropy of ``x W``, a chunk of tokens at a time.
+
+    The backward pass makes the logits of a chunk again: those of all tokens never exist.
+
+    Args:
+        x: ``[batch, length, width]``.
+        kernel: ``W[width, vocab_size]``, or a table ``[vocab_size, width]``.
+        targets: ``[batch, length]``; negative ones do not count.
+        chunk: the number of tokens along the length, times the batch, at once.
+        is_table: whether ``kernel`` is a table.
+    """
+    size = max(1, chunk // len(x))  # of the length, whose axis no mesh spreads
+    short = -x.shape[1] % size
+    x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, short)), constant_values=-1)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, targets = part  # [batch, size, width], [batch, size]
+        w = kernel.astype(x.dtype)
+        return total + summed_loss(x @ (w.T if is_table else w), targets), None
+
+    def parts(y: jax.Array) -> jax.Array:
+        return jnp.moveaxis(y.reshape(len(y), -1, size, *y.shape[2:]), 1, 0)
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (parts(x), parts(targets)))[0]
+
+
+def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the cross-entropy in nats, summed over the targets that are not negative."""
+    logits = logits.astype(jnp.float32)
+    # Chosen by comparison, as no token is negative: a lookup would move logits between devices.
+    tokens = jnp.arange(logits.shape[-1])[(None,) * targets.ndim]
+    chosen = jnp.where(targets[..., None] == tokens, logits, 0.0).sum(-1)
+    losses = jax.nn.logsumexp(logits, -1) - chosen
+    return jnp.where(targets < 0, 0.0, losses).sum()
 
 
 def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:

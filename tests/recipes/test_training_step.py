@@ -1,0 +1,102 @@
+"""What the training step computes, however much of it is kept, and by whatever kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import all_eqns, assert_close
+
+import lora_jax
+from lora_jax.recipes import attention
+from lora_jax.recipes.lm import flags, job, mesh
+from lora_jax.recipes.models import llama
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+IDS = np.random.default_rng(0).integers(0, 96, (2, 11), np.int32)
+TARGETS = np.where(np.arange(11)[None] % 3 == 1, -1, np.roll(IDS, -1, 1)).astype(np.int32)
+
+
+def params_of(**changes):
+    model = llama.from_config(CONFIG, scan_layers=True, **changes)
+    return jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+
+
+def value_and_grad(params, **changes):
+    """Return the loss and its gradient by a model with these changes, adapted everywhere."""
+    model = llama.from_config(CONFIG, scan_layers=True, **changes)
+    loss = lora_jax.lora(lambda p, ids, t: model.apply({"params": p}, ids, targets=t))
+    adapted = lora_jax.lorafy(params, 2, targets=".*(kernel|embedding)", init=drawn)
+    return jax.jit(lora_jax.value_and_grad(loss))(adapted, IDS, TARGETS)
+
+
+def drawn(key, target):
+    shapes = (*target.batch, target.inputs, 2), (*target.batch, 2, target.outputs)
+    a, b = (jax.random.normal(jax.random.fold_in(key, k), s) for k, s in enumerate(shapes))
+    return 0.1 * a, 0.1 * b
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_in_chunks_is_that_of_all_logits(tied):
+    params = params_of(tie_word_embeddings=tied)
+    model = llama.from_config(CONFIG, scan_layers=True, tie_word_embeddings=tied)
+
+    def whole(p, ids, targets):
+        return llama.summed_loss(model.apply({"params": p}, ids), targets)
+
+    adapted = lora_jax.lorafy(params, 2, targets=".*(kernel|embedding)", init=drawn)
+    expected = jax.jit(lora_jax.value_and_grad(lora_jax.lora(whole)))(adapted, IDS, TARGETS)
+    for chunk in (6, 1024):  # three positions of both rows: the last chunk is padded
+        found = value_and_grad(params, tie_word_embeddings=tied, chunk=chunk)
+        assert_close(found, expected, depth=32)
+
+
+def test_the_logits_of_all_tokens_never_exist():
+    model = llama.from_config(CONFIG, scan_layers=True, chunk=4)
+    params = params_of()
+    loss = jax.value_and_grad(lambda p: model.apply({"params": p}, IDS, targets=TARGETS))
+    shapes = {v.aval.shape for e in all_eqns(jax.make_jaxpr(loss)(params)) for v in e.outvars}
+    assert (2, 2, 96) in shapes
+    assert not [shape for shape in shapes if shape[-1:] == (96,) and np.prod(shape[:-1]) > 16]
+
+
+def test_what_is_recomputed_changes_no_number_and_saves_memory():
+    params = params_of()
+    expected = value_and_grad(params)
+    for changes in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"remat": True}):
+        assert_close(value_and_grad(params, **changes), expected, depth=32)
+
+    def temp(remat):
+        model = llama.from_config(CONFIG, scan_layers=True, remat=remat)
+        ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+        loss = jax.grad(lambda p, ids: model.apply({"params": p}, ids, targets=ids))
+        return jax.jit(loss).lower(params, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp("full") < temp("dots") < temp("none")
+    with pytest.raises(ValueError, match=r"remat='some': expected one of \['dots', 'full', 'none'"):
+        llama.from_config(CONFIG, remat="some").init(jax.random.key(0), IDS)
+
+
+def test_attention_that_cannot_be_is_refused_before_anything_is_loaded():
+    q = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"attention='flash': expected one of \('auto', 'cudnn'"):
+        attention.attend(q, q, q, name="flash")
+    with pytest.raises(ValueError, match=r"attention='cudnn': it takes bfloat16 and float16"):
+        attention.attend(q, q, q, name="cudnn")
+    assert_close(*(attention.attend(q, q, q, name=name) for name in ("auto", "xla")))
+    args = flags.parse_args(["--attention", "cudnn", "--dtype", "bfloat16"])
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match=r"--attention cudnn: .* Pass --attention auto"):
+            job.model_of(CONFIG, mesh.mesh_of("data=1", count=1), args)
+    args = flags.parse_args(["--layers", "unrolled", "--remat"])
+    model = job.model_of(CONFIG, mesh.mesh_of("data=1", count=1), args)
+    assert (model.unroll, model.remat, model.attention) == (3, "full", "auto")
