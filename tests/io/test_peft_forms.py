@@ -124,6 +124,19 @@ def test_batch_norm_that_is_saved_has_its_statistics(here):
     assert np.array_equal(full["bn/scale"], STATS["bn.weight"])
 
 
+def test_statistics_that_are_known_as_such_go_into_the_base_and_do_not_train(here):
+    adapter(here, FACTORS | STATS, modules_to_save=["bn"])
+    moments = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
+    like = {"params": {"q": {"kernel": jnp.zeros((4, 6))}}, "batch_stats": {"bn": moments}}
+    like["params"]["bn"] = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+    names = {"batch_stats/bn/(mean|var)": r"bn.running_\1", "(q|bn)": r"\1"}
+    found = peft.load("adapter", like, names=names)
+    assert found.adapter.full.keys() == {"bn/scale", "bn/bias"}
+    assert np.array_equal(found.base["batch_stats"]["bn"]["mean"], STATS["bn.running_mean"])
+    assert np.array_equal(found.base["batch_stats"]["bn"]["var"], STATS["bn.running_var"])
+    assert found.base["params"]["q"]["kernel"] is like["params"]["q"]["kernel"]
+
+
 def test_bare_parameters_of_a_saved_module(here):
     adapter(here, FACTORS | {"probe.latent": np.ones((2, 3), "f")}, modules_to_save=["probe"])
     assert np.array_equal(merged()["probe.latent"], np.ones((2, 3)))

@@ -4,10 +4,12 @@ import os
 import re
 from collections.abc import Mapping
 
+import jax
+
 from lora_jax._adapter.norms import with_norms
 from lora_jax._adapter.params import Adapter, LoraParams, check
 from lora_jax._lorafy import lorafy
-from lora_jax._weights.paths import PyTree, flatten
+from lora_jax._weights.paths import PyTree, flatten, not_parameters
 from lora_jax._weights.ranges import part_of
 from lora_jax.algebra._plain import to_plain
 from lora_jax.io._torch import Map, Names
@@ -44,7 +46,8 @@ def load(
 
     Returns:
         A LoraParams of ``params``, with float32 factors. Layers that are stacked here have one
-        rank, the largest of theirs: where it was less, the factors are zero.
+        rank, the largest of theirs: where it was less, the factors are zero. What trained with a
+        module and is no parameter here, as the running statistics of a norm, is put into the base.
 
     Raises:
         OSError: a file is missing or cannot be read.
@@ -58,11 +61,23 @@ def load(
     folder = Folder.open(path, finite=finite, order=parameter_order)
     places = Map(flatten(params)[0], names, kinds, layout)
     contents = read(with_own_heads(folder, places), places)
-    lora_params = LoraParams(params, contents.adapter(places.leaves))
+    lora_params = _with_statistics(params, contents.adapter(places.leaves))
     check(lora_params)
     if contents.redone:
         lora_params = _plain(folder, lora_params, contents.redone, places)
     return with_norms(lora_params)
+
+
+def _with_statistics(params: PyTree, adapter: Adapter) -> LoraParams:
+    """Put those full leaves into the base that are no parameters, and must not train."""
+    others = not_parameters(params).keys() & adapter.full.keys()
+    if not others:
+        return LoraParams(params, adapter)
+    leaves, tree = flatten(params)
+    new = {path: adapter.full[path].astype(leaves[path].dtype) for path in others}
+    base = jax.tree.unflatten(tree, [new.get(path, x) for path, x in leaves.items()])
+    full = {path: x for path, x in adapter.full.items() if path not in others}
+    return LoraParams(base, Adapter(adapter.factors, full))
 
 
 def _plain(
