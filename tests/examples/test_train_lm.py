@@ -35,6 +35,7 @@ from lora_jax.recipes.lm import agree as lm_agree
 from lora_jax.recipes.lm import data as lm_data
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.lm import metrics as lm_metrics
+from lora_jax.recipes.loss import summed_loss as summed_loss_of
 from lora_jax.recipes.models import llama
 
 pytestmark = [
@@ -499,7 +500,7 @@ def test_only_the_completion_is_learned(model, tmp_path):
     logits = np.random.default_rng(0).normal(size=(38, 6, 64)).astype(np.float32)
     x = logits[0, 2:5].astype(np.float64)
     expected = (np.log(np.exp(x).sum(-1)) - x[np.arange(3), [4, 5, 63]]).sum()
-    summed_loss = jax.jit(llama.summed_loss)
+    summed_loss = jax.jit(summed_loss_of)
     found = summed_loss(logits[:1], training.targets[:1])
     assert_close(found, expected)
     logits[0, [0, 1, 5]] += 1.0 + np.arange(64)  # what comes before and after is not looked at

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from benchmarks import hlo
 from lora_jax.recipes.lm import mesh as lm_mesh
+from lora_jax.recipes.loss import summed_loss
 from lora_jax.recipes.models import llama
-from lora_jax.recipes.models.llama import summed_loss
 
 SIZES = {
     "vocab_size": 64,

@@ -120,7 +120,7 @@ def to_peft(
     source = source_like(like) if like else None
     leaves = recorded if like is None else leaves_like(like)
     if leaves and source:
-        leaves = fitted_leaves(leaves, [*found.updates, *found.full], source)
+        leaves = fitted_leaves(leaves, [*found.updates, *found.full], source, found.full)
         names = full_names(source) if names is None else names
     if model is None:
         check_has_factors(adapter)

@@ -87,7 +87,9 @@ def _named(found: AdapterFile, base: Checkpoint) -> Checkpoint:
     keys = [key.removesuffix(" (rows)") for key in (*found.updates, *found.full)]
     leaves = {as_path(name): x for name, x in base.tensors.items()}
     try:
-        return dataclasses.replace(base, tensors=fitted_leaves(leaves, keys, source_of(base)))
+        return dataclasses.replace(
+            base, tensors=fitted_leaves(leaves, keys, source_of(base), found.full)
+        )
     except ValueError:  # it may be several: then the entry has no tensor of its name
         return base
 

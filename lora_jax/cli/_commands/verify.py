@@ -17,6 +17,7 @@ from lora_jax.cli._read.base import (
     adapted_leaves,
     fitted_leaves,
     leaves_of,
+    new_heads,
     recorded_leaves,
     source_of,
 )
@@ -25,7 +26,7 @@ from lora_jax.cli._read.path import open_adapter, open_checkpoint, open_path
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Map, as_path
+from lora_jax.io._torch import Map, as_name, as_path
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import TensorNames
@@ -78,7 +79,7 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any], lay
         return _native(found, leaves_of(model), model)
     if not found.native[1]["base"] and is_torch(found.native[0]):
         keys = [*found.updates, *found.full]
-        leaves = fitted_leaves(leaves_of(model), keys, source_of(model))
+        leaves = fitted_leaves(leaves_of(model), keys, source_of(model), found.full)
         return _native(found, leaves, model)
     return _native(found, _leaves_in(found, model, options), model)
 
@@ -128,6 +129,8 @@ def _leaves_in(
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
     given = {name: x for name, x in options.items() if x is not None}
+    new = {p: x for p, x in new_heads(adapter.full).items() if as_name(p) not in source.tensors}
+    wanted = {path: leaf for path, leaf in wanted.items() if path not in new}
     names = TensorNames(wanted, dataclasses.replace(known, **given), source, None)
     leaves = {path: names.leaf(path) for path in wanted}
     if "kinds" not in given:
@@ -135,4 +138,4 @@ def _leaves_in(
         TorchTree.of(source).check_axes(source, adapted)
     if record["base"] is not None:
         names.left_over(name for path in wanted for _, name in names.parts(path))
-    return leaves
+    return leaves | new

@@ -20,6 +20,7 @@ from lora_jax.io.hf._quantized import check_plain
 from lora_jax.io.hf._source import Source, open_source
 from lora_jax.io.hf._ties import Ties
 from lora_jax.io.peft import _config as configs
+from lora_jax.io.peft._own import is_new_head
 from lora_jax.io.peft._save import places_of
 
 
@@ -71,11 +72,15 @@ def leaves_of(model: Checkpoint) -> dict[str, Any]:
     return {as_path(name): tensor for name, tensor in model.tensors.items()}
 
 
-def fitted_leaves(leaves: Mapping[str, Any], keys: Iterable[str], source: Source) -> dict[str, Any]:
+def fitted_leaves(
+    leaves: Mapping[str, Any], keys: Iterable[str], source: Source, full: Mapping[str, Any]
+) -> dict[str, Any]:
     """Name the leaves of a model's files as an adapter does, which may have another prefix.
 
-    A tied head that the files leave out is a leaf if it has an entry of its own among the ``keys``.
+    A tied head that the files leave out is a leaf if it has an entry of its own among the ``keys``,
+    and so is a new head among the ``full`` leaves.
     """
+    leaves = {**new_heads(full), **leaves}
     wanted = {as_name(module_path(as_path(split_range(key)[0]))[0]) for key in keys}
     heads = Ties.of(source).missing(source.tensors)
     own = {as_path(name): x for name, x in heads.items() if name.removesuffix(".weight") in wanted}
@@ -85,6 +90,16 @@ def fitted_leaves(leaves: Mapping[str, Any], keys: Iterable[str], source: Source
     return {
         as_path(names[as_name(module)]) + path.removeprefix(module): leaves[path]
         for path, module in modules.items()
+    }
+
+
+def new_heads(full: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the full leaves that may be of a head which the model lacks, by path."""
+    found = {as_path(key): np.asarray(x) for key, x in full.items()}
+    return {
+        path: Tensor(x.shape, x.dtype, lambda x=x: x)
+        for path, x in found.items()
+        if is_new_head(as_name(path.rpartition("/")[0]))
     }
 
 
@@ -186,7 +201,7 @@ def with_tables(
     found = {key: place for key in keys for place in places.of(key)}
     stored = {as_path(name): x for name, x in model.tensors.items()}
     wanted = [f"{place.module}.weight" for place in found.values()]
-    stored = fitted_leaves(stored, wanted, model)
+    stored = fitted_leaves(stored, wanted, model, {})
     return {
         **leaves,
         **{

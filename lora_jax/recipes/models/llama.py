@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.recipes.attention import attend
+from lora_jax.recipes.loss import chunked_loss
 
 __all__ = ["Cache", "Llama", "from_config", "generate"]
 
@@ -124,10 +125,10 @@ class Llama(nn.Module):
         output_bias: whether the projection after attention has a bias.
         qk_norm: whether queries and keys are normalized, as in Qwen3.
         scan_layers: whether the layers are one stacked block, compiled once.
-        attention: a kernel for attention, one of ``recipes.attention.NAMES``.
-        unroll: how many layers of a stacked block one step of the loop runs.
-        remat: what the backward pass recomputes of a layer, to save memory: ``"none"``, ``"dots"``
-            (all but projections and attention), or ``"full"``, also True.
+        attention: a kernel of ``recipes.attention.NAMES``.
+        unroll: how many scanned layers one step of the loop runs.
+        remat: what of a layer the backward pass recomputes, to save memory: ``"none"``, ``"dots"``
+            (all but projections and attention) or ``"full"``, also True.
         chunk: how many tokens' logits there are at once where the loss is asked for.
         dtype: the dtype of the activations; the parameters are float32.
         activations: a sharding of ``[batch, length, width]`` between the layers, for meshes where
@@ -202,16 +203,13 @@ class Llama(nn.Module):
 
     def recomputed(self, layer: Any) -> Any:
         """Return a layer that recomputes what the field ``remat`` says."""
-        policies = {
-            "none": None,
-            "full": jax.checkpoint_policies.nothing_saveable,
-            "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
-        }
+        known = jax.checkpoint_policies
+        policies: dict[Any, Any] = {"full": None, "dots": known.save_only_these_names(SAVED)}
         name = self.remat if isinstance(self.remat, str) else ("none", "full")[self.remat]
-        if name not in policies:
-            raise ValueError(f"remat={self.remat!r}: expected one of {sorted(policies)}")
         if name == "none":
             return layer
+        if name not in policies:
+            raise ValueError(f"remat={self.remat!r}: expected one of {['none', *policies]}")
         return nn.remat(layer, prevent_cse=not self.scan_layers, policy=policies[name])
 
     @nn.compact
@@ -262,47 +260,6 @@ class Llama(nn.Module):
         end = cache.lengths + ids.shape[1]
         fits = cache.lengths[:, None] + jnp.arange(ids.shape[1])[None] < cache.keys.shape[2]
         return jnp.where(fits[..., None], logits, jnp.nan), past._replace(lengths=end)
-
-
-def chunked_loss(
-    x: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int, is_table: bool
-) -> jax.Array:
-    """Return the summed cross-entropy of ``x W``, a chunk of tokens at a time.
-
-    The backward pass makes the logits of a chunk again: those of all tokens never exist.
-
-    Args:
-        x: ``[batch, length, width]``.
-        kernel: ``W[width, vocab_size]``, or a table ``[vocab_size, width]``.
-        targets: ``[batch, length]``; negative ones do not count.
-        chunk: the number of tokens along the length, times the batch, at once.
-        is_table: whether ``kernel`` is a table.
-    """
-    size = max(1, chunk // len(x))  # of the length, whose axis no mesh spreads
-    short = -x.shape[1] % size
-    x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, short)), constant_values=-1)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        x, targets = part  # [batch, size, width], [batch, size]
-        w = kernel.astype(x.dtype)
-        return total + summed_loss(x @ (w.T if is_table else w), targets), None
-
-    def parts(y: jax.Array) -> jax.Array:
-        return jnp.moveaxis(y.reshape(len(y), -1, size, *y.shape[2:]), 1, 0)
-
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (parts(x), parts(targets)))[0]
-
-
-def summed_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the cross-entropy in nats, summed over the targets that are not negative."""
-    logits = logits.astype(jnp.float32)
-    # Chosen by comparison, as no token is negative: a lookup would move logits between devices.
-    tokens = jnp.arange(logits.shape[-1])[(None,) * targets.ndim]
-    chosen = jnp.where(targets[..., None] == tokens, logits, 0.0).sum(-1)
-    losses = jax.nn.logsumexp(logits, -1) - chosen
-    return jnp.where(targets < 0, 0.0, losses).sum()
 
 
 def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array) -> Cache:
