@@ -26,7 +26,7 @@ from lora_jax.cli._read.path import open_adapter, open_checkpoint, open_path
 from lora_jax.cli._show import Show
 from lora_jax.io import _record as records
 from lora_jax.io._tensor import Tensor
-from lora_jax.io._torch import Map, as_name, as_path
+from lora_jax.io._torch import Map, as_path
 from lora_jax.io.hf._families import FAMILIES, Family
 from lora_jax.io.hf._merge import Change
 from lora_jax.io.hf._names import TensorNames
@@ -129,13 +129,19 @@ def _leaves_in(
         layout = {re.escape(p): f.layout for p, f in adapter.factors.items() if p in wanted}
         known = dataclasses.replace(known, layout=layout or None)
     given = {name: x for name, x in options.items() if x is not None}
-    new = {p: x for p, x in new_heads(adapter.full).items() if as_name(p) not in source.tensors}
-    wanted = {path: leaf for path, leaf in wanted.items() if path not in new}
     names = TensorNames(wanted, dataclasses.replace(known, **given), source, None)
-    leaves = {path: names.leaf(path) for path in wanted}
+    new, leaves = new_heads(adapter.full), {}
+    for path in list(wanted):
+        try:
+            leaves[path] = names.leaf(path)
+        except ValueError:
+            if path not in new or any(as_path(n).endswith(path) for n in source.tensors):
+                raise
+            leaves[path] = new[path]
+            del wanted[path]
     if "kinds" not in given:
         adapted = {as_path(n) for p in wanted if p in adapter.factors for _, n in names.parts(p)}
         TorchTree.of(source).check_axes(source, adapted)
     if record["base"] is not None:
         names.left_over(name for path in wanted for _, name in names.parts(path))
-    return leaves | new
+    return leaves
