@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, Literal
 
@@ -10,8 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax._adapter.factors import Entry, Factors, is_concrete
-from lora_jax._adapter.params import Adapter, LoraParams, check
+from lora_jax._adapter.factors import Entry, Factors, is_concrete, wide
+from lora_jax._adapter.params import (
+    Adapter,
+    LoraParams,
+    adapters_under,
+    check,
+    without_adapters,
+)
 from lora_jax._adapter.updates import check_linear
 from lora_jax._transform.dora import delta_of
 from lora_jax._transform.lora_array import LoraArray
@@ -19,7 +26,7 @@ from lora_jax._transform.origin import Leaf
 from lora_jax._weights.axes import role_axes
 from lora_jax._weights.paths import PyTree, flatten
 from lora_jax._weights.quantized import dequantize_array, is_coarse, is_quantized, requantize
-from lora_jax._weights.ranges import Range, index_of, part_of
+from lora_jax._weights.ranges import Range, index_of, overlap, part_of
 
 Update = tuple[Entry, tuple[Range, ...]]
 
@@ -74,35 +81,70 @@ def merge(
         raise ValueError(
             f"merge: quantized={quantized!r}: expected 'refuse', 'dequantize' or 'requantize'"
         )
-    leaves, parts = check(lora_params)
-    base, adapter = lora_params
-    if isinstance(base, LoraParams):
-        plain = merge(base, donate=donate, quantized=quantized)
-        return merge(LoraParams(plain, adapter), donate=donate, quantized=quantized)
-    ids = [id(leaf) for leaf in leaves.values()]
+    leaves = check(lora_params).leaves
+    full: dict[str, Any] = {}
     updates: dict[str, list[Update]] = {}
-    for key, f in adapter.factors.items():
-        updates.setdefault(parts[key].path, []).append((f, parts[key].ranges))
+    for adapter in (*reversed(adapters_under(lora_params)), lora_params.adapter):
+        full |= adapter.full
+        for key, f in adapter.factors.items():
+            part = part_of(key, leaves)
+            updates.setdefault(part.path, []).append((f, part.ranges))
+    ids = [id(leaf) for leaf in leaves.values()]
     merged = []
     for path, leaf in leaves.items():
-        if path in adapter.full:
-            leaf = adapter.full[path].astype(leaf.dtype)
-        elif path in updates and is_coarse(leaf):
-            if quantized == "refuse":
-                kind = "quantized" if is_quantized(leaf) else str(leaf.dtype)
-                raise ValueError(
-                    f"merge: {path!r} is {kind}, and its merged values do not fit its steps. Pass "
-                    "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
-                    "lora_jax.quant.quantization_error measures the loss"
-                )
-            plain = _add(dequantize_array(leaf), updates[path], donate=True)
-            leaf = plain if quantized == "dequantize" else requantize(plain, leaf)
-        elif path in updates:
-            shared = ids.count(id(leaf)) > 1 or leaf.dtype == jnp.float16  # checked below
-            before, leaf = leaf, _add(leaf, updates[path], donate=donate and not shared)
-            _check_finite(path, before, leaf)
-        merged.append(leaf)
-    return jax.tree.unflatten(flatten(base)[1], merged)
+        own = updates.get(path, [])
+        if own and is_coarse(leaf) and quantized == "refuse":
+            kind = "quantized" if is_quantized(leaf) else str(leaf.dtype)
+            raise ValueError(
+                f"merge: {path!r} is {kind}, and its merged values do not fit its steps. Pass "
+                "quantized='dequantize' for plain arrays, or 'requantize' to round them again; "
+                "lora_jax.quant.quantization_error measures the loss"
+            )
+        is_ours = donate and path not in full and ids.count(id(leaf)) == 1
+        if path in full:
+            full[path] = _rounded(path, full[path], leaf)
+        start = full.get(path, leaf)
+        if own:
+            start = _with_updates(
+                path, start, own, is_plain=quantized == "dequantize", donate=is_ours
+            )
+        merged.append(start)
+    return jax.tree.unflatten(flatten(without_adapters(lora_params))[1], merged)
+
+
+def _with_updates(
+    path: str, leaf: Any, updates: list[Update], *, is_plain: bool, donate: bool
+) -> Any:
+    """Add updates to a leaf, rounding once; a coarse one becomes plain with ``is_plain``."""
+    if is_quantized(leaf):
+        plain = _add(dequantize_array(leaf), updates, donate=True)
+        return plain if is_plain else requantize(plain, leaf)
+    if is_coarse(leaf) and is_plain:
+        return _add(dequantize_array(leaf), updates, donate=True)
+    if _is_short(leaf.dtype):  # it may not hold the sum
+        return _rounded(path, _add(leaf.astype(jnp.float32), updates, donate=True), leaf)
+    return _add(leaf, updates, donate=donate)
+
+
+def _is_short(dtype: Any) -> bool:
+    """Return whether numbers of usual size are beyond a dtype: float16 ends at 65504."""
+    return jnp.dtype(dtype) == jnp.float16 or jnp.finfo(dtype).bits <= 8
+
+
+def _rounded(path: str, x: jax.Array, like: Any) -> jax.Array:
+    """Round to the dtype of a leaf, or raise if that cannot hold a number that is concrete."""
+    new = x.astype(like.dtype)
+    if not (jnp.issubdtype(new.dtype, jnp.floating) and _is_short(new.dtype) and is_concrete(x)):
+        return new
+    largest = float(jnp.finfo(new.dtype).max)
+    count = int((jnp.isfinite(x) & (~jnp.isfinite(new) | (abs(x) > 1.1 * largest))).sum())
+    if count:
+        raise OverflowError(
+            f"merge: {count} entries of {path!r} are infinite in {new.dtype}, whose largest number "
+            f"is {largest:g}. Merge into a wider base: "
+            "jax.tree.map(lambda x: x.astype('bfloat16'), base)"
+        )
+    return new
 
 
 def unmerge(params: PyTree, adapter: Adapter, *, donate: bool = False) -> PyTree:
@@ -224,19 +266,6 @@ def switch(params: PyTree, old: Adapter, new: Adapter, *, donate: bool = False) 
     return merge(LoraParams(result, Adapter(others)), donate=donate)
 
 
-def _check_finite(path: str, before: Any, merged: Any) -> None:
-    """Raise if float16, which ends at 65504, cannot hold a merged weight."""
-    if merged.dtype != jnp.float16 or not (is_concrete(before) and is_concrete(merged)):
-        return
-    count = int((jnp.isinf(merged) & ~jnp.isinf(before)).sum())
-    if count:
-        raise OverflowError(
-            f"merge: {count} entries of {path!r} are infinite in {merged.dtype}, whose largest "
-            f"number is {jnp.finfo(merged.dtype).max}. Merge into a wider base: "
-            "jax.tree.map(lambda x: x.astype('bfloat16'), base)"
-        )
-
-
 def _check_not_quantized(verb: str, params: PyTree, adapter: Adapter) -> None:
     leaves = flatten(params)[0]
     for path in (part_of(key, leaves).path for key in adapter.factors):
@@ -276,6 +305,10 @@ def _jitted(sharding: NamedSharding | None, donate: bool):
 
 
 def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Array:
+    """Add updates, in at least float32 between those that overlap; round once."""
+    dtype, ranges = w.dtype, [ranges for _, ranges in static]
+    if any(overlap(x, y) for x, y in itertools.combinations(ranges, 2)):
+        w = w.astype(wide(dtype))
     for f, (loop, ranges) in zip(factors, static, strict=True):
         if not ranges:
             w = _merged(w, f, loop)
@@ -285,7 +318,7 @@ def _merged_parts(w: jax.Array, factors: list[Factors], static: Any) -> jax.Arra
         stop = [s.stop or size for s, size in zip(slices, w.shape, strict=True)]
         part = _merged(lax.slice(w, start, stop), f, loop)
         w = lax.dynamic_update_slice(w, part, start)
-    return w
+    return w.astype(dtype)
 
 
 def _merged(w: jax.Array, factors: Factors, loop: bool) -> jax.Array:

@@ -13,7 +13,7 @@ from helpers import CASES, assert_close, drawn, error, normal, randomize_b, tole
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
-from lora_jax import Adapter, LoraParams
+from lora_jax import Adapter, Factors, LoraParams
 from lora_jax._merge import _jitted
 
 
@@ -274,3 +274,41 @@ def test_a_float16_weight_that_overflows_is_told_and_kept(donate):
     assert bool(jnp.isfinite(merged["w"]).all())
     lora_params.base["w"] = lora_params.base["w"].at[0].set(jnp.inf)
     lora_jax.merge(lora_params)  # what is infinite stays so
+
+
+def constant(a, b):
+    return Adapter({"w": Factors(jnp.full((2, 1), a), jnp.full((1, 2), b), jnp.float32(1), "io")})
+
+
+def base_of(value, dtype):
+    return {"w": jnp.full((2, 2), value, dtype)}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0)])
+def test_float8_that_overflows_is_told(dtype, value):
+    params = LoraParams(base_of(value, dtype), constant(value, 1.0))
+    with pytest.raises(OverflowError, match=rf"4 entries of 'w' are infinite in {dtype}"):
+        lora_jax.merge(params, quantized="requantize")
+    assert float(lora_jax.merge(params, quantized="dequantize")["w"][0, 0]) == 2 * value
+
+
+def test_a_full_leaf_that_overflows_is_told():
+    full = LoraParams(base_of(1.0, jnp.float16), Adapter({}, {"w": jnp.full((2, 2), 1e6)}))
+    with pytest.raises(OverflowError, match="4 entries of 'w' are infinite in float16"):
+        lora_jax.merge(full)
+
+
+def test_a_merge_rounds_once():
+    def merged(dtype, *updates, base=1.0):
+        params = base_of(base, dtype)
+        for update in updates:
+            params = LoraParams(params, constant(update, 1.0))
+        return float(lora_jax.merge(params, quantized="requantize")["w"][0, 0])
+
+    def rounded(x, dtype):
+        return float(jnp.float32(x).astype(dtype))
+
+    assert merged(jnp.bfloat16, 0.003, 0.003) == rounded(1.006, jnp.bfloat16) > 1
+    assert merged(jnp.float8_e4m3fn, 0.0627) == rounded(1.0627, jnp.float8_e4m3fn) > 1
+    assert merged(jnp.float8_e4m3fn, 0.05, 0.05) == rounded(1.1, jnp.float8_e4m3fn) > 1
+    assert merged(jnp.float16, 1e4, -1e4, base=60000.0) == 60000  # the sum fits

@@ -61,6 +61,9 @@ def enter(
             new = _picked(full[path], leaf, pick) if isinstance(pick, Slot) else full[path]
             leaf = _cast(new, leaf.dtype)
         elif isinstance(leaf, jax.Array):
+            if not factors and freeze is watched and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                freeze = lax.stop_gradient
+                watched(leaf[(slice(0, 0),) * leaf.ndim])  # there is no scale that would tell
             leaf = lax.stop_gradient(leaf)
         elif is_quantized(leaf):
             leaf = Lazy.of(jax.tree.map(lax.stop_gradient, leaf))

@@ -33,6 +33,8 @@ def of_layers(
     layout: Mapping[str, str],
 ) -> dict[Part, bool | int]:
     """Keep the chosen weights, and the parts of stacked ones, that belong to these layers."""
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise TypeError(f"layers={layers!r}: expected numbers, such as [{layers}] or range(4)")
     layers, numbers, stacks = list(layers), _layer_numbers(leaves), {}
     for path in dict.fromkeys(part.path for part in chosen):
         letters = letters_of(path, leaves, layout)
@@ -131,5 +133,6 @@ def _layer_numbers(leaves: Iterable[str]) -> dict[str, _Number]:
                 module, before = "/".join(names[: depth + 1]), names[depth - 1] if depth else ""
                 found.append((is_alone, depth, _Number(int(match[1]), module, stem or before)))
         if found:
-            numbers["/".join(names)] = min(found)[2]
-    return numbers
+            numbers["/".join(names)] = min(found)
+    alone = [is_alone for is_alone, _, _ in numbers.values()]
+    return {p: x[2] for p, x in numbers.items() if not x[0] or all(alone)}

@@ -2,7 +2,8 @@
 
 ``a`` is ``[*batch, in, rank]`` and ``b`` is ``[*batch, rank, out]``. An initializer whose product
 is not zero returns a third array: the weight minus the update. ``lorafy`` puts it into the base, so
-the adapted model starts as the original one.
+the adapted model starts as the original one. Where the base is spread over devices, initializers
+are traced: what they compute must be of JAX, and of their arguments.
 """
 
 from lora_jax._weights.target import Initializer, Target

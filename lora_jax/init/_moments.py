@@ -51,26 +51,27 @@ def input_moments(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
         )
     lora_params = nodes[places[0]]
     leaves, parts = check(lora_params)
-    identities, shapes = {}, {}
+    identities, rest, shapes = {}, {}, {}
     for name, f in lora_params.adapter.factors.items():
         target = Target(name, leaves[parts[name].path], parts[name], f.layout)
         n = target.inputs
         shapes[name] = (*target.batch, n, n)
         a_shape, b_shape = factor_shapes(f.layout, target.shape, n)
-        a = jnp.broadcast_to(jnp.eye(n), shapes[name]).reshape(a_shape)
-        identities[name] = Factors(a, jnp.zeros(b_shape), jnp.float32(1), f.layout)
+        identities[name] = jnp.broadcast_to(jnp.eye(n), shapes[name]).reshape(a_shape)
+        rest[name] = jnp.zeros(b_shape), jnp.float32(1), f.layout
 
     arrays = {i: node for i, node in enumerate(nodes) if is_traced(node)}
 
     def total(identities, base, arrays):
-        arrays[places[0]] = LoraParams(base, Adapter(identities))
+        factors: dict[str, Any] = {name: Factors(a, *rest[name]) for name, a in identities.items()}
+        arrays[places[0]] = LoraParams(base, Adapter(factors))
         probed = jax.tree.unflatten(tree, [arrays.get(i, node) for i, node in enumerate(nodes)])
         outputs = run_lora(Policy("error", observe=_observe), fn, *probed)
         floats = [y for y in jax.tree.leaves(outputs) if jnp.issubdtype(y.dtype, jnp.floating)]
         return sum((y.astype(jnp.float32).sum() for y in floats), jnp.float32(0))
 
     found = jax.jit(jax.grad(total))(identities, lora_params.base, arrays)
-    return {name: f.a.reshape(shapes[name]) for name, f in found.items()}
+    return {name: a.reshape(shapes[name]) for name, a in found.items()}
 
 
 def _observe(product: Callable[..., jax.Array], x: jax.Array, a: jax.Array) -> jax.Array:

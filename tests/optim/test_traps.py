@@ -122,5 +122,8 @@ def test_a_whole_tree_that_is_differentiated_warns_until_an_optimizer_is_told(
         jax.jit(loss)(start)
         with pytest.raises(UserWarning, match=r"differentiated whole.*lora_jax.optimizer"):
             differentiate(loss, start)
+        with pytest.raises(UserWarning, match="differentiated whole"):  # there is no scale
+            differentiate(loss, lora_jax.lorafy(PARAMS, targets=[], full="query/bias"))
+        lora_jax.init.input_moments(lambda p, x: x @ p["query"]["kernel"], start, X)
         lora_jax.optimizer(optax.adamw(0.1))
         differentiate(loss, start)

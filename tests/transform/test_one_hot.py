@@ -12,6 +12,7 @@ import pytest
 from adapters import jit_rows
 from helpers import all_eqns, assert_oracle, normal, stack_by_numpy
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import Adapter, LoraParams, Rows
@@ -101,3 +102,25 @@ def test_merged_rows_are_the_sum_and_others_keep_their_bits():
         wanted = table.copy()
         wanted[list(f.ids)] += np.asarray(f.b) * np.float32(0.5)
         np.testing.assert_array_equal(np.asarray(merged["t"]).view(np.int32), wanted.view(np.int32))
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("spec", [(None, None), ("x", None), (None, "x")], ids=str)
+def test_rows_enter_a_map_over_devices(spec):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = P(*spec), P()
+
+    def lookup(table, ids):
+        rows = table[ids]
+        if spec[0]:  # each device has a half of the words, and other ids than it has are none
+            half = SIZE // 2
+            own = ids - half * jax.lax.axis_index("x")
+            is_own = (own >= 0) & (own < half)
+            rows = jnp.where(is_own[..., None], table[jnp.clip(own, 0, half - 1)], 0)
+            return jax.lax.psum(rows, "x")
+        return rows
+
+    mapped = jax.shard_map(
+        lookup, mesh=mesh, in_specs=(spec, whole), out_specs=P(None, None, spec[1])
+    )
+    assert_oracle(lambda p, ids: mapped(p["t"], ids), rows_of((0, 7, 299)), IDS)

@@ -97,6 +97,13 @@ def test_a_lone_number_above_the_layers_is_no_layer():
     assert keys([{"query": jnp.ones((4, 4))}] * 1, layers=[0]) == ["0/query"]
 
 
+def test_a_lone_number_beside_the_layers_is_no_layer():
+    params = {f"blocks_{i}": mlp("out", stacked=()) for i in (0, 1)} | mlp("Dense_0", stacked=())
+    assert keys(params, targets=".*kernel", layers=[0]) == ["blocks_0/out/kernel"]
+    with pytest.raises(TypeError, match=r"layers=1: expected numbers, such as \[1\]"):
+        keys(params, targets=".*kernel", layers=1)
+
+
 @pytest.mark.parametrize("layers", [[4], [-5], [], [0, 7]])
 def test_layers_that_are_not_there_raise(layers):
     with pytest.raises(ValueError, match=r"expected numbers of layers, .* have 4"):

@@ -16,6 +16,7 @@ from lora_jax._transform.interpret import evaluate
 from lora_jax._transform.labelled import Axis, Labelled
 from lora_jax._transform.lazy import Lazy, force
 from lora_jax._transform.lora_array import LoraArray
+from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.rule import rule
 
 
@@ -264,7 +265,15 @@ def _with_specs(v: Any, spec: PartitionSpec) -> tuple[Any, Any]:
     sharded = [i for i, name in enumerate(axes) if name is not None]
     v = v.map(v.w, lambda delta: delta.picked().padded(sharded, v.shape))
 
+    def local(x: Labelled) -> Labelled:  # each device has rows of its own
+        is_split = isinstance(x, OneHot) and set(x.labels).intersection(sharded)
+        return Labelled(x.array, x.labels) if is_split else x
+
+    v = v.map(v.w, lambda delta: delta.map(local))
+
     def spec_of(x: Labelled) -> Labelled:
+        if isinstance(x, OneHot):
+            return x
         names = (None if isinstance(i, Axis) else axes[i] for i in x.labels)
         return Labelled(PartitionSpec(*names), x.labels)
 
