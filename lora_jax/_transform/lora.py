@@ -282,10 +282,13 @@ def _misread(record: Record, owner: int, adapter: Adapter, leaves: Mapping[str, 
         uses = [use for use in record.uses_of(Leaf(owner, path)) if use.why or use.has_roles]
         if not (uses and inputs and outputs) or any(use.why for use in uses):
             continue  # which axes are read is not known, or makes no difference
-        # An output head writes the rows that train; a table reads them.
-        heads = [use for use in uses if isinstance(f, Rows) and use.primitive == "dot_general"]
-        read = [(use, inputs) for use in uses] + [(use, outputs) for use in heads]
-        if not any((big & use.contracted) - batch == axes for use, axes in read):
+        if isinstance(f, Rows):  # a table reads the rows that train; an output head writes them
+            heads = [use for use in uses if use.primitive == "dot_general"]
+            found = [inputs <= use.contracted for use in uses]
+            found += [inputs <= use.free for use in heads]
+        else:
+            found = [(big & use.contracted) - batch == inputs for use in uses]
+        if not any(found):
             use = uses[0]
             seen = "".join(
                 letter if i not in big else use.role(i) for i, letter in enumerate(f.layout)

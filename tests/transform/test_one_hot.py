@@ -104,6 +104,20 @@ def test_merged_rows_are_the_sum_and_others_keep_their_bits():
         np.testing.assert_array_equal(np.asarray(merged["t"]).view(np.int32), wanted.view(np.int32))
 
 
+def test_tables_with_several_axes_of_features():
+    f = Rows(normal(0, (3, 2, 4)), jnp.float32(0.5), "ioo", (0, 3, 8), 9)
+    params = LoraParams({"t": normal(1, (9, 2, 4))}, Adapter({"t": f}))
+    ids = jnp.array([0, 3, 5])
+
+    def fn(p, ids, x):
+        t = p["t"]
+        return t[ids, ids % 2], t[ids, :, 0], jnp.einsum("bd,vhd->bvh", x, t)
+
+    assert_oracle(fn, params, ids, X[:, :4])
+    for k in range(3):  # each use alone shows that rows are read, or written
+        jax.eval_shape(lora_jax.lora(lambda p, k=k: fn(p, ids, X[:, :4])[k]), params)
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("spec", [(None, None), ("x", None), (None, "x")], ids=str)
 def test_rows_enter_a_map_over_devices(spec):
