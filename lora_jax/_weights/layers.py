@@ -52,8 +52,14 @@ def of_layers(
             )
         stacks[path] = leaves[path].shape[axis]
         numbers = {p: n for p, n in numbers.items() if not p.startswith(stack)}
-    sizes = [1 + max(number.value for number in numbers.values())] if numbers else []
-    count = max([*sizes, *stacks.values()], default=0)
+    depths = stacks | _depths(numbers, [part.path for part in chosen])
+    count = max(depths.values(), default=0)
+    if any(k < 0 for k in layers) and len(set(depths.values())) > 1:
+        shown = ", ".join(f"{n} in {part!r}" for part, n in sorted(depths.items())[:5])
+        raise ValueError(
+            f"layers={layers!r}: negative numbers count from the end, and the chosen weights have "
+            f"several numbers of layers: {shown}. Pass numbers from 0, or targets= of one part"
+        )
     wanted = sorted({k + count if k < 0 else k for k in layers})
     if not wanted or not all(0 <= k < count for k in wanted):
         raise ValueError(
@@ -89,6 +95,17 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
         else:
             runs.append((k, k + 1))
     return runs
+
+
+def _depths(numbers: Mapping[str, _Number], chosen: Iterable[str]) -> dict[str, int]:
+    """Count the layers in each part of a model that chosen weights are in: ``encoder/layers_``."""
+    parts = {path: number.module.rstrip("0123456789") for path, number in numbers.items()}
+    wanted = {parts[path] for path in chosen if path in parts}
+    depths: dict[str, int] = {}
+    for path, number in numbers.items():
+        if parts[path] in wanted:
+            depths[parts[path]] = max(depths.get(parts[path], 0), number.value + 1)
+    return depths
 
 
 def _stack_around(path: str, axis: int, leaves: Mapping[str, Any]) -> str:

@@ -97,6 +97,19 @@ def test_a_lone_number_above_the_layers_is_no_layer():
     assert keys([{"query": jnp.ones((4, 4))}] * 1, layers=[0]) == ["0/query"]
 
 
+def test_numbers_from_the_end_want_one_depth():
+    towers = {"encoder": 2, "decoder": 6}
+    params = {
+        name: {f"layers_{i}": mlp("out", stacked=()) for i in range(n)}
+        for name, n in towers.items()
+    }
+    with pytest.raises(ValueError, match=r"6 in 'decoder/layers_', 2 in 'encoder/layers_'"):
+        keys(params, targets=".*kernel", layers=[-1])
+    one = {"targets": "encoder.*kernel", "layers": [-1]}
+    assert keys(params, **one) == ["encoder/layers_1/out/kernel"]  # the remedy
+    assert len(keys(params, targets=".*kernel", layers=[1])) == 2
+
+
 def test_a_lone_number_beside_the_layers_is_no_layer():
     params = {f"blocks_{i}": mlp("out", stacked=()) for i in (0, 1)} | mlp("Dense_0", stacked=())
     assert keys(params, targets=".*kernel", layers=[0]) == ["blocks_0/out/kernel"]
