@@ -164,7 +164,7 @@ def lorafy(
 
 
 class _Settings(NamedTuple):
-    """What is made of one leaf.
+    """Tell what is made of one leaf.
 
     Attributes:
         targets: the weights in it, without the leaf.

@@ -14,7 +14,7 @@ from lora_jax._adapter.shardings import array_of, named, shardings
 
 
 class Made(NamedTuple):
-    """What is made of one leaf.
+    """Hold what is made of one leaf.
 
     Attributes:
         leaf: the leaf as an initializer changed it; None if it stays.
@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How to make the entries of one leaf.
+    """Tell how to make the entries of one leaf.
 
     Attributes:
         make: ``(settings, leaf, keys) -> Made``.

@@ -11,6 +11,7 @@ written, and ``lora_B`` the one that is read; but not if the module's ``is_trans
 """
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -67,7 +68,7 @@ class _Parameter:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many experts there are, and what each reads and writes."""
+        """The number of experts, and of what each reads and writes."""
         experts, inputs, outputs = (
             prod(role_shape(self.letters, self.place.shape, role)) for role in "bio"
         )
@@ -129,6 +130,12 @@ def _is_turned_alone(folder: Folder, own: _Parameter, places: Map) -> bool:
                 f"parameters in order, and {own.name!r} is square: which axis is which cannot be "
                 "told. Load and save it with PEFT 0.19 or later"
             )
+        warnings.warn(
+            f"{folder.where}: {own.name!r} is square, and nothing beside it tells which axis "
+            "lora_A has: it is taken for the one that is read, as of models in transformers 5. Of "
+            "gpt-oss in transformers 4 it is the other: merge it by hf.merge(..., layout=...)",
+            stacklevel=6,
+        )
         return False
     kind = places.kind(own.place.path, own.letters)
     if kind == "Parameter" or not places.is_module(own.place.path):
