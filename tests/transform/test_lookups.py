@@ -31,6 +31,7 @@ ROWS = {
     "get, clipped": lambda t, i: t.at[2 * i - 4].get(mode="clip"),
     "get, filled": lambda t, i: t.at[2 * i].get(mode="fill", fill_value=0.5),
     "get, in bounds": lambda t, i: t.at[i].get(mode="promise_in_bounds"),
+    "get, dropped": lambda t, i: t.at[i].get(mode="drop"),
     "index in dim": lambda t, i: lax.dynamic_index_in_dim(t, i, keepdims=False),
     "index in dim, axis kept": lambda t, i: lax.dynamic_index_in_dim(t, i),
     "slice": lambda t, i: lax.dynamic_slice(t, (i, 0), (1, WIDTH)),
@@ -120,7 +121,7 @@ def test_every_spelling_picks_the_members_of_a_stack(layout):
         randomize_b(lora_jax.lorafy(params_of(layout), 2, targets="t", layout={"t": layout}), seed)
         for seed in (3, 4)
     ]
-    fn = every_spelling(layout, {k: CALLS[k] for k in ("no vmap", "vmap")})
+    fn = every_spelling(layout, CALLS)
 
     def of_one(p, ids):  # each batch row has ids of its own
         return jax.tree.map(lambda x: x[None], fn(p, ids))
