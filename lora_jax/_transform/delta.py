@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._adapter.factors import Entry, Rows, wide
-from lora_jax._adapter.lowrank import pad_axis
 from lora_jax._transform.labelled import Axis, Labelled, contract, place, spread_like, times
 from lora_jax._transform.one_hot import OneHot
 from lora_jax._transform.origin import Groups, Leaf, Origin
@@ -153,7 +152,7 @@ class Delta(Follower):
         new = self.expanded(r.axis, r.stop - r.start)
         if new.gain is not None:
             new = dataclasses.replace(new, gain=_along_range(new.gain, r))
-        return new.along(r.axis, partial(pad_axis, start=r.start, size=size))
+        return new.map(lambda x: x.padded(r.axis, r.start, size))
 
     def regrouped(self, groups: Groups, old: Sequence[int], new: Sequence[int]) -> "Delta | None":
         """Follow ``W`` through a reshape; None if it merges axes of ``a`` with axes of ``b``."""
@@ -200,7 +199,7 @@ class Delta(Follower):
         factor: Labelled = getattr(delta, name)
         for axis in x.labels:
             first, last = delta.range_of(axis, shape[axis])
-            x = x.along(axis, lambda x, i, a=first, b=last: lax.slice_in_dim(x, a, b, axis=i))
+            x = x.cut(axis, first, last)
         labels = (*foreign, *factor.labels)
         order = sorted(x.labels, key=labels.index)
         part = x.array.transpose([x.axis(axis) for axis in order]).astype(factor.array.dtype)

@@ -73,6 +73,19 @@ class Labelled:
             return self
         return Labelled(f(self.array, self.axis(label)), self.labels)
 
+    def cut(self, label: Label, start: int, stop: int, stride: int = 1) -> "Labelled":
+        """Take a range of an axis, if it has it."""
+        return self.along(label, lambda x, i: lax.slice_in_dim(x, start, stop, stride, i))
+
+    def cut_at(self, label: Label, start: jax.Array, size: int) -> "Labelled":
+        """Take ``size`` entries of an axis, if it has it, from a number that is computed."""
+        take = partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+        return self.along(label, lambda x, i: take(x, start, size, i))
+
+    def padded(self, label: Label, start: int, size: int) -> "Labelled":
+        """Place what it has at ``start`` of an axis of ``size``, if it has it; the rest is zero."""
+        return self.along(label, partial(pad_axis, start=start, size=size))
+
     def front(self, label: Label) -> "Labelled":
         """Move an axis to the front, if it has it."""
         if label not in self.labels:

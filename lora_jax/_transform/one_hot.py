@@ -20,6 +20,8 @@ from lora_jax import _jax
 from lora_jax._adapter.factors import Rows
 from lora_jax._transform.labelled import Axis, Label, Labelled, Labels
 
+SMALL = 1024  # entries of a matrix that a program may hold as a constant
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -32,7 +34,7 @@ class OneHot(Labelled):
 
     Attributes:
         labels: RANK, and an axis of ``W``.
-        ids: entries of that axis, ascending.
+        ids: entries of that axis, ascending; one outside of it picks nothing.
         size: the size of that axis.
         dtype: the dtype of the ones.
     """
@@ -50,10 +52,17 @@ class OneHot(Labelled):
         return cls((axis, Axis.RANK), rows.ids, rows.vocabulary, rows.b.dtype)
 
     def _built(self) -> jax.Array:
-        """Build the matrix, by the program: a constant of this size does not belong into one."""
+        """Build the matrix: by the program, as a large constant does not belong into one."""
         rank = self.axis(Axis.RANK)
+        ids = self._ids(np.int32, rank, 1 - rank)
+        if self._is_small(self.size):
+            numbers = np.expand_dims(np.arange(self.size), rank)
+            return jnp.asarray(numbers == ids, self.dtype)
         numbers = lax.broadcasted_iota(np.int32, tuple(self.sizes.values()), 1 - rank)
-        return lax.eq(numbers, self._ids(np.int32, rank, 1 - rank)).astype(self.dtype)
+        return lax.eq(numbers, ids).astype(self.dtype)
+
+    def _is_small(self, size: int) -> bool:
+        return size * len(self.ids) <= SMALL
 
     def _ids(self, dtype: Any, before: int, after: int = 0) -> np.ndarray:
         return np.array(self.ids, dtype).reshape([1] * before + [-1] + [1] * after)
@@ -71,17 +80,59 @@ class OneHot(Labelled):
         """Rename the axes."""
         return dataclasses.replace(self, labels=self.relabelled(new))
 
+    def cut(self, label: Label, start: int, stop: int, stride: int = 1) -> Labelled:
+        """Take a range of the axis of ``W``: its entries get other numbers."""
+        if label not in self.labels or label == Axis.RANK or stride != 1:
+            return super().cut(label, start, stop, stride)
+        return self._moved(-start, stop - start)
+
+    def padded(self, label: Label, start: int, size: int) -> Labelled:
+        """Place the axis of ``W`` in a longer one."""
+        if label not in self.labels or label == Axis.RANK:
+            return super().padded(label, start, size)
+        return self._moved(start, size)
+
+    def _moved(self, by: int, size: int) -> "OneHot":
+        return dataclasses.replace(self, ids=tuple(i + by for i in self.ids), size=size)
+
+    def cut_at(self, label: Label, start: jax.Array, size: int) -> Labelled:
+        """Take ``size`` entries of the axis of ``W``: few are compared with the rows' numbers."""
+        mine = label in self.labels and label != Axis.RANK
+        if not (mine and self._is_small(size) and self._fit(start.dtype, size)):
+            return super().cut_at(label, start, size)
+        rank = self.axis(Axis.RANK)
+        starts = self._ids(start.dtype, rank, 1 - rank) - np.expand_dims(np.arange(size), rank)
+        first, last = self._bounds(start.dtype, self.size - size)
+        start = lax.clamp(first, start, last)
+        found = lax.eq(lax.expand_dims(start, (0, 1)), starts.astype(start.dtype))
+        return Labelled(found.astype(self.dtype), self.labels)
+
+    def _fit(self, dtype: Any, below: int = 0) -> bool:
+        """Return whether a dtype holds the rows' numbers, and those less ``below``."""
+        limits = jnp.iinfo(dtype)
+        return limits.min <= self.ids[0] - below and self.ids[-1] <= limits.max
+
+    @staticmethod
+    def _bounds(dtype: Any, last: int) -> np.ndarray:
+        return np.array([0, min(last, jnp.iinfo(dtype).max)], dtype)
+
+    @property
+    def _is_partial(self) -> bool:
+        """Return whether some rows are outside of the axis."""
+        return self.ids[0] < 0 or self.ids[-1] >= self.size
+
     def looked_up(self, indices: jax.Array, mode: Any, labels: Labels) -> Labelled | None:
         """Return its rows at ``indices``, ``[*lookup, 1]``; None if this has no short form.
 
         No row beyond the table has a 1. With ``mode`` CLIP, it is the first or the last.
         """
-        modes, largest = lax.GatherScatterMode, jnp.iinfo(indices.dtype).max
+        modes = lax.GatherScatterMode
         mode = modes.from_any(mode)
-        if largest < self.ids[-1] or mode == modes.ONE_HOT:
+        exact = mode == modes.CLIP or not self._is_partial
+        if mode == modes.ONE_HOT or not (exact and self._fit(indices.dtype)):
             return None
-        if mode == modes.CLIP:
-            first, last = np.array([0, min(self.size - 1, largest)], indices.dtype)
+        if mode == modes.CLIP and (self.ids[0] <= 0 or self.ids[-1] >= self.size - 1):
+            first, last = self._bounds(indices.dtype, self.size - 1)
             indices = lax.clamp(first, indices, last)
         found = lax.eq(indices, self._ids(indices.dtype, indices.ndim - 1))
         return Labelled(found.astype(self.dtype), (*labels, Axis.RANK))  # [*lookup, rank]
@@ -116,7 +167,12 @@ class OneHot(Labelled):
         """Return the axis of ``x`` that a product sums over, and the one in its place; or None."""
         old = [label for label in self.labels if label in x.labels and label not in out]
         new = [label for label in self.labels if label in out and label not in x.labels]
-        if len(old) != 1 or len(new) != 1 or _jax.explicit_spec(x.array) is not None:
+        if (
+            self._is_partial
+            or len(old) != 1
+            or len(new) != 1
+            or _jax.explicit_spec(x.array) is not None
+        ):
             return None, None
         return old[0], new[0]
 

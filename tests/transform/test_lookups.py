@@ -31,11 +31,18 @@ ROWS = {
     "get, clipped": lambda t, i: t.at[2 * i - 4].get(mode="clip"),
     "get, filled": lambda t, i: t.at[2 * i].get(mode="fill", fill_value=0.5),
     "get, in bounds": lambda t, i: t.at[i].get(mode="promise_in_bounds"),
+    "in 8 bits": lambda t, i: t[i.astype(jnp.uint8)],
+    "of a part": lambda t, i: t[:7][i // 2],
+    "of a part, clipped": lambda t, i: jnp.take(t[2:7], 2 * i - 4, axis=0, mode="clip"),
+    "of a part, filled": lambda t, i: t[2:7].at[2 * i].get(mode="fill", fill_value=0.5),
+    "of two tables": lambda t, i: jnp.concatenate([t, t])[2 * i],
+    "of a padded one": lambda t, i: jnp.pad(t, ((2, 5), (0, 0)))[i],
     "get, dropped": lambda t, i: t.at[i].get(mode="drop"),
     "index in dim": lambda t, i: lax.dynamic_index_in_dim(t, i, keepdims=False),
     "index in dim, axis kept": lambda t, i: lax.dynamic_index_in_dim(t, i),
     "slice": lambda t, i: lax.dynamic_slice(t, (i, 0), (1, WIDTH)),
     "slice in dim": lambda t, i: lax.dynamic_slice_in_dim(t, i, 1).reshape(WIDTH),
+    "slice before the start": lambda t, i: lax.dynamic_slice_in_dim(t, i - 2 * SIZE, 1)[0],
     "along axis": lambda t, i: jnp.take_along_axis(t, jnp.full((1, WIDTH), i), axis=0),
     "one-hot": lambda t, i: jax.nn.one_hot(i, SIZE) @ t,
     "one-hot by einsum": lambda t, i: jnp.einsum("v,vd->d", jnp.float32(jnp.arange(SIZE) == i), t),
@@ -107,9 +114,11 @@ def test_layout_of_sees_a_lookup_however_it_is_spelled(layout, call):
 
 
 @pytest.mark.parametrize("layout", TABLES)
-@pytest.mark.parametrize("kind", ["lora", "rows"])
-def test_every_spelling_is_a_lookup_of_the_merged_table(layout, kind):
+@pytest.mark.parametrize("kind", ["lora", "rows", "rows of a large table"])
+def test_every_spelling_is_a_lookup_of_the_merged_table(layout, kind, monkeypatch):
     lora_params = rows_of(layout)
+    if kind == "rows of a large table":
+        monkeypatch.setattr("lora_jax._transform.one_hot.SMALL", 0)
     if kind == "lora":
         lora_params = adapted(params_of(layout), targets="t", layout={"t": layout})
     assert_oracle(every_spelling(layout, CALLS), lora_params, IDS)

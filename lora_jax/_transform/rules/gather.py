@@ -105,7 +105,7 @@ def _gather_factor(params: Any, numbers: _Numbers, indices: jax.Array, x: Labell
     lookup, cut, gone = numbers.lookup, numbers.cut, numbers.gone
     for i in cut:  # a part from the start, if no index moves it
         if i not in {*indexed, *batching}:
-            x = x.along(i, lambda y, k, i=i: lax.slice_in_dim(y, 0, numbers.sizes[i], axis=k))
+            x = x.cut(i, 0, numbers.sizes[i])
     columns = [k for k, i in enumerate(indexed) if i in x.labels]
     if not columns:
         new = {**offset, **{i: lookup[k] for i, k in batching.items()}}

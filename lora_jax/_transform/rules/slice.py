@@ -38,9 +38,7 @@ def _take_range(
     if begin >= end:
         return None
     size = len(range(start, stop, stride))
-    delta = delta.along(
-        axis, lambda x, i: lax.slice_in_dim(x, begin - first, end - first, stride, i)
-    )
+    delta = delta.map(lambda x: x.cut(axis, begin - first, end - first, stride))
     end = end if stride == 1 else begin + size
     return _picked(delta.with_range(axis, begin - start, end - start, size), axis, shape, size)
 
@@ -83,9 +81,7 @@ def dynamic_slice(ctx: Context, eqn, values):
     def slice_delta(delta: AnyDelta) -> AnyDelta:
         delta = delta.padded(cut, v.shape)
         for i in cut:
-            delta = delta.along(
-                i, lambda x, k, i=i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], k)
-            )
+            delta = delta.map(lambda x, i=i: x.cut_at(i, starts[i], sizes[i]))
             delta = _picked(delta, i, v.shape, sizes[i])
         return delta
 
