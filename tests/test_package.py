@@ -85,3 +85,9 @@ def test_io_needs_no_import_of_its_own():
     code = "import lora_jax; print(lora_jax.io.safetensors.save.__name__, dir(lora_jax.io))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["save", "['hf',", "'orbax',", "'peft',", "'safetensors']"]
+
+
+def test_each_planted_fault_changes_one_place(monkeypatch):
+    monkeypatch.chdir(PACKAGE.parent)
+    monkeypatch.syspath_prepend(PACKAGE.parent / "tests" / "planted")
+    assert len(importlib.import_module("run").read_faults()) >= 40
