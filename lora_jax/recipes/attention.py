@@ -1,4 +1,4 @@
-"""Attend causally, by the fastest kernel of the platform that the program is compiled for."""
+"""Turn queries and keys by their positions, and attend by the platform's fastest kernel."""
 
 import functools
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NAMES", "attend", "why_not_cudnn"]
+__all__ = ["NAMES", "Turns", "attend", "rotated", "turns_of", "why_not_cudnn"]
 
 NAMES = ("auto", "cudnn", "xla")
+Turns = tuple[jax.Array, jax.Array]  # sines and cosines, [batch or 1, length, 1, head_dim / 2]
 
 
 def attend(
@@ -72,3 +73,19 @@ def why_not_cudnn(
     except Exception as error:  # JAX raises several types
         return f"{str(error).partition(chr(10))[0]}."
     return None
+
+
+def turns_of(positions: jax.Array, head_dim: int, theta: float) -> Turns:
+    """Return the rotary turns of ``positions[batch or 1, length]``."""
+    half = head_dim // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotated(x: jax.Array, turns: Turns) -> jax.Array:
+    """Turn ``x[batch, length, heads, head_dim]``, in the half-split layout."""
+    sin, cos = turns
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -8,7 +8,7 @@ from helpers import assert_close, drawn, normal, randomize_b
 
 import lora_jax
 from lora_jax.io import hf
-from lora_jax.recipes.models import llama
+from lora_jax.recipes.attention import rotated, turns_of
 
 ROTATED = ".*(query|key)/.*|.*norm/scale"
 
@@ -63,8 +63,8 @@ def test_scores_stay_what_they_are(options):
 
 def test_the_halves_are_those_of_the_llama():
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 6)).astype(np.float32)
-    rotated = jax.jit(lambda x: llama.rotated(x, 100.0, jnp.arange(5)[None]))
-    assert_close(rotated(x)[0], turned(x[0].astype(np.float64), "halves"))
+    found = jax.jit(rotated)(x, turns_of(jnp.arange(5)[None], 6, 100.0))
+    assert_close(found[0], turned(x[0].astype(np.float64), "halves"))
 
 
 def test_other_axes_are_said():

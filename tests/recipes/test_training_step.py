@@ -61,6 +61,41 @@ def test_the_loss_in_chunks_is_that_of_all_logits(tied):
         assert_close(found, expected, depth=32)
 
 
+def test_a_frozen_head_makes_its_logits_once():
+    params = params_of()
+
+    def plain(is_frozen):
+        model = llama.from_config(CONFIG, scan_layers=True, chunk=6, frozen_head=is_frozen)
+        return lambda p, ids, targets: model.apply({"params": p}, ids, targets=targets)
+
+    def loss_of(is_frozen):
+        return lora_jax.lora(plain(is_frozen))
+
+    adapted = lora_jax.lorafy(params, 2, targets=".*proj/kernel", init=drawn)
+    found, expected = (
+        jax.jit(lora_jax.value_and_grad(loss_of(is_frozen)))(adapted, IDS, TARGETS)
+        for is_frozen in (True, False)
+    )
+    assert_close(found, expected, depth=32)
+
+    def products(of, is_frozen):
+        eqns = all_eqns(jax.make_jaxpr(of(loss_of(is_frozen)))(adapted, IDS, TARGETS))
+        return sum(e.primitive.name == "dot_general" and 96 in _sizes(e) for e in eqns)
+
+    assert products(lora_jax.value_and_grad, True) == 2
+    assert products(lora_jax.value_and_grad, False) == 3
+    assert products(lambda f: f, True) == 1, "without gradients, they are not computed"
+    with pytest.raises(ValueError, match="is_frozen=True: the kernel is differentiated"):
+        jax.grad(plain(True))(params, IDS, TARGETS)
+    head = lora_jax.lorafy(params, 2, targets="lm_head/kernel")
+    with pytest.raises(NotImplementedError, match=r"lm_head/kernel(.|\n)* custom derivative"):
+        loss_of(True)(head, IDS, TARGETS)
+
+
+def _sizes(eqn):
+    return {size for x in (*eqn.invars, *eqn.outvars) for size in x.aval.shape}
+
+
 def test_the_logits_of_all_tokens_never_exist():
     model = llama.from_config(CONFIG, scan_layers=True, chunk=4)
     params = params_of()

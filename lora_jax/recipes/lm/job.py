@@ -127,7 +127,10 @@ def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh)
     of_state = lora_jax.state_shardings(jax.eval_shape(tx.init, trainable), trainable, of_adapter)
     state = State(trainable, jax.jit(tx.init, out_shardings=of_state)(trainable))
 
-    plain, loss = plain_of(model), loss_of(model)
+    head = "embed_tokens/embedding" if model.tie_word_embeddings else "lm_head/kernel"
+    trained = (key.partition("[")[0] for key in lora_params.adapter.factors)  # or a part of it
+    is_frozen = head not in trained
+    plain, loss = plain_of(model), loss_of(model.clone(frozen_head=is_frozen))
     adapted_loss = lora_jax.lora(loss, dropout=args.dropout)
     seed = args.seed if args.dropout else None
     if args.pmap:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.recipes.attention import attend
+from lora_jax.recipes.attention import Turns, attend, rotated, turns_of
 from lora_jax.recipes.loss import chunked_loss
 
 __all__ = ["Cache", "Llama", "from_config", "generate"]
@@ -41,6 +41,10 @@ class Cache(NamedTuple):
     values: Any
     lengths: Any
 
+    def positions(self, count: int) -> jax.Array:
+        """Return the positions of ``count`` tokens that follow: ``[batch, count]``."""
+        return self.lengths[:, None] + jnp.arange(count)[None]
+
 
 class Attention(nn.Module):
     """Causal attention with rotary positions and grouped heads."""
@@ -48,7 +52,9 @@ class Attention(nn.Module):
     model: "Llama"
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x: jax.Array, past: Cache | None, turns: Turns
+    ) -> tuple[jax.Array, Cache | None]:
         """Attend from each of ``x[batch, length, width]`` to itself and those before.
 
         With ``past``, this layer's cache, also to those in it; return it with ``x`` added.
@@ -68,10 +74,9 @@ class Attention(nn.Module):
         if m.qk_norm:
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
-        start = past.lengths[:, None] if past else jnp.zeros((1, 1), jnp.int32)
-        positions = start + jnp.arange(x.shape[1])[None]
-        query, key = (rotated(y, m.rope_theta, positions) for y in (query, key))
+        query, key = (rotated(y, turns) for y in (query, key))
         if past:
+            positions = past.positions(x.shape[1])
             past = written(past, key, value, positions)
             mask = m.visible(positions, past.keys.shape[1])
             y = jax.nn.dot_product_attention(query, past.keys, past.values, mask=mask)
@@ -107,11 +112,13 @@ class Layer(nn.Module):
     model: "Llama"
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """Apply the module to ``x[batch, length, width]``."""
+    def __call__(
+        self, x: jax.Array, past: Cache | None, turns: Turns
+    ) -> tuple[jax.Array, Cache | None]:
+        """Apply the module to ``x[batch, length, width]``, whose positions have these turns."""
         m = self.model
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
-        y, past = Attention(m, name="self_attn")(y, past)
+        y, past = Attention(m, name="self_attn")(y, past, turns)
         x = x + y
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="post_attention_layernorm")(x)
         return m.spread(x + Mlp(m, name="mlp")(y)), past
@@ -130,6 +137,7 @@ class Llama(nn.Module):
         remat: what of a layer the backward pass recomputes, to save memory: ``"none"``, ``"dots"``
             (all but projections and attention) or ``"full"``, also True.
         chunk: how many tokens' logits there are at once where the loss is asked for.
+        frozen_head: whether the head has no gradient and no adapter: the loss is faster then.
         dtype: the dtype of the activations; the parameters are float32.
         activations: a sharding of ``[batch, length, width]`` between the layers, for meshes where
             the weights are sharded too and the compiler must not choose.
@@ -155,6 +163,7 @@ class Llama(nn.Module):
     remat: bool | str = False
     attention: str = "auto"
     chunk: int = 1024
+    frozen_head: bool = False
     dtype: Any = jnp.float32
     activations: NamedSharding | None = None
 
@@ -228,10 +237,12 @@ class Llama(nn.Module):
             x = self.spread(table(ids))
         else:
             x = table.embedding.astype(self.dtype).at[ids].get(out_sharding=self.explicit)
+        positions = cache.positions(ids.shape[1]) if cache else jnp.arange(ids.shape[1])[None]
+        turns = turns_of(positions, self.head_dim, self.rope_theta)  # once, for all layers
         past: Any
         layer = self.recomputed(Layer)
         if self.scan_layers:
-            axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0,)
+            axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0, nn.broadcast)
             stack = nn.scan(
                 layer,
                 variable_axes={"params": 0},
@@ -240,12 +251,12 @@ class Llama(nn.Module):
                 in_axes=axes,
                 unroll=self.unroll,
             )
-            x, past = stack(shape, name="layers")(x, cache)
+            x, past = stack(shape, name="layers")(x, cache, turns)
         else:
             pasts: list[Any] = []
             for i in range(self.num_hidden_layers):
                 past = Cache(cache.keys[i], cache.values[i], cache.lengths) if cache else None
-                x, past = layer(shape, name=f"layers_{i}")(x, past)
+                x, past = layer(shape, name=f"layers_{i}")(x, past, turns)
                 pasts.append(past)
             past = Cache(*(jnp.stack(y) for y in zip(*pasts, strict=True))) if cache else None
         x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
@@ -253,12 +264,12 @@ class Llama(nn.Module):
         if targets is not None:
             tied = self.tie_word_embeddings
             kernel = table.embedding if tied else head.variables["params"]["kernel"]
-            return chunked_loss(x, kernel, targets, self.chunk, tied)
+            return chunked_loss(x, kernel, targets, self.chunk, tied, self.frozen_head)
         logits = table.attend(x) if self.tie_word_embeddings else head(x)
         if cache is None:
             return logits
         end = cache.lengths + ids.shape[1]
-        fits = cache.lengths[:, None] + jnp.arange(ids.shape[1])[None] < cache.keys.shape[2]
+        fits = positions < cache.keys.shape[2]
         return jnp.where(fits[..., None], logits, jnp.nan), past._replace(lengths=end)
 
 
@@ -268,17 +279,6 @@ def written(past: Cache, key: jax.Array, value: jax.Array, positions: jax.Array)
     keys = past.keys.at[rows, positions].set(key.astype(past.keys.dtype), mode="drop")
     values = past.values.at[rows, positions].set(value.astype(past.values.dtype), mode="drop")
     return past._replace(keys=keys, values=values)
-
-
-def rotated(x: jax.Array, theta: float, positions: jax.Array) -> jax.Array:
-    """Apply rotary positions to ``x[batch, length, heads, head_dim]``, in the half-split layout."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)  # [batch or 1, length, 1, half]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def from_config(config: Mapping[str, Any], **changes: Any) -> Llama:
