@@ -7,7 +7,7 @@ import pytest
 from helpers import all_eqns, assert_close
 
 import lora_jax
-from lora_jax.recipes import attention
+from lora_jax.recipes import attention, remat
 from lora_jax.recipes.lm import flags, job, mesh
 from lora_jax.recipes.loss import summed_loss
 from lora_jax.recipes.models import llama
@@ -108,17 +108,18 @@ def test_the_logits_of_all_tokens_never_exist():
 def test_what_is_recomputed_changes_no_number_and_saves_memory():
     params = params_of()
     expected = value_and_grad(params)
-    for changes in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"remat": True}):
+    kept = [{"remat": name} for name in remat.NAMES if name != "none"]
+    for changes in (*kept, {"unroll": 3}, {"unroll": 3, "remat": True}):
         assert_close(value_and_grad(params, **changes), expected, depth=32)
 
-    def temp(remat):
-        model = llama.from_config(CONFIG, scan_layers=True, remat=remat)
+    def temp(name):
+        model = llama.from_config(CONFIG, scan_layers=True, remat=name)
         ids = jax.ShapeDtypeStruct((4, 128), jnp.int32)
         loss = jax.grad(lambda p, ids: model.apply({"params": p}, ids, targets=ids))
         return jax.jit(loss).lower(params, ids).compile().memory_analysis().temp_size_in_bytes
 
-    assert temp("full") < temp("dots") < temp("none")
-    with pytest.raises(ValueError, match=r"remat='some': expected one of \['none', 'full', 'dots'"):
+    assert temp("full") < temp("attention") < temp("dots") < temp("none")
+    with pytest.raises(ValueError, match=r"remat='some': expected one of \('none', 'dots'"):
         llama.from_config(CONFIG, remat="some").init(jax.random.key(0), IDS)
 
 

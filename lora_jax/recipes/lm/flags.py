@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.recipes import remat
 from lora_jax.recipes.attention import NAMES
 
 
@@ -65,10 +66,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         remat={
             "nargs": "?",
             "const": "full",
-            "choices": ("none", "dots", "full"),
-            "default": "none",
-            "help": "what of a layer the backward pass recomputes, to save memory: full without a "
-            "value; dots is all but projections and attention",
+            "choices": ("auto", *remat.NAMES),
+            "default": "auto",
+            "help": "what the backward pass computes again, to save memory: all of a layer (full, "
+            "also without a value), all but projections and attention (dots), all but attention; "
+            "offload is full with the layers' inputs on the host; auto takes the fastest that fits",
         },
         layers={
             "choices": ("scanned", "unrolled"),
@@ -109,7 +111,7 @@ def out_of_memory(error: str, args: argparse.Namespace) -> str:
     first = error.partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0].rstrip(".")
     needed = re.sub(r"(\d{7,}) bytes", lambda n: f"{int(n[1]) / 2**30:,.2f} GiB", first)
     helps = {
-        "--remat": args.remat != "full",
+        "--remat": args.remat not in ("full", "offload"),
         f"--accumulate above {args.accumulate}": args.accumulate < args.batch,
         f"--batch below {args.batch}": True,
         f"--length below {args.length}": True,

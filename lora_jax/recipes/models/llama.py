@@ -16,15 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 
 from lora_jax.recipes.attention import Turns, attend, rotated, turns_of
 from lora_jax.recipes.loss import chunked_loss
+from lora_jax.recipes.remat import mark, policy_of
 
 __all__ = ["Cache", "Llama", "from_config", "generate"]
-
-SAVED = "projection"  # what the backward pass keeps with remat="dots"
 
 
 class Cache(NamedTuple):
@@ -63,7 +61,7 @@ class Attention(nn.Module):
 
         def project(name: str, count: int) -> jax.Array:
             y = nn.Dense(count * m.head_dim, m.attention_bias, m.dtype, name=name)(x)
-            y = checkpoint_name(y, SAVED)
+            y = mark(y, "projection")
             return m.join_heads(y).reshape(
                 *x.shape[:-1], count, m.head_dim
             )  # [batch, length, heads, head_dim]
@@ -83,10 +81,10 @@ class Attention(nn.Module):
         else:
             name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
             y = attend(query, key, value, window=m.sliding_window, name=name)
-        y = checkpoint_name(y.reshape(*x.shape[:-1], -1), SAVED)  # [batch, length, width of heads]
+        y = mark(y.reshape(*x.shape[:-1], -1), "attention")  # [batch, length, width of heads]
         width, product = m.hidden_size, m.product
         y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
-        return y, past
+        return mark(y, "projection"), past
 
 
 class Mlp(nn.Module):
@@ -100,7 +98,7 @@ class Mlp(nn.Module):
         m = self.model
         gate = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="gate_proj")(x)
         up = nn.Dense(m.intermediate_size, m.mlp_bias, m.dtype, name="up_proj")(x)
-        gate, up = checkpoint_name(gate, SAVED), checkpoint_name(up, SAVED)
+        gate, up = mark(gate, "projection"), mark(up, "projection")
         width, product = m.hidden_size, m.product
         down = nn.Dense(width, m.mlp_bias, m.dtype, dot_general=product, name="down_proj")
         return down(nn.silu(gate) * up)
@@ -117,6 +115,7 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Apply the module to ``x[batch, length, width]``, whose positions have these turns."""
         m = self.model
+        x = mark(x, "layer")
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
         y, past = Attention(m, name="self_attn")(y, past, turns)
         x = x + y
@@ -134,8 +133,8 @@ class Llama(nn.Module):
         scan_layers: whether the layers are one stacked block, compiled once.
         attention: a kernel of ``recipes.attention.NAMES``.
         unroll: how many scanned layers one step of the loop runs.
-        remat: what of a layer the backward pass recomputes, to save memory: ``"none"``, ``"dots"``
-            (all but projections and attention) or ``"full"``, also True.
+        remat: what of a layer the backward pass keeps, one of ``recipes.remat.NAMES``; True is
+            ``"full"``, False ``"none"``.
         chunk: how many tokens' logits there are at once where the loss is asked for.
         frozen_head: whether the head has no gradient and no adapter: the loss is faster then.
         dtype: the dtype of the activations; the parameters are float32.
@@ -211,15 +210,12 @@ class Llama(nn.Module):
         return seen[:, None]
 
     def recomputed(self, layer: Any) -> Any:
-        """Return a layer that recomputes what the field ``remat`` says."""
-        known = jax.checkpoint_policies
-        policies: dict[Any, Any] = {"full": None, "dots": known.save_only_these_names(SAVED)}
+        """Return a layer of which the backward pass keeps what the field ``remat`` says."""
         name = self.remat if isinstance(self.remat, str) else ("none", "full")[self.remat]
         if name == "none":
             return layer
-        if name not in policies:
-            raise ValueError(f"remat={self.remat!r}: expected one of {['none', *policies]}")
-        return nn.remat(layer, prevent_cse=not self.scan_layers, policy=policies[name])
+        is_loop = self.scan_layers and self.unroll < self.num_hidden_layers
+        return nn.remat(layer, prevent_cse=not is_loop, policy=policy_of(name))
 
     @nn.compact
     def __call__(
