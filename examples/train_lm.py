@@ -10,7 +10,6 @@ and restarted with the same command ends with the same bits.
 """
 
 import argparse
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -82,20 +81,18 @@ def run(args: argparse.Namespace) -> None:
             if first:
                 log.say(f"continuing from step {first} in {args.out}")
             else:
-                log.flush(0, lambda: validate(state.trainable, frozen))
+                log.flush(0, validate(state.trainable, frozen))
             for done in range(first + 1, args.steps + 1):
                 batch = job.place(training.batch(args.batch, done - 1, args.seed))
                 state, found = job.step(state, frozen, batch, np.int32(done - 1))
-                log.add(done, found)
-                is_due = done % args.every == 0 or done == args.steps
-                if is_due:  # write the log first: a resumed run must not miss a row
-                    log.flush(done, functools.partial(validate, state.trainable, frozen))
+                log.add(done, found, is_shown=done % args.log == 0 or done == first + 1)
+                if done % args.every == 0 or done == args.steps:
+                    # Write the log first: a resumed run must not miss a row.
+                    log.flush(done, validate(state.trainable, frozen))
                     lora_params = lora_jax.combine(state.trainable, frozen)
                     extra = {"settings": json.dumps(settings)}
                     checkpointer.save(done, lora_params, state.opt_state, extra)
                     log.restart()
-                elif done % args.log == 0 or done == first + 1:
-                    log.flush(done)
             checkpointer.wait()
             if args.export:
                 export(path, source, state.trainable, frozen, mesh, args.out)

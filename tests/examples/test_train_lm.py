@@ -758,7 +758,7 @@ def test_lines_and_events_say_how_it_goes(monkeypatch, tmp_path, capsys):
         log.add(1, {"loss": jnp.float32(2.5)})
         log.flush(1)
         log.add(2, {"loss": jnp.float32(2.25)})
-        log.flush(2, lambda: 3.0)
+        log.flush(2, 3.0)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step     1  loss 2.5000"
     assert re.fullmatch(
