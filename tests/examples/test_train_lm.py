@@ -260,8 +260,8 @@ def child(name, devices, *argv, **options):
 def run_until_killed(kill, *argv):
     add = train_lm.Log.add
 
-    def added(self, step, found):
-        add(self, step, found)
+    def added(self, step, found, **options):
+        add(self, step, found, **options)
         saved = Path(argv[argv.index("--out") + 1], "checkpoints", kill)
         if kill != "None" and step == int(kill) + 2:
             jax.block_until_ready(found)
@@ -451,6 +451,98 @@ def run_each(runs, *argv):
             train_lm.main([*argv, *flags, *extra])
         except SystemExit as error:
             print(error, flush=True)
+
+
+# --- waiting -----------------------------------------------------------------------------------
+
+
+class Late:
+    """A metric that is ready when somebody waits for it, who is written down."""
+
+    def __init__(self, value, step, events):
+        self.value, self.step, self.events = value, step, events
+
+    def copy_to_host_async(self):
+        self.events.append(("copy", self.step))
+
+    def is_ready(self):
+        return False
+
+    def __array__(self, *args, **kwargs):
+        self.events.append(("wait", self.step))
+        return np.asarray(self.value)
+
+
+@eight_devices
+@pytest.mark.parametrize("extra", [f"--mesh {MESH}", *SPREAD])
+def test_the_host_waits_for_a_step_when_two_more_are_queued(
+    model, text, tmp_path, monkeypatch, extra
+):
+    """And all steps run the one program that the startup compiled."""
+    events = []
+
+    def compile_step(step, *args):
+        compiled = compile_step_of(step, *args)
+
+        def run(state, frozen, batch, number):
+            step = int(number) + 1
+            with monitored("/jax/core/compile/backend_compile_duration") as programs:
+                state, found = compiled(state, frozen, batch, number)
+            assert not programs
+            events.append(("step", step))
+            return state, {name: Late(x, step, events) for name, x in found.items()}
+
+        return run
+
+    def make_validation(*args):
+        validate = make_validation_of(*args)
+        return lambda *halves: (events.append("validate"), validate(*halves))[1]
+
+    compile_step_of = train_lm.compile_step
+    make_validation_of = train_lm.make_validation
+    monkeypatch.setattr(train_lm, "compile_step", compile_step)
+    monkeypatch.setattr(train_lm, "make_validation", make_validation)
+    found = train(model, text, tmp_path / "out", "--log", "3", *extra.split())
+    assert len(found) == STEPS
+
+    waits = {step: events.index(("wait", step)) for step in range(1, STEPS + 1)}
+    for step, place in waits.items():
+        last = 10 if step <= 10 else 20  # then all is written
+        assert ("step", min(step + 2, last)) in events[:place]
+        assert events.index(("copy", step)) == events.index(("step", step)) + 1
+    ends = [k for k, event in enumerate(events) if event == "validate"]
+    assert ends[0] == 0
+    for step, end in zip((10, 20), ends[1:], strict=True):  # before the host waits for the last two
+        assert waits[step - 2] < end < waits[step - 1]
+
+
+@contextlib.contextmanager
+def monitored(name):
+    """The durations of what JAX does in the block."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == name:
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_start_is_printed_part_by_part(model, text, tmp_path, capsys):
+    argv = arguments(model, text, tmp_path / "out", "--steps", "3")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        startup = train_lm.run(train_lm.parse_args(argv))
+    parts = ["data", "read", "lorafy", "traced", "compiled", "validated", "first step"]
+    assert list(startup.seconds) == parts
+    assert all(seconds >= 0 for seconds in startup.seconds.values())
+    assert sum(startup.seconds.values()) <= startup.total
+    *_, validated, line, first, last = capsys.readouterr().out.splitlines()
+    assert [re.match(" *step +(\\d)", x)[1] for x in (validated, first, last)] == ["0", "1", "3"]
+    numbers = ", ".join(rf"{name} \d+\.\d" for name in parts)
+    assert re.fullmatch(rf"ready in \d+\.\d s: {numbers}", line.replace(" from the cache", ""))
 
 
 # --- data --------------------------------------------------------------------------------------

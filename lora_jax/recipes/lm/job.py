@@ -32,7 +32,7 @@ class Job(NamedTuple):
         places: shardings of the LoraParams.
         rate: the learning rate as a function of the step.
         step: a function of a state, the frozen half, rows from ``place`` and the step's number; see
-            :func:`make_step`.
+            :func:`make_step`. It compiles when it is called; or see :func:`compile_step`.
         place: puts the rows of a batch on the devices.
     """
 
@@ -115,7 +115,7 @@ def kinds_of(model: llama.Llama, like: Any, args: argparse.Namespace) -> dict[st
 
 
 def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh) -> Job:
-    """Prepare a base for the first step: adapter, optimizer, shardings, compiled step."""
+    """Prepare a base for the first step: adapter, optimizer, shardings, step."""
     lora_params = adapted(model, base, args)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.warmup, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))

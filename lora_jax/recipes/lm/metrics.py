@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from lora_jax.recipes.lm.startup import Startup
+
 AHEAD = 2  # steps that the devices have to do while the host waits for the metrics of an older one
 COLUMNS = ("step", "loss", "grad_norm", "rate", "validation", "tokens_per_second", "mfu")
 
@@ -42,9 +44,9 @@ class Log:
     wait for the host. ``metrics.csv`` has a row per step. A resumed run continues the file: a step
     that is done again, as its process was killed, is written once.
 
-    ``tokens_per_second`` is an average since the last printed step: the tokens of the steps between
-    over the time from the arrival of its metrics to the arrival of these. The first step, validation
-    and checkpoints do not count.
+    ``tokens_per_second`` is an average since the last printed step: the tokens of the steps after
+    it, over the time between the arrivals of its metrics and of the newest. The first step,
+    validation and checkpoints do not count.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Log:
         flops: float,
         rate: Callable[[int], Any],
         tensorboard: bool = False,
+        startup: Startup | None = None,
     ):
         """Open the log of a run.
 
@@ -66,8 +69,10 @@ class Log:
             flops: FLOPs per token, on all devices together.
             rate: the learning rate as a function of the step.
             tensorboard: whether to write events for TensorBoard, too, with ``tensorboardX``.
+            startup: the clock that the first step stops; it is printed then.
         """
         self.tokens, self.flops, self.rate = tokens, flops, jax.jit(rate)
+        self.startup = startup
         self.is_writer = jax.process_index() == 0
         self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
         self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
@@ -94,7 +99,9 @@ class Log:
         self.console.print(text, markup=False)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], is_shown: bool = False) -> None:
-        """Add the metrics of a step, and fetch those of the steps before the newest ``AHEAD``.
+        """Add the metrics of a step, and fetch those of older steps that ended.
+
+        It waits for the oldest step if ``AHEAD`` later ones are queued.
 
         Args:
             step: the number of the step.
@@ -109,7 +116,7 @@ class Log:
         for x in metrics.values():
             x.copy_to_host_async()
         self._pending.append((step, metrics, is_shown))
-        while len(self._pending) > AHEAD:
+        while len(self._pending) > AHEAD or (len(self._pending) > 1 and self._is_ready()):
             if self._fetch():
                 self._show()
 
@@ -136,6 +143,10 @@ class Log:
         """Restart the clock, after work that is not a step."""
         self._begin, self._count = time.perf_counter(), 0
 
+    def _is_ready(self) -> bool:
+        """Return whether the oldest step ended."""
+        return all(x.is_ready() for x in self._pending[0][1].values())
+
     def _fetch(self) -> bool:
         """Wait for the oldest step; return whether to show it."""
         step, metrics, is_shown = self._pending.popleft()
@@ -150,6 +161,9 @@ class Log:
         self._rows.append(row)
         if self._begin is None:
             self._begin = self._arrived
+            if self.startup is not None:
+                self.startup.end("first step")
+                self.say(str(self.startup))
         else:
             self._count += 1
         return is_shown
