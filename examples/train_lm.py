@@ -27,6 +27,7 @@ from lora_jax.io import hf, orbax, peft
 from lora_jax.recipes.lm import data as lm_data
 from lora_jax.recipes.lm import metrics as lm_metrics
 from lora_jax.recipes.lm.agree import agree
+from lora_jax.recipes.lm.cache import kept_programs
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.flags import out_of_memory, parse_args
 from lora_jax.recipes.lm.job import Job, abstract, kinds_of, model_of, prepare
@@ -48,6 +49,13 @@ def run(args: argparse.Namespace) -> Startup:
     startup = Startup()
     connect(args)
     agree({f"--{name}": value for name, value in vars(args).items() if name not in PER_PROCESS})
+    with kept_programs(args.cache) as note:
+        fine_tune(args, startup, note)
+    return startup
+
+
+def fine_tune(args: argparse.Namespace, startup: Startup, note: str | None) -> None:
+    """Do the work of :func:`run`, with a line to print."""
     mesh = mesh_of(args.mesh or "data=-1", args.explicit)
     check(args, mesh)
     path = args.model or data.smollm2()
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> Startup:
         raise FileNotFoundError(f"--model {path}: no config.json in it")
     model = model_of(source.config, mesh, args)
     with startup.part("data"):
-        training, validation, note = rows_of(source, model, args)
+        training, validation, rows = rows_of(source, model, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"data": training.fingerprint()}
     like = abstract(model, mesh, args)
@@ -81,12 +89,14 @@ def run(args: argparse.Namespace) -> Startup:
         options = {"rate": job.rate, "tensorboard": args.tensorboard, "startup": startup}
         with Log(args.out, first, **options, **counts) as log:
             log.say(f"{path}: {lora_params}")
-            log.say(f"{len(training.ids):,} rows of {args.length} tokens: {note}")
+            log.say(f"{len(training.ids):,} rows of {args.length} tokens: {rows}")
             log.say(f"{mesh.size} x {jax.devices()[0].device_kind}: {dict(mesh.shape)}")
+            if note:
+                log.say(note)
             if first:
                 log.say(f"continuing from step {first} in {args.out}")
-            rows, size = validation.take(slice(args.validation)), args.batch // args.accumulate
-            validate = make_validation(lora_jax.lora(job.loss), rows, size, mesh)
+            held_out, size = validation.take(slice(args.validation)), args.batch // args.accumulate
+            validate = make_validation(lora_jax.lora(job.loss), held_out, size, mesh)
 
             def save(step: int, state: State) -> None:
                 lora_params = lora_jax.combine(state.trainable, job.frozen)
@@ -99,7 +109,6 @@ def run(args: argparse.Namespace) -> Startup:
             if args.export:
                 export(path, source, state.trainable, job.frozen, mesh, args.out)
                 log.say(f"wrote {args.out / 'adapter'} and {args.out / 'merged'}")
-    return startup
 
 
 def train(

@@ -32,6 +32,7 @@ from tokenizers.models import WordLevel
 import lora_jax
 from lora_jax.io import hf, orbax, peft
 from lora_jax.recipes.lm import agree as lm_agree
+from lora_jax.recipes.lm import cache as lm_cache
 from lora_jax.recipes.lm import data as lm_data
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.lm import metrics as lm_metrics
@@ -530,19 +531,77 @@ def monitored(name):
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture
+def set_flag():
+    """Set flags of JAX until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def update(name, value):
+            stack.callback(jax.config.update, name, getattr(jax.config, name))
+            jax.config.update(name, value)
+
+        yield update
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.usefixtures("one_device")
-def test_the_start_is_printed_part_by_part(model, text, tmp_path, capsys):
-    argv = arguments(model, text, tmp_path / "out", "--steps", "3")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        startup = train_lm.run(train_lm.parse_args(argv))
-    parts = ["data", "read", "lorafy", "traced", "compiled", "validated", "first step"]
-    assert list(startup.seconds) == parts
-    assert all(seconds >= 0 for seconds in startup.seconds.values())
-    assert sum(startup.seconds.values()) <= startup.total
-    *_, validated, line, first, last = capsys.readouterr().out.splitlines()
-    assert [re.match(" *step +(\\d)", x)[1] for x in (validated, first, last)] == ["0", "1", "3"]
-    numbers = ", ".join(rf"{name} \d+\.\d" for name in parts)
-    assert re.fullmatch(rf"ready in \d+\.\d s: {numbers}", line.replace(" from the cache", ""))
+def test_the_start_is_printed_part_by_part(model, text, tmp_path, capsys, set_flag):
+    set_flag("jax_persistent_cache_min_compile_time_secs", 0)
+    before, kept = jax.config.jax_compilation_cache_dir, tmp_path / "kept"
+    for is_cached in (False, True):
+        extra = ["--steps", "3", "--cache", str(kept)]
+        argv = arguments(model, text, tmp_path / f"out {is_cached}", *extra)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            startup = train_lm.run(train_lm.parse_args(argv))
+        parts = ["data", "read", "lorafy", "traced", "compiled", "validated", "first step"]
+        assert list(startup.seconds) == parts
+        assert all(seconds >= 0 for seconds in startup.seconds.values())
+        assert sum(startup.seconds.values()) <= startup.total
+        assert startup.is_cached == is_cached
+        *_, validated, line, first, last = capsys.readouterr().out.splitlines()
+        assert [re.match(r"step +(\d)", x)[1] for x in (validated, first, last)] == list("013")
+        numbers = ", ".join(rf"{name} \d+\.\d" for name in parts)
+        numbers = numbers.replace(
+            ", validated", " from the cache, validated" if is_cached else ", validated"
+        )
+        assert re.fullmatch(rf"ready in \d+\.\d s: {numbers}", line)
+    assert list(kept.glob("jit_step-*"))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_programs_are_kept_where_the_user_or_the_platform_tells(tmp_path, monkeypatch, set_flag):
+    def kept(cache=None):
+        with lm_cache.kept_programs(cache) as note:
+            return jax.config.jax_compilation_cache_dir, note
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORA_JAX_CACHE", raising=False)
+    set_flag("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert kept() == (None, None)
+    assert kept("mine") == (str(tmp_path / "mine"), None)
+    assert kept("gs://mine") == ("gs://mine", None)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    default = str(tmp_path / ".cache" / "lora_jax" / "compiled")
+    assert kept() == (default, f"compiled programs are kept in {default}")
+    assert kept("none") == (None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert kept() == (None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *args: False)
+        message = f"cannot write to {tmp_path}; pass another --cache, or --cache none"
+        said = f"compiled programs are not kept: --cache .cache/lora_jax/compiled: {message}"
+        assert kept() == (None, said)
+        with pytest.raises(PermissionError, match=message):
+            kept("mine")
+
+    set_flag("jax_compilation_cache_dir", "theirs")
+    assert kept() == ("theirs", None)
+    assert kept("none") == (None, None)
+    assert jax.config.jax_compilation_cache_dir == "theirs"
+    assert not list(tmp_path.iterdir())
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -691,15 +750,25 @@ def test_arguments_that_do_not_fit_are_one_message(model, text, tmp_path, extra,
     assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--tensorboard"])
+BEFORE_THE_MODEL = [
+    (["--resume"], "--resume: .*out has no checkpoint"),
+    (["--tensorboard"], "--tensorboard: tensorboardX is missing"),
+    (
+        ["--cache", f"{__file__}/a"],
+        r"--cache .*\.py/a: /.*\.py is not a folder; pass another --cache",
+    ),
+    (["--cache", ""], "--cache '': expected a folder, or none"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BEFORE_THE_MODEL)
 def test_what_is_missing_is_told_before_the_model_is_opened(
-    model, text, tmp_path, monkeypatch, flag
+    model, text, tmp_path, monkeypatch, extra, message
 ):
     monkeypatch.setattr(train_lm.hf, "open_source", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    message = "--tensorboard: tensorboardX is missing|--resume: .*out has no checkpoint"
     with pytest.raises(SystemExit, match=message):
-        train(model, text, tmp_path / "out", flag)
+        train(model, text, tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 
 
