@@ -115,7 +115,7 @@ def kinds_of(model: llama.Llama, like: Any, args: argparse.Namespace) -> dict[st
 
 
 def prepare(model: llama.Llama, base: Any, args: argparse.Namespace, mesh: Mesh) -> Job:
-    """Prepare a base for the first step: adapter, optimizer, shardings, step."""
+    """Prepare a base for the first step: adapter, optimizer, shardings, compiled step."""
     lora_params = adapted(model, base, args)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.warmup, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(args.clip), optax.adamw(rate))

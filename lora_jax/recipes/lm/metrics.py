@@ -75,7 +75,7 @@ class Log:
         self.startup = startup
         self.is_writer = jax.process_index() == 0
         self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
-        self._pending: deque[tuple[int, Mapping[str, jax.Array], bool]] = deque()
+        self._pending: deque[tuple[int, Mapping[str, Any], bool]] = deque()
         self._rows: list[dict[str, Any]] = []  # steps that arrived and are not written
         self._begin: float | None = None  # when the first step arrived, then the last printed one
         self._arrived, self._count = 0.0, 0  # the last arrival, and steps since ``_begin``
