@@ -10,10 +10,9 @@ and restarted with the same command ends with the same bits.
 """
 
 import argparse
-import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,13 @@ from lora_jax.io import hf, orbax, peft
 from lora_jax.recipes.lm import data as lm_data
 from lora_jax.recipes.lm import metrics as lm_metrics
 from lora_jax.recipes.lm.agree import agree
+from lora_jax.recipes.lm.cache import kept_programs
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.flags import out_of_memory, parse_args
 from lora_jax.recipes.lm.job import Job, abstract, kinds_of, model_of, prepare
 from lora_jax.recipes.lm.mesh import ROWS, mesh_of
 from lora_jax.recipes.lm.metrics import Log
+from lora_jax.recipes.lm.startup import Startup, compile_step
 from lora_jax.recipes.lm.step import State, make_validation
 from lora_jax.recipes.models import llama
 
@@ -43,10 +44,18 @@ SETTINGS = tuple(
 PER_PROCESS = ("model", "data", "out", "coordinator", "process")  # may differ between processes
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load the model, train the adapter, and save it."""
+def run(args: argparse.Namespace) -> Startup:
+    """Load the model, train the adapter, and save it; return how long the start took."""
+    startup = Startup()
     connect(args)
     agree({f"--{name}": value for name, value in vars(args).items() if name not in PER_PROCESS})
+    with kept_programs(args.cache) as note:
+        fine_tune(args, startup, note)
+    return startup
+
+
+def fine_tune(args: argparse.Namespace, startup: Startup, note: str | None) -> None:
+    """Do the work of :func:`run`, with a line to print."""
     mesh = mesh_of(args.mesh or "data=-1", args.explicit)
     check(args, mesh)
     path = args.model or data.smollm2()
@@ -54,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if source.config is None:
         raise FileNotFoundError(f"--model {path}: no config.json in it")
     model = model_of(source.config, mesh, args)
-    training, validation, note = rows_of(source, model, args)
+    with startup.part("data"):
+        training, validation, rows = rows_of(source, model, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"data": training.fingerprint()}
     like = abstract(model, mesh, args)
@@ -64,42 +74,71 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with orbax.Checkpointer(args.out / "checkpoints", keep=3) as checkpointer:
         check_settings(checkpointer, settings, mesh, args.out)
-        base = hf.load(path, like=like)
-        job = prepare(model, base, args, mesh)
-        first, state = resume(checkpointer, base, job)
-        frozen, rows = job.frozen, validation.take(slice(args.validation))
-        size = args.batch // args.accumulate
-        validate = make_validation(lora_jax.lora(job.loss), rows, size, mesh)
-        lora_params = lora_jax.combine(state.trainable, frozen)
+        with startup.part("read"):
+            base = jax.block_until_ready(hf.load(path, like=like))
+        with startup.part("lorafy"):
+            job = prepare(model, base, args, mesh)
+            jax.block_until_ready(job.state)
+        with startup.part("read"):
+            first, state = resume(checkpointer, base, job)
+        lora_params = lora_jax.combine(state.trainable, job.frozen)
         counts = {
             "tokens": args.batch * args.length,
             "flops": lm_metrics.flops_per_token(model, lora_params, args.length),
         }
-        with Log(args.out, first, rate=job.rate, tensorboard=args.tensorboard, **counts) as log:
+        options = {"rate": job.rate, "tensorboard": args.tensorboard, "startup": startup}
+        with Log(args.out, first, **options, **counts) as log:
             log.say(f"{path}: {lora_params}")
-            log.say(f"{len(training.ids):,} rows of {args.length} tokens: {note}")
+            log.say(f"{len(training.ids):,} rows of {args.length} tokens: {rows}")
             log.say(f"{mesh.size} x {jax.devices()[0].device_kind}: {dict(mesh.shape)}")
+            if note:
+                log.say(note)
             if first:
                 log.say(f"continuing from step {first} in {args.out}")
-            else:
-                log.flush(0, lambda: validate(state.trainable, frozen))
-            for done in range(first + 1, args.steps + 1):
-                batch = job.place(training.batch(args.batch, done - 1, args.seed))
-                state, found = job.step(state, frozen, batch, np.int32(done - 1))
-                log.add(done, found)
-                is_due = done % args.every == 0 or done == args.steps
-                if is_due:  # write the log first: a resumed run must not miss a row
-                    log.flush(done, functools.partial(validate, state.trainable, frozen))
-                    lora_params = lora_jax.combine(state.trainable, frozen)
-                    extra = {"settings": json.dumps(settings)}
-                    checkpointer.save(done, lora_params, state.opt_state, extra)
-                    log.restart()
-                elif done % args.log == 0 or done == first + 1:
-                    log.flush(done)
+            held_out, size = validation.take(slice(args.validation)), args.batch // args.accumulate
+            validate = make_validation(lora_jax.lora(job.loss), held_out, size, mesh)
+
+            def save(step: int, state: State) -> None:
+                lora_params = lora_jax.combine(state.trainable, job.frozen)
+                extra = {"settings": json.dumps(settings)}
+                checkpointer.save(step, lora_params, state.opt_state, extra)
+
+            if first < args.steps:
+                state = train(args, startup, job, first, state, training, validate, log, save)
             checkpointer.wait()
             if args.export:
-                export(path, source, state.trainable, frozen, mesh, args.out)
+                export(path, source, state.trainable, job.frozen, mesh, args.out)
                 log.say(f"wrote {args.out / 'adapter'} and {args.out / 'merged'}")
+
+
+def train(
+    args: argparse.Namespace,
+    startup: Startup,
+    job: Job,
+    first: int,
+    state: State,
+    training: Rows,
+    validate: Callable[..., jax.Array],
+    log: Log,
+    save: Callable[[int, State], None],
+) -> State:
+    """Do the steps after ``first``; while the host waits or writes, the devices work."""
+    frozen = job.frozen
+    batch = job.place(training.batch(args.batch, first, args.seed))
+    step = compile_step(job.step, startup, state, frozen, batch, np.int32(first))
+    if not first:
+        with startup.part("validated"):
+            log.flush(0, validate(state.trainable, frozen))
+    for done in range(first + 1, args.steps + 1):
+        state, found = step(state, frozen, batch, np.int32(done - 1))
+        batch = job.place(training.batch(args.batch, done, args.seed))
+        log.add(done, found, is_shown=done % args.log == 0 or done == first + 1)
+        if done % args.every == 0 or done == args.steps:
+            # Write the log first: a resumed run must not miss a row.
+            log.flush(done, validate(state.trainable, frozen))
+            save(done, state)
+            log.restart()
+    return state
 
 
 # Checks, before the model is loaded

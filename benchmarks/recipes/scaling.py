@@ -27,6 +27,7 @@ from lora_jax.recipes.lm import job as lm_job
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.lm import metrics as lm_metrics
 from lora_jax.recipes.lm.data import Rows
+from lora_jax.recipes.lm.startup import Startup, compile_step
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -86,11 +87,9 @@ def measure(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> di
     tokens = rng.integers(0, model.vocab_size, (args.batch, args.length + 1), np.int32)
     rows = job.place(Rows(tokens[:, :-1], tokens[:, 1:]))
 
-    start = time.perf_counter()
-    lowered = job.step.lower(state, frozen, rows, np.int32(0))
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    print(f"traced in {traced - start:.1f} s, compiled in {time.perf_counter() - traced:.1f} s")
+    startup = Startup()
+    compiled: Any = compile_step(job.step, startup, state, frozen, rows, np.int32(0))
+    print(startup)
     times, found = [], {}
     for k in range(options.repeats + 2):
         start = time.perf_counter()

@@ -32,6 +32,7 @@ from tokenizers.models import WordLevel
 import lora_jax
 from lora_jax.io import hf, orbax, peft
 from lora_jax.recipes.lm import agree as lm_agree
+from lora_jax.recipes.lm import cache as lm_cache
 from lora_jax.recipes.lm import data as lm_data
 from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.lm import metrics as lm_metrics
@@ -260,8 +261,8 @@ def child(name, devices, *argv, **options):
 def run_until_killed(kill, *argv):
     add = train_lm.Log.add
 
-    def added(self, step, found):
-        add(self, step, found)
+    def added(self, step, found, **options):
+        add(self, step, found, **options)
         saved = Path(argv[argv.index("--out") + 1], "checkpoints", kill)
         if kill != "None" and step == int(kill) + 2:
             jax.block_until_ready(found)
@@ -453,6 +454,156 @@ def run_each(runs, *argv):
             print(error, flush=True)
 
 
+# --- waiting -----------------------------------------------------------------------------------
+
+
+class Late:
+    """A metric that is ready when somebody waits for it, who is written down."""
+
+    def __init__(self, value, step, events):
+        self.value, self.step, self.events = value, step, events
+
+    def copy_to_host_async(self):
+        self.events.append(("copy", self.step))
+
+    def is_ready(self):
+        return False
+
+    def __array__(self, *args, **kwargs):
+        self.events.append(("wait", self.step))
+        return np.asarray(self.value)
+
+
+@eight_devices
+@pytest.mark.parametrize("extra", [f"--mesh {MESH}", *SPREAD])
+def test_the_host_waits_for_a_step_when_two_more_are_queued(
+    model, text, tmp_path, monkeypatch, extra
+):
+    """And all steps run the one program that the startup compiled."""
+    events = []
+
+    def compile_step(step, *args):
+        compiled = compile_step_of(step, *args)
+
+        def run(state, frozen, batch, number):
+            step = int(number) + 1
+            with monitored("/jax/core/compile/backend_compile_duration") as programs:
+                state, found = compiled(state, frozen, batch, number)
+            assert not programs
+            events.append(("step", step))
+            return state, {name: Late(x, step, events) for name, x in found.items()}
+
+        return run
+
+    def make_validation(*args):
+        validate = make_validation_of(*args)
+        return lambda *halves: (events.append("validate"), validate(*halves))[1]
+
+    compile_step_of = train_lm.compile_step
+    make_validation_of = train_lm.make_validation
+    monkeypatch.setattr(train_lm, "compile_step", compile_step)
+    monkeypatch.setattr(train_lm, "make_validation", make_validation)
+    found = train(model, text, tmp_path / "out", "--log", "3", *extra.split())
+    assert len(found) == STEPS
+
+    waits = {step: events.index(("wait", step)) for step in range(1, STEPS + 1)}
+    for step, place in waits.items():
+        last = 10 if step <= 10 else 20  # then all is written
+        assert ("step", min(step + 2, last)) in events[:place]
+        assert events.index(("copy", step)) == events.index(("step", step)) + 1
+    ends = [k for k, event in enumerate(events) if event == "validate"]
+    assert ends[0] == 0
+    for step, end in zip((10, 20), ends[1:], strict=True):  # before the host waits for the last two
+        assert waits[step - 2] < end < waits[step - 1]
+
+
+@contextlib.contextmanager
+def monitored(name):
+    """The durations of what JAX does in the block."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == name:
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def set_flag():
+    """Set flags of JAX until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def update(name, value):
+            stack.callback(jax.config.update, name, getattr(jax.config, name))
+            jax.config.update(name, value)
+
+        yield update
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_start_is_printed_part_by_part(model, text, tmp_path, capsys, set_flag):
+    set_flag("jax_persistent_cache_min_compile_time_secs", 0)
+    before, kept = jax.config.jax_compilation_cache_dir, tmp_path / "kept"
+    for is_cached in (False, True):
+        extra = ["--steps", "3", "--cache", str(kept)]
+        argv = arguments(model, text, tmp_path / f"out {is_cached}", *extra)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            startup = train_lm.run(train_lm.parse_args(argv))
+        parts = ["data", "read", "lorafy", "traced", "compiled", "validated", "first step"]
+        assert list(startup.seconds) == parts
+        assert all(seconds >= 0 for seconds in startup.seconds.values())
+        assert sum(startup.seconds.values()) <= startup.total
+        assert startup.is_cached == is_cached
+        *_, validated, line, first, last = capsys.readouterr().out.splitlines()
+        assert [re.match(r"step +(\d)", x)[1] for x in (validated, first, last)] == list("013")
+        numbers = ", ".join(rf"{name} \d+\.\d" for name in parts)
+        numbers = numbers.replace(
+            ", validated", " from the cache, validated" if is_cached else ", validated"
+        )
+        assert re.fullmatch(rf"ready in \d+\.\d s: {numbers}", line)
+    assert list(kept.glob("jit_step-*"))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_programs_are_kept_where_the_user_or_the_platform_tells(tmp_path, monkeypatch, set_flag):
+    def kept(cache=None):
+        with lm_cache.kept_programs(cache) as note:
+            return jax.config.jax_compilation_cache_dir, note
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORA_JAX_CACHE", raising=False)
+    set_flag("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert kept() == (None, None)
+    assert kept("mine") == (str(tmp_path / "mine"), None)
+    assert kept("gs://mine") == ("gs://mine", None)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    default = str(tmp_path / ".cache" / "lora_jax" / "compiled")
+    assert kept() == (default, f"compiled programs are kept in {default}")
+    assert kept("none") == (None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert kept() == (None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *args: False)
+        message = f"cannot write to {tmp_path}; pass another --cache, or --cache none"
+        said = f"compiled programs are not kept: --cache .cache/lora_jax/compiled: {message}"
+        assert kept() == (None, said)
+        with pytest.raises(PermissionError, match=message):
+            kept("mine")
+
+    set_flag("jax_compilation_cache_dir", "theirs")
+    assert kept() == ("theirs", None)
+    assert kept("none") == (None, None)
+    assert jax.config.jax_compilation_cache_dir == "theirs"
+    assert not list(tmp_path.iterdir())
+
+
 # --- data --------------------------------------------------------------------------------------
 
 
@@ -599,15 +750,25 @@ def test_arguments_that_do_not_fit_are_one_message(model, text, tmp_path, extra,
     assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--tensorboard"])
+BEFORE_THE_MODEL = [
+    (["--resume"], "--resume: .*out has no checkpoint"),
+    (["--tensorboard"], "--tensorboard: tensorboardX is missing"),
+    (
+        ["--cache", f"{__file__}/a"],
+        r"--cache .*\.py/a: /.*\.py is not a folder; pass another --cache",
+    ),
+    (["--cache", ""], "--cache '': expected a folder, or none"),
+]
+
+
+@pytest.mark.parametrize(("extra", "message"), BEFORE_THE_MODEL)
 def test_what_is_missing_is_told_before_the_model_is_opened(
-    model, text, tmp_path, monkeypatch, flag
+    model, text, tmp_path, monkeypatch, extra, message
 ):
     monkeypatch.setattr(train_lm.hf, "open_source", None)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    message = "--tensorboard: tensorboardX is missing|--resume: .*out has no checkpoint"
     with pytest.raises(SystemExit, match=message):
-        train(model, text, tmp_path / "out", flag)
+        train(model, text, tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
 
 
@@ -758,7 +919,7 @@ def test_lines_and_events_say_how_it_goes(monkeypatch, tmp_path, capsys):
         log.add(1, {"loss": jnp.float32(2.5)})
         log.flush(1)
         log.add(2, {"loss": jnp.float32(2.25)})
-        log.flush(2, lambda: 3.0)
+        log.flush(2, 3.0)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step     1  loss 2.5000"
     assert re.fullmatch(

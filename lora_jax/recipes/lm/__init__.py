@@ -1,1 +1,1 @@
-"""The trainer of language models: ``flags data mesh step job metrics agree``."""
+"""The trainer of language models: ``flags cache startup data mesh step job metrics agree``."""

@@ -102,6 +102,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         resume=is_set | {"help": "fail if --out has no checkpoint to continue from"},
         export=is_set | {"help": "write OUT/adapter for PEFT and OUT/merged at the end"},
         tensorboard=is_set | {"help": "write events to OUT/tensorboard"},
+        cache={
+            "metavar": "FOLDER",
+            "help": "for compiled programs, shared by all processes; or none "
+            "(JAX_COMPILATION_CACHE_DIR; else .cache/lora_jax/compiled, but none on CPUs and with "
+            "several processes)",
+        },
     )
     return parser.parse_args(argv)
 

@@ -32,7 +32,7 @@ class Job(NamedTuple):
         places: shardings of the LoraParams.
         rate: the learning rate as a function of the step.
         step: a function of a state, the frozen half, rows from ``place`` and the step's number; see
-            :func:`make_step`.
+            :func:`make_step`. It compiles when it is called; or see :func:`compile_step`.
         place: puts the rows of a batch on the devices.
     """
 

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from lora_jax.recipes.lm.startup import Startup
+
+AHEAD = 2  # steps that the devices have to do while the host waits for the metrics of an older one
 COLUMNS = ("step", "loss", "grad_norm", "rate", "validation", "tokens_per_second", "mfu")
 
 # FLOP/s per JAX device, for dense matrix products in bfloat16, by the beginning of the device kind;
@@ -34,10 +38,15 @@ PEAK = {
 
 
 class Log:
-    """The metrics of a run: fetched from the devices a few steps at a time, written by one process.
+    """The metrics of a run: fetched from the devices as steps end, written by one process.
 
-    ``metrics.csv`` has a row per step. A resumed run continues the file: a step that is done again,
-    as its process was killed, is written once.
+    The host waits for a step only when ``AHEAD`` later ones are queued, so that the devices never
+    wait for the host. ``metrics.csv`` has a row per step. A resumed run continues the file: a step
+    that is done again, as its process was killed, is written once.
+
+    ``tokens_per_second`` is an average since the last printed step: the tokens of the steps after
+    it, over the time between the arrivals of its metrics and of the newest. The first step,
+    validation and checkpoints do not count.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class Log:
         flops: float,
         rate: Callable[[int], Any],
         tensorboard: bool = False,
+        startup: Startup | None = None,
     ):
         """Open the log of a run.
 
@@ -59,12 +69,16 @@ class Log:
             flops: FLOPs per token, on all devices together.
             rate: the learning rate as a function of the step.
             tensorboard: whether to write events for TensorBoard, too, with ``tensorboardX``.
+            startup: the clock that the first step stops; it is printed then.
         """
         self.tokens, self.flops, self.rate = tokens, flops, jax.jit(rate)
+        self.startup = startup
         self.is_writer = jax.process_index() == 0
         self.console = Console(soft_wrap=True, highlight=False, quiet=not self.is_writer)
-        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self._begin: float | None = None  # time before the pending steps; None if one compiles
+        self._pending: deque[tuple[int, Mapping[str, Any], bool]] = deque()
+        self._rows: list[dict[str, Any]] = []  # steps that arrived and are not written
+        self._begin: float | None = None  # when the first step arrived, then the last printed one
+        self._arrived, self._count = 0.0, 0  # the last arrival, and steps since ``_begin``
         self._file: Any = None
         self._events: Any = None
         if self.is_writer:
@@ -84,48 +98,89 @@ class Log:
         """Print a line, on one process only."""
         self.console.print(text, markup=False)
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Add the metrics of a step, without waiting for it."""
-        self._pending.append((step, metrics))
+    def add(self, step: int, metrics: Mapping[str, jax.Array], is_shown: bool = False) -> None:
+        """Add the metrics of a step, and fetch those of older steps that ended.
 
-    def flush(self, step: int, validate: Callable[[], float] | None = None) -> None:
-        """Wait for the added steps, write them, and print the last.
+        It waits for the oldest step if ``AHEAD`` later ones are queued.
+
+        Args:
+            step: the number of the step.
+            metrics: what the step returned; nothing waits for it here.
+            is_shown: whether to write and print when the step arrives.
+
+        Raises:
+            ValueError: a loss or a gradient of an older step is not finite.
+        """
+        # Queued here: later the devices would compute the rate after the steps that follow.
+        metrics = {**metrics, "rate": self.rate(step - 1)}
+        for x in metrics.values():
+            x.copy_to_host_async()
+        self._pending.append((step, metrics, is_shown))
+        while len(self._pending) > AHEAD or (len(self._pending) > 1 and self._is_ready()):
+            if self._fetch():
+                self._show()
+
+    def flush(self, step: int, validation: Any = None) -> None:
+        """Wait for all steps, write them, and print the last.
 
         Args:
             step: the last step.
-            validate: a function that returns the validation loss; its time does not count.
+            validation: the validation loss, which may be still to be computed; its time does not
+                count.
 
         Raises:
             ValueError: a loss or a gradient is not finite.
         """
-        rows = [{"step": k} | jax.device_get(metrics) for k, metrics in self._pending] or [{}]
-        last = rows[-1]
-        if self._begin is not None:
-            speed = len(self._pending) * self.tokens / (time.perf_counter() - self._begin)
-            last |= {"tokens_per_second": speed, "mfu": speed * self.flops / peak()}
-        is_compiled, self._pending = bool(self._pending), []
-        for row in rows:
-            for name in row.keys() & {"loss", "grad_norm"}:
-                if not math.isfinite(row[name]):
-                    raise ValueError(
-                        f"step {row['step']}: {name} is {row[name]}. Pass a lower --rate, now "
-                        f"{float(self.rate(row['step'] - 1)):.3g} at this step, or --clip 1"
-                    )
-        last |= {"step": step} | ({"validation": validate()} if validate else {})
-        if self.is_writer:
-            self._write(rows)
-        self._begin = None
-        if is_compiled:
-            self.restart()
+        while self._pending:
+            if self._fetch() and self._pending:
+                self._show()
+        self._rows = self._rows or [{"step": step}]
+        if validation is not None:
+            self._rows[-1]["validation"] = float(validation)
+        self._show()
 
     def restart(self) -> None:
         """Restart the clock, after work that is not a step."""
-        self._begin = time.perf_counter()
+        self._begin, self._count = time.perf_counter(), 0
+
+    def _is_ready(self) -> bool:
+        """Return whether the oldest step ended."""
+        return all(x.is_ready() for x in self._pending[0][1].values())
+
+    def _fetch(self) -> bool:
+        """Wait for the oldest step; return whether to show it."""
+        step, metrics, is_shown = self._pending.popleft()
+        row = {"step": step} | jax.device_get(metrics)
+        self._arrived = time.perf_counter()
+        for name in row.keys() & {"loss", "grad_norm"}:
+            if not math.isfinite(row[name]):
+                raise ValueError(
+                    f"step {step}: {name} is {row[name]}. Pass a lower --rate, now "
+                    f"{float(row['rate']):.3g} at this step, or --clip 1"
+                )
+        self._rows.append(row)
+        if self._begin is None:
+            self._begin = self._arrived
+            if self.startup is not None:
+                self.startup.end("first step")
+                self.say(str(self.startup))
+        else:
+            self._count += 1
+        return is_shown
+
+    def _show(self) -> None:
+        """Write the rows that arrived, and print the last."""
+        rows, self._rows = self._rows, []
+        if self._count and self._begin is not None:
+            speed = self._count * self.tokens / (self._arrived - self._begin)
+            rows[-1] |= {"tokens_per_second": speed, "mfu": speed * self.flops / peak()}
+            self._begin, self._count = self._arrived, 0
+        if self.is_writer:
+            self._write(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         row: dict[str, Any] = {}
         for found in rows:
-            found |= {"rate": self.rate(found["step"] - 1)} if "loss" in found else {}
             row = {name: float(x) for name, x in found.items() if not math.isnan(x)}
             row["step"] = int(row["step"])
             self._file.write(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n")

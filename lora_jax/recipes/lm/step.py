@@ -5,6 +5,7 @@ The base is an input of the step and never an output. Gradients are those of the
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ def make_step(
 
 
 def compile_for_mesh(step: Callable[..., Any], mesh: Mesh, places: State, parts: int):
-    """Return the step compiled for a mesh, and a function that places each process's rows on it."""
+    """Return the step for a mesh, and a function that places each process's rows on it."""
     stepped = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     return stepped, functools.partial(spread, mesh=mesh, parts=parts)
 
@@ -90,11 +91,35 @@ def spread(rows: Rows, mesh: Mesh, parts: int) -> Rows:
     return Rows(*(jax.make_array_from_callback(shape, place, x.__getitem__) for x in arrays))
 
 
+@dataclass(frozen=True)
+class PmapStep:
+    """A step by ``jax.pmap`` that returns arrays of all processes.
+
+    Attributes:
+        mapped: the step under ``pmap``, which returns this process's part.
+        replicated: the sharding of all arrays that it returns.
+    """
+
+    mapped: Any
+    replicated: NamedSharding
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step."""
+        return jax.tree.map(self._join_processes, self.mapped(*args))
+
+    def lower(self, *args: Any) -> Any:
+        """Trace the step."""
+        return self.mapped.lower(*args)
+
+    def _join_processes(self, x: jax.Array) -> jax.Array:
+        pieces = [piece.data for piece in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, self.replicated, pieces)
+
+
 def compile_for_pmap(step: Callable[..., Any], mesh: Mesh, parts: int):
     """Return the same for ``jax.pmap``, where base and state are replicated."""
     devices = list(mesh.devices.flat)
     local = [k for k, d in enumerate(devices) if d.process_index == jax.process_index()]
-    replicated = NamedSharding(mesh, P())
     options = {"in_axes": (None, None, 0, None), "out_axes": None, "donate_argnums": 0}
     mapped = jax.pmap(step, axis_name="data", **options)
 
@@ -102,16 +127,14 @@ def compile_for_pmap(step: Callable[..., Any], mesh: Mesh, parts: int):
         shape = (parts, len(devices), -1, rows.ids.shape[1])
         return Rows(*(x.reshape(shape).swapaxes(0, 1)[local] for x in rows))
 
-    def join_processes(x: jax.Array) -> jax.Array:
-        """Return an array of all processes; pmap returns this process's part of it."""
-        pieces = [piece.data for piece in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, replicated, pieces)
-
-    return lambda *args: jax.tree.map(join_processes, mapped(*args)), place
+    return PmapStep(mapped, NamedSharding(mesh, P())), place
 
 
 def make_validation(loss: Loss, rows: Rows, size: int, mesh: Mesh):
-    """Return a function of both halves: the mean loss over the rows, in batches of ``size``."""
+    """Return a function of both halves: the mean loss over the rows, in batches of ``size``.
+
+    Nothing waits for the loss that it returns.
+    """
     short = -len(rows.ids) % size
     ids = np.pad(rows.ids, ((0, short), (0, 0)))
     targets = np.pad(rows.targets, ((0, short), (0, 0)), constant_values=IGNORED)
@@ -126,4 +149,4 @@ def make_validation(loss: Loss, rows: Rows, size: int, mesh: Mesh):
 
         return jax.lax.scan(add, jnp.zeros(()), batches)[0] / (batches.targets != IGNORED).sum()
 
-    return lambda trainable, frozen: float(mean_loss(trainable, frozen, batches))
+    return lambda trainable, frozen: mean_loss(trainable, frozen, batches)
