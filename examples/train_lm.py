@@ -125,7 +125,7 @@ def train(
     """Do the steps after ``first``; while the host waits or writes, the devices work."""
     frozen = job.frozen
     batch = job.place(training.batch(args.batch, first, args.seed))
-    step = compile_step(job.step, startup, state, frozen, batch, np.int32(first))
+    step = compile_step(job.steps, startup, state, frozen, batch, np.int32(first))
     if not first:
         with startup.part("validated"):
             log.flush(0, validate(state.trainable, frozen))

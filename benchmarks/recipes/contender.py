@@ -87,7 +87,7 @@ def of_trainer(
     adapt = one_row if is_floor else lm_job.adapted
     job = lm_job.prepare(model, base, args, mesh, adapt)
     rows = job.place(Rows(tokens[:, :-1], tokens[:, 1:]))
-    return job.step, job.state, (job.frozen, rows, np.int32(0))
+    return job.steps[args.remat], job.state, (job.frozen, rows, np.int32(0))
 
 
 def one_row(model: Any, base: Any, args: Any) -> lora_jax.LoraParams:

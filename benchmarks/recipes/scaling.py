@@ -88,7 +88,7 @@ def measure(sizes: dict[str, Any], mode: str, options: argparse.Namespace) -> di
     rows = job.place(Rows(tokens[:, :-1], tokens[:, 1:]))
 
     startup = Startup()
-    compiled: Any = compile_step(job.step, startup, state, frozen, rows, np.int32(0))
+    compiled: Any = compile_step(job.steps, startup, state, frozen, rows, np.int32(0))
     print(startup)
     times, found = [], {}
     for k in range(options.repeats + 2):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["NAMES", "mark", "policy_of"]
+__all__ = ["NAMES", "candidates", "mark", "policy_of"]
 
 NAMES = ("none", "dots", "attention", "full", "offload")
 MARKS = {"projection", "attention", "layer"}
@@ -20,6 +20,16 @@ def mark(x: jax.Array, name: str) -> jax.Array:
     if name not in MARKS:
         raise ValueError(f"mark={name!r}: expected one of {sorted(MARKS)}")
     return checkpoint_name(x, name)
+
+
+def candidates(is_loop: bool) -> tuple[str, ...]:
+    """Return names to try until one fits, the fastest first, for layers in a loop or without one.
+
+    In a loop, ``none`` writes and reads more than ``dots`` computes again.
+    """
+    return (
+        ("dots", "attention", "full", "offload") if is_loop else ("none", "dots", "full", "offload")
+    )
 
 
 def policy_of(name: str) -> Callable[..., Any] | None:

@@ -564,7 +564,7 @@ def test_the_start_is_printed_part_by_part(model, text, tmp_path, capsys, set_fl
         numbers = numbers.replace(
             ", validated", " from the cache, validated" if is_cached else ", validated"
         )
-        assert re.fullmatch(rf"ready in \d+\.\d s: {numbers}", line)
+        assert re.fullmatch(rf"ready in \d+\.\d s, --remat none: {numbers}", line)
     assert list(kept.glob("jit_step-*"))
     assert jax.config.jax_compilation_cache_dir == before
 

@@ -8,7 +8,8 @@ from helpers import all_eqns, assert_close
 
 import lora_jax
 from lora_jax.recipes import attention, remat
-from lora_jax.recipes.lm import flags, job, mesh
+from lora_jax.recipes.lm import flags, job, memory, mesh, startup
+from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.loss import summed_loss
 from lora_jax.recipes.models import llama
 
@@ -121,6 +122,41 @@ def test_what_is_recomputed_changes_no_number_and_saves_memory():
     assert temp("full") < temp("attention") < temp("dots") < temp("none")
     with pytest.raises(ValueError, match=r"remat='some': expected one of \('none', 'dots'"):
         llama.from_config(CONFIG, remat="some").init(jax.random.key(0), IDS)
+
+
+@pytest.mark.parametrize("layers", ["scanned", "unrolled"])
+def test_the_fastest_step_that_fits_is_taken(layers, monkeypatch):
+    argv = f"--length 64 --batch 4 --steps 20 --layers {layers} --mesh data=1 --remat"
+    on = mesh.mesh_of("data=1", count=1)
+
+    def prepared(name):
+        args = flags.parse_args([*argv.split(), name])
+        model = job.model_of(CONFIG, on, args)
+        params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+        places = jax.tree.map(lambda x: x.sharding, job.abstract(model, on, args))
+        return job.prepare(model, jax.device_put(params, places), args, on)
+
+    def taken(made):
+        ids = np.zeros((4, 64), np.int32)
+        clock = startup.Startup()
+        inputs = made.state, made.frozen, made.place(Rows(ids, ids)), np.int32(0)
+        return startup.compile_step(made.steps, clock, *inputs), clock.remat
+
+    assert list(prepared("auto").steps) == ["none"], "a CPU does not tell its memory"
+    monkeypatch.setattr(memory, "limit", lambda: 2**60)
+    made = prepared("auto")
+    names = list(made.steps)
+    assert names == list(remat.candidates(layers == "scanned"))
+    assert len(names) <= 4
+    sizes = {}
+    for name in names:
+        program, found = taken(prepared(name))
+        assert found == name
+        sizes[name] = memory.needed(program)
+    for limit in (2**60, *sizes.values(), 0):
+        monkeypatch.setattr(memory, "limit", lambda limit=limit: limit)
+        fits = [name for name in names if sizes[name] <= limit]
+        assert taken(made)[1] == (fits or names[-1:])[0]
 
 
 def test_attention_that_cannot_be_is_refused_before_anything_is_loaded():

@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.recipes import remat
 from lora_jax.recipes.attention import why_not_cudnn
+from lora_jax.recipes.lm import memory
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.mesh import ROWS, placed
 from lora_jax.recipes.lm.step import Loss, State, compile_for_mesh, compile_for_pmap, make_step
@@ -31,8 +33,10 @@ class Job(NamedTuple):
         frozen: the half of the LoraParams that does not train.
         places: shardings of the LoraParams.
         rate: the learning rate as a function of the step.
-        step: a function of a state, the frozen half, rows from ``place`` and the step's number; see
-            :func:`make_step`. It compiles when it is called; or see :func:`compile_step`.
+        steps: the step by what its backward pass keeps, the fastest first; several for ``--remat
+            auto``, of which :func:`compile_step` takes the first that fits. Each is a function of a
+            state, the frozen half, rows from ``place`` and the step's number; see
+            :func:`make_step`.
         place: puts the rows of a batch on the devices.
     """
 
@@ -42,7 +46,7 @@ class Job(NamedTuple):
     frozen: lora_jax.LoraParams
     places: lora_jax.LoraParams
     rate: Callable[[Any], Any]
-    step: Callable[..., Any]
+    steps: Mapping[str, Any]
     place: Callable[[Rows], Rows]
 
 
@@ -53,7 +57,10 @@ def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) ->
         ValueError: it is not supported, or the attention that was asked for does not fit it.
     """
     changes = {"scan_layers": True, "dtype": jnp.dtype(args.dtype)}
-    changes |= {"remat": args.remat, "attention": args.attention}
+    changes |= {
+        "attention": args.attention,
+        "remat": "none" if args.remat == "auto" else args.remat,
+    }
     if args.layers == "unrolled":
         changes["unroll"] = config.get("num_hidden_layers", 1)
     if not args.pmap:  # else the compiler could gather the batch instead of the weights
@@ -132,14 +139,25 @@ def prepare(
     head = "embed_tokens/embedding" if model.tie_word_embeddings else "lm_head/kernel"
     trained = (key.partition("[")[0] for key in lora_params.adapter.factors)  # or a part of it
     is_frozen = head not in trained
-    plain, loss = plain_of(model), loss_of(model.clone(frozen_head=is_frozen))
-    adapted_loss = lora_jax.lora(loss, dropout=args.dropout)
+    model = model.clone(frozen_head=is_frozen)
     seed = args.seed if args.dropout else None
-    if args.pmap:
-        step, place = compile_for_pmap(
-            make_step(adapted_loss, tx, seed, "data"), mesh, args.accumulate
-        )
-    else:
-        step = make_step(adapted_loss, tx, seed)
-        step, place = compile_for_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
-    return Job(plain, loss, state, frozen, places, rate, step, place)
+
+    def build(name: str) -> tuple[Any, Callable[[Rows], Rows]]:
+        loss = lora_jax.lora(loss_of(model.clone(remat=name)), dropout=args.dropout)
+        step = make_step(loss, tx, seed, "data" if args.pmap else None)
+        if args.pmap:
+            return compile_for_pmap(step, mesh, args.accumulate)
+        return compile_for_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
+
+    built = {name: build(name) for name in kept_by(model, args)}
+    steps = {name: step for name, (step, _) in built.items()}
+    _, place = next(iter(built.values()))
+    return Job(plain_of(model), loss_of(model), state, frozen, places, rate, steps, place)
+
+
+def kept_by(model: llama.Llama, args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of ``recipes.remat`` to try; ``none`` where devices tell no memory."""
+    if args.remat != "auto":
+        return (args.remat,)
+    is_loop = model.unroll < model.num_hidden_layers
+    return ("none",) if memory.limit() is None else remat.candidates(is_loop)

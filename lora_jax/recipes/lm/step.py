@@ -72,7 +72,7 @@ def make_step(
         old: Any = state.trainable
         updates, opt_state = tx.update(grads, state.opt_state, old)
         trainable: Any = optax.apply_updates(old, updates)
-        return State(trainable, opt_state), {"loss": mean, "grad_norm": optax.global_norm(grads)}
+        return State(trainable, opt_state), {"loss": mean, "grad_norm": optax.tree.norm(grads)}
 
     return step
 
