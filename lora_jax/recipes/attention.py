@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-__all__ = ["NAMES", "Turns", "attend", "rotated", "turns_of", "why_not_cudnn"]
+__all__ = ["NAMES", "Turns", "attend", "packed", "rotated", "turns_of", "why_not_cudnn"]
 
 NAMES = ("auto", "cudnn", "xla")
 Turns = tuple[jax.Array, jax.Array]  # sines and cosines, [batch or 1, length, 1, head_dim / 2]
@@ -21,6 +21,7 @@ def attend(
     value: jax.Array,
     *,
     window: int | None = None,
+    segments: jax.Array | None = None,
     name: str = "auto",
 ) -> jax.Array:
     """Return causal attention, ``softmax(Q K^T / sqrt(head_dim)) V``.
@@ -34,6 +35,7 @@ def attend(
         key: the same, with a divisor of the number of heads.
         value: as ``key``.
         window: how many tokens each one sees, itself among them; None for all before it.
+        segments: integers ``[batch, length]``; a token sees none with another number in its row.
         name: ``"auto"`` takes cuDNN's where it can; ``"cudnn"`` and ``"xla"`` are those.
 
     Raises:
@@ -41,29 +43,41 @@ def attend(
     """
     if name not in NAMES:
         raise ValueError(f"attention={name!r}: expected one of {NAMES}")
+    if segments is not None:
+        _check(segments, query.shape[:2])
+    args = query, key, value, segments
     xla, cudnn = (functools.partial(kernel, window=window) for kernel in (_by_xla, _by_cudnn))
     if name == "xla":
-        return xla(query, key, value)
-    reason = why_not_cudnn(query.shape, key.shape, query.dtype, window)
+        return xla(*args)
+    reason = why_not_cudnn(query.shape, key.shape, query.dtype, window, segments is not None)
     if name == "cudnn":
         if reason:
             raise ValueError(f"attention='cudnn': {reason} Pass 'auto', or 'xla'")
-        return cudnn(query, key, value)
+        return cudnn(*args)
     if reason:
-        return xla(query, key, value)
+        return xla(*args)
     # checkpointed: what the backward pass needs is the union over the platforms
-    return jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=jax.checkpoint(xla))
+    return jax.lax.platform_dependent(*args, cuda=cudnn, default=jax.checkpoint(xla))
 
 
-def _by_cudnn(query: Any, key: Any, value: Any, *, window: int | None) -> jax.Array:
+def _check(segments: jax.Array, shape: tuple[int, ...]) -> None:
+    if segments.shape != shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(
+            f"segments: {segments.dtype}{list(segments.shape)}, expected integers of shape "
+            f"{list(shape)}. Pass a number for each token, or None"
+        )
+
+
+def _by_cudnn(query: Any, key: Any, value: Any, segments: None, *, window: Any) -> jax.Array:
+    del segments
     return _at_once(query, key, value, kind="cudnn", window=window)
 
 
-def _by_xla(query: Any, key: Any, value: Any, *, window: int | None) -> jax.Array:
-    if query.shape[1] <= LONG:
+def _by_xla(query: Any, key: Any, value: Any, segments: Any, *, window: Any) -> jax.Array:
+    if segments is None and query.shape[1] <= LONG:
         return _at_once(query, key, value, kind="xla", window=window)
     positions = jnp.arange(query.shape[1])[None]
-    return _by_blocks(query, key, value, positions, window)
+    return _by_mask(query, key, value, positions, window, segments)
 
 
 def _at_once(query: Any, key: Any, value: Any, *, kind: Any, window: int | None) -> jax.Array:
@@ -73,8 +87,17 @@ def _at_once(query: Any, key: Any, value: Any, *, kind: Any, window: int | None)
     )
 
 
-def _by_blocks(query: Any, key: Any, value: Any, positions: Any, window: int | None) -> jax.Array:
-    """Attend from a block of queries at a time, which the backward pass computes again.
+def _by_mask(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Attend by XLA, from a block of queries at a time if there are many.
+
+    The backward pass computes each block again.
 
     Args:
         query: ``[batch, length, heads, head_dim]``.
@@ -82,8 +105,12 @@ def _by_blocks(query: Any, key: Any, value: Any, positions: Any, window: int | N
         value: as ``key``.
         positions: those of the queries, consecutive, ``[batch or 1, length]``.
         window: as in :func:`attend`.
+        segments: as in :func:`attend`, of as many queries as keys.
     """
     length, size = query.shape[1], key.shape[1]
+    if length <= LONG:
+        mask = _visible(positions, jnp.arange(size), window, segments, segments)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
     seen = size
     if window and len(positions) == 1 and not _is_explicit(key):
         seen = min(size, BLOCK + window - 1)
@@ -91,15 +118,19 @@ def _by_blocks(query: Any, key: Any, value: Any, positions: Any, window: int | N
     wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (key, value)]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend_from(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, at = block
+    def attend_from(block: Any) -> jax.Array:
+        q, at, of_queries = block
         start = jnp.clip(at[0, 0] + 1 - (window or 0), 0, size - seen)
-        k, v = (jax.lax.dynamic_slice_in_dim(x, start, seen, 1) if seen < size else x for x in wide)
-        mask = _visible(at, start + jnp.arange(seen), window)
+
+        def part(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, seen, 1) if seen < size else x
+
+        k, v, of_keys = jax.tree.map(part, (*wide, segments))
+        mask = _visible(at, start + jnp.arange(seen), window, of_queries, of_keys)
         k, v = k.astype(key.dtype), v.astype(value.dtype)
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
-    y = jax.lax.map(attend_from, (_blocks(query), _blocks(positions)))
+    y = jax.lax.map(attend_from, jax.tree.map(_blocks, (query, positions, segments)))
     y = jnp.moveaxis(y, 0, 1)  # [batch, blocks, block, heads, head_dim]
     return y.reshape(len(query), -1, *query.shape[2:])[:, :length]
 
@@ -116,28 +147,61 @@ def _blocks(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
 
 
-def _visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+def _visible(
+    queries: jax.Array, keys: jax.Array, window: int | None, of_queries: Any, of_keys: Any
+) -> jax.Array:
     """Return which ``keys[size]`` each query may see: ``[batch or 1, 1, length, size]``."""
     queries, keys = queries[:, None, :, None], keys[None, None, None]
     seen = keys <= queries
-    return seen & (keys > queries - window) if window else seen
+    if window:
+        seen &= keys > queries - window
+    if of_queries is None:
+        return seen
+    return seen & (of_queries[:, None, :, None] == of_keys[:, None, None])
 
 
 @functools.lru_cache(maxsize=64)
 def why_not_cudnn(
-    query: tuple[int, ...], key: tuple[int, ...], dtype: Any, window: int | None = None
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    dtype: Any,
+    window: int | None = None,
+    is_packed: bool = False,
 ) -> str | None:
-    """Return why this process has no cuDNN attention for these shapes; None if it has."""
+    """Return why this process has no cuDNN attention for these shapes; None if it has.
+
+    ``is_packed`` says that there are segments.
+    """
+    if is_packed:
+        return "JAX's interface to it takes no segments."
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, and these are {jnp.dtype(dtype)}."
     try:
         if not jax.local_devices(backend="cuda"):
             return "this process has no CUDA GPU."
         shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (query, key, key)]
-        jax.eval_shape(functools.partial(_by_cudnn, window=window), *shapes)
+        jax.eval_shape(functools.partial(_by_cudnn, window=window), *shapes, None)
     except Exception as error:  # JAX raises several types
         return f"{str(error).partition(chr(10))[0]}."
     return None
+
+
+def packed(segments: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return the positions of packed tokens, and segments that number the texts of each row.
+
+    Args:
+        segments: integers ``[batch, length]``; each run of one number is a text, whose positions
+            begin at 0.
+        shape: that of the tokens.
+
+    Raises:
+        ValueError: ``segments`` are not integers of this shape.
+    """
+    _check(segments, shape)
+    index = jnp.arange(segments.shape[1])[None]
+    is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
+    return index - starts, starts
 
 
 def turns_of(positions: jax.Array, head_dim: int, theta: float) -> Turns:
