@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-__all__ = ["NAMES", "Turns", "attend", "packed", "rotated", "turns_of", "why_not_cudnn"]
+__all__ = [
+    "NAMES",
+    "Turns",
+    "attend",
+    "attend_cached",
+    "packed",
+    "rotated",
+    "turns_of",
+    "why_not_cudnn",
+]
 
 NAMES = ("auto", "cudnn", "xla")
 Turns = tuple[jax.Array, jax.Array]  # sines and cosines, [batch or 1, length, 1, head_dim / 2]
@@ -57,6 +66,44 @@ def attend(
     if reason:
         return xla(*args)
     # checkpointed: what the backward pass needs is the union over the platforms
+    return jax.lax.platform_dependent(*args, cuda=cudnn, default=jax.checkpoint(xla))
+
+
+def attend_cached(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | None = None,
+    name: str = "auto",
+) -> jax.Array:
+    """Return the attention of tokens to a cache that contains them and those before them.
+
+    One token a row attends by cuDNN where it can, unless ``name`` is ``"xla"``; all else by XLA,
+    many tokens in blocks, as in :func:`attend`.
+
+    Args:
+        query: ``[batch, length, heads, head_dim]``.
+        keys: ``[batch, size, key_value_heads, head_dim]``, from position 0 on.
+        values: as ``keys``.
+        positions: those of the queries, consecutive in each row, ``[batch, length]``.
+        window: as in :func:`attend`.
+        name: as in :func:`attend`.
+    """
+    size = keys.shape[1]
+    xla = functools.partial(_by_mask, window=window)
+    is_one = query.shape[1] == 1 and (window is None or window >= size)
+    if name == "xla" or not is_one or why_not_cudnn(query.shape, keys.shape, query.dtype):
+        return xla(query, keys, values, positions)
+
+    def cudnn(query: Any, keys: Any, values: Any, positions: Any) -> jax.Array:
+        seen = jnp.minimum(positions[:, 0] + 1, size).astype(jnp.int32)
+        return jax.nn.dot_product_attention(
+            query, keys, values, key_value_seq_lengths=seen, implementation="cudnn"
+        )
+
+    args = query, keys, values, positions
     return jax.lax.platform_dependent(*args, cuda=cudnn, default=jax.checkpoint(xla))
 
 

@@ -1,5 +1,6 @@
 """Attention by every path: what a token sees, and what is never formed."""
 
+import functools
 import itertools
 import math
 
@@ -127,3 +128,23 @@ def test_segments_that_cannot_be_are_refused():
         model.init(jax.random.key(0), SEGMENTS, model.empty(2, 11), segments=SEGMENTS)
     with pytest.raises(ValueError, match=r"segments: int32\[11\], expected integers of shape"):
         model.init(jax.random.key(0), SEGMENTS, segments=SEGMENTS[0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_long_prompt_is_read_into_a_cache_by_blocks(window, monkeypatch):
+    query, _, _ = (jnp.concatenate([x, 2 * x]) for x in inputs(11))
+    _, keys, values = (jnp.concatenate([x, -x]) for x in inputs(19))
+    positions = np.array([[0], [6]]) + np.arange(11)[None]  # rows have different lengths
+    attend_cached = functools.partial(attention.attend_cached, window=window)
+    at_once = with_gradients(lambda *x: attend_cached(*x, positions), query, keys, values)
+    monkeypatch.setattr(attention, "LONG", 4)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    blocks = with_gradients(lambda *x: attend_cached(*x, positions), query, keys, values)
+    assert_close(blocks, at_once)
+    for row, at in enumerate(positions[:, 0]):  # one row's blocks read what its window sees
+        x = [y[row : row + 1] for y in (query, keys, values)]
+        found = attend_cached(*x, positions[row : row + 1])
+        assert_close(found, at_once[0][row : row + 1])
+        x[0] = jnp.pad(x[0], ((0, 0), (at, 0), (0, 0), (0, 0)))
+        x[1:] = (y[:, : at + 11] for y in x[1:])
+        assert_close(found, attention.attend(*x, window=window)[:, at:])

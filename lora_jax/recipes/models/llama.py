@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.recipes.attention import Turns, attend, packed, rotated, turns_of
+from lora_jax.recipes.attention import Turns, attend, attend_cached, packed, rotated, turns_of
 from lora_jax.recipes.loss import chunked_loss
 from lora_jax.recipes.remat import mark, policy_of
 
@@ -74,15 +74,14 @@ class Attention(nn.Module):
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
         query, key = (rotated(y, turns) for y in (query, key))
+        name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
+        options: Any = {"window": m.sliding_window, "name": name}
         if past:
             positions = past.positions(x.shape[1])
             past = written(past, key, value, positions)
-            mask = m.visible(positions, past.keys.shape[1])
-            y = jax.nn.dot_product_attention(query, past.keys, past.values, mask=mask)
+            y = attend_cached(query, past.keys, past.values, positions, **options)
         else:
-            name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
-            more: Any = {"window": m.sliding_window, "segments": segments}
-            y = attend(query, key, value, name=name, **more)
+            y = attend(query, key, value, segments=segments, **options)
         y = mark(y.reshape(*x.shape[:-1], -1), "attention")  # [batch, length, width of heads]
         width, product = m.hidden_size, m.product
         y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
@@ -202,14 +201,6 @@ class Llama(nn.Module):
         shape = self.num_hidden_layers, batch, size, self.num_key_value_heads, self.head_dim
         keys, values = (jnp.zeros(shape, self.dtype) for _ in range(2))
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
-
-    def visible(self, positions: jax.Array, size: int) -> jax.Array:
-        """Return which part of a cache each position may see: ``[batch, 1, length, size]``."""
-        keys, queries = jnp.arange(size)[None, None], positions[..., None]
-        seen = keys <= queries
-        if self.sliding_window:
-            seen &= keys > queries - self.sliding_window
-        return seen[:, None]
 
     def recomputed(self, layer: Any) -> Any:
         """Return a layer of which the backward pass keeps what the field ``remat`` says."""
