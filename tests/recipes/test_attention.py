@@ -3,20 +3,25 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import all_eqns, assert_close, drawn, normal, randomize_b
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax.recipes import attention
+from lora_jax.recipes.attention import choose, splash, xla
+from lora_jax.recipes.lm import mesh as lm_mesh
 from lora_jax.recipes.models import llama
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-LENGTH = attention.LONG + 61  # no multiple of a block
+LENGTH = xla.LONG + 61  # no multiple of a block
 
 
 def inputs(length, dtype=jnp.float32, heads=2):
@@ -86,8 +91,8 @@ def test_packed_texts_are_read_as_alone(scan_layers, remat, monkeypatch):
         return apply({"params": lora_params}, ids, segments=SEGMENTS)
 
     found = packed(lora_params, ids)
-    monkeypatch.setattr(attention, "LONG", 4)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(xla, "LONG", 4)
+    monkeypatch.setattr(xla, "BLOCK", 4)
     jax.clear_caches()
     assert_close(packed(lora_params, ids), found, depth=24)
     alone = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
@@ -102,10 +107,10 @@ def test_packed_texts_are_read_as_alone(scan_layers, remat, monkeypatch):
 
 def test_gradients_stay_in_their_segments(monkeypatch):
     args = inputs(11)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(xla, "BLOCK", 4)
     segments = SEGMENTS[:1]
     at_once = with_gradients(lambda *x: attention.attend(*x, segments=segments, window=3), *args)
-    monkeypatch.setattr(attention, "LONG", 4)
+    monkeypatch.setattr(xla, "LONG", 4)
     blocks = with_gradients(lambda *x: attention.attend(*x, segments=segments, window=3), *args)
     assert_close(blocks, at_once)
     other = [x.at[:, 3:5].multiply(2) for x in args]
@@ -137,8 +142,8 @@ def test_a_long_prompt_is_read_into_a_cache_by_blocks(window, monkeypatch):
     positions = np.array([[0], [6]]) + np.arange(11)[None]  # rows have different lengths
     attend_cached = functools.partial(attention.attend_cached, window=window)
     at_once = with_gradients(lambda *x: attend_cached(*x, positions), query, keys, values)
-    monkeypatch.setattr(attention, "LONG", 4)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(xla, "LONG", 4)
+    monkeypatch.setattr(xla, "BLOCK", 4)
     blocks = with_gradients(lambda *x: attend_cached(*x, positions), query, keys, values)
     assert_close(blocks, at_once)
     for row, at in enumerate(positions[:, 0]):  # one row's blocks read what its window sees
@@ -148,3 +153,123 @@ def test_a_long_prompt_is_read_into_a_cache_by_blocks(window, monkeypatch):
         x[0] = jnp.pad(x[0], ((0, 0), (at, 0), (0, 0), (0, 0)))
         x[1:] = (y[:, : at + 11] for y in x[1:])
         assert_close(found, attention.attend(*x, window=window)[:, at:])
+
+
+def test_one_token_over_a_cache_may_be_cudnns(monkeypatch):
+    monkeypatch.setattr(choose, "why_not_cudnn", lambda *_: None)
+    monkeypatch.setattr(choose, "one_by_cudnn", lambda query, *_: query)
+    _, keys, values = inputs(19)
+
+    def is_chosen(length, **options):
+        fn = functools.partial(attention.attend_cached, **options)
+        args = inputs(length)[0], keys, values, 5 + np.arange(length)[None]
+        expected = attention.attend_cached(*args, **options | {"name": "xla"})
+        assert_close(fn(*args), expected)  # on this platform
+        names = {e.primitive.name for e in all_eqns(jax.make_jaxpr(fn)(*args))}
+        return "platform_index" in names
+
+    assert is_chosen(1)
+    assert is_chosen(1, window=19)
+    assert not is_chosen(1, window=18)
+    assert not is_chosen(2)
+    assert not is_chosen(1, name="xla")
+
+
+@pytest.mark.parametrize(
+    ("window", "is_packed", "dtype"),
+    [(None, False, "float32"), (140, True, "float32"), (None, True, "bfloat16")],
+)
+def test_the_kernel_for_tpus_attends_as_xla(window, is_packed, dtype):
+    args = inputs(300, dtype, heads=4)  # padded to three blocks
+    options = {"window": window}
+    if is_packed:
+        options["segments"] = np.repeat(np.array([[4, 7, 4]], np.int32), 100, axis=1)
+    found, expected = (
+        with_gradients(functools.partial(fn, **options, **more), *args)
+        for fn, more in (
+            (attention.by_splash, {"interpret": True}),
+            (attention.attend, {"name": "xla"}),
+        )
+    )
+    assert_close(found, expected)
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("heads", [4, 2])
+def test_on_a_mesh_each_device_has_its_rows_and_heads(heads):
+    mesh = lm_mesh.mesh_of("fsdp=2,tensor=2", count=4)
+    spread = NamedSharding(mesh, P(lm_mesh.ROWS))
+    args = [jnp.concatenate([x, 2 * x]) for x in inputs(130, heads=heads)]
+    options = {"segments": np.arange(260, dtype=np.int32).reshape(2, 130) // 100}
+    expected = with_gradients(functools.partial(attention.attend, **options), *args)
+    on_mesh = functools.partial(attention.by_splash, **options, spread=spread, interpret=True)
+    found = with_gradients(on_mesh, *jax.device_put(args, spread))
+    assert_close(found, expected)
+    kept = {
+        v.aval.shape[0]
+        for e in all_eqns(jax.make_jaxpr(on_mesh)(*args))
+        for v in e.outvars
+        if e.primitive.name == "pallas_call" and v.aval.ndim == 3
+    }
+    assert kept == {2}, "half of the four heads; all two, if there is one of the keys"
+
+
+def device(platform, kind):
+    return SimpleNamespace(platform=platform, device_kind=kind)
+
+
+REFUSED = [
+    ({"dtype": "float16"}, "it takes bfloat16 and float32, and these are float16."),
+    ({"query": (2, 8, 4, 512)}, "it takes a head_dim up to 256, and this is 512."),
+    ({"query": (3, 8, 4, 16), "axis": "fsdp"}, "the 2 devices of the batch do not divide its 3 "),
+    ({"device": None, "libtpu": False}, "this process has no TPU, and libtpu, the compiler for"),
+    ({"device": None, "libtpu": True}, None),
+    ({"device": device("cuda", "NVIDIA H200")}, "for TPUs, and the program is for cuda."),
+    ({"device": device("tpu", "TPU v3")}, "it is for later TPUs than TPU v3."),
+    ({"device": device("tpu", "TPU v5 lite")}, None),
+]
+
+
+@pytest.mark.devices(2)
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_a_kernel_that_cannot_be_says_why(changes, message, monkeypatch):
+    case = {"query": (2, 8, 4, 16), "dtype": "bfloat16", "axis": None, "libtpu": False}
+    case |= {"device": device("tpu", "TPU v6 lite")} | changes
+    monkeypatch.setattr(splash, "device_of", lambda spread: case["device"])
+    monkeypatch.setattr(splash, "_can_compile", lambda: case["libtpu"])
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    spread = NamedSharding(lm_mesh.mesh_of("fsdp=2", count=2), P(case["axis"]))
+    query, dtype = case["query"], case["dtype"]
+    found = attention.why_not_splash(query, dtype, spread)
+    assert found is None if message is None else message in found
+    if message:
+        x = jnp.zeros(query, dtype)
+        with pytest.raises(ValueError, match=r"attention='splash': .*\. Pass 'auto', or 'xla'"):
+            attention.attend(x, x, x, name="splash", spread=spread)
+
+
+def test_the_kernel_for_tpus_is_taken_where_it_pays(monkeypatch):
+    def kernels(length, mapped=None, **options):
+        fn = functools.partial(attention.attend, **options)
+        eqns = all_eqns(jax.make_jaxpr(mapped(fn) if mapped else fn)(*inputs(length)))
+        return sum(e.primitive.name == "pallas_call" for e in eqns)
+
+    mesh = lm_mesh.mesh_of("data=1", count=1)
+    assert kernels(512, spread=NamedSharding(mesh, P())) == 0, "these are no TPUs"
+    for module in (choose, splash):
+        monkeypatch.setattr(module, "device_of", lambda spread: device("tpu", "TPU v4"))
+    spread = NamedSharding(mesh, P())
+    assert (kernels(511, spread=spread), kernels(512, spread=spread)) == (0, 1)
+    assert kernels(512, name="xla", spread=spread) == 0
+    assert kernels(8, name="splash", spread=spread) == 1
+    rows = {"mesh": mesh, "in_specs": P("data"), "out_specs": P("data")}
+    mapped = functools.partial(jax.shard_map, **rows, check_vma=False)
+    assert kernels(512, mapped) == 1
+    mapped = functools.partial(jax.shard_map, **rows)
+    assert kernels(512, mapped) == 0
+    with pytest.raises(ValueError, match=r"jax.shard_map has no types for it: there, pass check_"):
+        kernels(512, mapped, name="splash")
+    x = jax.device_put(inputs(8)[0], NamedSharding(lm_mesh.mesh_of("data=1", True, 1), P("data")))
+    for name in ("cudnn", "splash"):
+        with pytest.raises(ValueError, match=r"no rules for the Explicit axes .* Pass 'auto', or"):
+            attention.attend(x, x, x, name=name)

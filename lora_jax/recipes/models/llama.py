@@ -74,14 +74,14 @@ class Attention(nn.Module):
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
         query, key = (rotated(y, turns) for y in (query, key))
-        name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
-        options: Any = {"window": m.sliding_window, "name": name}
+        options: Any = {"window": m.sliding_window, "name": m.attention}
         if past:
             positions = past.positions(x.shape[1])
             past = written(past, key, value, positions)
             y = attend_cached(query, past.keys, past.values, positions, **options)
         else:
-            y = attend(query, key, value, segments=segments, **options)
+            options |= {"segments": segments, "spread": m.activations}
+            y = attend(query, key, value, **options)
         y = mark(y.reshape(*x.shape[:-1], -1), "attention")  # [batch, length, width of heads]
         width, product = m.hidden_size, m.product
         y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
