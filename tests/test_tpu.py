@@ -291,6 +291,15 @@ def test_merge_keeps_one_layer_at_a_time_and_moves_nothing(spread):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("case", [{"chips": 1}, {"spread": "fsdp+tp"}])
+def test_attention_by_the_kernel_takes_less_memory(case):
+    by_kernel, by_xla = (measured(length=2048, attention=a, **case) for a in ("auto", "xla"))
+    assert by_kernel["kernels"] == 2 * 4  # in each layer: forth, again, and two back
+    assert by_xla["kernels"] == 0
+    assert by_kernel["temp"] < 0.9 * by_xla["temp"]
+
+
+@pytest.mark.tpu
 def test_what_does_not_fit_says_so():
     row = measured(model="8b", spread="pmap", length=2048)
     assert not row["fits"]

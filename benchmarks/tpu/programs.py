@@ -55,6 +55,8 @@ class Case:
         rank: the rank of the factors, on all projections.
         length: the length of a sequence; there is one sequence per chip.
         full: a pattern of full leaves, besides the factors.
+        attention: a kernel of ``recipes.attention.NAMES``.
+        chips: how many chips of the slice are used; None for all.
     """
 
     topology: str = "v5e:2x2"
@@ -66,14 +68,17 @@ class Case:
     rank: int = 16
     length: int = 2048
     full: str | None = None
+    attention: str = "auto"
+    chips: int | None = None
 
 
 def compile_case(case: Case) -> Any:
     """Compile a case; return the program and the shapes of its state."""
-    chips = slices.devices(case.topology)
+    chips = slices.devices(case.topology)[: case.chips]
     side = math.isqrt(len(chips)) if case.spread == "fsdp+tp" else 1
     mesh = Mesh(np.array(chips).reshape(-1, side), ("fsdp", "tp"))
-    model = dataclasses.replace(MODELS[case.model], dtype=case.dtype, remat=True)
+    fields = {"dtype": case.dtype, "remat": True, "attention": case.attention}
+    model = dataclasses.replace(MODELS[case.model], **fields)
     params = abstract_params(model, case)
     if case.spread != "pmap":
         model = dataclasses.replace(model, activations=NamedSharding(mesh, P("fsdp")))
@@ -252,6 +257,7 @@ def measure(case: Case) -> dict[str, Any]:
     text = program.as_text()
     row["flops_once"] = program.cost_analysis()["flops"]
     row["matmul_flops"] = hlo.matmul_flops(text)
+    row["kernels"] = text.count('custom_call_target="tpu_custom_call"')
     row["collectives"] = [dataclasses.asdict(x) for x in hlo.collectives(text)]
     if case.program == "train":
         row["trainable"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state[0]))

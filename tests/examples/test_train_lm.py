@@ -814,7 +814,9 @@ def test_too_little_memory_is_one_message_with_what_to_change(model, tmp_path):
         r"memory of the devices is too small: Out of memory allocating .* GiB\. Pass --remat, "
     )
     with pytest.raises(SystemExit, match=message + ".* or --length below 3000000, or --mesh fsdp"):
-        train(model, path, tmp_path / "out", "--length", "3000000")  # attention takes its square
+        train(
+            model, path, tmp_path / "out", "--length", "3000000"
+        )  # the scores of 512 tokens alone
 
 
 OUT_OF_MEMORY = [

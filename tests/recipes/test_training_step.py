@@ -166,10 +166,15 @@ def test_attention_that_cannot_be_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"attention='cudnn': it takes bfloat16 and float16"):
         attention.attend(q, q, q, name="cudnn")
     assert_close(*(attention.attend(q, q, q, name=name) for name in ("auto", "xla")))
-    args = flags.parse_args(["--attention", "cudnn", "--dtype", "bfloat16"])
-    if jax.default_backend() == "cpu":
-        with pytest.raises(ValueError, match=r"--attention cudnn: .* Pass --attention auto"):
+    for name in ("cudnn", "splash") if jax.default_backend() == "cpu" else ():
+        args = flags.parse_args(["--attention", name, "--dtype", "bfloat16"])
+        with pytest.raises(ValueError, match=rf"--attention {name}: .* Pass --attention auto"):
             job.model_of(CONFIG, mesh.mesh_of("data=1", count=1), args)
+        args = flags.parse_args(["--attention", name, "--explicit"])
+        with pytest.raises(
+            ValueError, match=r": it has no rules for the axes of --explicit\. Pass"
+        ):
+            job.model_of(CONFIG, mesh.mesh_of("data=1", True, count=1), args)
     args = flags.parse_args(["--layers", "unrolled", "--remat"])
     model = job.model_of(CONFIG, mesh.mesh_of("data=1", count=1), args)
     assert (model.unroll, model.remat, model.attention) == (3, "full", "auto")

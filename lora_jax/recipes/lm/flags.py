@@ -81,7 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         attention={
             "choices": NAMES,
             "default": "auto",
-            "help": "cudnn keeps no scores of all pairs; auto takes it where it can",
+            "help": "cudnn (GPUs) and splash (TPUs) are kernels that form no scores of all pairs; "
+            "auto takes them where they can",
         },
     )
     add_group(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax.recipes import remat
-from lora_jax.recipes.attention import why_not_cudnn
+from lora_jax.recipes.attention import why_not_cudnn, why_not_splash
 from lora_jax.recipes.lm import memory
 from lora_jax.recipes.lm.data import Rows
 from lora_jax.recipes.lm.mesh import ROWS, placed
@@ -66,14 +66,24 @@ def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) ->
     if not args.pmap:  # else the compiler could gather the batch instead of the weights
         changes["activations"] = NamedSharding(mesh, P(ROWS))
     model = llama.from_config(config, **changes)
-    if args.attention == "cudnn":
-        shapes = [
-            (1, args.length, heads, model.head_dim)
-            for heads in (model.num_attention_heads, model.num_key_value_heads)
-        ]
-        if reason := why_not_cudnn(*shapes, model.dtype, model.sliding_window):
-            raise ValueError(f"--attention cudnn: {reason} Pass --attention auto")
+    if reason := _why_not(model, mesh, args):
+        raise ValueError(f"--attention {args.attention}: {reason} Pass --attention auto")
     return model
+
+
+def _why_not(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> str | None:
+    """Return why the attention that was asked for by name does not fit; None if it does."""
+    if args.attention not in ("cudnn", "splash"):
+        return None
+    if args.explicit:
+        return "it has no rules for the axes of --explicit."
+    query, key = (
+        (*ids_of(args).shape, heads, model.head_dim)
+        for heads in (model.num_attention_heads, model.num_key_value_heads)
+    )
+    if args.attention == "cudnn":
+        return why_not_cudnn(query, key, model.dtype, model.sliding_window)
+    return why_not_splash(query, model.dtype, model.activations or NamedSharding(mesh, P()))
 
 
 def ids_of(args: argparse.Namespace) -> jax.ShapeDtypeStruct:

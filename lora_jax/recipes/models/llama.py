@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from lora_jax.recipes.attention import Turns, attend, rotated, turns_of
+from lora_jax.recipes.attention import Turns, attend, attend_cached, packed, rotated, turns_of
 from lora_jax.recipes.loss import chunked_loss
 from lora_jax.recipes.remat import mark, policy_of
 
@@ -51,11 +51,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: Cache | None, turns: Turns
+        self, x: jax.Array, past: Cache | None, turns: Turns, segments: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
         """Attend from each of ``x[batch, length, width]`` to itself and those before.
 
-        With ``past``, this layer's cache, also to those in it; return it with ``x`` added.
+        With ``past``, this layer's cache, also to those in it; return it with ``x`` added. With
+        ``segments``, only to those of the same number.
         """
         m = self.model
 
@@ -73,14 +74,14 @@ class Attention(nn.Module):
             query = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="q_norm")(query)
             key = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="k_norm")(key)
         query, key = (rotated(y, turns) for y in (query, key))
+        options: Any = {"window": m.sliding_window, "name": m.attention}
         if past:
             positions = past.positions(x.shape[1])
             past = written(past, key, value, positions)
-            mask = m.visible(positions, past.keys.shape[1])
-            y = jax.nn.dot_product_attention(query, past.keys, past.values, mask=mask)
+            y = attend_cached(query, past.keys, past.values, positions, **options)
         else:
-            name = "xla" if m.explicit else m.attention  # cuDNN's knows no Explicit axes
-            y = attend(query, key, value, window=m.sliding_window, name=name)
+            options |= {"segments": segments, "spread": m.activations}
+            y = attend(query, key, value, **options)
         y = mark(y.reshape(*x.shape[:-1], -1), "attention")  # [batch, length, width of heads]
         width, product = m.hidden_size, m.product
         y = nn.Dense(width, m.output_bias, m.dtype, dot_general=product, name="o_proj")(y)
@@ -111,13 +112,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: Cache | None, turns: Turns
+        self, x: jax.Array, past: Cache | None, turns: Turns, segments: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
         """Apply the module to ``x[batch, length, width]``, whose positions have these turns."""
         m = self.model
         x = mark(x, "layer")
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="input_layernorm")(x)
-        y, past = Attention(m, name="self_attn")(y, past, turns)
+        y, past = Attention(m, name="self_attn")(y, past, turns, segments)
         x = x + y
         y = nn.RMSNorm(m.rms_norm_eps, m.dtype, name="post_attention_layernorm")(x)
         return m.spread(x + Mlp(m, name="mlp")(y)), past
@@ -201,14 +202,6 @@ class Llama(nn.Module):
         keys, values = (jnp.zeros(shape, self.dtype) for _ in range(2))
         return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
-    def visible(self, positions: jax.Array, size: int) -> jax.Array:
-        """Return which part of a cache each position may see: ``[batch, 1, length, size]``."""
-        keys, queries = jnp.arange(size)[None, None], positions[..., None]
-        seen = keys <= queries
-        if self.sliding_window:
-            seen &= keys > queries - self.sliding_window
-        return seen[:, None]
-
     def recomputed(self, layer: Any) -> Any:
         """Return a layer of which the backward pass keeps what the field ``remat`` says."""
         name = self.remat if isinstance(self.remat, str) else ("none", "full")[self.remat]
@@ -219,13 +212,18 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: jax.Array, cache: Cache | None = None, targets: jax.Array | None = None
+        self,
+        ids: jax.Array,
+        cache: Cache | None = None,
+        targets: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> Any:
         """Return the logits ``[batch, length, vocab_size]`` after each of ``ids[batch, length]``.
 
         A ``cache`` contains the tokens before ``ids``. With it, return the logits and the cache,
         with ``ids`` added. With ``targets[batch, length]``, return their summed cross-entropy in
         nats, without those that are negative; no more than ``chunk`` tokens' logits exist at once.
+        A run of one number in ``segments[batch, length]`` is a text of its own.
         """
         shape = self.clone(parent=None, name=None)  # the fields, for the layers
         table = nn.Embed(self.vocab_size, self.hidden_size, dtype=self.dtype, name="embed_tokens")
@@ -234,11 +232,15 @@ class Llama(nn.Module):
         else:
             x = table.embedding.astype(self.dtype).at[ids].get(out_sharding=self.explicit)
         positions = cache.positions(ids.shape[1]) if cache else jnp.arange(ids.shape[1])[None]
+        if segments is not None:
+            if cache:
+                raise ValueError("segments: a cache has one text per row. Pass one of the two")
+            positions, segments = packed(segments, ids.shape)
         turns = turns_of(positions, self.head_dim, self.rope_theta)  # once, for all layers
         past: Any
         layer = self.recomputed(Layer)
         if self.scan_layers:
-            axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0, nn.broadcast)
+            axes: Any = (Cache(0, 0, nn.broadcast) if cache else 0, nn.broadcast, nn.broadcast)
             stack = nn.scan(
                 layer,
                 variable_axes={"params": 0},
@@ -247,12 +249,12 @@ class Llama(nn.Module):
                 in_axes=axes,
                 unroll=self.unroll,
             )
-            x, past = stack(shape, name="layers")(x, cache, turns)
+            x, past = stack(shape, name="layers")(x, cache, turns, segments)
         else:
             pasts: list[Any] = []
             for i in range(self.num_hidden_layers):
                 past = Cache(cache.keys[i], cache.values[i], cache.lengths) if cache else None
-                x, past = layer(shape, name=f"layers_{i}")(x, past, turns)
+                x, past = layer(shape, name=f"layers_{i}")(x, past, turns, segments)
                 pasts.append(past)
             past = Cache(*(jnp.stack(y) for y in zip(*pasts, strict=True))) if cache else None
         x = nn.RMSNorm(self.rms_norm_eps, self.dtype, name="norm")(x)
