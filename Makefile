@@ -18,7 +18,7 @@ else ifneq ($(CACHE),)
 $(error CACHE=$(CACHE): expected CACHE=1 or no CACHE)
 endif
 
-.PHONY: demo test test-all planted check peers peft tpu format clean
+.PHONY: demo test test-all planted bench check peers peft tpu format clean
 
 demo: $(VENV)/.examples  ## fine-tune MiniLM on movie reviews; ARGS="--help" prints its options
 	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
@@ -31,6 +31,12 @@ test-all: $(VENV)/.test  ## the quick and the long tests
 
 planted: $(VENV)/.test  ## check that the tests catch forty planted faults; under an hour
 	$(BIN)/python tests/planted/run.py $(ARGS)
+
+bench: ## a training step here and in PyTorch's PEFT, side by side on the CPU; a few minutes
+	$(MAKE) $(PEFT)/.test VENV=$(PEFT)
+	$(PEFT)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peft.txt
+	$(PEFT)/bin/python -m benchmarks.recipes.side_by_side --size small --length 256 --tokens 1024 \
+		--dtype float32 --repeats 5 $(ARGS)
 
 check: $(VENV)/.dev  ## lint, formatting, imports, equal lines and types
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ The rows are added to a file of JSON lines, and ``--figure`` draws what is in it
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -50,7 +51,7 @@ AUTOCAST = ["--autocast", "--checkpoint"]
 # Settings of each, the fastest first: the first that fits counts.
 CONTENDERS: dict[str, tuple[str, Sequence[list[str]]]] = {
     "ours": ("ours", OURS),
-    "ours, all recomputed": ("ours", [["--remat=full"]]),
+    "ours, all recomputed": ("ours", [["--layers=unrolled", "--remat=full"]]),
     "floor": ("floor", OURS),
     "qwix": ("qwix", OURS),
     "PEFT compiled": ("torch", [["--compile"], ["--compile", "--checkpoint"]]),
@@ -110,6 +111,7 @@ def figure(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 
     mpl.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in rows if "ms" in row]
     lengths = sorted({row["length"] for row in rows})
@@ -129,6 +131,8 @@ def figure(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             drawn = left.barh(names, [row["tokens_per_s"] for row in bars], color=colors)
             left.bar_label(drawn, [f"{row['tokens_per_s']:,.0f}" for row in bars], padding=3)
             left.margins(x=0.18)
+            left.xaxis.set_major_locator(MaxNLocator(4))
+            left.xaxis.set_major_formatter("{x:,.0f}")
             left.set_xlabel(f"tokens per second, {main.upper()}, {bars[0]['batch']} x 2048")
             for name in ("ours", "PEFT compiled", "PEFT, settings of TRL"):
                 for size, dash in zip(sizes, ("-", "--", ":"), strict=False):
@@ -151,9 +155,17 @@ def figure(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             plt.close(fig)
 
 
+def _missing(name: str, args: argparse.Namespace) -> bool:
+    """Return whether a contender needs what is not here; bfloat16 is no dtype for CPUs."""
+    if name == "qwix":
+        return importlib.util.find_spec("qwix") is None
+    return name == "PEFT, settings of TRL" and args.dtype == "float32"
+
+
 def _color(name: str) -> str:
     """Return the color of a contender."""
     colors = {"ours": "#2f81f7", "floor": "#8b949e", "qwix": "#a371f7"}
+    colors |= {"PEFT, settings": "#bf3989"}
     return next((c for start, c in colors.items() if name.startswith(start)), "#db6d28")
 
 
@@ -163,7 +175,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per step, if they fit")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="default: all there are")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--timeout", type=int, default=600, help="seconds per setting")
@@ -171,6 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file of JSON lines to append to")
     parser.add_argument("--figure", type=Path, help="draw the rows of --json into this folder")
     args = parser.parse_args()
+    args.only = args.only or [name for name in CONTENDERS if not _missing(name, args)]
     print(f"{'':31}{'batch':13}  ms/step  tokens/s   GB       start s  attention", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         sizes = Path(folder, "sizes.json")
