@@ -27,7 +27,7 @@ _MEASURED = (
     "validation_accuracy",
     "test_accuracy",
     "seconds_per_step",
-    "step_bytes",
+    "peak_bytes",
     "optimizer_bytes",
     "file_bytes",
 )
@@ -65,7 +65,7 @@ class Results:
         if path.exists() or sidecar.exists():
             commands = self._check(sidecar, shared)
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python", *sys.argv])
+        command = " ".join(["python", *map(_short, sys.argv)])
         commands = [*commands, *([command] if command not in commands else [])]
         with written_file(sidecar) as file:
             text = json.dumps({"commands": commands, **shared}, indent=2)
@@ -169,6 +169,14 @@ def identity(settings: Mapping[str, Any], inputs: str) -> dict[str, Any]:
             "lora_jax": lora_jax.__version__,
         },
     }
+
+
+def _short(argument: str) -> str:
+    """Return a path below the repository relative to it, and the name of another absolute one."""
+    path = Path(argument)
+    if path.resolve().is_relative_to(_ROOT):
+        return str(path.resolve().relative_to(_ROOT)) if path.exists() else argument
+    return path.name if path.is_absolute() else argument
 
 
 def code_digest() -> str:

@@ -31,7 +31,7 @@ TASKS = ("movie", "amazon", "topics", "nyt", "tweets")
 
 @dataclass(frozen=True)
 class Task:
-    """A tokenized classification task: ``ids``, ``mask`` ``[n, length]``, and ``labels`` ``[n]``."""
+    """A tokenized task: ``ids`` and ``mask`` ``[n, length]``, and ``labels`` ``[n]``."""
 
     name: str
     classes: int

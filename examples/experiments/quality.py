@@ -1,0 +1,127 @@
+"""Compare fine-tuning methods on MiniLM and three tasks: quality against trained parameters.
+
+    python examples/experiments/quality.py [--packed FILE.npz] [--quick]
+
+Every method chooses its learning rate from one grid, by the mean accuracy of two seeds on
+validation sentences. Five other seeds then train at that rate. The test sentences are used once, by
+these. All rates and seeds of a method train at once, as a stack.
+"""
+
+import time
+from collections.abc import Sequence
+
+import common
+import figures
+import numpy as np
+import tasks
+from common import CHOICE_SEEDS, SEEDS, Results
+from methods import METHODS, Setup
+from stacks import Member, Size, Trainer, best_rate, together, train_missing
+
+NAMES = ("movie", "amazon", "topics")
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+QUICK_METHODS = ("full fine-tuning", "head only", "BitFit", "LoRA")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing of the experiment, and draw it."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, metavar="TASK")
+    args = parser.parse_args(argv)
+    with common.one_line("quality"):
+        begin = time.perf_counter()
+        names = args.tasks or (NAMES[:1] if args.quick else NAMES)
+        methods = args.methods or (QUICK_METHODS if args.quick else tuple(METHODS))
+        size, rates, seeds, choice = full_size(), RATES, SEEDS, CHOICE_SEEDS
+        if args.quick:
+            size = Size(12, 8, 16, 100, 2, together(2))
+            rates, seeds, choice = (3e-5, 1e-3), (0, 1), (100,)
+        inputs = tasks.load(NAMES, args.packed, args.wordnet)
+        settings = {"size": vars(size), "rates": rates, "seeds": seeds, "choice": choice}
+        results = Results(args.out / "quality.csv", settings, inputs.digest)
+        run(results, inputs, (names, methods), size, rates, seeds, choice)
+        for name in names:
+            print(table(results, name, methods, seeds))
+        figures.quality(results.rows, args.out, seeds)
+        print(f"{time.perf_counter() - begin:.0f} s; wrote {results.path} and figures beside it")
+        if args.quick:
+            print("--quick: too few steps for these accuracies to mean anything")
+
+
+def full_size() -> Size:
+    """Return the size of the experiment."""
+    width = len(RATES)
+    return Size(200, 32, tasks.LENGTH, None, width, together(width))
+
+
+def run(
+    results: Results,
+    inputs: tasks.Inputs,
+    chosen: tuple[Sequence[str], Sequence[str]],
+    size: Size,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    choice: Sequence[int],
+) -> None:
+    """Choose every method's rate; then train and test it with the reported seeds."""
+    trainer = Trainer(size)
+    names, methods = chosen
+    setups = {name: Setup.of(inputs, size.task(inputs.tasks[name]), size.steps) for name in names}
+    for name in names:
+        for method in methods:
+            every = members(method, rates, choice)
+            train_missing(results, trainer, setups[name], every, name=method, test=False)
+    # All choices are made; the labels of the test sentences are first used below.
+    for name in names:
+        for method in methods:
+            rate = best_rate(results, name, method, choice)
+            every = members(method, [rate], seeds)
+            train_missing(results, trainer, setups[name], every, name=method, test=True)
+
+
+def members(
+    method: str, rates: Sequence[float], seeds: Sequence[int]
+) -> dict[tuple[str, str, int], Member]:
+    """Return a method's members by method, setting and seed."""
+    return {
+        (method, f"rate={rate:g}", seed): Member(rate, seed, METHODS[method])
+        for seed in seeds
+        for rate in rates
+    }
+
+
+def table(results: Results, task: str, methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """Format one task: accuracy on test, the difference to full fine-tuning, costs."""
+
+    def reported(method):
+        rows = [r for r in results.get(task=task, method=method) if r["test_accuracy"] is not None]
+        return sorted((r for r in rows if r["seed"] in seeds), key=lambda row: row["seed"])
+
+    reference = [row["test_accuracy"] for row in reported("full fine-tuning")]
+    out = [f"{task}: accuracy on test, mean and 95 % interval of {len(seeds)} seeds"]
+    head = ("method", "rate", "accuracy", "minus full", "on par", "trained", "ms/step", "file MB")
+    rows = [head]
+    for method in methods:
+        own = reported(method)
+        accuracies = [row["test_accuracy"] for row in own]
+        difference = common.paired(accuracies, reference) if reference else None
+        rows.append(
+            (
+                method,
+                own[0]["setting"].removeprefix("rate="),
+                str(common.interval(accuracies)),
+                str(difference or ""),
+                ("yes" if common.on_par(difference) else "no") if difference else "",
+                f"{own[0]['trained_parameters']:,}",
+                f"{1e3 * np.median([row['seconds_per_step'] for row in own]):.2f}",
+                f"{own[0]['file_bytes'] / 1e6:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out += ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    main()
