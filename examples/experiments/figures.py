@@ -22,7 +22,7 @@ _THEMES = {
 }
 # Legible on both grounds.
 _FAMILIES = {
-    "LoRA and variants": (
+    "LoRA (large) and variants": (
         "#2f81f7",
         "o",
         ("LoRA", "LoRA + prefix", "rsLoRA", "DoRA", "PiSSA", "LoRA+", "OLoRA", "EVA"),
@@ -32,12 +32,13 @@ _FAMILIES = {
     "BitFit": ("#bf5af2", "D", ("BitFit",)),
     "full fine-tuning, head only": ("#8b949e", "X", (REFERENCE, "head only")),
 }
+_NAMED = {REFERENCE: "full", "head only": "head only", "prefix embedding": "embedding"}
 _NAMES = {"movie": "movie reviews", "amazon": "Amazon reviews", "topics": "WordNet topics"}
 
 
 def quality(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:
     """Draw accuracy against trained parameters, and differences to full fine-tuning."""
-    _in_both(out / "quality", lambda theme: _quality(rows, seeds, theme))
+    _in_both(out / "quality", lambda _: _quality(rows, seeds))
     if _reported(rows, rows[0]["task"], REFERENCE, seeds):
         _in_both(out / "quality_difference", lambda theme: _differences(rows, seeds, theme))
 
@@ -100,7 +101,7 @@ def _test(rows: Sequence[Row], task: str, method: str, seeds: Sequence[int]) -> 
     return [row["test_accuracy"] for row in _reported(rows, task, method, seeds)]
 
 
-def _quality(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) -> Any:
+def _quality(rows: Sequence[Row], seeds: Sequence[int]) -> Any:
     tasks = _tasks(rows)
     size = (1.5 + 3.6 * len(tasks), 4.3)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
@@ -111,19 +112,17 @@ def _quality(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]
                 own = _reported(rows, task, method, seeds)
                 mean, half = interval(_test(rows, task, method, seeds))
                 # Variants of LoRA have nearly the same size: they are drawn side by side.
-                spread = 1.25 ** (k - (len(drawn) - 1) / 2) if family.startswith("LoRA") else 1
-                ax.errorbar(
-                    own[0]["trained_parameters"] * spread,
-                    mean,
-                    half,
-                    color=color,
-                    marker=marker,
-                    markersize=9 if method == "LoRA" else 6,
-                    elinewidth=1.2,
-                    capsize=2,
-                    linestyle="",
-                    label=family if k == 0 else None,
-                )
+                spread = 1.12 ** (k - (len(drawn) - 1) / 2) if "LoRA" in family else 1
+                at = own[0]["trained_parameters"] * spread
+                style = {"color": color, "marker": marker, "elinewidth": 1.2, "capsize": 2}
+                style["markersize"] = 9 if method == "LoRA" else 6
+                label = None if k else family
+                ax.errorbar(at, mean, half, linestyle="", label=label, **style)
+                if method in _NAMED:
+                    side = -1 if method == REFERENCE else 1
+                    style = {"va": "center", "fontsize": 8.5, "textcoords": "offset points"}
+                    style |= {"ha": "right" if side < 0 else "left", "xytext": (9 * side, 0)}
+                    ax.annotate(_NAMED[method], (at, mean), **style)
         ax.set(xscale="log", xlabel="trained parameters", title=_NAMES.get(task, task))
         ax.margins(x=0.12)
     axes[0][0].set_ylabel(f"test accuracy, 95 % interval of {len(seeds)} seeds")
@@ -132,7 +131,6 @@ def _quality(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]
         loc="outside lower center",
         ncols=5 if len(tasks) > 1 else 2,
     )
-    del theme
     return figure
 
 
@@ -141,12 +139,12 @@ def _differences(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, 
     colors = {m: color for color, _, each in _FAMILIES.values() for m in each}
     size = (2.0 + 2.7 * len(tasks), 1.6 + 0.27 * len(methods))
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=size, layout="constrained", sharey=True, squeeze=False
+        1, len(tasks), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     for ax, task in zip(axes[0], tasks, strict=True):
         reference = _test(rows, task, REFERENCE, seeds)
         ax.axvline(0, color=theme["ink"], linewidth=1)
-        ax.axvspan(-0.01, 0.01, color=theme["faint"], alpha=0.5, linewidth=0)
+        ax.axvspan(-1, 1, color=theme["faint"], alpha=0.6, linewidth=0)
         for y, method in enumerate(methods):
             mean, half = paired(_test(rows, task, method, seeds), reference)
             style = {"marker": "o", "markersize": 5, "capsize": 2, "elinewidth": 1.4}
@@ -155,7 +153,8 @@ def _differences(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, 
     axes[0][0].set_yticks(range(len(methods)), methods)
     axes[0][0].invert_yaxis()
     figure.suptitle(
-        f"Test accuracy minus that of full fine-tuning, 95 % interval of {len(seeds)} pairs",
+        f"Test accuracy minus that of full fine-tuning, 95 % interval of {len(seeds)} pairs of "
+        "seeds; gray: one point",
         fontsize=11,
     )
     return figure
@@ -173,7 +172,12 @@ def _cell(name: str) -> tuple[str, int] | None:
 def _ranks(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) -> Any:
     tasks = [t for t in _tasks(rows) if any(_cell(r["method"]) for r in rows if r["task"] == t)]
     figure, axes = plt.subplots(
-        len(tasks), 2, figsize=(8.6, 0.6 + 3.2 * len(tasks)), layout="constrained", squeeze=False
+        len(tasks),
+        2,
+        figsize=(8.6, 1.0 + 3.2 * len(tasks)),
+        layout="constrained",
+        squeeze=False,
+        sharey="row",
     )
     cells = dict.fromkeys(row["method"] for row in rows if _cell(row["method"]))
     by_weights: dict[str, list[int]] = {}
@@ -198,7 +202,6 @@ def _ranks(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) 
         left.set_xticks(ticks, [str(rank) for rank in ticks])
         left.xaxis.set_minor_formatter(NullFormatter())
         left.set(xlabel="rank", ylabel="test accuracy", title=_NAMES.get(task, task))
-        left.legend(title="weights")
         budget = [(w, 8 // len(w.split(","))) for w in by_weights]
         budget = [(w, rank) for w, rank in budget if rank in by_weights[w]]
         for x, (weights, rank) in enumerate(budget):
@@ -207,6 +210,8 @@ def _ranks(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) 
             right.errorbar(x, mean, half, color=color, marker="o", capsize=2)
         right.set_xticks(range(len(budget)), [f"{w}\nr={rank}" for w, rank in budget])
         right.set(title="the same number of parameters", xlim=(-0.6, len(budget) - 0.4))
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=3, title="adapted weights")
     figure.suptitle(f"95 % interval of {len(seeds)} seeds", fontsize=10)
     return figure
 
@@ -214,6 +219,8 @@ def _ranks(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) 
 def _maps(rows: Sequence[Row], theme: Mapping[str, str]) -> Any:
     kinds = {"alpha=": "alpha, rank 8", "alpha/r r=": "rank", "alpha/sqrt(r) r=": "rank"}
     titles = ("alpha and learning rate", "scale alpha / r", "scale alpha / sqrt(r)")
+    every = [r["validation_accuracy"] for r in rows if r["method"].startswith("alpha")]
+    limits = {"vmin": np.nanmin(every), "vmax": np.nanmax(every)}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
     for ax, (kind, label), title in zip(axes, kinds.items(), titles, strict=True):
         scores: dict[tuple[float, float], list[float]] = {}
@@ -224,7 +231,7 @@ def _maps(rows: Sequence[Row], theme: Mapping[str, str]) -> Any:
                 scores.setdefault((value, rate), []).append(row["validation_accuracy"])
         values, rates = (sorted({key[i] for key in scores}) for i in (0, 1))
         grid = np.array([[np.mean(scores[v, rate]) for rate in rates] for v in values])
-        image = ax.imshow(grid, cmap=theme["map"], aspect="auto", origin="lower")
+        image = ax.imshow(grid, cmap=theme["map"], aspect="auto", origin="lower", **limits)
         ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates], rotation=35, ha="right")
         ax.set_yticks(range(len(values)), [f"{v:g}" for v in values])
         ax.grid(visible=False)

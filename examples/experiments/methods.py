@@ -7,7 +7,7 @@ that read them. So all methods train as stacks by one program.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import bert
@@ -68,6 +68,13 @@ class Setup:
         """Return the logits of the model."""
         return self.model.apply({"params": params}, ids, mask)
 
+    @cached_property
+    def moments(self) -> dict[str, jax.Array]:
+        """The second moments of what query and value read in 256 sentences."""
+        plain = lora_jax.lorafy(self.params, RANK, full=HEAD)
+        rows = {name: self.task.train[name][:256] for name in ("ids", "mask")}
+        return jax.jit(partial(lora_jax.init.input_moments, self.fn))(plain, **rows)
+
     def intercepted(self, interceptor: Callable[..., Any]) -> Callable[..., jax.Array]:
         """Return ``fn`` with ``interceptor(new, next_fun, args, module)`` around its modules."""
 
@@ -111,10 +118,7 @@ def fully(setup: Setup, key: jax.Array, *, leaves: str) -> Built:
 
 def eva(setup: Setup, key: jax.Array) -> Built:
     """Start LoRA from the principal inputs of the weights on 256 sentences of the task."""
-    plain = lora_jax.lorafy(setup.params, RANK, alpha=ALPHA, full=HEAD)
-    rows = {name: setup.task.train[name][:256] for name in ("ids", "mask")}
-    moments = jax.jit(partial(lora_jax.init.input_moments, setup.fn))(plain, **rows)
-    return lora(setup, key, init=lora_jax.init.eva(moments))
+    return lora(setup, key, init=lora_jax.init.eva(setup.moments))
 
 
 def bottleneck(setup: Setup, key: jax.Array) -> Built:
@@ -143,7 +147,8 @@ def bottleneck(setup: Setup, key: jax.Array) -> Built:
         own = new[f"{module.parent.name}_{module.name}"]
         return y + nn.gelu(y @ own["down"] + own["down_bias"]) @ own["up"] + own["up_bias"]
 
-    return _with_new(setup, new, interceptor, full=["encoder/layer_.*_norm/.*"])
+    norms = "encoder/layer_.*_norm/.*"
+    return _with_new(setup, new, interceptor, full=[norms], targets=[])
 
 
 def prefix(setup: Setup, key: jax.Array, *, layers: bool, rank: int = 0) -> Built:
@@ -197,7 +202,6 @@ def _with_new(
     full: list[str] | None = None,
     **settings: Any,
 ) -> Built:
-    settings = {"targets": []} | settings
     full = ["new/.*", HEAD, *(full or [])]
     lora_params = lora_jax.lorafy({**setup.params, "new": new}, full=full, **settings)
     return Built(setup.intercepted(interceptor), lora_params, optimizer(setup.steps))

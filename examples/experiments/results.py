@@ -42,7 +42,7 @@ class Results:
     Args:
         path: the CSV file. An existing one is continued.
         settings: the settings that every row shares.
-        inputs: the digest of weights and data.
+        inputs: the digests of the model and of each task; tasks may be added later. Or a text.
         columns: the columns beside the keys.
 
     Raises:
@@ -54,7 +54,7 @@ class Results:
         self,
         path: Path,
         settings: Mapping[str, Any],
-        inputs: str,
+        inputs: Mapping[str, str] | str,
         columns: Sequence[str] = _MEASURED,
     ) -> None:
         self.path, self.columns = path, (*KEYS, *columns)
@@ -63,7 +63,8 @@ class Results:
         sidecar = path.with_suffix(".json")
         commands = []
         if path.exists() or sidecar.exists():
-            commands = self._check(sidecar, shared)
+            commands, more = self._check(sidecar, shared)
+            shared["inputs"] = more | shared["inputs"]
         path.parent.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python", *map(_short, sys.argv)])
         commands = [*commands, *([command] if command not in commands else [])]
@@ -75,12 +76,15 @@ class Results:
         else:
             self._write(",".join(self.columns) + "\n")
 
-    def _check(self, sidecar: Path, shared: Mapping[str, Any]) -> list[str]:
-        """Return the commands so far; raise if the rows are not of this code and settings."""
+    def _check(self, sidecar: Path, shared: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+        """Return commands and inputs so far; raise if the rows do not fit to this run."""
         remedy = f"Pass another --out, or remove {self.path.name} and {sidecar.name}"
         try:
             found = json.loads(sidecar.read_text("utf-8"))
-            commands = found.pop("commands")
+            commands, inputs = found.pop("commands"), found["inputs"]
+            known = {name: x for name, x in inputs.items() if name in shared["inputs"]}
+            added = {name: x for name, x in shared["inputs"].items() if name not in inputs}
+            found["inputs"] = known | added
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{self.path}: without a {sidecar.name} of this experiment it cannot be continued "
@@ -92,7 +96,7 @@ class Results:
                     f"{self.path}: its rows have {name} {found.get(name)}, and this run has "
                     f"{shared.get(name)}: they do not mix. {remedy}"
                 )
-        return commands
+        return commands, inputs
 
     def _read(self) -> None:
         text = self.path.read_text("utf-8")
@@ -153,12 +157,12 @@ class Results:
         self._rows |= {_key(row): row for row in rows}
 
 
-def identity(settings: Mapping[str, Any], inputs: str) -> dict[str, Any]:
+def identity(settings: Mapping[str, Any], inputs: Mapping[str, str] | str) -> dict[str, Any]:
     """Return what all rows of one file share."""
     device = jax.devices()[0]
     return {
         "settings": dict(settings),
-        "inputs": inputs,
+        "inputs": {"all": inputs} if isinstance(inputs, str) else dict(inputs),
         "rounding": ROUNDING,
         "precision": str(jax.config.jax_default_matmul_precision or "default of the device"),
         "code": code_digest(),

@@ -48,13 +48,13 @@ class Inputs:
         encoder: the Flax module.
         params: its parameters: float32 arrays of float16 values, of NumPy.
         tasks: the tasks.
-        digest: a digest of all numbers, the same whether they were downloaded or packed.
+        digest: a digest of the model and of each task, the same if downloaded or packed.
     """
 
     encoder: bert.Encoder
     params: dict[str, Any]
     tasks: dict[str, Task]
-    digest: str
+    digest: dict[str, str]
 
 
 def load(names: Iterable[str], packed: Path | None = None, wordnet: Path | None = None) -> Inputs:
@@ -84,7 +84,9 @@ def load(names: Iterable[str], packed: Path | None = None, wordnet: Path | None 
     flat = {k.removeprefix("model/"): v for k, v in arrays.items() if k.startswith("model/")}
     params = unflatten_dict({k: v.astype(np.float32) for k, v in flat.items()}, sep="/")
     tasks = {name: _task(name, arrays) for name in names}
-    return Inputs(encoder, params, tasks, _digest(arrays))
+    parts = {name: f"{name}/" for name in ["model", *names]}
+    digest = {name: _digest(arrays, prefix) for name, prefix in parts.items()}
+    return Inputs(encoder, params, tasks, digest)
 
 
 def pack(path: Path, wordnet: Path | None = None) -> int:
@@ -140,7 +142,7 @@ def _read_pack(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"--packed {path}: no such file; {remedy}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if _is_used(k, names)}
     except (ValueError, OSError, EOFError, KeyError) as error:
         raise ValueError(f"--packed {path}: not a pack ({error}); {remedy}") from error
@@ -164,9 +166,9 @@ def _task(name: str, arrays: Mapping[str, np.ndarray]) -> Task:
     return Task(name, int(arrays[f"{name}/classes"]), **splits)
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Mapping[str, np.ndarray], prefix: str) -> str:
     digest = hashlib.sha256()
-    for name, x in sorted(arrays.items()):
+    for name, x in sorted((k, x) for k, x in arrays.items() if k.startswith(prefix)):
         digest.update(f"{name} {x.dtype} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
