@@ -15,8 +15,9 @@ import figures
 import numpy as np
 import tasks
 from common import CHOICE_SEEDS, SEEDS, Results
+from grids import best_rate, train_missing
 from methods import METHODS, Setup
-from stacks import Member, Size, Trainer, best_rate, together, train_missing
+from stacks import Member, Size, Trainer, together
 
 NAMES = ("movie", "amazon", "topics")
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -69,6 +70,9 @@ def run(
     names, methods = chosen
     setups = {name: Setup.of(inputs, size.task(inputs.tasks[name]), size.steps) for name in names}
     for name in names:
+        for method in methods:  # compile all while the first train
+            if is_missing(results, name, method, rates, seeds, choice):
+                trainer.prepare(method, setups[name], METHODS[method])
         for method in methods:
             every = members(method, rates, choice)
             train_missing(results, trainer, setups[name], every, name=method, test=False)
@@ -78,6 +82,21 @@ def run(
             rate = best_rate(results, name, method, choice)
             every = members(method, [rate], seeds)
             train_missing(results, trainer, setups[name], every, name=method, test=True)
+
+
+def is_missing(
+    results: Results,
+    task: str,
+    method: str,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    choice: Sequence[int],
+) -> bool:
+    """Return whether a method still has something to train on a task."""
+    if results.missing((task, *key) for key in members(method, rates, choice)):
+        return True
+    reported = members(method, [best_rate(results, task, method, choice)], seeds)
+    return bool(results.missing((task, *key) for key in reported))
 
 
 def members(

@@ -1,18 +1,18 @@
 """Train many members at once: one program for every setting and seed of a method."""
 
-import math
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from methods import Build, Built, Setup, trained_parameters
-from results import KEYS, Results
 from sweeping import make_stack_step, with_rate
 from tasks import Task, cut
 from training import Tokens, accuracy, batches, make_step, nbytes
@@ -69,6 +69,24 @@ class Member:
     build: Build
 
 
+class Started(NamedTuple):
+    """A stack before its first step.
+
+    Attributes:
+        apply: the function of one member.
+        tx: the optimizer of one member.
+        adapters: the members, apart.
+        args: ``(trainable, opt_state, frozen, batch)`` of the stack's first step.
+        orders: the rows of each step's batch, for every member.
+    """
+
+    apply: Callable[..., jax.Array]
+    tx: Any
+    adapters: list[lora_jax.LoraParams]
+    args: tuple[Any, ...]
+    orders: list[list[np.ndarray]]
+
+
 class Trainer:
     """Train members in stacks of one width, with one compiled program per shape.
 
@@ -78,8 +96,20 @@ class Trainer:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[Any, Future[Any]] = {}
+        self._prepared: set[tuple[str, int]] = set()
         self._files: dict[Any, int] = {}
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
+
+    def prepare(self, name: str, setup: Setup, build: Build, shape: Build | None = None) -> None:
+        """Begin to compile the programs of a kind of method once, and do not wait for them."""
+        if (name, setup.task.classes) in self._prepared:
+            return
+        self._prepared.add((name, setup.task.classes))
+        started = self._start(setup, self._filled([Member(0.0, 0, build)], shape))
+        self._step(name, setup, started)
+        trainable, _, frozen, _ = started.args
+        self._predict(name, setup, started.apply, lora_jax.combine(trainable, frozen))
 
     def train(
         self,
@@ -103,61 +133,57 @@ class Trainer:
         out: list[dict[str, Any]] = []
         width = self.size.width - (shape is not None)
         for start in range(0, len(members), width):
-            chunk = list(members[start : start + width])
-            filled = [*chunk, *[chunk[-1]] * (width - len(chunk))]
-            if shape is not None:
-                filled.append(Member(chunk[-1].rate, 0, shape))
-            out += self._stack(name, setup, filled, test)[: len(chunk)]
+            chunk = members[start : start + width]
+            out += self._stack(name, setup, self._filled(chunk, shape), test)[: len(chunk)]
         return out
+
+    def _filled(self, chunk: Sequence[Member], shape: Build | None) -> list[Member]:
+        last = [Member(chunk[-1].rate, 0, shape)] if shape is not None else []
+        return [*chunk, *[chunk[-1]] * (self.size.width - len(chunk) - len(last)), *last]
+
+    def _start(self, setup: Setup, members: Sequence[Member]) -> Started:
+        built = _build(setup, members)
+        adapters = [each.lora_params for each in built]
+        trainable, frozen = lora_jax.split(lora_jax.many.stack(adapters))
+        tx = built[0].tx
+        opt_state = with_rate(jax.vmap(tx.init)(trainable), [member.rate for member in members])
+        n, size = len(setup.task.train["labels"]), self.size
+        orders = [list(batches(n, size.batch_size, size.steps, m.seed)) for m in members]
+        args = (trainable, opt_state, frozen, _batch(setup, orders, 0))
+        return Started(lora_jax.lora(built[0].fn), tx, adapters, args, orders)
 
     def _stack(
         self, name: str, setup: Setup, members: Sequence[Member], test: bool
     ) -> list[dict[str, Any]]:
-        built = _build(setup, members)
-        adapters = [each.lora_params for each in built]
-        apply = lora_jax.lora(built[0].fn)
-        trainable, frozen = lora_jax.split(lora_jax.many.stack(adapters))
-        opt_state = with_rate(
-            jax.vmap(built[0].tx.init)(trainable), [member.rate for member in members]
-        )
-        data, size = setup.task.train, self.size
-        orders = [
-            list(batches(len(data["labels"]), size.batch_size, size.steps, m.seed)) for m in members
-        ]
-
-        def batch(k: int) -> dict[str, np.ndarray]:
-            rows = np.stack([order[k] for order in orders])  # [members, batch]
-            return {column: x[rows] for column, x in data.items()}
-
-        args = (trainable, opt_state, frozen, batch(0))
-        step = self._program(
-            (name, setup.task.classes),
-            lambda: make_stack_step(make_step(apply, built[0].tx), size.together),
-            args,
-        )
+        started, size = self._start(setup, members), self.size
+        step = self._step(name, setup, started).result()
+        trainable, opt_state, frozen, _ = started.args
         costs: dict[str, Any] = {
-            "peak_bytes": _peak(step, args, size),
+            "peak_bytes": _peak(step, started.args, size),
             "optimizer_bytes": nbytes(opt_state) // size.width,
         }
-        warm, start = min(3, size.steps - 1), 0.0
+        warm, begin = min(3, size.steps - 1), 0.0
         for k in range(size.steps):
             if k == warm:
                 jax.block_until_ready(trainable)
-                start = time.perf_counter()
-            trainable, opt_state, _ = step(trainable, opt_state, frozen, batch(k))
+                begin = time.perf_counter()
+            batch = _batch(setup, started.orders, k)
+            trainable, opt_state, _ = step(trainable, opt_state, frozen, batch)
         jax.block_until_ready(trainable)
-        costs["seconds_per_step"] = (time.perf_counter() - start) / (size.steps - warm) / size.width
+        costs["seconds_per_step"] = (time.perf_counter() - begin) / (size.steps - warm) / size.width
         stacked = lora_jax.combine(trainable, frozen)
-        scores = [self._accuracies(name, setup, apply, stacked, setup.task.validation)]
-        if test:
-            scores += [self._accuracies(name, setup, apply, stacked, setup.task.test)]
-        else:
-            scores += [[None] * size.width]
+        predict = self._predict(name, setup, started.apply, stacked).result()
+        scores = [_accuracies(predict, stacked, setup.task.validation)]
+        scores += [
+            _accuracies(predict, stacked, setup.task.test) if test else [None] * len(members)
+        ]
         return [
             self._sizes(member, each, setup)
             | costs
             | {"validation_accuracy": validated, "test_accuracy": tested}
-            for member, each, validated, tested in zip(members, adapters, *scores, strict=True)
+            for member, each, validated, tested in zip(
+                members, started.adapters, *scores, strict=True
+            )
         ]
 
     def _sizes(
@@ -172,44 +198,60 @@ class Trainer:
             "file_bytes": self._files[key],
         }
 
-    def _program(self, key: Any, make: Callable[[], Any], args: Any) -> Any:
-        """Compile a program once per key and shapes of its arguments."""
-        leaves, tree = jax.tree.flatten(args)
-        key = (key, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
-        if key not in self._programs:
-            self._programs[key] = make().lower(*args).compile()
-        return self._programs[key]
+    def _step(self, name: str, setup: Setup, started: Started) -> "Future[Any]":
+        def make():
+            return make_stack_step(make_step(started.apply, started.tx), self.size.together)
 
-    def _accuracies(
-        self,
-        name: str,
-        setup: Setup,
-        apply: Callable[..., jax.Array],
-        stacked: lora_jax.LoraParams,
-        tokens: Tokens,
-    ) -> list[float]:
-        """Return every member's accuracy; NaN if its logits are not finite."""
+        return self._program((name, setup.task.classes), make, started.args)
 
+    def _predict(
+        self, name: str, setup: Setup, apply: Callable[..., Any], stacked: lora_jax.LoraParams
+    ) -> "Future[Any]":
         def predict(stacked, ids, mask):
             def one(adapter):
                 return apply(lora_jax.LoraParams(stacked.base, adapter), ids, mask)
 
             return jax.lax.map(one, stacked.adapter, batch_size=self.size.together)
 
-        n, logits = len(tokens["ids"]), []
-        for start in range(0, n, 100):
-            rows = np.arange(start, start + 100) % n  # pad the last batch with the first rows
-            args = (stacked, tokens["ids"][rows], tokens["mask"][rows])
-            program = self._program(
-                (name, setup.task.classes, "predict"), lambda: jax.jit(predict), args
-            )
-            logits.append(program(*args))
-        each = np.concatenate([np.asarray(x) for x in logits], 1)[:, :n]  # [members, n, classes]
-        finite = np.isfinite(each).all((1, 2))
-        return [
-            round(accuracy(one, tokens["labels"]), 6) if fine else float("nan")
-            for one, fine in zip(each, finite, strict=True)
-        ]
+        key = (name, setup.task.classes, "predict")
+        rows = _rows(setup.task.test, 0)
+        args = (stacked, setup.task.test["ids"][rows], setup.task.test["mask"][rows])
+        return self._program(key, lambda: jax.jit(predict), args)
+
+    def _program(self, key: Any, make: Callable[[], Any], args: Any) -> "Future[Any]":
+        """Compile a program once per key and shapes of its arguments, in another thread."""
+        leaves, tree = jax.tree.flatten(args)
+        key = (key, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+        if key not in self._programs:
+            self._programs[key] = self._pool.submit(make().lower(*args).compile)
+        return self._programs[key]
+
+
+def _batch(setup: Setup, orders: Sequence[Sequence[np.ndarray]], k: int) -> dict[str, np.ndarray]:
+    """Return the batch of a step: ``[members, batch, ...]``."""
+    rows = np.stack([order[k] for order in orders])  # [members, batch]
+    return {column: x[rows] for column, x in setup.task.train.items()}
+
+
+def _rows(tokens: Tokens, start: int) -> np.ndarray:
+    """Return a hundred rows; the first ones follow the last."""
+    return np.arange(start, start + 100) % len(tokens["ids"])
+
+
+def _accuracies(
+    predict: Callable[..., jax.Array], stacked: lora_jax.LoraParams, tokens: Tokens
+) -> list[float]:
+    """Return every member's accuracy; NaN if its logits are not finite."""
+    n, logits = len(tokens["ids"]), []
+    for start in range(0, n, 100):
+        rows = _rows(tokens, start)
+        logits.append(np.asarray(predict(stacked, tokens["ids"][rows], tokens["mask"][rows])))
+    each = np.concatenate(logits, 1)[:, :n]  # [members, n, classes]
+    finite = np.isfinite(each).all((1, 2))
+    return [
+        round(accuracy(one, tokens["labels"]), 6) if fine else float("nan")
+        for one, fine in zip(each, finite, strict=True)
+    ]
 
 
 def _build(setup: Setup, members: Sequence[Member]) -> list[Built]:
@@ -222,7 +264,7 @@ def _build(setup: Setup, members: Sequence[Member]) -> list[Built]:
     built = [made[member.build, member.seed] for member in members]
     base = built[0].lora_params.base
     for each, member in zip(built, members, strict=True):
-        if not _same(base, each.lora_params.base):
+        if not _close(base, each.lora_params.base):
             raise ValueError(
                 f"the base of seed {member.seed} differs from the first: its initializer takes "
                 "something random out of the weights; train these members in different stacks"
@@ -233,11 +275,11 @@ def _build(setup: Setup, members: Sequence[Member]) -> list[Built]:
     ]
 
 
-def _same(base: Any, other: Any) -> bool:
-    """Compare all leaves but new parameters, which train in full and differ by seed."""
+def _close(base: Any, other: Any) -> bool:
+    """Compare all leaves up to rounding but new parameters, which train in full."""
     one, two = ({k: v for k, v in tree.items() if k != "new"} for tree in (base, other))
     return all(
-        x is y or bool(jnp.array_equal(x, y))
+        x is y or bool(jnp.allclose(x, y, rtol=0, atol=1e-5 * float(jnp.abs(x).max())))
         for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
     )
 
@@ -266,59 +308,3 @@ def file_bytes(lora_params: lora_jax.LoraParams) -> int:
 def together(width: int) -> int:
     """Return how many members to compute at a time: all on an accelerator, one on a CPU."""
     return 1 if jax.devices()[0].platform == "cpu" else width
-
-
-def train_missing(
-    results: Results,
-    trainer: Trainer,
-    setup: Setup,
-    runs: Mapping[tuple[str, str, int], Member],
-    *,
-    name: str,
-    test: bool,
-    shape: Build | None = None,
-) -> None:
-    """Train those members that have no row yet, and write their rows.
-
-    Args:
-        results: the rows.
-        trainer: trains.
-        setup: the base and the task.
-        runs: members by method, setting and seed.
-        name: of the kind of method, as for :meth:`Trainer.train`.
-        test: whether to test.
-        shape: as for :meth:`Trainer.train`.
-    """
-    keys = {(setup.task.name, *key): member for key, member in runs.items()}
-    missing = results.missing(keys)
-    at_once = trainer.size.width - (shape is not None)
-    for start in range(0, len(missing), at_once):
-        chunk, begin = missing[start : start + at_once], time.perf_counter()
-        members = [keys[key] for key in chunk]
-        rows = trainer.train(name, setup, members, test=test, shape=shape)
-        results.append(
-            dict(zip(KEYS, key, strict=True)) | {c: row[c] for c in results.columns if c in row}
-            for key, row in zip(chunk, rows, strict=True)
-        )
-        print(
-            f"{setup.task.name}, {name}: {len(chunk)} {'tested' if test else 'to choose from'}, "
-            f"{time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
-
-
-def best_rate(results: Results, task: str, method: str, choice: Sequence[int]) -> float:
-    """Return the rate with the highest mean accuracy on validation; the smaller of equal ones.
-
-    A rate at which a seed diverged is not chosen.
-    """
-    scores: dict[float, list[float]] = {}
-    for row in results.get(task=task, method=method):
-        if row["seed"] in choice:
-            rate = float(row["setting"].removeprefix("rate="))
-            scores.setdefault(rate, []).append(row["validation_accuracy"])
-    means = {rate: float(np.mean(each)) for rate, each in scores.items()}
-    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
-    if not finite:
-        raise ValueError(f"{task}, {method}: every rate of {sorted(scores)} has diverged")
-    return max(sorted(finite), key=finite.__getitem__)

@@ -20,8 +20,9 @@ import common
 import figures
 import tasks
 from common import CHOICE_SEEDS, SEEDS, Results
+from grids import best_rate, train_missing
 from methods import Build, Setup, lora
-from stacks import Member, Size, Trainer, best_rate, together, train_missing
+from stacks import Member, Size, Trainer, together
 
 SETS = {
     "q": ("query",),

@@ -8,6 +8,7 @@ import re
 import bert
 import common
 import data
+import grids
 import jax
 import jax.numpy as jnp
 import methods
@@ -197,7 +198,9 @@ def test_every_method_trains_what_its_name_says(name, setup):
     assert methods.trained_parameters(built.lora_params) == count
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize(
+    "name", ["bottleneck", "prefix embedding", "prefix layer", "LoRA + prefix"]
+)
 def test_every_trained_number_has_a_gradient_and_the_start_is_the_base(name, setup):
     rng = np.random.default_rng(3)
     head = jnp.asarray(rng.normal(0, 1, (16, CLASSES)), jnp.float32)  # a head of zeros hides all
@@ -325,10 +328,10 @@ def test_the_best_rate_has_not_diverged(tmp_path):
     scores = {1e-3: (0.8, 0.6), 1e-2: (0.7, 0.7), 3e-2: (0.9, math.nan), 1e-1: (0.5, 0.5)}
     rows.append(measured(rate, 100 + k, each[k]) for rate, each in scores.items() for k in (0, 1))
     rows.append([measured(1e-1, 0, 1.0)])  # a reported seed has no say
-    assert stacks.best_rate(rows, "x", "m", (100, 101)) == 1e-3  # of equal ones, the smaller
+    assert grids.best_rate(rows, "x", "m", (100, 101)) == 1e-3  # of equal ones, the smaller
     rows.append([{**measured(1e-3, 100, math.nan), "method": "n"}])
     with pytest.raises(ValueError, match=r"n: every rate of \[0.001\] has diverged"):
-        stacks.best_rate(rows, "x", "n", (100, 101))
+        grids.best_rate(rows, "x", "n", (100, 101))
 
 
 # --- packs and data ----------------------------------------------------------------------------
