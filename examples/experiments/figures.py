@@ -33,14 +33,19 @@ _FAMILIES = {
     "full fine-tuning, head only": ("#8b949e", "X", (REFERENCE, "head only")),
 }
 _NAMED = {REFERENCE: "full", "head only": "head only", "prefix embedding": "embedding"}
-_NAMES = {"movie": "movie reviews", "amazon": "Amazon reviews", "topics": "WordNet topics"}
+_NAMES = {
+    "movie": "movie reviews",
+    "amazon": "Amazon reviews",
+    "topics": "WordNet topics",
+    "digits": "digits",
+}
 
 
-def quality(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:
+def quality(rows: Sequence[Row], stem: Path, seeds: Sequence[int]) -> None:
     """Draw accuracy against trained parameters, and differences to full fine-tuning."""
-    _in_both(out / "quality", lambda _: _quality(rows, seeds))
+    _in_both(stem, lambda _: _quality(rows, seeds))
     if _reported(rows, rows[0]["task"], REFERENCE, seeds):
-        _in_both(out / "quality_difference", lambda theme: _differences(rows, seeds, theme))
+        _in_both(Path(f"{stem}_difference"), lambda theme: _differences(rows, seeds, theme))
 
 
 def ranks(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:

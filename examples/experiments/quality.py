@@ -8,7 +8,7 @@ these. All rates and seeds of a method train at once, as a stack.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import common
 import figures
@@ -41,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = tasks.load(names, args.packed, args.wordnet)
         settings = {"size": vars(size), "rates": rates, "seeds": seeds, "choice": choice}
         results = Results(args.out / "quality.csv", settings, inputs.digest)
-        run(results, inputs, (names, methods), size, rates, seeds, choice)
+        setups = {
+            name: Setup.of(inputs, size.task(inputs.tasks[name]), size.steps) for name in names
+        }
+        run(results, setups, methods, size, rates, seeds, choice)
         for name in names:
             print(table(results, name, methods, seeds))
-        figures.quality(results.rows, args.out, seeds)
+        figures.quality(results.rows, args.out / "quality", seeds)
         print(f"{time.perf_counter() - begin:.0f} s; wrote {results.path} and figures beside it")
         if args.quick:
             print("--quick: too few steps for these accuracies to mean anything")
@@ -58,8 +61,8 @@ def full_size() -> Size:
 
 def run(
     results: Results,
-    inputs: tasks.Inputs,
-    chosen: tuple[Sequence[str], Sequence[str]],
+    setups: Mapping[str, Setup],
+    methods: Sequence[str],
     size: Size,
     rates: Sequence[float],
     seeds: Sequence[int],
@@ -67,9 +70,7 @@ def run(
 ) -> None:
     """Choose every method's rate; then train and test it with the reported seeds."""
     trainer = Trainer(size)
-    names, methods = chosen
-    setups = {name: Setup.of(inputs, size.task(inputs.tasks[name]), size.steps) for name in names}
-    for name in names:
+    for name in setups:
         for method in methods:  # compile all while the first train
             if is_missing(results, name, method, rates, seeds, choice):
                 trainer.prepare(method, setups[name], METHODS[method])
@@ -77,7 +78,7 @@ def run(
             every = members(method, rates, choice)
             train_missing(results, trainer, setups[name], every, name=method, test=False)
     # All choices are made; the labels of the test sentences are first used below.
-    for name in names:
+    for name in setups:
         for method in methods:
             rate = best_rate(results, name, method, choice)
             every = members(method, [rate], seeds)

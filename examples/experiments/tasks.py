@@ -7,7 +7,7 @@ GPU that gets them in a file of half the size use the same numbers.
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,19 @@ import data
 from results import ROUNDING, written_file
 from training import Tokens
 
-__all__ = ["LENGTH", "ROUNDING", "TASKS", "Inputs", "Task", "cut", "load", "pack"]
+__all__ = [
+    "LENGTH",
+    "ROUNDING",
+    "TASKS",
+    "Inputs",
+    "Task",
+    "cut",
+    "inputs_of",
+    "load",
+    "pack",
+    "read",
+    "write",
+]
 
 
 LENGTH = 48  # tokens per sentence
@@ -51,7 +63,7 @@ class Inputs:
         digest: a digest of the model and of each task, the same if downloaded or packed.
     """
 
-    encoder: bert.Encoder
+    encoder: Any
     params: dict[str, Any]
     tasks: dict[str, Task]
     digest: dict[str, str]
@@ -72,26 +84,40 @@ def load(names: Iterable[str], packed: Path | None = None, wordnet: Path | None 
     names = list(names)
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"task {unknown[0]!r}: expected one of {', '.join(TASKS)}")
-    if packed:
-        arrays = _read_pack(packed, names)
-    else:
-        try:
-            arrays = _download(names, wordnet)
-        except OSError as error:
-            remedy = "or pass --packed FILE, which examples/experiments/pack.py wrote elsewhere"
-            raise type(error)(f"{error}; {remedy}") from error
+    arrays = read(names, packed, lambda: _download(names, wordnet))
     encoder = bert.Encoder(**json.loads(arrays["config"].tobytes()))
+    return inputs_of(encoder, arrays, names)
+
+
+def read(
+    names: Sequence[str], packed: Path | None, download: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return arrays by name from a pack, or else from the packages."""
+    if packed:
+        return _read_pack(packed, names)
+    try:
+        return download()
+    except OSError as error:
+        remedy = "or pass --packed FILE, which examples/experiments/pack.py wrote elsewhere"
+        raise type(error)(f"{error}; {remedy}") from error
+
+
+def inputs_of(encoder: Any, arrays: Mapping[str, np.ndarray], names: Iterable[str]) -> Inputs:
+    """Make inputs of arrays by name."""
     flat = {k.removeprefix("model/"): v for k, v in arrays.items() if k.startswith("model/")}
     params = unflatten_dict({k: v.astype(np.float32) for k, v in flat.items()}, sep="/")
     tasks = {name: _task(name, arrays) for name in names}
-    parts = {name: f"{name}/" for name in ["model", *names]}
-    digest = {name: _digest(arrays, prefix) for name, prefix in parts.items()}
+    digest = {name: _digest(arrays, f"{name}/") for name in ["model", *names]}
     return Inputs(encoder, params, tasks, digest)
 
 
 def pack(path: Path, wordnet: Path | None = None) -> int:
     """Write the encoder and all tasks to a file that :func:`load` reads; return its bytes."""
-    arrays = _download(TASKS, wordnet)
+    return write(path, _download(TASKS, wordnet))
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
+    """Write arrays to a file that :func:`read` reads; return its bytes."""
     with written_file(path) as file:
         np.savez_compressed(file, **{k: _narrow(k, v) for k, v in arrays.items()})
     return path.stat().st_size

@@ -8,6 +8,7 @@ import re
 import bert
 import common
 import data
+import dinov2
 import grids
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pack
 import pytest
 import quality
+import quality_vision
 import results
 import stacks
 import tasks
@@ -281,7 +283,8 @@ TIMES = ("seconds_per_step",)
 
 def quality_rows(path, inputs, chosen=("head only", "LoRA")):
     rows = Results(path, {}, inputs.digest)
-    quality.run(rows, inputs, (["drawn"], chosen), SIZE, (1e-2, 3e-2), (0, 1), (100,))
+    setup = methods.Setup.of(inputs, inputs.tasks["drawn"], SIZE.steps)
+    quality.run(rows, {"drawn": setup}, chosen, SIZE, (1e-2, 3e-2), (0, 1), (100,))
     return rows
 
 
@@ -391,6 +394,77 @@ def test_a_pack_gives_the_same_numbers_as_the_packages(tmp_path, monkeypatch, in
         pack.main([str(path)])
     with pytest.raises(ValueError, match="do not fit into 16 bits"):
         tasks._narrow("ids", np.array([70000], np.int32))
+
+
+def message(*fields):
+    """Encode fields of a protocol buffer: ints, or bytes."""
+
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    out = b""
+    for number, x in fields:
+        if isinstance(x, int):
+            out += varint(number << 3) + varint(x)
+        else:
+            out += varint(number << 3 | 2) + varint(len(x)) + x
+    return out
+
+
+def test_an_onnx_file_gives_tensors_and_what_products_multiply_by():
+    x = np.arange(300, dtype=np.float32).reshape(2, 150)
+
+    def tensor(name, kind, dims):
+        return message(*dims, (2, kind), (8, name), (9, x.tobytes()))
+
+    graph = message(
+        (1, message((1, b"input"), (1, b"w"), (2, b"y"), (3, b"/q/MatMul"), (4, b"MatMul"))),
+        (1, message((1, b"y"), (1, b"w"), (3, b"/q/Add"), (4, b"Add"))),
+        (5, tensor(b"w", 1, [(1, 2), (1, 150)])),
+        (5, tensor(b"packed", 1, [(1, bytes([2, 0x96, 1]))])),
+        (5, tensor(b"integers", 7, [(1, 2)])),
+    )
+    fixed = bytes([3 << 3 | 5]) + bytes(4) + bytes([4 << 3 | 1]) + bytes(8)
+    weights, products = dinov2.read_onnx(message((1, 8)) + fixed + message((7, graph)))
+    assert products == {"/q/MatMul": "w"}
+    assert [*weights] == ["w", "packed"]
+    for name in weights:
+        np.testing.assert_array_equal(weights[name], x)
+    with pytest.raises(ValueError, match="not an ONNX file: a field of kind 3"):
+        dinov2.read_onnx(b"\x0btext")
+
+
+def test_positions_are_resized_as_cubic_interpolation_does():
+    line = np.linspace(0, 1, 9, dtype=np.float32)
+    grid = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(1, 81, 2)
+    np.testing.assert_allclose(dinov2._resized(grid, 9), grid, atol=1e-6)  # the same size
+    inside = dinov2._resized(grid, 3).reshape(3, 3, 2)[1, 1]
+    np.testing.assert_allclose(inside, [0.5, 0.5], atol=1e-6)  # planes stay planes
+
+
+def test_vision_methods_train_on_digits(tmp_path):
+    rng = np.random.default_rng(0)
+    backbone = dinov2.Backbone(width=12, layers=1, heads=2)
+    n = {"train": 40, "validation": 20, "test": 20}
+    split = {
+        name: {
+            "ids": rng.integers(0, 256, (k, 28, 28)).astype(np.uint8),
+            "mask": np.ones((k, 1), bool),
+            "labels": rng.integers(0, 10, k).astype(np.int32),
+        }
+        for name, k in n.items()
+    }
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0), split["train"]["ids"])["params"]
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    task = tasks.Task("digits", 10, **split)
+    inputs = tasks.Inputs(backbone, params, {"digits": task}, {"model": "m"})
+    size = stacks.Size(3, 4, 28, None, 2, 2)
+    rows = Results(tmp_path / "a.csv", {}, inputs.digest)
+    setups = {"digits": quality_vision.setup_of(inputs, size)}
+    quality.run(rows, setups, ("BitFit", "LoRA"), size, (1e-3,), (0, 1), (100,))
+    counts = [row["trained_parameters"] for row in rows.get(seed=0)]
+    head, norms, biases = 12 * 10 + 10, 3 * 12, 12 + 4 * 12 + 48 + 12
+    assert counts == [head + norms + biases, head + 2 * 8 * 24]
 
 
 def test_without_wordnet_the_message_says_how_to_get_it(tmp_path):
