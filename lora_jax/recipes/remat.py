@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["NAMES", "candidates", "mark", "policy_of"]
+__all__ = ["NAMES", "candidates", "mark", "policy_of", "why_not_offload"]
 
 NAMES = ("none", "dots", "attention", "full", "offload")
 MARKS = {"projection", "attention", "layer"}
@@ -22,14 +22,22 @@ def mark(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def candidates(is_loop: bool) -> tuple[str, ...]:
+def candidates(device: Any, is_loop: bool) -> tuple[str, ...]:
     """Return names to try until one fits, the fastest first, for layers in a loop or without one.
 
     In a loop, ``none`` writes and reads more than ``dots`` computes again.
     """
-    return (
-        ("dots", "attention", "full", "offload") if is_loop else ("none", "dots", "full", "offload")
-    )
+    first = ("dots", "attention") if is_loop else ("none", "dots")
+    last = () if why_not_offload(device) else ("offload",)
+    return (*first, "full", *last)
+
+
+def why_not_offload(device: Any) -> str | None:
+    """Return why a program for this device cannot use the host's memory; None if it can."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" in kinds:
+        return None
+    return f"{device.device_kind} has no memory 'pinned_host', only {kinds}."
 
 
 def policy_of(name: str) -> Callable[..., Any] | None:

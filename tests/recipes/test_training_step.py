@@ -1,5 +1,7 @@
 """What the training step computes, however much of it is kept, and by whatever kernel."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +148,7 @@ def test_the_fastest_step_that_fits_is_taken(layers, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: 2**60)
     made = prepared("auto")
     names = list(made.steps)
-    assert names == list(remat.candidates(layers == "scanned"))
+    assert names == list(remat.candidates(jax.devices()[0], layers == "scanned"))
     assert len(names) <= 4
     sizes = {}
     for name in names:
@@ -178,3 +180,17 @@ def test_attention_that_cannot_be_is_refused_before_anything_is_loaded():
     args = flags.parse_args(["--layers", "unrolled", "--remat"])
     model = job.model_of(CONFIG, mesh.mesh_of("data=1", count=1), args)
     assert (model.unroll, model.remat, model.attention) == (3, "full", "auto")
+
+
+def test_a_host_without_memory_for_offload_is_told():
+    class Device:
+        device_kind = "Some device"
+
+        def addressable_memories(self):
+            return []
+
+    on = types.SimpleNamespace(devices=np.array([Device()]))
+    args = flags.parse_args(["--remat", "offload"])
+    with pytest.raises(ValueError, match=r"offload: Some device has .* Pass --remat full"):
+        job.model_of(CONFIG, on, args)
+    assert remat.candidates(Device(), is_loop=True) == ("dots", "attention", "full")

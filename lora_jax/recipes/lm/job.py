@@ -54,8 +54,11 @@ def model_of(config: Mapping[str, Any], mesh: Mesh, args: argparse.Namespace) ->
     """Return the network that a config.json describes.
 
     Raises:
-        ValueError: it is not supported, or the attention that was asked for does not fit it.
+        ValueError: it is not supported, or the attention that was asked for does not fit it, or the
+            devices' host has no memory for ``--remat offload``.
     """
+    if args.remat == "offload" and (reason := remat.why_not_offload(mesh.devices.flat[0])):
+        raise ValueError(f"--remat offload: {reason} Pass --remat full")
     changes = {"scan_layers": True, "dtype": jnp.dtype(args.dtype)}
     changes |= {
         "attention": args.attention,
@@ -159,15 +162,17 @@ def prepare(
             return compile_for_pmap(step, mesh, args.accumulate)
         return compile_for_mesh(step, mesh, State(of_adapter, of_state), args.accumulate)
 
-    built = {name: build(name) for name in kept_by(model, args)}
+    built = {name: build(name) for name in kept_by(model, mesh, args)}
     steps = {name: step for name, (step, _) in built.items()}
     _, place = next(iter(built.values()))
     return Job(plain_of(model), loss_of(model), state, frozen, places, rate, steps, place)
 
 
-def kept_by(model: llama.Llama, args: argparse.Namespace) -> tuple[str, ...]:
+def kept_by(model: llama.Llama, mesh: Mesh, args: argparse.Namespace) -> tuple[str, ...]:
     """Return the names of ``recipes.remat`` to try; ``none`` where devices tell no memory."""
     if args.remat != "auto":
         return (args.remat,)
     is_loop = model.unroll < model.num_hidden_layers
-    return ("none",) if memory.limit() is None else remat.candidates(is_loop)
+    if memory.limit() is None:
+        return ("none",)
+    return remat.candidates(mesh.devices.flat[0], is_loop)
