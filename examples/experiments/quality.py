@@ -9,6 +9,7 @@ these. All rates and seeds of a method train at once, as a stack.
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import common
 import figures
@@ -130,7 +131,7 @@ def table(results: Results, task: str, methods: Sequence[str], seeds: Sequence[i
         rows.append(
             (
                 method,
-                own[0]["setting"].removeprefix("rate="),
+                _rate(own[0]) + "*" * (_rate(own[0]) in edges(results, task, method)),
                 str(common.interval(accuracies)),
                 str(difference or ""),
                 ("yes" if common.on_par(difference) else "no") if difference else "",
@@ -141,7 +142,19 @@ def table(results: Results, task: str, methods: Sequence[str], seeds: Sequence[i
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     out += ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    if any(row[1].endswith("*") for row in rows[1:]):
+        out.append("* the lowest or highest rate of the grid: a wider one might do better")
     return "\n".join(out)
+
+
+def edges(results: Results, task: str, method: str) -> set[str]:
+    """Return the lowest and the highest rate that a method tried."""
+    rates = sorted({_rate(row) for row in results.get(task=task, method=method)}, key=float)
+    return {rates[0], rates[-1]}
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return row["setting"].removeprefix("rate=")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def setup_of(inputs: tasks.Inputs, size: Size) -> Any:
 def download() -> dict[str, np.ndarray]:
     """Return all arrays by the names that they have in a pack."""
     flat = flatten_dict(dinov2.backbone_params(), sep="/")
-    arrays = {f"model/{path}": x.astype(np.float16) for path, x in sorted(flat.items())}
+    arrays = {f"model/{path}": tasks.half(path, x) for path, x in sorted(flat.items())}
     arrays["config"] = np.frombuffer(b"{}", np.uint8)
     arrays["digits/classes"] = np.array(CLASSES, np.int32)
     digits, labels = dinov2.digits()

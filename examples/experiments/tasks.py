@@ -29,6 +29,7 @@ __all__ = [
     "Inputs",
     "Task",
     "cut",
+    "half",
     "inputs_of",
     "load",
     "pack",
@@ -144,7 +145,7 @@ def _download(names: Iterable[str], wordnet: Path | None) -> dict[str, np.ndarra
     config = json.dumps({field: getattr(model.encoder, field) for field in fields}, sort_keys=True)
     arrays = {"config": np.frombuffer(config.encode(), np.uint8)}
     for path, leaf in sorted(flatten_dict(params["encoder"], sep="/").items()):
-        arrays[f"model/{path}"] = np.asarray(leaf, np.float16)
+        arrays[f"model/{path}"] = half(path, leaf)
     for name, parts in splits.items():
         arrays[f"{name}/classes"] = np.array(len(parts.labels), np.int32)
         for split in ("train", "validation", "test"):
@@ -152,6 +153,16 @@ def _download(names: Iterable[str], wordnet: Path | None) -> dict[str, np.ndarra
             columns = bert.encode(tokenizer, part.texts) | {"labels": part.labels}
             arrays |= {f"{name}/{split}/{column}": x for column, x in columns.items()}
     return arrays
+
+
+def half(name: str, x: Any) -> np.ndarray:
+    """Round weights to float16; raise if one is too large."""
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(x, np.float32).astype(np.float16)
+    if not np.isfinite(rounded).all():
+        largest = np.abs(np.asarray(x)).max()
+        raise ValueError(f"{name}: {largest} does not fit into float16, expected at most 65504")
+    return rounded
 
 
 def _narrow(name: str, x: np.ndarray) -> np.ndarray:
