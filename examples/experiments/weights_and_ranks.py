@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         size, names, seeds, choice = full_size(), NAMES, SEEDS, CHOICE_SEEDS
         rates, ranks, budget = RATES, RANKS, BUDGET
         if args.quick:
-            size, names = Size(8, 8, 16, 100, 4, together(4)), NAMES[:1]
-            seeds, choice, rates, ranks = (0, 1), (100,), (1e-3,), (1, 8)
-            budget = {name: BUDGET[name] for name in ("q", "q,k,v,o")}
+            size, names = Size(4, 8, 16, 50, 4, together(4)), NAMES[:1]
+            seeds, choice, rates, ranks = (0, 1), (100,), (1e-3,), (1, 2)
+            budget = {"q": BUDGET["q"]}
         inputs = tasks.load(names, args.packed, args.wordnet)
         settings = {"size": vars(size), "rates": rates, "seeds": seeds, "choice": choice}
         columns = ("trained_parameters", "validation_accuracy", "test_accuracy", "seconds_per_step")
