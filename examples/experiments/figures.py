@@ -142,7 +142,7 @@ def _quality(rows: Sequence[Row], seeds: Sequence[int]) -> Any:
 def _differences(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) -> Any:
     tasks, methods = _tasks(rows), [m for m in _methods(rows) if m != REFERENCE]
     colors = {m: color for color, _, each in _FAMILIES.values() for m in each}
-    size = (2.0 + 2.7 * len(tasks), 1.6 + 0.27 * len(methods))
+    size = (max(5.6, 2.0 + 2.7 * len(tasks)), 1.9 + 0.27 * len(methods))
     figure, axes = plt.subplots(
         1, len(tasks), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
@@ -154,12 +154,13 @@ def _differences(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, 
             mean, half = paired(_test(rows, task, method, seeds), reference)
             style = {"marker": "o", "markersize": 5, "capsize": 2, "elinewidth": 1.4}
             ax.errorbar(100 * mean, y, xerr=100 * half, color=colors[method], **style)
+        ax.set(ylim=(-0.6, len(methods) - 0.4))
         ax.set(xlabel="points of accuracy", title=_NAMES.get(task, task))
     axes[0][0].set_yticks(range(len(methods)), methods)
     axes[0][0].invert_yaxis()
     figure.suptitle(
-        f"Test accuracy minus that of full fine-tuning, 95 % interval of {len(seeds)} pairs of "
-        "seeds; gray: one point",
+        "Test accuracy minus that of full fine-tuning\n"
+        f"95 % interval of {len(seeds)} pairs of seeds; gray: one point",
         fontsize=11,
     )
     return figure
@@ -203,7 +204,8 @@ def _ranks(rows: Sequence[Row], seeds: Sequence[int], theme: Mapping[str, str]) 
             xs = np.array(own) * 1.06 ** (k - 1)  # side by side
             left.errorbar(xs, means, halves, label=weights, **style)
         left.set_xscale("log", base=2)
-        ticks = sorted({rank for weights in _LINES for rank in by_weights.get(weights, [])})
+        drawn = [by_weights.get(weights, []) for weights in _LINES]
+        ticks = sorted({rank for own in drawn if len(own) > 1 for rank in own})
         left.set_xticks(ticks, [str(rank) for rank in ticks])
         left.xaxis.set_minor_formatter(NullFormatter())
         left.set(xlabel="rank", ylabel="test accuracy", title=_NAMES.get(task, task))
