@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax import Adapter, Factors, LoraParams, Rows, analysis
 
 CLOSE = {"rtol": 0, "atol": tolerance(length=64)}
-EPS = 0.65
+EPS = 0.7
 PLAIN = split(1, 2, alpha=4)
 FEW = LoraParams(
     BASE, Adapter({k: PLAIN.adapter.factors[k] for k in ("transposed", "conv", "stack", "experts")})
@@ -149,7 +149,8 @@ def test_amplification_and_intruders_are_those_of_the_dense_weights(x):
 
 @pytest.mark.parametrize("scale", [0.0, 0.25])
 def test_reduced_intruders_are_a_share_of_what_they_were(scale):
-    parts, x = parts_of(FEW), FEW
+    x = LoraParams(BASE, Adapter({k: FEW.adapter.factors[k] for k in ("conv", "stack")}))
+    parts = parts_of(x)
     y = analysis.reduce_intruders(x, scale=scale, k=3, eps=EPS)
     after, grown = parts_of(y), 0
     for key, (d, w) in parts.items():
