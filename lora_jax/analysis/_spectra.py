@@ -20,7 +20,8 @@ def spectra(x: Any, *, targets: Selector = ".*") -> dict[str, jax.Array]:
 
     The update of DoRA is the merged weight less the base's, that of a full leaf its difference from
     the base: these are decomposed as matrices. For two checkpoints, pass
-    ``lora_jax.algebra.extract(before, after, energy=1.0, rest="full")``.
+    ``lora_jax.algebra.extract(before, after, energy=1.0, rest="full")``. For a stack, call the
+    function under ``jax.vmap``: the members are the first axis.
 
     Args:
         x: an Adapter; or a LoraParams, which DoRA and full leaves need.

@@ -81,7 +81,7 @@ def test_analyze_measures_dora_and_full_leaves_against_the_model(cli):
         assert score["norm"] == pytest.approx(np.sqrt(24), rel=tolerance())
     text = cli("analyze", "dora")
     assert text.endswith("DoRA and full leaves are measured against the model: pass --base\n")
-    assert "spectrum" not in text
+    assert "no overlaps: DoRA" in cli("analyze", "adapter", "--with", "dora")
     found = rows_of(cli("analyze", "more_native", "--base", "params", "--json"))
     row = found["model.embed_tokens"]
     assert (row["rank"], row["amplification"], len(row["spectrum"])) == (2, None, 2)

@@ -233,6 +233,8 @@ def _report(
         show.line("stacked weights: means over the layers, and the sum of their intruders")
     if not args.base and any(row["rank"] is None or row["dora"] for row in rows.values()):
         show.line("DoRA and full leaves are measured against the model: pass --base")
+    if args.other and any(row["rank"] and row["phi_a"] is None for row in rows.values()):
+        show.line("no overlaps: DoRA, table rows, and weights that the other does not adapt")
     options = {"base": args.base, "with": args.other}
     document = {"path": str(found.path), "format": found.format, **options}
     show.document(document | {"entries": [*rows.values()]})
