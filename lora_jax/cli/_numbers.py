@@ -5,21 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.analysis._spectra import entropy_rank
+
 _CHUNK = 2**22  # entries that are converted to float64 at a time
 
 
 def effective_rank(s: np.ndarray) -> float:
-    """Return ``exp`` of the entropy of the normalized singular values, averaged over the layers.
-
-    A zero matrix counts as 0.
-
-    References:
-        Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
-    """
-    total = s.sum(-1, keepdims=True)
-    p = s / np.where(total > 0, total, 1.0)
-    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
-    return float(np.where(total[..., 0] > 0, np.exp(entropy), 0.0).mean())
+    """Return :func:`lora_jax.analysis.effective_rank`, averaged over the layers."""
+    return float(entropy_rank(s).mean())
 
 
 def tensor_norm(x: np.ndarray) -> float | None:
