@@ -174,9 +174,10 @@ def _selected(
     """Select keys, in the order of the entries."""
     if not entries:
         return []
-    is_list = isinstance(targets, Iterable) and not isinstance(targets, str)
     chosen: set[str] = set()
-    for part in targets if is_list else [targets]:
+    is_one = isinstance(targets, str) or not isinstance(targets, Iterable)
+    parts: Any = [targets] if is_one else targets
+    for part in parts:
         is_key = isinstance(part, str) and part in entries and part not in blocked
         found = [part] if is_key else select(part, entries, blocked, f"{verb}: targets")
         chosen.update(map(str, found))
