@@ -102,7 +102,7 @@ def plot_change(found: Mapping[str, Any], ax: Any = None) -> Any:
     """Draw the relative changes of weights by layer: a line per module.
 
     The batch axis of stacked weights counts as the layers. A weight without a layer is a dashed
-    line.
+    line. Infinite changes, those of weights that were zero, are left out.
 
     Args:
         found: from :func:`change_per_layer`.
@@ -129,11 +129,11 @@ def plot_change(found: Mapping[str, Any], ax: Any = None) -> Any:
         points: list[tuple[int, float]] = []
         for key in keys:
             values, layer = np.asarray(found[key], np.float64).reshape(-1), modules[key][1]
-            if layer is None and len(values) == 1:
+            if layer is None and len(values) == 1 and np.isfinite(values[0]):
                 ax.axhline(values[0], color=styles[module]["color"], linestyle="--", label=module)
             else:
                 start = layer if len(values) == 1 and layer is not None else 0
-                points += [(start + k, value) for k, value in enumerate(values)]
+                points += [(start + k, v) for k, v in enumerate(values) if np.isfinite(v)]
         if points:
             ax.plot(*zip(*points, strict=True), label=module, **styles[module])
     ax.set(xlabel="layer", ylabel="|ΔW| / |W|, Frobenius norms (no unit)")

@@ -155,6 +155,7 @@ def _analyze(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="MODEL", help="model folder, or Orbax checkpoint of parameters")
     add("--with", dest="other", metavar="OTHER", help="another adapter of the model, for overlaps")
     add("--plot", metavar="FOLDER", help="folder to write with figures, in SVG")
+    add("--overwrite", action="store_true", help="replace figures that are there")
     add("--targets", metavar="REGEX", help="of the paths shown; else all")
 
 

@@ -27,23 +27,33 @@ from lora_jax.cli._read.path import open_adapter, open_checkpoint
 from lora_jax.cli._show import Column, Show, number
 from lora_jax.io._files import written_aside
 
+_DRAWN = {  # the functions that draw, and what they draw, by the names of the files
+    "spectra": (analysis.plot_spectra, "spectrum"),
+    "change": (analysis.plot_change, "relative"),
+    "subspaces_a": (analysis.plot_subspaces, "phi_a"),
+    "subspaces_b": (analysis.plot_subspaces, "phi_b"),
+}
+
 
 def run(args: argparse.Namespace, show: Show) -> int:
     """Run the command."""
     if args.plot:
         import_matplotlib()
-        with writing(args.plot, overwrite=False):
+        with writing(args.plot, overwrite=args.overwrite):
             pass
     found = open_adapter(args.path, order_in(args))
     other = open_adapter(args.other, order_in(args)) if args.other else None
     args.like = args.base
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with jax.enable_x64(True):
         rows = _rows(found, args, show)
         if other is not None:
             rows = _with_overlaps(rows, found, other, args, show)
+    figures = _figures(rows) if args.plot else {}
+    if figures:
+        _write(figures, args)
     _report(found, rows, args, show)
-    if args.plot:
-        _plot(rows, args, show)
+    if figures:
+        show.line(f"{args.plot}: {', '.join(f'{name}.svg' for name in figures)}")
     return 0
 
 
@@ -134,7 +144,7 @@ def _alone(key: str, f: Any, leaves: Mapping[str, Any] | None) -> Adapter | Lora
     if leaves is None:
         return adapter
     path = part_of(key, leaves).path
-    return LoraParams({path: np.asarray(leaves[path])}, adapter)
+    return LoraParams({path: np.asarray(leaves[path]).astype(np.float64)}, adapter)
 
 
 def _beside(key: str, f: Any, one: LoraParams, row: dict[str, Any]) -> dict[str, Any]:
@@ -246,26 +256,25 @@ def _mean(x: Any, form: str) -> str:
     return "-" if x is None or not np.isfinite(x).all() else number(float(np.mean(x)), form)
 
 
-def _plot(rows: dict[str, dict[str, Any]], args: argparse.Namespace, show: Show) -> None:
-    """Write the figures, in SVG with text as text."""
-    drawn = {
-        "spectra": (analysis.plot_spectra, "spectrum"),
-        "change": (analysis.plot_change, "relative"),
-        "subspaces_a": (analysis.plot_subspaces, "phi_a"),
-        "subspaces_b": (analysis.plot_subspaces, "phi_b"),
-    }
+def _figures(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Draw what there is, by the names of the files."""
     figures = {}
-    for name, (draw, field) in drawn.items():
+    for name, (draw, field) in _DRAWN.items():
         if found := {k: row[field] for k, row in rows.items() if row.get(field) is not None}:
             figures[name] = draw(found)
     if not figures:
         raise ValueError("--plot: no entry has numbers to draw: pass --base")
+    return figures
+
+
+def _write(figures: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Write the figures in SVG, with text as text."""
+    owns = [f"{name}.svg" for name in _DRAWN]
     with (
-        writing(args.plot, overwrite=False) as out,
-        written_aside(out, overwrite=False) as partial,
+        writing(args.plot, overwrite=args.overwrite) as out,
+        written_aside(out, overwrite=args.overwrite, owns=owns) as partial,
         import_matplotlib().rc_context({"svg.fonttype": "none"}),
     ):
         partial.mkdir()
         for name, figure in figures.items():
             figure.savefig(partial / f"{name}.svg")
-    show.line(f"{args.plot}: {', '.join(f'{name}.svg' for name in figures)}")
