@@ -158,7 +158,7 @@ def test_refusals_leave_no_files(refused, here, monkeypatch):
     moved = jax.tree.map(lambda x: x + 1, PARAMS)
     x = lora_jax.lorafy(moved, 2, targets=".*q_proj/kernel")
     safetensors.save("moved", x, content=True)
-    refused("analyze", "native", "--with", "moved", match="has the content .* in one and")
+    refused("analyze", "native", "--with", "moved", match="has the contents .* in one and")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused("analyze", "adapter", "--plot", "x", match=r"matplotlib, which is not installed: pip")

@@ -193,15 +193,16 @@ def _with_overlaps(
 
 
 def _check_recorded(found: AdapterFile, other: AdapterFile) -> None:
-    """Raise if two adapters have recorded bases of different contents."""
+    """Raise if two adapters have recorded bases of different shapes or contents."""
     one, two = (f.native[1]["base"] or {} if f.native else {} for f in (found, other))
-    for what in ("content", "leaves"):
-        mine, theirs = one.get(what, {}), two.get(what, {})
-        for path in mine.keys() & theirs.keys():
-            if mine[path] != theirs[path]:
+    shapes = [{p: x[1:] for p, x in base.get("leaves", {}).items()} for base in (one, two)]
+    contents = [base.get("content", {}) for base in (one, two)]
+    for what, (mine, theirs) in {"shape": shapes, "contents": contents}.items():
+        for path, known in mine.items():
+            if path in theirs and theirs[path] != known:
                 raise ValueError(
                     f"{found.path} and {other.path} are of different bases: {path!r} has the "
-                    f"{what} {mine[path]} in one and {theirs[path]} in the other"
+                    f"{what} {known} in one and {theirs[path]} in the other"
                 )
 
 
