@@ -17,9 +17,9 @@ from lora_jax._jax import replicated
 from lora_jax._merge import merge
 from lora_jax._weights.axes import matrix_of
 from lora_jax._weights.conventions import VECTORS
-from lora_jax._weights.paths import flatten
+from lora_jax._weights.paths import flatten, nearest
 from lora_jax._weights.quantized import plain_array
-from lora_jax._weights.ranges import part_of
+from lora_jax._weights.ranges import part_of, split_range
 from lora_jax._weights.selector import Selector, letters_of, select
 
 FINITE = "load an earlier step, or leave it out by targets="
@@ -174,13 +174,22 @@ def _selected(
     """Select keys, in the order of the entries."""
     if not entries:
         return []
+    paths = {key: split_range(key)[0] for key in entries}
+    by_path = {path: entries[key] for key, path in paths.items()}
     chosen: set[str] = set()
     is_one = isinstance(targets, str) or not isinstance(targets, Iterable)
     parts: Any = [targets] if is_one else targets
     for part in parts:
-        is_key = isinstance(part, str) and part in entries and part not in blocked
-        found = [part] if is_key else select(part, entries, blocked, f"{verb}: targets")
-        chosen.update(map(str, found))
+        if isinstance(part, str) and part in entries and part not in blocked:
+            chosen.add(part)
+        elif isinstance(part, str) and split_range(part)[1] is not None:
+            raise ValueError(
+                f"{verb}: targets={part!r}: the adapter has no entry for this part of a weight. "
+                f"Nearest: {nearest(part, entries)}"
+            )
+        else:
+            found = select(part, by_path, blocked, f"{verb}: targets")
+            chosen |= {key for key, path in paths.items() if path in found}
     return [key for key in entries if key in chosen]
 
 

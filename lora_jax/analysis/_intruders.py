@@ -57,7 +57,7 @@ def intruder_dimensions(
     Args:
         x: a LoraParams.
         k: how many leading vectors to look at; all ``min(in, out)`` if there are fewer.
-        eps: below which cosine a vector is an intruder, above 0 and up to 1.
+        eps: below which cosine a vector is an intruder, above 0 and below 1.
         factor: ``"b"`` compares the vectors of the outputs, which the paper calls left singular
             vectors of ``W[out, in]``; ``"a"`` those of the inputs.
         targets: which entries, as in :func:`spectra`.
@@ -166,8 +166,8 @@ def reduce_intruders(
 
 def _check(verb: str, k: Any, eps: Any, factor: str) -> None:
     check_int(k, f"{verb}: k", 1)
-    if not 0 < eps <= 1:
-        raise ValueError(f"{verb}: eps={eps}: expected a cosine, above 0 and up to 1")
+    if not 0 < eps < 1:
+        raise ValueError(f"{verb}: eps={eps}: expected a cosine, above 0 and below 1")
     if factor not in get_args(Side):
         raise ValueError(f"{verb}: factor={factor!r}: expected 'a' or 'b'")
 
@@ -191,7 +191,7 @@ def _intruders(
         w, *moved = xs
         old, new = svd(w), svd(w + (matmul(*moved) if len(moved) == 2 else moved[0]), k)
         products = matmul(new.u.mT, old.u) if factor == "a" else matmul(new.vt, old.vt.mT)
-        return new, abs(products).max(-1)
+        return new, jnp.minimum(abs(products).max(-1), 1)
 
     update = change.update and change.update.folded()
     arrays = (change.dense,) if update is None else (update.a, update.b)

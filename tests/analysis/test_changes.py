@@ -175,6 +175,18 @@ def test_a_frozen_adapter_belongs_to_the_weight():
         np.testing.assert_allclose(f(x)["dense"], f(merged)["dense"], rtol=1e-5)
 
 
+def test_parts_are_selected_by_their_keys_or_by_their_weight():
+    base = {"w": normal(0, (6, 8)), "v": normal(1, (4, 4))}
+    x = split(1, 2, base, ["w[:, 0:3]", "w[:, 4:8]", "v"], layout=None)
+    assert analysis.spectra(x, targets="w").keys() == {"w[:, 0:3]", "w[:, 4:8]"}
+    found = analysis.change_per_layer(x, targets=["v", "w[:, 4:8]"])
+    assert found.keys() == {"v", "w[:, 4:8]"}
+    expected = np.linalg.norm(dense(x)["w[:, 4:8]"]) / np.linalg.norm(base["w"][:, 4:8])
+    np.testing.assert_allclose(found["w[:, 4:8]"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"targets='w\[:, 0:2\]': the adapter has no entry for th"):
+        analysis.spectra(x, targets="w[:, 0:2]")
+
+
 def test_two_checkpoints_are_compared_by_what_is_extracted():
     base = {"q": {"kernel": normal(0, (6, 4))}, "norm": {"bias": normal(1, (4,))}}
     tuned = jax.tree.map(lambda w: array(np.asarray(w) + normal(2, w.shape)), base)
