@@ -52,10 +52,11 @@ def module_of(keys: Iterable[str]) -> dict[str, tuple[str, int | None]]:
     >>> module_of(["layers_10/q", "layers_2/q", "head/w"])
     {'layers_2/q': ('layers_*/q', 2), 'layers_10/q': ('layers_*/q', 10), 'head/w': ('head/w', None)}
     """
-    numbers = layer_numbers(keys := list(keys))
-    found: dict[str, tuple[str, int | None]] = {key: (key, None) for key in keys}
-    for key, number in numbers.items():
-        stem = number.module.rstrip("0123456789")
+    by_path = {key.replace(".", "/"): key for key in keys}  # names in PyTorch's files have dots
+    found: dict[str, tuple[str, int | None]] = {key: (key, None) for key in by_path.values()}
+    for path, number in layer_numbers(by_path).items():
+        key = by_path[path]
+        stem = key[: len(number.module)].rstrip("0123456789")
         found[key] = (f"{stem}*{key[len(number.module) :]}", number.value)
     order = list(dict.fromkeys(module for module, _ in found.values()))
     rank = {module: k for k, module in enumerate(order)}

@@ -156,7 +156,11 @@ def _analyze(parser: argparse.ArgumentParser) -> None:
     add("--with", dest="other", metavar="OTHER", help="another adapter of the model, for overlaps")
     add("--plot", metavar="FOLDER", help="folder to write with figures, in SVG")
     add("--overwrite", action="store_true", help="replace figures that are there")
-    add("--targets", metavar="REGEX", help="of the paths shown; else all, which takes a while with --base")
+    add(
+        "--targets",
+        metavar="REGEX",
+        help="of the paths shown; else all, which takes a while with --base",
+    )
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:

@@ -29,11 +29,13 @@ def test_spectra_are_lines_by_layer_in_colors_by_module():
 
 def test_changes_are_points_by_layer():
     found = CHANGE | {"stack/o": np.array([0.1, np.inf, 0.3]), "bias": np.array(np.inf)}
+    found |= {f"model.layers.{k}.v_proj": np.array(0.2) for k in (0, 10)}
     (ax,) = analysis.plot_change(found).axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert drawn["layer_*/q"] == [[0, 0], [1, 0.1], [2, 0.2]]
     assert drawn["stack/o"] == [[0, 0.1], [2, 0.3]]
     assert [y for _, y in drawn["head"]] == [0.5, 0.5]
+    assert drawn["model.layers.*.v_proj"] == [[0, 0.2], [10, 0.2]]
     assert "bias" not in drawn
 
 
