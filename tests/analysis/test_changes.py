@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax import Adapter, Factors, LoraParams, Rows, analysis
 
 CLOSE = {"rtol": 0, "atol": tolerance(length=64)}
-EPS = 0.65
+EPS = 0.7
 PLAIN = split(1, 2, alpha=4)
 FEW = LoraParams(
     BASE, Adapter({k: PLAIN.adapter.factors[k] for k in ("transposed", "conv", "stack", "experts")})
