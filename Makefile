@@ -59,7 +59,7 @@ peft: ## tests against PEFT on the same weights; its PyTorch for the CPU needs P
 		tests/test_peft.py tests/algebra/test_arithmetic_peft.py \
 		tests/io/test_peft_models.py tests/io/test_peft_uniform.py tests/io/test_hf_models.py \
 		tests/io/test_hf_ties.py tests/io/test_peft_copies.py tests/io/test_parameters_peft.py \
-		tests/io/test_peft_table.py \
+		tests/io/test_peft_table.py tests/analysis/test_analysis_peft.py \
 		tests/io/test_gguf.py tests/recipes/test_models.py tests/examples/test_real_models.py $(ARGS)
 
 tpu: ## tests with the TPU compiler; no TPU needed

@@ -11,7 +11,7 @@ More lives in modules:
 
 * ``init``: how factors start. ``optim``: other steps of an optimizer.
 * ``many``: many adapters over one base. ``algebra``: adapters from adapters.
-* ``analysis``: what adapters have in common. ``quant``: quantized bases.
+* ``analysis``: what adapters have in common, and do to weights. ``quant``: quantized bases.
 * ``io``: files of adapters and of models.
 """
 

@@ -84,7 +84,7 @@ class LowRank(NamedTuple):
         """Find the largest ``rank`` singular values, and the vectors of the sides asked for."""
         qa, core, qb = self._core(left, right)
         if not (left or right):
-            s = _library(core).linalg.svd(core, compute_uv=False)
+            s = library(core).linalg.svd(core, compute_uv=False)
             return SVD(None, s[..., :rank], None)
         u, s, vt = svd(core, rank)
         return SVD(matmul(qa, u) if left else None, s, matmul(vt, qb.mT) if right else None)
@@ -98,11 +98,11 @@ class LowRank(NamedTuple):
     def squared_norm(self) -> Array:
         """Return the squared Frobenius norm, summed over the batch."""
         _, core, _ = self._core(left=False, right=False)
-        return _library(core).square(core).sum()
+        return library(core).square(core).sum()
 
     def norm(self) -> Array:
         """Return the Frobenius norm of all matrices together."""
-        return _library(self.a).sqrt(self.squared_norm())
+        return library(self.a).sqrt(self.squared_norm())
 
     def overlaps(self, other: "LowRank") -> Array:
         """Return the inner products of all terms: ``[*batch, rank, rank of the other]``.
@@ -142,7 +142,7 @@ class LowRank(NamedTuple):
 def joined(xs: Sequence[LowRank]) -> LowRank:
     """Add updates up: ``[a1, a2] [s1 b1; s2 b2]``, whose rank is the sum of the ranks."""
     xs = [x.folded() for x in xs]
-    concatenate = _library(xs[0].a).concatenate
+    concatenate = library(xs[0].a).concatenate
     return LowRank(concatenate([x.a for x in xs], -1), concatenate([x.b for x in xs], -2))
 
 
@@ -177,7 +177,7 @@ class SVD(NamedTuple):
 
     def balanced(self, scale: Any = None) -> tuple[Array, Array]:
         """Split evenly: ``a = U sqrt(S / scale)``, ``b = sqrt(S / scale) V^T``; None is 1."""
-        root = _library(self.s).sqrt(self.s if scale is None else self.s / scale)
+        root = library(self.s).sqrt(self.s if scale is None else self.s / scale)
         return self.u * root[..., None, :], root[..., :, None] * self.vt
 
 
@@ -195,7 +195,7 @@ def svd(w: Array, rank: int | None = None, *, niter: int | None = None, key: Any
         Halko et al., arXiv:0909.4061.
     """
     if niter is None:
-        return SVD(*_library(w).linalg.svd(w, full_matrices=False)).truncated(rank)
+        return SVD(*library(w).linalg.svd(w, full_matrices=False)).truncated(rank)
     assert rank is not None, "a subspace iteration needs a rank"
     size = min(rank + 6, *w.shape[-2:])
     q = w @ jax.random.normal(key, (*w.shape[:-2], w.shape[-1], size), w.dtype)
@@ -209,7 +209,7 @@ def svd(w: Array, rank: int | None = None, *, niter: int | None = None, key: Any
 
 def matmul(x: Array, y: Array) -> Array:
     """Multiply matrices in full precision, whatever the device's default."""
-    return x @ y if _library(x) is np else jnp.matmul(x, y, precision="highest")
+    return x @ y if library(x) is np else jnp.matmul(x, y, precision="highest")
 
 
 def padded(f: Factors, rank: int) -> Factors:
@@ -229,15 +229,15 @@ def pad_axis(x: jax.Array, axis: int, start: int, size: int) -> jax.Array:
     return lax.pad(x, np.zeros((), x.dtype), config)
 
 
-def _library(x: Array) -> Any:
+def library(x: Array) -> Any:
     return np if isinstance(x, np.ndarray | np.generic) else jnp
 
 
 def _times(x: Array, scale: Any) -> Array:
-    return x if scale is None else x * _library(x).asarray(scale, x.dtype)
+    return x if scale is None else x * library(x).asarray(scale, x.dtype)
 
 
 def _qr(x: Array, is_full: bool) -> tuple[Array, Array]:
     """Return ``Q`` and ``R``, or None and ``R``."""
-    qr = _library(x).linalg.qr
+    qr = library(x).linalg.qr
     return qr(x) if is_full else (None, qr(x, mode="r"))

@@ -46,6 +46,18 @@ def role_shape(layout: str, shape: Sequence[int], role: str) -> tuple[int, ...]:
     return tuple(shape[i] for i in role_axes(layout, role))
 
 
+def roles_in_order(layout: str) -> tuple[int, ...]:
+    """Return the axes by role: batch, inputs, outputs."""
+    return tuple(i for role in "bio" for i in role_axes(layout, role))
+
+
+def matrix_of(x: Any, layout: str) -> Any:
+    """Reshape an array with the weight's axes to ``[*batch, in, out]``."""
+    batch, inputs, outputs = (role_shape(layout, x.shape, role) for role in "bio")
+    order = roles_in_order(layout)
+    return x.transpose(order).reshape(*batch, math.prod(inputs), math.prod(outputs))
+
+
 def factor_shapes(
     layout: str, shape: Sequence[int], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,7 @@ _NUMBERED = re.compile(r"(?:.*_)?(\d+)")
 _LAYER = re.compile(r"(?i)(.*(layer|block)s?|h)_?")  # a name that says what its number counts
 
 
-class _Number(NamedTuple):
+class Number(NamedTuple):
     """The layer number in a path.
 
     Attributes:
@@ -35,7 +35,7 @@ def of_layers(
     """Keep the chosen weights, and the parts of stacked ones, that belong to these layers."""
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise TypeError(f"layers={layers!r}: expected numbers, such as [{layers}] or range(4)")
-    layers, numbers, stacks = list(layers), _layer_numbers(leaves), {}
+    layers, numbers, stacks = list(layers), layer_numbers(leaves), {}
     for path in dict.fromkeys(part.path for part in chosen):
         letters = letters_of(path, leaves, layout)
         if "b" not in letters:
@@ -97,7 +97,7 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _depths(numbers: Mapping[str, _Number], chosen: Iterable[str]) -> dict[str, int]:
+def _depths(numbers: Mapping[str, Number], chosen: Iterable[str]) -> dict[str, int]:
     """Count the layers in each part of a model that chosen weights are in: ``encoder/layers_``."""
     parts = {path: number.module.rstrip("0123456789") for path, number in numbers.items()}
     wanted = {parts[path] for path in chosen if path in parts}
@@ -127,7 +127,7 @@ def _first(letters: str) -> str:
     return f"[{', '.join('0:1' if letter == 'b' else ':' for letter in letters)}]"
 
 
-def _layer_numbers(leaves: Iterable[str]) -> dict[str, _Number]:
+def layer_numbers(leaves: Iterable[str]) -> dict[str, Number]:
     """Return the layer number of every path that has one: 3 in ``encoder/layers_3/attn/kernel``.
 
     It is the first number in the path, without its last name, that has siblings:
@@ -148,7 +148,7 @@ def _layer_numbers(leaves: Iterable[str]) -> dict[str, _Number]:
                 stem = name[: match.start(1)]
                 is_alone = len(siblings["/".join(names[:depth]), stem]) == 1
                 module, before = "/".join(names[: depth + 1]), names[depth - 1] if depth else ""
-                found.append((is_alone, depth, _Number(int(match[1]), module, stem or before)))
+                found.append((is_alone, depth, Number(int(match[1]), module, stem or before)))
         if found:
             numbers["/".join(names)] = min(found)
     alone = [is_alone for is_alone, _, _ in numbers.values()]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lora_jax._weights.axes import role_axes, role_shape
+from lora_jax._weights.axes import matrix_of, role_shape, roles_in_order
 from lora_jax._weights.quantized import is_quantized
 from lora_jax._weights.ranges import Part
 
@@ -72,19 +72,15 @@ class Target:
 
     def as_matrix(self, x: jax.Array) -> jax.Array:
         """Reshape an array with the weight's axes to float32 ``[*batch, in, out]``."""
-        x = jnp.asarray(x, jnp.float32).transpose(self._order)
-        return x.reshape(*self.batch, self.inputs, self.outputs)
+        return matrix_of(jnp.asarray(x, jnp.float32), self.layout)
 
     def leaf_with(self, matrix: jax.Array) -> jax.Array:
         """Return the entire leaf with this weight replaced by ``matrix[*batch, in, out]``."""
-        back = sorted(range(len(self.shape)), key=lambda i: self._order[i])
-        weight = matrix.reshape([self.shape[i] for i in self._order]).transpose(back)
+        order = roles_in_order(self.layout)
+        back = sorted(range(len(self.shape)), key=lambda i: order[i])
+        weight = matrix.reshape([self.shape[i] for i in order]).transpose(back)
         weight = weight.astype(self.leaf.dtype)
         return jnp.asarray(self.leaf).at[self.index].set(weight) if self.part.ranges else weight
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return tuple(i for role in "bio" for i in role_axes(self.layout, role))
 
     @property
     def index(self) -> tuple[slice, ...]:

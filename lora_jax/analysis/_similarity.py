@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapter.factors import Entry, wide
+from lora_jax._adapter.factors import Entry, Rows, wide
 from lora_jax._adapter.lowrank import LowRank, as_matrix, joined, matmul, svd, wide_of
 from lora_jax._adapter.params import adapter_of
-from lora_jax._adapter.updates import by_key, differences, operands
+from lora_jax._adapter.updates import by_key, differences
 from lora_jax._jax import replicated
+from lora_jax._weights.numbers import check_int
+from lora_jax.analysis._changes import finite_operands
 
 Side = Literal["a", "b"]
 
@@ -57,7 +59,8 @@ def similarity(adapters: Iterable[Any], *, per_weight: bool = False) -> Any:
     """
     xs = list(adapters)
     grams = {
-        key: _gram(found, len(xs)) for key, found in by_key(operands("similarity", xs)).items()
+        key: _gram(found, len(xs))
+        for key, found in by_key(finite_operands("similarity", xs)).items()
     }
     grams |= _grams_of_full(xs)
     if per_weight:
@@ -89,14 +92,16 @@ def distance(x: Any, y: Any) -> jax.Array:
         >>> lora_jax.analysis.distance(3 * x, x).round(5)
         Array(2.828..., dtype=float32)
     """
-    operands("distance", (x, y))
+    finite_operands("distance", (x, y))
     difference = x - y
     squares = [LowRank.of(f).squared_norm() for f in adapter_of(difference).factors.values()]
     squares += [jnp.square(d).sum() for d in differences(difference).values()]
     return jnp.sqrt(jnp.asarray(sum(squares)))
 
 
-def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.Array]:
+def subspace_similarity(
+    x: Any, y: Any, *, factor: Side = "a", i: int | None = None, j: int | None = None
+) -> dict[str, jax.Array]:
     """Measure how much the leading directions of two adapters have in common.
 
     ``U`` holds the left singular vectors of ``a``, the directions that it reads, most important
@@ -104,22 +109,28 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
 
         phi(i, j) = |U_x[:, :i]^T U_y[:, :j]|^2 / min(i, j)
 
-    This is 1 if the smaller subspace lies in the larger one, and 0 if they are orthogonal.
+    This is 1 if the smaller subspace lies in the larger one, and 0 if they are orthogonal. The
+    paper compares ranks 8 and 64, and two seeds of one rank: ``x`` and ``y`` are the adapters of
+    two runs. Two random subspaces of ``n`` dimensions have ``max(i, j) / n`` on average.
 
     Args:
         x: an Adapter or a LoraParams.
         y: another one of the same type; the ranks may differ.
         factor: ``"a"``, or ``"b"`` for the directions that are written.
+        i: compare the first ``i`` directions of ``x`` only; None: every number of them.
+        j: compare with the first ``j`` directions of ``y``; None: ``i``, if that is given.
 
     Returns:
         A dict of ``[*batch, rank of x, rank of y]`` for each weight that both adapt; smaller if a
         rank exceeds the size of the side that ``factor`` is on. Entry ``[i - 1, j - 1]`` compares
-        the first ``i`` and ``j`` directions. A factor that has a lower rank than its shape, such as
-        a ``b`` of zeros, has arbitrary directions beyond it.
+        the first ``i`` and ``j`` directions; with ``i``, only this entry, ``[*batch]``. A factor
+        that has a lower rank than its shape, such as a ``b`` of zeros, has arbitrary directions
+        beyond it. Table rows are left out: their ``a`` selects rows, and no direction leads.
 
     Raises:
-        TypeError: the types differ.
-        ValueError: ``factor`` is neither, or the adapters belong to different models.
+        TypeError: the types differ; or ``j`` comes without ``i``.
+        ValueError: ``factor`` is neither, ``i`` or ``j`` exceeds the number of directions, the
+            adapters are not finite or belong to different models.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -134,16 +145,42 @@ def subspace_similarity(x: Any, y: Any, *, factor: Side = "a") -> dict[str, jax.
     """
     if factor not in get_args(Side):
         raise ValueError(f"subspace_similarity: factor={factor!r}: expected 'a' or 'b'")
-    one, other = operands("subspace_similarity", (x, y))
+    if i is None and j is not None:
+        raise TypeError(f"subspace_similarity: j={j!r} without i: pass both, or i alone for j=i")
+    pair = None if i is None else (i, i if j is None else j)
+    for name, number in zip("ij", pair or (), strict=False):
+        check_int(number, f"subspace_similarity: {name}", 1)
+    one, other = finite_operands("subspace_similarity", (x, y))
+    both = {key: (f, other.factors[key]) for key, f in one.factors.items() if key in other.factors}
     found = {}
-    for key in [key for key in one.factors if key in other.factors]:
-        u, v = (_directions(f, factor) for f in (one.factors[key], other.factors[key]))
-        squares = jnp.square(matmul(u.mT, v))
-        i, j = np.ogrid[1 : u.shape[-1] + 1, 1 : v.shape[-1] + 1]
-        phi = squares.cumsum(-2).cumsum(-1)
-        least = jnp.asarray(np.minimum(i, j), phi.dtype)
-        found[key] = phi / jnp.broadcast_to(least, phi.shape)
+    for key, fs in both.items():
+        if isinstance(fs[0], Rows):
+            continue
+        u, v = (_directions(f, factor) for f in fs)
+        phi = _overlaps(u, v)
+        found[key] = phi if pair is None else _entry(key, phi, pair)
     return found
+
+
+def _overlaps(u: jax.Array, v: jax.Array) -> jax.Array:
+    """Return ``|u[:, :i]^T v[:, :j]|^2 / min(i, j)`` for all ``i`` and ``j``."""
+    squares = jnp.square(matmul(u.mT, v))
+    i, j = np.ogrid[1 : u.shape[-1] + 1, 1 : v.shape[-1] + 1]
+    phi = squares.cumsum(-2).cumsum(-1)
+    least = jnp.asarray(np.minimum(i, j), phi.dtype)
+    return phi / jnp.broadcast_to(least, phi.shape)
+
+
+def _entry(key: str, phi: jax.Array, pair: tuple[int, int]) -> jax.Array:
+    """Return ``phi(i, j)``, or raise if there are fewer directions."""
+    sizes = phi.shape[-2:]
+    for name, operand, number, size in zip("ij", "xy", pair, sizes, strict=True):
+        if number > size:
+            raise ValueError(
+                f"subspace_similarity: {name}={number}: {key!r} has {size} directions in "
+                f"{operand}: pass {name} from 1 to {size}"
+            )
+    return phi[..., pair[0] - 1, pair[1] - 1]
 
 
 def _gram(found: Mapping[int, Entry], count: int) -> jax.Array:

@@ -1,4 +1,6 @@
-"""The command line: ``lora-jax inspect | merge | convert | diff | extract | verify | completion``.
+"""The command line, ``lora-jax``.
+
+The commands are ``inspect | merge | convert | diff | extract | verify | analyze | completion``.
 
 * ``_arguments``, ``_parser``: declare and parse the words, without importing more.
 * ``_commands``: one module per command, which is imported to run it.

@@ -147,6 +147,22 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     add("adapter", metavar="ADAPTER", help="of any format")
 
 
+def _analyze(parser: argparse.ArgumentParser) -> None:
+    _names(parser)
+    _axes(parser)
+    add = parser.add_argument
+    add("path", metavar="PATH", help="adapter of any format")
+    add("--base", metavar="MODEL", help="model folder, or Orbax checkpoint of parameters")
+    add("--with", dest="other", metavar="OTHER", help="another adapter of the model, for overlaps")
+    add("--plot", metavar="FOLDER", help="folder to write with figures, in SVG")
+    add("--overwrite", action="store_true", help="replace figures that are there")
+    add(
+        "--targets",
+        metavar="REGEX",
+        help="of the paths shown; else all, which takes a while with --base",
+    )
+
+
 def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the script's shell")
 
@@ -158,5 +174,6 @@ DECLARED: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "diff": _diff,
     "extract": _extract,
     "verify": _verify,
+    "analyze": _analyze,
     "completion": _completion,
 }

@@ -32,6 +32,10 @@ COMMANDS = {  # what each does, and the words of its example
         "check whether an adapter is for a model: exit status 0 if it is, 1 if not",
         "model adapter",
     ),
+    "analyze": (
+        "measure an adapter's updates, beside the weights of its model or beside another adapter",
+        "adapter --base model --with other",
+    ),
     "completion": ("print the completion script of a shell", "bash"),
 }
 _ORDER = "The model comes first, then adapters, then what is written."

@@ -168,3 +168,25 @@ def test_steps_of_one_run_are_compared_as_they_are(step):
     expected = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
     found = lora_jax.analysis.similarity([one, other])
     np.testing.assert_allclose(found, [[1, expected], [expected, 1]], atol=tolerance() / step)
+
+
+def test_one_pair_of_directions_and_what_is_beyond_the_rank():
+    compare = lora_jax.analysis.subspace_similarity
+    every = compare(X, Y, factor="b")
+    for pair in ({"i": 2}, {"i": 2, "j": 2}):
+        for key, one in compare(X, Y, factor="b", **pair).items():
+            np.testing.assert_array_equal(one, every[key][..., 1, 1])
+    with pytest.raises(ValueError, match=r"i=3: '\w+' has 2 directions in x: pass i from 1 to 2"):
+        compare(X, Y, i=3)
+    with pytest.raises(ValueError, match=r"j=4: '\w+' has 3 directions in y: pass j from 1 to 3"):
+        compare(X, Y, i=1, j=4)
+    with pytest.raises(ValueError, match="subspace_similarity: i=0: expected at least 1"):
+        compare(X, Y, i=0)
+    with pytest.raises(TypeError, match="j=2 without i: pass both, or i alone"):
+        compare(X, Y, j=2)
+
+
+def test_table_rows_have_no_leading_directions():
+    rows = lora_jax.Rows(jnp.ones((2, 3)), 1.0, "io", (0, 4), 6)
+    x = Adapter({"embed": rows, "w": Factors(jnp.eye(3), jnp.eye(3), 1.0, "io")})
+    assert lora_jax.analysis.subspace_similarity(x, x).keys() == {"w"}

@@ -18,7 +18,10 @@ from lora_jax.cli._parser import parser
 from lora_jax.cli._show import Show, plain, size
 from lora_jax.io.hf import _shards
 
-COMMANDS = ("inspect", "merge", "convert", "diff", "extract", "verify", "completion")
+COMMANDS = (
+    *("inspect", "merge", "convert", "diff", "extract", "verify", "analyze"),
+    "completion",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -132,6 +135,7 @@ def test_tables_of_a_terminal_are_as_wide_as_it_is(width, here, screen):
         ("inspect", "model"),
         ("diff", "adapter", "other"),
         ("diff", "model", "tuned"),
+        ("analyze", "adapter", "--base", "model", "--with", "other"),
     ):
         console = screen(width)
         main(list(words), Show(console))

@@ -122,6 +122,8 @@ def to_peft(
     if leaves and source:
         leaves = fitted_leaves(leaves, [*found.updates, *found.full], source, found.full)
         names = full_names(source) if names is None else names
+    if leaves is not None:
+        check(LoraParams(None, adapter), dict(leaves))
     if model is None:
         check_has_factors(adapter)
         _check_tied(found, recorded or leaves, names, kinds, has_head(task_type, source))
@@ -215,7 +217,7 @@ def _made_uniform(folder: Folder, out: Path, args: argparse.Namespace) -> None:
 
 def _from_peft(found: AdapterFile, out: Path, args: argparse.Namespace) -> None:
     assert found.folder is not None
-    adapter, leaves = _read(found.folder, args)
+    adapter, leaves = read_peft(found.folder, args)
     of_base = adapter if args.like is None else LoraParams(leaves, adapter)
     if args.to == "orbax":
         orbax.save(out, of_base)
@@ -223,7 +225,7 @@ def _from_peft(found: AdapterFile, out: Path, args: argparse.Namespace) -> None:
         safetensors.save(out, of_base, overwrite=args.overwrite)
 
 
-def _read(folder: Folder, args: argparse.Namespace) -> tuple[Adapter, Mapping[str, Any]]:
+def read_peft(folder: Folder, args: argparse.Namespace) -> tuple[Adapter, Mapping[str, Any]]:
     """Read all of an adapter of PEFT's, in the dtype that it has; and the leaves that it is of.
 
     Raises:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, show: Show) -> int:
     one, two = (open_path(path, order_in(args)) for path in (args.one, args.two))
     if isinstance(one, AdapterFile) and isinstance(two, AdapterFile):
         with tempfile.TemporaryDirectory() as folder:
-            rows, only = _adapters(*_alike([one, two], Path(folder), args, show))
+            rows, only = _adapters(*with_same_axes([one, two], Path(folder), args, show))
         columns = [Column("path", False), Column("rank"), Column("|first|", spare=2)]
         columns += [Column("|second|", spare=1), Column("difference"), Column("cosine")]
         cell = _adapter_cells
@@ -66,7 +66,7 @@ def _by_difference(row: dict[str, Any]) -> float:
     return -(float("inf") if row["relative"] is None else row["relative"])
 
 
-def _alike(
+def with_same_axes(
     found: list[AdapterFile], folder: Path, args: argparse.Namespace, show: Show
 ) -> list[AdapterFile]:
     """Return two adapters with the same axes: those of PEFT's files, unless both are ours."""
@@ -101,7 +101,7 @@ def _is_ours(found: AdapterFile) -> bool:
 def _adapters(one: AdapterFile, two: AdapterFile) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     ours, theirs = [{**f.updates, **f.full, **_state(f)} for f in (one, two)]
     if (one.format == "peft") != (two.format == "peft"):  # other names for the same entries
-        ours, theirs = _renamed(ours), _renamed(theirs)
+        ours, theirs = renamed(ours), renamed(theirs)
     rows = []
     for path in _both(ours, theirs):
         a, b = ours[path], theirs[path]
@@ -120,7 +120,7 @@ def _state(found: AdapterFile) -> dict[str, np.ndarray]:
     return {f"{path} (state)": np.asarray(data_of(x)) for path, x in found.state.items()}
 
 
-def _renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+def renamed(entries: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name entries by their modules, unless two get the same name."""
     new = {canonical(path): x for path, x in entries.items()}
     return new if len(new) == len(entries) else entries

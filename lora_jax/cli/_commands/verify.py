@@ -74,18 +74,32 @@ def _seen(found: AdapterFile, model: Checkpoint, options: Mapping[str, Any], lay
             Change(found.folder, source_of(model), 1.0, options.get("names"), layout)
         entries = len(found.updates) + len(found.full)
         return f"each of its {entries} entries has its place, of the right shape"
+    return check_native(found, native_leaves(found, model, options), model)
+
+
+def native_leaves(
+    found: AdapterFile, model: Checkpoint, options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Find the leaves of the base of an adapter of ours in a model, in its paths and axes.
+
+    Raises:
+        ValueError: they are not there, or have other shapes.
+    """
     assert found.native is not None
     if model.format == "orbax":
-        return _native(found, leaves_of(model), model)
+        return leaves_of(model)
     if not found.native[1]["base"] and is_torch(found.native[0]):
         keys = [*found.updates, *found.full]
-        leaves = fitted_leaves(leaves_of(model), keys, source_of(model), found.full)
-        return _native(found, leaves, model)
-    return _native(found, _leaves_in(found, model, options), model)
+        return fitted_leaves(leaves_of(model), keys, source_of(model), found.full)
+    return _leaves_in(found, model, options)
 
 
-def _native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) -> str:
-    """Compare an adapter of ours with the leaves of a model, each read when it is asked for."""
+def check_native(found: AdapterFile, leaves: Mapping[str, Any], model: Checkpoint) -> str:
+    """Compare an adapter of ours with the leaves of a model, each read when it is asked for.
+
+    Raises:
+        ValueError: the adapter is another model's, and why.
+    """
     assert found.native is not None
     adapter, record = found.native
     base, where = record["base"], str(found.path)
