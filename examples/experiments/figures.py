@@ -43,22 +43,22 @@ _NAMES = {
 
 def quality(rows: Sequence[Row], stem: Path, seeds: Sequence[int]) -> None:
     """Draw accuracy against trained parameters, and differences to full fine-tuning."""
-    _in_both(stem, lambda _: _quality(rows, seeds))
+    in_both(stem, lambda _: _quality(rows, seeds))
     if _reported(rows, rows[0]["task"], REFERENCE, seeds):
-        _in_both(Path(f"{stem}_difference"), lambda theme: _differences(rows, seeds, theme))
+        in_both(Path(f"{stem}_difference"), lambda theme: _differences(rows, seeds, theme))
 
 
 def ranks(rows: Sequence[Row], out: Path, seeds: Sequence[int]) -> None:
     """Draw accuracy by rank and set of weights, and by set of weights at one budget."""
-    _in_both(out / "ranks", lambda theme: _ranks(rows, seeds, theme))
+    in_both(out / "ranks", lambda theme: _ranks(rows, seeds, theme))
 
 
 def maps(rows: Sequence[Row], out: Path) -> None:
     """Draw validation accuracy over alpha or rank, and the learning rate."""
-    _in_both(out / "alpha_and_rate", lambda theme: _maps(rows, theme))
+    in_both(out / "alpha_and_rate", lambda theme: _maps(rows, theme))
 
 
-def _in_both(stem: Path, draw: Callable[[Mapping[str, str]], Any]) -> None:
+def in_both(stem: Path, draw: Callable[[Mapping[str, str]], Any]) -> None:
     """Draw ``STEM-light.png`` and ``STEM-dark.png``."""
     for name, theme in _THEMES.items():
         with plt.rc_context(_style(theme)):
