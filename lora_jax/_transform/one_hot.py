@@ -55,9 +55,12 @@ class OneHot(Labelled):
         """Build the matrix: by the program, as a large constant does not belong into one."""
         rank = self.axis(Axis.RANK)
         ids = self._ids(np.int32, rank, 1 - rank)
-        if self._is_small(self.size):
-            numbers = np.expand_dims(np.arange(self.size), rank)
-            return jnp.asarray(numbers == ids, self.dtype)
+        first, last = self.ids[0], self.ids[-1]
+        if self._is_small(last - first + 1):  # the part with ones
+            near = np.expand_dims(np.arange(first, last + 1), rank) == ids
+            config = [(0, 0, 0), (0, 0, 0)]
+            config[1 - rank] = (first, self.size - 1 - last, 0)  # negative ones cut
+            return lax.pad(near.astype(self.dtype), np.zeros((), self.dtype), config)
         numbers = lax.broadcasted_iota(np.int32, tuple(self.sizes.values()), 1 - rank)
         return lax.eq(numbers, ids).astype(self.dtype)
 
@@ -128,7 +131,7 @@ class OneHot(Labelled):
         """
         modes = lax.GatherScatterMode
         mode = modes.from_any(mode)
-        exact = mode == modes.CLIP or not self._is_partial
+        exact = mode != modes.FILL_OR_DROP or not self._is_partial
         if mode == modes.ONE_HOT or not (exact and self._fit(indices.dtype)):
             return None
         if mode == modes.CLIP and (self.ids[0] <= 0 or self.ids[-1] >= self.size - 1):
